@@ -1,0 +1,27 @@
+"""The offline planner: names and shapes in, a shard plan out. Never imports torch, transformers or deepspeed.
+
+    from autotp_plan.planner import compile_plan
+    plan = compile_plan(Path("checkpoint"), tp_size=4)
+"""
+
+if __name__ != "autotp_plan.planner":
+    raise ImportError("import autotp_plan.planner, not the folder: a second import would make second copies of classes")
+
+from autotp_plan.planner.check import check_checkpoint, check_plan
+from autotp_plan.planner.compiler import compile_plan
+from autotp_plan.planner.inventory import Inventory, inventory_of_folder, inventory_of_module
+from autotp_plan.planner.presplit import presplit
+from autotp_plan.schemas.plan import Plan
+from autotp_plan.schemas.spec import SpecFile
+
+__all__ = [
+    "Inventory",
+    "Plan",
+    "SpecFile",
+    "check_checkpoint",
+    "check_plan",
+    "compile_plan",
+    "inventory_of_folder",
+    "inventory_of_module",
+    "presplit",
+]

@@ -1,0 +1,242 @@
+"""The `autotp-plan` command: typed arguments, plain library calls, and the only place that prints or exits.
+
+Exit status: 0 when all is well, 2 for any fault in what the user gave us.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from autotp_plan.schemas.errors import AutoTPError, Fault, ShardsError
+
+if TYPE_CHECKING:
+    from autotp_plan.schemas.plan import Plan
+
+_F = TypeVar("_F", bound=Callable[..., None])
+_FILE = click.Path(path_type=Path)
+
+
+def _reported(function: _F) -> _F:
+    """Turn known errors into a message on stderr and exit status 2."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except AutoTPError as error:
+            _fail(error.faults)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+
+    return run  # type: ignore[return-value]
+
+
+def _fail(faults: Sequence[Fault]) -> None:
+    for fault in faults:
+        click.echo(click.style("error: ", fg="red", bold=True, reset=True) + str(fault), err=True)
+    if len(faults) > 1:
+        click.echo(f"{len(faults)} errors; nothing was written", err=True)
+    sys.exit(2)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="autotp-plan")
+def main() -> None:
+    """Plan how a model is cut for tensor-parallel training under DeepSpeed, check it, and cut it.
+
+    \b
+    autotp-plan compile --model CHECKPOINT --tp 4 -o plan.json
+    autotp-plan show plan.json
+    autotp-plan presplit plan.json --checkpoint CHECKPOINT -o SHARDS
+    """
+
+
+@main.command()
+@click.option("--model", type=_FILE, required=True, help="Checkpoint folder, or a folder with a bare config.json.")
+@click.option("--tp", "tp_size", type=int, help="Number of tensor-parallel ranks.")
+@click.option("-o", "--output", type=_FILE, required=True, help="Plan file to write.")
+@click.option("--preset", default="auto", show_default=True, help="auto (by model_type), none, or a preset's name.")
+@click.option("--spec", "specs", type=_FILE, multiple=True, help="Spec file; may be repeated, the first counts most.")
+@click.option("--ds-config", type=_FILE, help="DeepSpeed config; its tensor_parallel section is honoured.")
+@_reported
+def compile(
+    model: Path, tp_size: int | None, output: Path, preset: str, specs: tuple[Path, ...], ds_config: Path | None
+) -> None:
+    """Compile a plan: decide how every parameter of a model is cut."""
+    from autotp_plan.planner.compiler import compile_plan
+    from autotp_plan.planner.deepspeed_config import read_deepspeed_config
+    from autotp_plan.planner.sources import read_spec_file
+    from autotp_plan.schemas.documents import write_atomically
+
+    faults: list[Fault] = []
+    files = []
+    for path in specs:
+        try:
+            files.append(read_spec_file(path))
+        except AutoTPError as error:
+            prefix = f"{path}: " if len(specs) > 1 else ""
+            faults += [Fault(what=f.what, where=prefix + f.where, got=f.got, expected=f.expected, next=f.next)
+                       for f in error.faults]  # fmt: skip
+    section = None
+    if ds_config is not None:
+        try:
+            section = read_deepspeed_config(ds_config)
+        except AutoTPError as error:
+            faults += error.faults
+    if faults:
+        raise AutoTPError(faults)
+    plan = compile_plan(model, tp_size=tp_size, preset=preset, specs=files, deepspeed=section)
+    try:
+        write_atomically(output, plan.to_json())
+    except OSError as error:
+        raise ShardsError(_not_written(output, error)) from None
+    _report_compiled(plan, output)
+
+
+def _report_compiled(plan: Plan, output: Path) -> None:
+    from autotp_plan.planner.show import human_bytes, summary
+
+    for note in plan.notes:
+        click.echo(f"note: {note}", err=True)
+    totals = summary(plan)
+    largest = max(totals.per_rank)
+    click.echo(
+        f"{output}: {totals.num_parameters} parameters at TP={plan.tp_size}; "
+        f"{human_bytes(largest)} of {human_bytes(totals.total)} on a rank, "
+        f"{human_bytes(totals.replicated)} of it replicated"
+    )
+
+
+@main.command()
+@click.argument("plan_file", metavar="PLAN", type=_FILE)
+@click.option("--checkpoint", type=_FILE, help="Check that this checkpoint holds what the plan says, too.")
+@_reported
+def check(plan_file: Path, checkpoint: Path | None) -> None:
+    """Check a plan: schema, fingerprint, coverage, units, column-row pairing, ties, and the checkpoint."""
+    from autotp_plan.planner.check import check_checkpoint, check_plan
+    from autotp_plan.schemas.plan import Plan
+
+    plan = Plan.read(plan_file)
+    faults = check_plan(plan)
+    if checkpoint is not None:
+        faults += check_checkpoint(plan, checkpoint)
+    if faults:
+        raise AutoTPError(faults)
+    against = f" and {checkpoint} holds what it says" if checkpoint else ""
+    click.echo(f"{plan_file}: the plan is sound{against}")
+
+
+@main.command()
+@click.argument("plan_file", metavar="PLAN", type=_FILE)
+@click.option("--format", "output_format", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@_reported
+def show(plan_file: Path, output_format: str) -> None:
+    """Show a plan as a table, or expanded as JSON."""
+    from autotp_plan.planner.show import as_json
+    from autotp_plan.schemas.plan import Plan
+
+    plan = Plan.read(plan_file)
+    if output_format == "json":
+        click.echo(json.dumps(as_json(plan), indent=1))
+    else:
+        _print_table(plan)
+
+
+def _print_table(plan: Plan) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from autotp_plan.planner.show import describe_ties, human_bytes, rows, summary
+
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 160)
+    table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True)
+    for title, right in (("parameter", False), ("shape", True), ("style", False), ("each rank holds", False),
+                         ("per rank", True), ("rule", False)):  # fmt: skip
+        table.add_column(title, justify="right" if right else "left", overflow="fold", no_wrap=title in ("per rank",))
+    for row in rows(plan):
+        style = "dim" if row.style.startswith("replicated") else None
+        table.add_row(row.name, row.shape, row.style, row.share, human_bytes(row.bytes_per_rank), row.rule, style=style)
+    totals = summary(plan)
+    model = plan.model.architecture or plan.model.model_type or "model without a config"
+    console.print(f"[bold]{model}[/bold] at TP={plan.tp_size}, {totals.num_parameters} parameters")
+    console.print(table)
+    per_rank = sorted(set(totals.per_rank), reverse=True)
+    held = " to ".join(human_bytes(size) for size in (per_rank[::-1] if len(per_rank) > 1 else per_rank)[:: max(1, len(per_rank) - 1)])
+    even = totals.total / plan.tp_size
+    console.print(
+        f"each rank holds {held} of {human_bytes(totals.total)} ({max(totals.per_rank) / max(1, totals.total):.1%}; "
+        f"an even cut of everything is {1 / plan.tp_size:.1%}, {human_bytes(round(even))})"
+    )
+    extra = totals.replicated * (plan.tp_size - 1)
+    console.print(
+        f"replicated: {human_bytes(totals.replicated)} on every rank, {human_bytes(extra)} more than once over all ranks"
+    )
+    for line in [*describe_ties(plan), *_attribute_lines(plan), *(f"note: {note}" for note in plan.notes)]:
+        console.print(line, markup=False)
+
+
+def _attribute_lines(plan: Plan) -> list[str]:
+    lines = []
+    for attribute in plan.module_attributes:
+        values = sorted(set(attribute.values))
+        shown = str(values[0]) if len(values) == 1 else str(list(attribute.values))
+        lines.append(f"set on each rank: {attribute.module}.{attribute.attribute} = {shown}")
+    return lines
+
+
+@main.command()
+@click.argument("plan_file", metavar="PLAN", type=_FILE)
+@click.option("--checkpoint", type=_FILE, required=True, help="The checkpoint to cut.")
+@click.option("-o", "--output", type=_FILE, required=True, help="New folder for the shards.")
+@click.option("--workers", type=int, default=4, show_default=True, help="Tensors cut at the same time.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+@_reported
+def presplit(plan_file: Path, checkpoint: Path, output: Path, workers: int, quiet: bool) -> None:
+    """Cut a checkpoint into a folder of per-rank shards that needs nothing else to train from."""
+    from autotp_plan.planner.presplit import presplit as run
+    from autotp_plan.planner.show import human_bytes
+    from autotp_plan.schemas.plan import Plan
+
+    plan = Plan.read(plan_file)
+    started = time.monotonic()
+    if quiet or not sys.stderr.isatty():
+        manifest = run(plan, checkpoint, output, workers=workers)
+    else:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = ("{task.description}", BarColumn(), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("presplit", total=None)
+            manifest = run(plan, checkpoint, output, workers=workers,
+                           progress=lambda done, total: bar.update(task, completed=done, total=total))  # fmt: skip
+    if not quiet:
+        seconds = time.monotonic() - started
+        size = sum(file.size for file in manifest.files)
+        click.echo(
+            f"{output}: {len(manifest.files)} files, {human_bytes(size)} for {plan.tp_size} ranks in {seconds:.1f} s"
+        )
+
+
+def _not_written(path: Path, error: OSError) -> Fault:
+    return Fault(
+        what="the plan cannot be written",
+        where=str(path),
+        got=error.strerror or str(error),
+        expected="a file in a folder that exists and can be written to",
+        next="make the folder, or give another path",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""`compile_plan`: from a model and rules to a plan. Describe, resolve, fold; nothing is written here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from autotp_plan.planner.check import check_plan
+from autotp_plan.planner.deepspeed_config import TensorParallelSection
+from autotp_plan.planner.faults import FaultBook
+from autotp_plan.planner.inventory import DiskNames, Inventory, inventory_of_folder, inventory_of_module
+from autotp_plan.planner.resolve import Decision, Resolver, module_attributes
+from autotp_plan.planner.sources import AUTO, Rules, gather
+from autotp_plan.schemas.checkpoint import read_config
+from autotp_plan.schemas.errors import AutoTPError, CompileError, Fault
+from autotp_plan.schemas.layout import Layout
+from autotp_plan.schemas.names import expand, fold, natural_key
+from autotp_plan.schemas.plan import ModuleAttribute, Parameter, Plan, RuntimeOptions, Tie
+from autotp_plan.schemas.spec import SpecFile
+
+
+def compile_plan(
+    model: Path | Any,
+    *,
+    tp_size: int | None = None,
+    preset: str = AUTO,
+    specs: Sequence[SpecFile] = (),
+    deepspeed: TensorParallelSection | None = None,
+) -> Plan:
+    """The plan for `model` at `tp_size`.
+
+    Args:
+        model: a folder with safetensors files or a bare config.json, or a live `torch.nn.Module` (on meta is fine).
+        tp_size: number of TP ranks; None takes `autotp_size` of `deepspeed`.
+        preset: `auto` (by the config's model_type), `none`, or the name of a preset.
+        specs: spec files, the first has the highest precedence.
+        deepspeed: the `tensor_parallel` section of a DeepSpeed config; its rules come after `specs`.
+
+    Raises CompileError with every fault found; CheckpointError or DocumentError when the model cannot be read.
+    """
+    tp_size = _tp_size(tp_size, deepspeed)
+    if isinstance(model, Path):
+        config = read_config(model) if model.is_dir() else None
+    else:
+        config = inventory_of_module(model).config
+    model_type = (config or {}).get("model_type")
+    rules = gather(model_type if isinstance(model_type, str) else None, preset, specs, deepspeed)
+    symbols = rules.symbols(config)
+    num_layers = rules.num_layers(symbols)
+    names = rules.disk_names(symbols, num_layers)
+    inventory = inventory_of_folder(model, names) if isinstance(model, Path) else inventory_of_module(model, names)
+    resolver = Resolver(inventory=inventory, symbols=symbols, tp_size=tp_size)
+    if num_layers is not None:
+        _check_layers(inventory, num_layers, resolver.faults)
+    decisions = resolver.resolve(rules.sources)
+    _check_ties(inventory, decisions, resolver.faults)
+    attributes = list(module_attributes(rules.sources, decisions, resolver))
+    if resolver.faults:
+        raise CompileError(_with_sizes(resolver.faults, tp_size))
+    plan = _plan(inventory, rules, names, decisions, attributes, tp_size, deepspeed)
+    faults = check_plan(plan)
+    if faults:
+        raise CompileError(faults)
+    return plan
+
+
+def _tp_size(tp_size: int | None, deepspeed: TensorParallelSection | None) -> int:
+    configured = deepspeed.tp_size if deepspeed else None
+    if tp_size is not None and configured is not None and tp_size != configured:
+        raise CompileError(
+            Fault(
+                what="two different TP sizes are asked for",
+                where="--tp",
+                got=f"--tp {tp_size}, and autotp_size {configured} in the DeepSpeed config",
+                expected="one TP size",
+                next="leave out --tp, or change autotp_size",
+            )
+        )
+    chosen = tp_size if tp_size is not None else configured
+    if chosen is None or chosen < 1:
+        raise CompileError(
+            Fault(
+                what="the TP size is missing" if chosen is None else "the TP size is not positive",
+                where="--tp",
+                got="none" if chosen is None else str(chosen),
+                expected="a positive integer",
+                next="give --tp N, or autotp_size in the DeepSpeed config's tensor_parallel section",
+            )
+        )
+    return chosen
+
+
+def _check_layers(inventory: Inventory, num_layers: int, faults: FaultBook) -> None:
+    """A preset says how many layers there are: none may be missing, and layers hold what their neighbours hold."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for name in inventory.parameters:
+        parts = name.split(".")
+        at = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
+        if at is not None:
+            found[".".join([*parts[:at], "{}", *parts[at + 1 :]])].add(int(parts[at]))
+    for template, layers in found.items():
+        for layer in sorted(set(range(num_layers)) - layers):
+            faults.add("the model lacks a parameter that its other layers have", template.replace("{}", str(layer)),
+                       got=f"it in {len(layers)} of {num_layers} layers", expected="it in every layer",
+                       next="the checkpoint is incomplete, or config.json is another model's")  # fmt: skip
+        for layer in sorted(layers - set(range(num_layers))):
+            faults.add("the model has a layer too many", template.replace("{}", str(layer)),
+                       got=f"layer {layer}", expected=f"layers 0 to {num_layers - 1}, as config.json says",
+                       next="config.json is another model's, or the checkpoint holds more than the model")  # fmt: skip
+
+
+def _check_ties(inventory: Inventory, decisions: Mapping[str, Decision], faults: FaultBook) -> None:
+    for name, target in inventory.tied.items():
+        if name not in decisions or target not in decisions:
+            continue  # undecided: already a fault
+        one, other = decisions[name], decisions[target]
+        if (one.layout.dim, one.layout.intervals) != (other.layout.dim, other.layout.intervals):
+            faults.add("two names of one tied parameter are cut differently", name,
+                       got=f"{one.layout.name} by {one.rule}; {target}: {other.layout.name} by {other.rule}",
+                       expected="the same cut under both names",
+                       next="give both names the same kind of rule (vocab and column by vocabulary, or skip)")  # fmt: skip
+
+
+def _with_sizes(book: FaultBook, tp_size: int) -> Iterable[Fault]:
+    """The faults, with the TP sizes that would work wherever tp_size does not divide."""
+    counts = book.num_units
+    sizes = [str(n) for n in range(1, min(max(counts, default=1), 1024) + 1) if all(count % n == 0 for count in counts)]
+    for fault in book.faults():
+        if "units" in fault.what and fault.next.startswith("use a tp_size"):
+            works = ", ".join(sizes[:12]) or "none but 1"
+            fault = dataclasses.replace(fault, next=f"sizes that work here: {works}; or {fault.next.split('; or ')[-1].split(', or ')[-1]}")
+        yield fault
+
+
+def _plan(
+    inventory: Inventory,
+    rules: Rules,
+    names: DiskNames,
+    decisions: Mapping[str, Decision],
+    attributes: Sequence[tuple[str, str, tuple[int, ...]]],
+    tp_size: int,
+    deepspeed: TensorParallelSection | None,
+) -> Plan:
+    layouts: dict[str, Layout] = {}
+    layout_names: dict[Layout, str] = {}
+    folded: dict[Parameter, list[str]] = defaultdict(list)
+    for name, info in inventory.parameters.items():
+        decision = decisions[name]
+        entry = Parameter(
+            name="",
+            layout=_layout_name(decision.layout, layouts, layout_names),
+            dtype=info.dtype,
+            style=decision.style,
+            rule=decision.rule,
+            shape=info.shape if info.shape != decision.layout.shape else None,
+            gather_output=decision.gather_output,
+            partial_gradient=decision.partial_gradient,
+            source=None if info.source is None else _template(info.source),
+        )
+        folded[entry].append(name)
+    parameters = [
+        dataclasses.replace(entry, name=pattern, source=_source(pattern, inventory))
+        for entry, alike in folded.items()
+        for pattern in fold(alike)
+    ]
+    parameters.sort(key=lambda entry: natural_key(expand(entry.name)[0]))
+    by_value: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
+    for module, attribute, values in attributes:
+        by_value[attribute, values].append(module)
+    return Plan(
+        model=inventory.identity(),
+        tp_size=tp_size,
+        layouts=dict(sorted(layouts.items(), key=lambda item: natural_key(item[0]))),
+        parameters=tuple(parameters),
+        module_attributes=tuple(
+            ModuleAttribute(module=module, attribute=attribute, values=values)
+            for (attribute, values), modules in sorted(by_value.items())
+            for module in fold(modules)
+        ),
+        tied=tuple(
+            Tie(name=name, to=to, style=decisions[name].style, rule=decisions[name].rule,
+                gather_output=decisions[name].gather_output)
+            for name, to in sorted(inventory.tied.items())
+        ),
+        ignored=tuple(names.ignored),
+        runtime=RuntimeOptions(
+            dtype=deepspeed.dtype if deepspeed else None,
+            tp_overlap_comm=deepspeed.tp_overlap_comm if deepspeed else False,
+        ),
+        notes=(*rules.notes, *inventory.notes),
+    )  # fmt: skip
+
+
+def _layout_name(layout: Layout, layouts: dict[str, Layout], names: dict[Layout, str]) -> str:
+    if layout not in names:
+        name, count = layout.name, 1
+        while name in layouts:
+            count += 1
+            name = f"{layout.name} #{count}"
+        names[layout] = name
+        layouts[name] = layout
+    return names[layout]
+
+
+def _template(name: str) -> str:
+    return ".".join("{}" if part.isdecimal() else part for part in name.split("."))
+
+
+def _source(pattern: str, inventory: Inventory) -> str | None:
+    """The name on disk of the parameters that `pattern` stands for, its braces in step with the pattern's."""
+    names = expand(pattern)
+    sources = [inventory.parameters[name].source for name in names]
+    known = [source for source in sources if source is not None]
+    if not known:
+        return None
+    folded = fold(known)
+    if len(known) != len(names) or len(folded) != 1 or expand(folded[0]) != known:
+        raise AutoTPError(
+            Fault(what="names on disk do not follow the names of the parameters", where=pattern,
+                  got=", ".join(folded[:3]), expected="numbers in the same order on both sides",
+                  next="name the tensors alike, or report this architecture")
+        )  # fmt: skip
+    return folded[0]

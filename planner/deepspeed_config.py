@@ -1,0 +1,152 @@
+"""A DeepSpeed JSON config as people have it today: its whole `tensor_parallel` section, honoured or refused.
+
+Field by field as `TPTrainingConfig` and `AutoTPConfig` of DeepSpeed 0.19.8 read it
+(deepspeed/runtime/tensor_parallel/config.py, deepspeed/module_inject/autotp_config.py). Fields that DeepSpeed parses and
+never reads are noted, not obeyed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autotp_plan.schemas import documents
+from autotp_plan.schemas.errors import DocumentError, Fault
+from autotp_plan.schemas.spec import SpecFile
+
+_DTYPES = {
+    "fp32": "float32", "float": "float32", "float32": "float32", "torch.float32": "float32",
+    "fp16": "float16", "half": "float16", "float16": "float16", "torch.float16": "float16",
+    "bf16": "bfloat16", "bfloat16": "bfloat16", "torch.bfloat16": "bfloat16",
+}  # fmt: skip
+
+_KNOWN = frozenset(
+    {"autotp_size", "preset_model", "partition_config", "dtype", "tp_overlap_comm", "vocab_parallel_lm_head"}
+    | {"vocab_parallel_ce_backend", "tensor_parallel", "tp", "injection_policy_tuple", "keep_module_on_host"}
+    | {"replace_with_kernel_inject", "kernel_inject"}
+)
+
+_IGNORED_PARTITION_KEYS = {
+    "strict_mode": "every undecided weight is an error here, as with strict_mode",
+    "tp_size": "DeepSpeed overwrites it with autotp_size",
+    "embedding_partition_dim": "DeepSpeed never reads it",
+    "lm_head_patterns": "the preset or a rule of your own says which weight is the head",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorParallelSection:
+    """What a `tensor_parallel` section asks for, in our words."""
+
+    tp_size: int | None = None
+    preset_model: str | None = None
+    partition_config: SpecFile | None = None
+    dtype: str | None = None
+    tp_overlap_comm: bool = False
+    vocab_parallel_lm_head: bool | None = None
+    notes: tuple[str, ...] = ()
+
+
+def read_deepspeed_config(path: Path) -> TensorParallelSection:
+    """The `tensor_parallel` section of the DeepSpeed config in `path`. Raises DocumentError with every fault."""
+    config = documents.read_json(path, "DeepSpeed config")
+    if not isinstance(config, dict):
+        raise DocumentError(_fault(str(path), type(config).__name__, "a JSON object, as DeepSpeed reads it"))
+    if "tensor_parallel" not in config:
+        known = "a tensor_parallel section"
+        hint = documents.did_you_mean("tensor_parallel", config)
+        raise DocumentError(_fault(str(path), "keys " + ", ".join(sorted(config)), known, hint))
+    return parse_section(config["tensor_parallel"])
+
+
+def parse_section(section: Any) -> TensorParallelSection:
+    """The section as we understand it. Raises DocumentError with every fault found."""
+    if not isinstance(section, dict):
+        raise DocumentError(_fault("tensor_parallel", type(section).__name__, "a JSON object"))
+    faults: list[Fault] = []
+    notes: list[str] = []
+    for key in sorted(section.keys() - _KNOWN):
+        hint = documents.did_you_mean(key, _KNOWN)
+        faults.append(_fault(f"tensor_parallel.{key}", key, "a key that DeepSpeed knows", hint))
+    tp_size = _typed(section, "autotp_size", int, faults)
+    if tp_size is not None and tp_size < 0:
+        faults.append(_fault("tensor_parallel.autotp_size", str(tp_size), "a positive integer"))
+    nested = section.get("tensor_parallel", section.get("tp")) or {}
+    nested_size = nested.get("tp_size", 1) if isinstance(nested, dict) else 1
+    if nested_size not in (1, tp_size):
+        faults.append(_fault("tensor_parallel.tp.tp_size", str(nested_size), f"autotp_size ({tp_size})"))
+    if isinstance(nested, dict) and nested.get("tp_grain_size", 1) != 1:
+        notes.append("tp_grain_size is not applied: cuts fall between the units that the rules give.")
+    if section.get("replace_with_kernel_inject") or section.get("kernel_inject"):
+        faults.append(
+            _fault("tensor_parallel.replace_with_kernel_inject", "true", "false: kernels are for inference only")
+        )
+    if section.get("injection_policy_tuple"):
+        faults.append(
+            _fault("tensor_parallel.injection_policy_tuple", "a policy", "none: say it as partition_config.layer_specs")
+        )
+    if section.get("keep_module_on_host"):
+        notes.append("keep_module_on_host is not applied: a rank reads only its own shard, straight to its device.")
+    backend = section.get("vocab_parallel_ce_backend", "torch")
+    if backend != "torch":
+        faults.append(_fault("tensor_parallel.vocab_parallel_ce_backend", repr(backend), '"torch"'))
+    vocab_parallel = _typed(section, "vocab_parallel_lm_head", bool, faults)
+    if vocab_parallel:
+        notes.append(
+            "vocab_parallel_lm_head: the head is cut by vocabulary and its output gathered; "
+            "the loss is computed on full logits."
+        )
+    dtype = section.get("dtype")
+    if dtype is not None and _DTYPES.get(str(dtype)) is None:
+        faults.append(_fault("tensor_parallel.dtype", repr(dtype), "one of " + ", ".join(sorted(_DTYPES))))
+    partition = _partition_config(section.get("partition_config"), faults, notes)
+    result = TensorParallelSection(
+        tp_size=tp_size or None,
+        preset_model=_typed(section, "preset_model", str, faults),
+        partition_config=partition,
+        dtype=_DTYPES.get(str(dtype)) if dtype is not None else None,
+        tp_overlap_comm=bool(_typed(section, "tp_overlap_comm", bool, faults)),
+        vocab_parallel_lm_head=vocab_parallel,
+        notes=tuple(notes),
+    )
+    if faults:
+        raise DocumentError(faults)
+    return result
+
+
+def _partition_config(data: Any, faults: list[Fault], notes: list[str]) -> SpecFile | None:
+    if data is None:
+        return None
+    if isinstance(data, dict):
+        for key, reason in _IGNORED_PARTITION_KEYS.items():
+            if key in data:
+                notes.append(f"partition_config.{key} is not applied: {reason}.")
+        data = {key: value for key, value in data.items() if key not in _IGNORED_PARTITION_KEYS}
+    try:
+        return SpecFile.from_dict(data, "partition_config")
+    except DocumentError as error:
+        prefix = "tensor_parallel.partition_config."
+        faults.extend(
+            Fault(what=f.what, where=prefix + f.where, got=f.got, expected=f.expected, next=f.next) for f in error.faults
+        )
+        return None
+
+
+def _typed(section: dict[str, Any], key: str, kind: type, faults: list[Fault]) -> Any:
+    value = section.get(key)
+    if value is None or type(value) is kind:
+        return value
+    names = {int: "an integer", bool: "true or false", str: "a string"}
+    faults.append(_fault(f"tensor_parallel.{key}", repr(value), names[kind]))
+    return None
+
+
+def _fault(where: str, got: str, expected: str, hint: str = "") -> Fault:
+    return Fault(
+        what="the DeepSpeed config has a wrong value",
+        where=where,
+        got=got,
+        expected=expected,
+        next=hint or "correct it as DeepSpeed's AutoTP documentation says",
+    )

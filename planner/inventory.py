@@ -1,0 +1,207 @@
+"""What a model is made of: the names, shapes and dtypes of its module parameters, and its config.
+
+Three sources: a checkpoint folder (file headers only), a folder with a bare config.json (the model is built on the meta
+device), a live `nn.Module`. How tensors on disk differ from module parameters (other names, tables that are no
+parameters, tied heads that are not written) is a fact about the architecture that the caller passes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from autotp_plan.schemas import documents
+from autotp_plan.schemas.checkpoint import CONFIG_NAME, config_hash, holds_tensors, read_checkpoint, read_config
+from autotp_plan.schemas.errors import CheckpointError, Fault, MissingDependencyError
+from autotp_plan.schemas.names import expand, natural_key
+from autotp_plan.schemas.plan import ModelIdentity
+
+_DTYPES = {
+    "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
+    "torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2", "torch.int64": "I64", "torch.int32": "I32",
+    "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8", "torch.bool": "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParameterInfo:
+    """Shape and dtype (in safetensors' words) of one module parameter; `source` is its name on disk if another."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    source: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiskNames:
+    """How an architecture's tensors on disk differ from its module parameters.
+
+    `renamed` maps disk to module names, `ignored` are names (with braces) of tensors that are no parameters, `tied` maps
+    a second name to the parameter it is.
+    """
+
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    ignored: Sequence[str] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inventory:
+    """The module parameters of one model in natural name order, which names are tied to which, and its config."""
+
+    parameters: dict[str, ParameterInfo]
+    tied: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def model_type(self) -> str | None:
+        value = (self.config or {}).get("model_type")
+        return value if isinstance(value, str) else None
+
+    @property
+    def architecture(self) -> str | None:
+        value = (self.config or {}).get("architectures")
+        return value[0] if isinstance(value, list) and value and isinstance(value[0], str) else None
+
+    def identity(self) -> ModelIdentity:
+        """Names and hashes of the model, for a plan."""
+        return ModelIdentity(
+            model_type=self.model_type,
+            architecture=self.architecture,
+            config=config_hash(self.config),
+            inventory=inventory_hash({name: (info.shape, info.dtype) for name, info in self.parameters.items()}),
+        )
+
+
+def inventory_hash(parameters: Mapping[str, tuple[Sequence[int], str]]) -> str:
+    """Hash over sorted names with their shapes and dtypes."""
+    return documents.fingerprint(sorted([name, list(shape), dtype] for name, (shape, dtype) in parameters.items()))
+
+
+def inventory_of_folder(folder: Path, names: DiskNames | None = None) -> Inventory:
+    """The inventory of a checkpoint folder, or of a folder with a bare config.json.
+
+    Raises CheckpointError when the folder is neither, MissingDependencyError when a bare config.json needs
+    transformers and it is not installed.
+    """
+    names = names or DiskNames()
+    if holds_tensors(folder):
+        return _of_checkpoint(folder, names)
+    if (folder / CONFIG_NAME).exists():
+        return _of_config(folder, names)
+    read_checkpoint(folder)  # raises, and says what it found instead
+    raise AssertionError("read_checkpoint must refuse a folder without tensors")
+
+
+def inventory_of_module(module: Any, names: DiskNames | None = None) -> Inventory:
+    """The inventory of a live `torch.nn.Module`, whose parameters may be on the meta device."""
+    names = names or DiskNames()
+    on_disk = {memory: disk for disk, memory in names.renamed.items()}
+    first_name: dict[int, str] = {}
+    parameters: dict[str, ParameterInfo] = {}
+    tied: dict[str, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if id(parameter) in first_name:
+            tied[name] = first_name[id(parameter)]
+            continue
+        first_name[id(parameter)] = name
+        dtype = _DTYPES.get(str(parameter.dtype))
+        if dtype is None:
+            raise CheckpointError(
+                Fault(
+                    what="a parameter has a dtype that cannot be cut",
+                    where=name,
+                    got=str(parameter.dtype),
+                    expected="one of " + ", ".join(sorted(_DTYPES)),
+                    next="convert the model with model.to(torch.bfloat16)",
+                )
+            )
+        parameters[name] = ParameterInfo(shape=tuple(parameter.shape), dtype=dtype, source=on_disk.get(name))
+    config = getattr(module, "config", None)
+    as_dict = config.to_dict() if hasattr(config, "to_dict") else config if isinstance(config, dict) else None
+    return Inventory(parameters=_sorted(parameters), tied=tied, config=as_dict)
+
+
+def _of_checkpoint(folder: Path, names: DiskNames) -> Inventory:
+    checkpoint = read_checkpoint(folder)
+    ignored = {name for pattern in names.ignored for name in expand(pattern)}
+    parameters: dict[str, ParameterInfo] = {}
+    dropped: list[str] = []
+    faults: list[Fault] = []
+    for tensor in checkpoint.tensors.values():
+        if tensor.name in ignored:
+            continue
+        name = names.renamed.get(tensor.name, tensor.name)
+        if name in names.tied:
+            dropped.append(tensor.name)
+            continue
+        if "{" in name or "}" in name:
+            faults.append(_brace_fault(tensor.name))
+        source = tensor.name if name != tensor.name else None
+        parameters[name] = ParameterInfo(shape=tensor.shape, dtype=tensor.dtype, source=source)
+    if faults:
+        raise CheckpointError(faults)
+    notes = tuple(
+        f"{name} is on disk but tied to {names.tied[names.renamed.get(name, name)]}: only the latter is used."
+        for name in sorted(dropped)
+    )
+    tied = {name: to for name, to in names.tied.items() if to in parameters}
+    return Inventory(parameters=_sorted(parameters), tied=tied, config=read_config(folder), notes=notes)
+
+
+def _of_config(folder: Path, names: DiskNames) -> Inventory:
+    config = read_config(folder)
+    assert config is not None
+    try:
+        import torch
+        import transformers
+        from accelerate import init_empty_weights
+    except ImportError as error:
+        raise MissingDependencyError(
+            Fault(
+                what="shapes from a bare config.json need transformers",
+                where=str(folder / CONFIG_NAME),
+                got=f"no module named {error.name!r}",
+                expected="transformers, accelerate and torch, or a folder with safetensors files",
+                next="pip install 'autotp-plan[train]', or give the checkpoint folder: its headers are enough",
+            )
+        ) from None
+    try:
+        model_config = transformers.AutoConfig.from_pretrained(str(folder))
+        dtype = getattr(model_config, "dtype", None) or torch.float32
+        architecture = getattr(transformers, (config.get("architectures") or [""])[0], None)
+        with init_empty_weights():
+            if architecture is not None and hasattr(architecture, "_from_config"):
+                model = architecture._from_config(model_config, dtype=dtype)
+            else:
+                model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+        model.tie_weights()
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
+        raise CheckpointError(
+            Fault(
+                what="transformers cannot build a model from this config",
+                where=str(folder / CONFIG_NAME),
+                got=f"{type(error).__name__}: {error}",
+                expected="the config.json of a causal language model that transformers knows",
+                next="correct the config, or give a folder with safetensors files",
+            )
+        ) from None
+    inventory = inventory_of_module(model, names)
+    return Inventory(parameters=inventory.parameters, tied=inventory.tied, config=config)
+
+
+def _sorted(parameters: dict[str, ParameterInfo]) -> dict[str, ParameterInfo]:
+    return dict(sorted(parameters.items(), key=lambda item: natural_key(item[0])))
+
+
+def _brace_fault(name: str) -> Fault:
+    return Fault(
+        what="a tensor's name has a brace",
+        where=name,
+        got=name,
+        expected="names without { and }, which stand for several names in a plan",
+        next="rename the tensor",
+    )

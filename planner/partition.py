@@ -1,0 +1,150 @@
+"""From one resolved rule and one shape to a layout: sub-parameters, units, intervals.
+
+Pure integers. It does not know names, patterns or symbols; a rule that cannot be applied raises PartitionError, and the
+caller says where.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from autotp_plan.schemas import intervals as iv
+from autotp_plan.schemas.layout import Layout, SubParameter, group_view
+from autotp_plan.schemas.spec import Indivisible
+
+
+class PartitionError(ValueError):
+    """A rule does not fit a shape or a tp_size."""
+
+    def __init__(self, what: str, got: str, expected: str, num_units: int | None = None) -> None:
+        super().__init__(f"{what}: {got}; expected {expected}")
+        self.what, self.got, self.expected = what, got, expected
+        self.num_units = num_units
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cut:
+    """A rule with every size an integer. `shape` is the rule's logical shape, with -1 for what is to be inferred."""
+
+    dim: int
+    shape: tuple[int | tuple[int, ...], ...] | None = None
+    unit: int | tuple[int, ...] = 1
+    indivisible: Indivisible = "error"
+
+
+def whole(shape: Sequence[int]) -> Layout:
+    """The layout of a tensor that every rank holds whole."""
+    return Layout(shape=tuple(shape))
+
+
+def partition(shape: Sequence[int], cut: Cut, tp_size: int) -> Layout:
+    """The layout of a tensor of `shape` under `cut`. Raises PartitionError."""
+    view, sizes = _view(tuple(shape), cut)
+    units = cut.unit if isinstance(cut.unit, tuple) else (cut.unit,) * len(sizes)
+    if len(units) != len(sizes):
+        raise PartitionError("units and sub-parameters do not pair up", f"{len(units)} units", f"{len(sizes)}")
+    subs = [_sub_parameter(size, unit) for size, unit in zip(sizes, units)]
+    per_rank: list[list[iv.Interval]] = [[] for _ in range(tp_size)]
+    start = 0
+    for sub in subs:
+        for rank, run in enumerate(_share(sub, tp_size, cut.indivisible)):
+            per_rank[rank].append(iv.scale(run, sub.unit, start))
+        start += sub.size
+    intervals = tuple(iv.join_touching(rank) for rank in per_rank)
+    return Layout(shape=view, dim=cut.dim, sub_parameters=tuple(subs), intervals=intervals)
+
+
+def bias_layout(weight_shape: Sequence[int], weight: Layout) -> Layout:
+    """The layout of the bias that goes with a column-parallel weight: the cut of its output features.
+
+    `weight_shape` is the parameter's own shape; the output features are the dimension of it that is cut.
+    """
+    assert weight.dim is not None
+    groups = group_view(weight_shape, weight.shape)
+    assert groups is not None, "a layout's shape is a view of its parameter's"
+    group = next(group for group in groups if weight.dim in group)
+    return Layout(
+        shape=tuple(weight.shape[dim] for dim in group),
+        dim=weight.dim - group.start,
+        sub_parameters=weight.sub_parameters,
+        intervals=weight.intervals,
+    )
+
+
+def _share(sub: SubParameter, tp_size: int, indivisible: Indivisible) -> list[iv.Interval]:
+    units = f"{sub.num_units} units of {sub.unit}" if sub.unit > 1 else f"{sub.size}"
+    if sub.num_units % tp_size and indivisible == "error":
+        raise PartitionError(
+            "tp_size does not divide the units",
+            f"{units} over {tp_size} ranks",
+            f"a tp_size that divides {sub.num_units}",
+            sub.num_units,
+        )
+    if sub.num_units < tp_size:
+        raise PartitionError(
+            "there are fewer units than ranks",
+            f"{units} over {tp_size} ranks",
+            f"a tp_size of at most {sub.num_units}",
+            sub.num_units,
+        )
+    return iv.divide(sub.num_units, tp_size)
+
+
+def _sub_parameter(size: int, unit: int) -> SubParameter:
+    if size < 1 or unit < 1:
+        raise PartitionError("a size is not positive", f"size {size}, unit {unit}", "positive integers")
+    if size % unit:
+        raise PartitionError("a sub-parameter is not whole units", f"{size} in units of {unit}", f"a multiple of {unit}")
+    return SubParameter(size=size, unit=unit)
+
+
+def _view(shape: tuple[int, ...], cut: Cut) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The logical shape, and the sizes of the sub-parameters along the cut dimension."""
+    logical = cut.shape if cut.shape is not None else (-1,) * len(shape)
+    if cut.dim >= len(logical):
+        raise PartitionError(
+            "partition_dim is not a dimension", f"{cut.dim} of {list(logical)}", f"0 to {len(logical) - 1}"
+        )
+    at_dim = logical[cut.dim]
+    if any(isinstance(size, tuple) for dim, size in enumerate(logical) if dim != cut.dim):
+        raise PartitionError("sub-parameter sizes are not at partition_dim", f"{list(logical)}", f"them at {cut.dim}")
+    known = [
+        sum(size) if isinstance(size, tuple) else -1 if dim == cut.dim else size for dim, size in enumerate(logical)
+    ]
+    if any(size == 0 or size < -1 for size in [*known, *(at_dim if isinstance(at_dim, tuple) else [at_dim])]):
+        raise PartitionError("a size is not positive", f"{list(logical)}", "positive sizes or -1")
+    view = _infer(shape, known)
+    if view is None or group_view(shape, view) is None:
+        raise PartitionError("the rule's shape does not fit the parameter", f"{_text(logical)} for {_text(shape)}",
+                             "a logical shape of the same elements, row-major")  # fmt: skip
+    size = view[cut.dim]
+    if isinstance(at_dim, tuple):
+        return view, at_dim
+    if at_dim == -1:
+        return view, (size,)
+    if size % at_dim:
+        raise PartitionError("the dimension is not equal sub-parameters", f"{size} in {at_dim}", f"a multiple of {at_dim}")
+    return view, (size // at_dim,) * at_dim
+
+
+def _infer(shape: tuple[int, ...], known: list[int]) -> tuple[int, ...] | None:
+    """Fill in the -1s: one from the number of elements, several from the same dimension of `shape`."""
+    unknown = [dim for dim, size in enumerate(known) if size == -1]
+    filled = list(known)
+    if len(unknown) == 1:
+        rest = math.prod(size for size in known if size != -1)
+        if rest == 0 or math.prod(shape) % rest:
+            return None
+        filled[unknown[0]] = math.prod(shape) // rest
+    elif unknown:
+        if len(known) != len(shape):
+            return None
+        for dim in unknown:
+            filled[dim] = shape[dim]
+    return tuple(filled) if math.prod(filled) == math.prod(shape) else None
+
+
+def _text(shape: Sequence[int | tuple[int, ...]]) -> str:
+    return str([list(size) if isinstance(size, tuple) else size for size in shape])

@@ -1,0 +1,303 @@
+"""Which rule decides each parameter, and the layout that follows.
+
+Sources are asked in order of precedence; the first rule that matches decides. Every fault of the whole model is
+collected; nothing is guessed: a weight that no rule decides is a fault, and so is a pattern that matches nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from autotp_plan.planner import partition as pt
+from autotp_plan.planner.faults import FaultBook
+from autotp_plan.planner.inventory import Inventory
+from autotp_plan.planner.sources import Source
+from autotp_plan.planner.symbols import SymbolError, Symbols
+from autotp_plan.schemas.layout import Layout
+from autotp_plan.schemas.plan import Style
+from autotp_plan.schemas.spec import PartitionType, Spec
+
+_STYLES: Mapping[PartitionType, Style] = {"column": "column", "row": "row", "vocab": "vocab", "skip": "replicated"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """How one parameter (or tied name) is cut, by which rule."""
+
+    rule: str
+    style: Style
+    layout: Layout
+    gather_output: bool = False
+    partial_gradient: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Rule:
+    """A rule with its name and compiled patterns."""
+
+    name: str
+    spec: Spec
+    patterns: tuple[re.Pattern[str], ...]
+    trusted: bool
+
+    def matches(self, name: str) -> bool:
+        return any(pattern.match(name) for pattern in self.patterns)
+
+
+@dataclass(kw_only=True)
+class Resolver:
+    """Resolves every parameter of one inventory; `faults` collects what is wrong."""
+
+    inventory: Inventory
+    symbols: Symbols
+    tp_size: int
+    faults: FaultBook = field(default_factory=FaultBook)
+    _layouts: dict[tuple[str, tuple[int, ...]], Layout | None] = field(default_factory=dict)
+
+    def resolve(self, sources: Sequence[Source]) -> dict[str, Decision]:
+        """A decision for every parameter and tied name that has one, in the inventory's order."""
+        rules = [self._compile(source) for source in sources]
+        names = [*self.inventory.parameters, *self.inventory.tied]
+        for source_rules in rules:
+            self._check_patterns_match(source_rules, names)
+        trusted = [rule for source_rules in rules for rule in source_rules if rule.trusted]
+        decisions: dict[str, Decision] = {}
+        for name in names:
+            if self._is_bias_of_weight(name):
+                continue
+            rule = self._deciding_rule(name, rules)
+            decision = self._decide(name, rule, trusted)
+            if decision is not None:
+                decisions[name] = decision
+        for name in filter(self._is_bias_of_weight, names):
+            weight = name.removesuffix("bias") + "weight"
+            if weight in decisions:
+                decisions[name] = self._bias(name, weight, decisions[weight])
+        return {name: decisions[name] for name in names if name in decisions}
+
+    def _compile(self, source: Source) -> list[_Rule]:
+        rules = []
+        model_type = (self.inventory.model_type or "").lower()
+        for index, spec in enumerate(source.specs, 1):
+            if spec.model_types and model_type not in [wanted.lower() for wanted in spec.model_types]:
+                continue
+            name = f"{source.label} #{index}"
+            patterns = []
+            for pattern in spec.patterns:
+                try:
+                    patterns.append(re.compile(pattern))
+                except (re.error, OverflowError, RecursionError) as error:
+                    self.faults.add("a pattern is not a regular expression", name, got=f"{pattern}: {error}",
+                                    expected="a Python regular expression", next="escape dots and brackets with \\")  # fmt: skip
+            rules.append(_Rule(name=name, spec=spec, patterns=tuple(patterns), trusted=source.trusted))
+        return rules
+
+    def _check_patterns_match(self, rules: Sequence[_Rule], names: Sequence[str]) -> None:
+        for rule in rules:
+            if rule.spec.optional:
+                continue
+            for pattern in rule.patterns:
+                if any(pattern.match(name) for name in names):
+                    continue
+                modules = {name.rpartition(".")[0] for name in names}
+                if any(pattern.match(module) for module in modules):
+                    hint = f"patterns are matched against parameter names: end it with \\.weight, as in {pattern.pattern.rstrip('$')}\\.weight$"
+                elif rule.trusted:
+                    hint = "the checkpoint may be incomplete, or another architecture; see `--preset none --spec FILE`"
+                else:
+                    hint = f"compare with the model's names, such as {_example(names)}; or mark the rule \"optional\": true"
+                self.faults.add("a pattern matches no parameter", rule.name, got=pattern.pattern,
+                                expected="at least one parameter of the model", next=hint)  # fmt: skip
+
+    def _deciding_rule(self, name: str, rules: Sequence[Sequence[_Rule]]) -> _Rule | None:
+        for source_rules in rules:
+            found = [rule for rule in source_rules if rule.matches(name)]
+            if not found:
+                continue
+            for other in found[1:]:
+                if _meaning(other.spec) != _meaning(found[0].spec):
+                    self.faults.add(
+                        "two rules match one parameter and disagree",
+                        name,
+                        got=f"{found[0].name} ({_brief(found[0].spec)}) and {other.name} ({_brief(other.spec)})",
+                        expected="one rule, or rules that say the same",
+                        next="narrow one of the patterns",
+                    )
+            return found[0]
+        return None
+
+    def _decide(self, name: str, rule: _Rule | None, trusted: Sequence[_Rule]) -> Decision | None:
+        shape = self._shape(name)
+        if rule is None:
+            if len(shape) <= 1:
+                return Decision(rule="default: at most one dimension", style="replicated", layout=pt.whole(shape))
+            self.faults.add(
+                "no rule decides a weight",
+                name,
+                got=f"shape {list(shape)}",
+                expected="a rule for every weight of two or more dimensions",
+                next='add a rule: {"patterns": ["' + _pattern_for(name) + '"], "partition_type": "skip"} keeps it '
+                'whole on every rank; "column", "row" or "vocab" cuts it',
+            )
+            return None
+        known = None if rule.trusted else next((other for other in trusted if other.matches(name)), None)
+        spec = rule.spec
+        if known is not None and spec.partition_type == "row" and known.spec.partition_type == "vocab":
+            spec = dataclasses.replace(known.spec, patterns=spec.patterns)
+        elif known is not None and spec.unit is None and spec.partition_type == known.spec.partition_type:
+            spec = dataclasses.replace(spec, unit=known.spec.unit)
+        if spec.partition_type == "skip":
+            return Decision(rule=rule.name, style="replicated", layout=pt.whole(shape),
+                            partial_gradient=spec.grad_allreduce)  # fmt: skip
+        layout = self._layout(name, rule.name, spec, shape)
+        if layout is None:
+            return None
+        if known is not None and known.spec.partition_type == spec.partition_type:
+            self._check_against_known(name, rule, layout, known)
+        return Decision(
+            rule=rule.name, style=_STYLES[spec.partition_type], layout=layout, gather_output=spec.gather_output
+        )
+
+    def _layout(self, name: str, rule: str, spec: Spec, shape: tuple[int, ...]) -> Layout | None:
+        key = (rule, shape)
+        if key in self._layouts and self._layouts[key] is not None:
+            return self._layouts[key]
+        try:
+            layout = pt.partition(shape, self._cut(spec), self.tp_size)
+        except SymbolError as error:
+            layout = None
+            self.faults.add("a size cannot be resolved", f"{name} ({rule})", got=str(error),
+                            expected="sizes that the model's config gives", next="correct the rule's shape and unit")  # fmt: skip
+        except pt.PartitionError as error:
+            layout = None
+            self.faults.add(error.what, f"{name} ({rule})", got=error.got, expected=error.expected,
+                            next=self._next_step(error), num_units=error.num_units)  # fmt: skip
+        self._layouts[key] = layout
+        return layout
+
+    def _cut(self, spec: Spec) -> pt.Cut:
+        resolve = self.symbols.resolve
+        shape = None
+        if spec.shape is not None:
+            shape = tuple(tuple(map(resolve, size)) if isinstance(size, tuple) else resolve(size) for size in spec.shape)
+        unit = spec.unit if spec.unit is not None else 1
+        return pt.Cut(
+            dim=spec.partition_dim if spec.partition_dim is not None else 1 if spec.partition_type == "row" else 0,
+            shape=shape,
+            unit=tuple(map(resolve, unit)) if isinstance(unit, tuple) else resolve(unit),
+            indivisible=spec.indivisible,
+        )
+
+    def _check_against_known(self, name: str, rule: _Rule, layout: Layout, known: _Rule) -> None:
+        """A user's rule may choose whether and by what to cut, but not misread what is fused in a weight."""
+        try:
+            truth = pt.partition(self._shape(name), self._cut(known.spec), 1)
+        except (SymbolError, pt.PartitionError):
+            return  # the config does not fit the weight; the preset's own rule says so where it decides
+        got, expected = ([sub.size for sub in one.sub_parameters] for one in (layout, truth))
+        if (layout.shape, layout.dim, got) != (truth.shape, truth.dim, expected):
+            self.faults.add(
+                "a rule cuts a fused weight in the wrong place",
+                f"{name} ({rule.name})",
+                got=f"sub-parameters {got} along dim {layout.dim} of {list(layout.shape)}",
+                expected=f"{expected} along dim {truth.dim} of {list(truth.shape)}, as {known.name} knows the weight",
+                next="remove the rule (the preset has the right one), or give it the shape that is expected",
+            )
+
+    def _bias(self, name: str, weight: str, decision: Decision) -> Decision:
+        shape = self._shape(name)
+        layout = pt.whole(shape)
+        if decision.style == "column":
+            layout = pt.bias_layout(self._shape(weight), decision.layout)
+            if math.prod(shape) != math.prod(layout.shape):
+                self.faults.add("a bias does not fit its weight", name, got=f"shape {list(shape)}",
+                                expected=f"{math.prod(layout.shape)} values", next="check the checkpoint")  # fmt: skip
+        style: Style = "column" if decision.style == "column" else "replicated"
+        return dataclasses.replace(decision, style=style, layout=layout, gather_output=False)
+
+    def _is_bias_of_weight(self, name: str) -> bool:
+        if not name.endswith(".bias") or len(self._shape(name)) != 1:
+            return False
+        weight = name.removesuffix("bias") + "weight"
+        known = weight in self.inventory.parameters or weight in self.inventory.tied
+        return known and len(self._shape(weight)) > 1
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self.inventory.parameters[self.inventory.tied.get(name, name)].shape
+
+    def _next_step(self, error: pt.PartitionError) -> str:
+        if error.num_units is None:
+            return "correct the rule"
+        return 'use a tp_size that works, or say "indivisible": "uneven" in the rule'
+
+
+def module_attributes(
+    sources: Sequence[Source], decisions: Mapping[str, Decision], resolver: Resolver
+) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """`(module, attribute, value per rank)` for the modules of which a weight is cut."""
+    cut_modules: dict[str, None] = {}
+    for name, decision in decisions.items():
+        if decision.style in ("column", "row") and not decision.gather_output:
+            module = name
+            while module:
+                module = module.rpartition(".")[0]
+                cut_modules[module] = None
+    done: set[tuple[str, str]] = set()
+    for source in sources:
+        for index, spec in enumerate(source.attributes, 1):
+            rule = f"{source.label} module_attributes #{index}"
+            values = {attribute: _values(resolver, rule, size) for attribute, size in spec.attributes.items()}
+            for pattern in spec.patterns:
+                matched = [module for module in cut_modules if _full_match(resolver, rule, pattern, module)]
+                if not matched and not source.trusted:
+                    resolver.faults.add("a pattern matches no module of which a weight is cut", rule, got=pattern,
+                                        expected="a module name, such as model.layers.0.self_attn",
+                                        next="patterns of module_attributes are matched against module names")  # fmt: skip
+                for module in matched:
+                    for attribute, value in values.items():
+                        if value is not None and (module, attribute) not in done:
+                            done.add((module, attribute))
+                            yield module, attribute, value
+
+
+def _full_match(resolver: Resolver, rule: str, pattern: str, module: str) -> bool:
+    try:
+        return re.match(pattern, module) is not None
+    except (re.error, OverflowError, RecursionError) as error:
+        resolver.faults.add("a pattern is not a regular expression", rule, got=f"{pattern}: {error}",
+                            expected="a Python regular expression", next="escape dots and brackets with \\")  # fmt: skip
+        return False
+
+
+def _values(resolver: Resolver, rule: str, size: int | str) -> tuple[int, ...] | None:
+    try:
+        return tuple(
+            resolver.symbols.resolve(size, {"tp_size": resolver.tp_size, "tp_rank": rank})
+            for rank in range(resolver.tp_size)
+        )
+    except SymbolError as error:
+        resolver.faults.add("a size cannot be resolved", rule, got=str(error),
+                            expected="sizes that the model's config gives", next="correct the expression")  # fmt: skip
+        return None
+
+
+def _meaning(spec: Spec) -> Spec:
+    """The rule without what does not change the cut."""
+    return dataclasses.replace(spec, patterns=(), model_types=None, optional=False)
+
+
+def _brief(spec: Spec) -> str:
+    return spec.partition_type if spec.shape is None else f"{spec.partition_type}, shape {list(spec.shape)}"
+
+
+def _pattern_for(name: str) -> str:
+    parts = ["\\\\d+" if part.isdecimal() else part for part in name.split(".")]
+    return "\\\\.".join(parts) + "$"
+
+
+def _example(names: Sequence[str]) -> str:
+    return next((name for name in names if any(part.isdecimal() for part in name.split("."))), names[0] if names else "")

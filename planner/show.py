@@ -1,0 +1,133 @@
+"""A plan as tables and as one JSON object, for people and for other tools. Returns data; printing is the CLI's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from autotp_plan.schemas import intervals as iv
+from autotp_plan.schemas.layout import Layout
+from autotp_plan.schemas.names import expand
+from autotp_plan.schemas.plan import Parameter, Plan
+from autotp_plan.schemas.safetensors_file import num_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One line of the table: a group of alike parameters."""
+
+    name: str
+    count: int
+    shape: str
+    dtype: str
+    style: str
+    share: str
+    bytes_per_rank: int
+    rule: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """The totals of a plan, in bytes. `replicated` is what every rank holds of parameters that are not cut."""
+
+    total: int
+    per_rank: tuple[int, ...]
+    replicated: int
+    num_parameters: int
+
+
+def rows(plan: Plan) -> list[Row]:
+    """The table of a plan, a row per entry; `bytes_per_rank` is that of the rank that holds most."""
+    table = []
+    for entry in plan.parameters:
+        layout = plan.layouts[entry.layout]
+        count = len(expand(entry.name))
+        table.append(
+            Row(
+                name=entry.name,
+                count=count,
+                shape=" x ".join(map(str, plan.shape_of(entry))) or "scalar",
+                dtype=entry.dtype,
+                style=_style(entry),
+                share=_share(layout, plan.tp_size),
+                bytes_per_rank=count * max(_rank_bytes(entry, layout, rank) for rank in range(plan.tp_size)),
+                rule=entry.rule,
+            )
+        )
+    return table
+
+
+def summary(plan: Plan) -> Summary:
+    """The totals of a plan."""
+    per_rank = [0] * plan.tp_size
+    total = replicated = count = 0
+    for entry in plan.parameters:
+        layout = plan.layouts[entry.layout]
+        alike = len(expand(entry.name))
+        count += alike
+        size = alike * num_bytes(entry.dtype, plan.shape_of(entry))
+        total += size
+        replicated += size if layout.dim is None else 0
+        for rank in range(plan.tp_size):
+            per_rank[rank] += alike * _rank_bytes(entry, layout, rank)
+    return Summary(total=total, per_rank=tuple(per_rank), replicated=replicated, num_parameters=count)
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """`{"tp_size", "parameters": [{"name", "shape", "dtype", "style", "rule", "dim", "intervals"}]}`, expanded.
+
+    One entry per module parameter. `dim` is null and every rank holds all of it when a parameter is replicated. Where a
+    weight is cut in a logical view of its shape, the entry has that as `view`, and `dim` is a dimension of it.
+    """
+    parameters = []
+    for parameter in plan.expanded():
+        layout = plan.layouts[parameter.layout]
+        shape = plan.shape_of(parameter)
+        entry: dict[str, Any] = {
+            "name": parameter.name,
+            "shape": list(shape),
+            "dtype": parameter.dtype,
+            "style": parameter.style,
+            "rule": parameter.rule,
+            "dim": layout.dim,
+            "intervals": [[list(run) for run in layout.rank_intervals(rank)] for rank in range(plan.tp_size)],
+        }
+        if shape != layout.shape:
+            entry["view"] = list(layout.shape)
+        parameters.append(entry)
+    return {"tp_size": plan.tp_size, "parameters": parameters}
+
+
+def human_bytes(count: int) -> str:
+    """`1.5 GiB` and the like."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+
+
+def _style(entry: Parameter) -> str:
+    if entry.gather_output:
+        return f"{entry.style}, gathered"
+    return f"{entry.style}, gradient summed" if entry.partial_gradient else entry.style
+
+
+def _share(layout: Layout, tp_size: int) -> str:
+    if layout.dim is None:
+        return "all"
+    size = layout.shape[layout.dim]
+    lengths = {iv.length(layout.intervals[rank]) for rank in range(tp_size)}
+    held = f"{min(lengths)}" if len(lengths) == 1 else f"{min(lengths)} to {max(lengths)}"
+    view = "" if len(layout.sub_parameters) == 1 else f" in {len(layout.sub_parameters)} parts"
+    return f"dim {layout.dim}: {held} of {size}{view}"
+
+
+def _rank_bytes(entry: Parameter, layout: Layout, rank: int) -> int:
+    return num_bytes(entry.dtype, layout.rank_shape(rank))
+
+
+def describe_ties(plan: Plan) -> list[str]:
+    """A sentence for each tied parameter."""
+    return [f"{tie.name} is {tie.to}, run as {tie.style}" for tie in plan.tied]

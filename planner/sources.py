@@ -1,0 +1,203 @@
+"""Where rules come from: spec files, a DeepSpeed config, a preset; in that order of precedence.
+
+A `Source` is a labelled list of rules. This module finds and reads them and says which preset fits a model; it does not
+apply a rule to anything.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from autotp_plan.planner.deepspeed_config import TensorParallelSection
+from autotp_plan.planner.inventory import DiskNames
+from autotp_plan.planner.symbols import SymbolError, Symbols
+from autotp_plan.schemas.documents import did_you_mean
+from autotp_plan.schemas.errors import CompileError, Fault
+from autotp_plan.schemas.spec import AttributeSpec, Spec, SpecFile
+
+AUTO, NONE = "auto", "none"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """Rules of one origin. `label` begins each rule's name: `preset llama #1`. `trusted` rules know the architecture."""
+
+    label: str
+    specs: tuple[Spec, ...]
+    attributes: tuple[AttributeSpec, ...] = ()
+    trusted: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rules:
+    """Everything that decides: sources in order of precedence, and the facts about the model they bring along.
+
+    `preset` knows the architecture even where its rules do not decide (`use_default_specs` false).
+    """
+
+    sources: tuple[Source, ...]
+    files: tuple[SpecFile, ...]
+    preset: SpecFile | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def facts(self) -> tuple[SpecFile, ...]:
+        """The spec files whose symbols, ties and names hold, in order of precedence."""
+        return (*self.files, self.preset) if self.preset else self.files
+
+    def symbols(self, config: Mapping[str, Any] | None) -> Symbols:
+        """What names mean for a model with `config`."""
+        filled: dict[str, Any] = {}
+        definitions: dict[str, tuple[int | str, ...]] = {}
+        for file in reversed(self.facts):
+            filled.update(file.defaults)
+            definitions.update(file.symbols)
+        filled.update({key: value for key, value in (config or {}).items() if value is not None or key not in filled})
+        return Symbols(config=filled, definitions=definitions)
+
+    def num_layers(self, symbols: Symbols) -> int | None:
+        """Number of layers, None when no spec file says how to know it. Raises CompileError when it cannot be known."""
+        size = next((file.num_layers for file in self.facts if file.num_layers is not None), None)
+        try:
+            return None if size is None else symbols.resolve(size)
+        except SymbolError as error:
+            raise CompileError(
+                Fault(
+                    what="the number of layers is not known",
+                    where="num_layers",
+                    got=str(error),
+                    expected="a size that config.json gives",
+                    next="correct config.json",
+                )
+            ) from None
+
+    def disk_names(self, symbols: Symbols, num_layers: int | None) -> DiskNames:
+        """How tensors on disk differ from module parameters."""
+        layers = "{0..%d}" % (num_layers - 1) if num_layers else "*"
+        renamed: dict[str, str] = {}
+        for file in reversed(self.facts):
+            renamed.update(file.renamed_tensors)
+        return DiskNames(
+            renamed=renamed,
+            ignored=tuple(sorted({name.replace("*", layers) for file in self.facts for name in file.ignored_tensors})),
+            tied={
+                tie.name: tie.to
+                for file in reversed(self.facts)
+                for tie in file.tied
+                if tie.when is None or symbols.config_flag(tie.when)
+            },
+        )
+
+
+def gather(
+    model_type: str | None,
+    preset: str,
+    spec_files: Sequence[SpecFile],
+    section: TensorParallelSection | None,
+) -> Rules:
+    """The rules for a model of `model_type`. `preset` is `auto`, `none` or a name. Raises CompileError."""
+    notes: list[str] = []
+    partition = section.partition_config if section else None
+    if section and section.preset_model and preset == AUTO:
+        preset = _preset_of_deepspeed(section.preset_model, model_type, notes)
+    found = _find_preset(preset, model_type, notes)
+    use_default = all(file.use_default_specs for file in spec_files) and (not partition or partition.use_default_specs)
+    sources = [
+        Source(label=_label(file, index, len(spec_files)), specs=file.layer_specs + file.vocabulary_specs,
+               attributes=file.module_attributes)
+        for index, file in enumerate(spec_files)
+    ]  # fmt: skip
+    if partition:
+        sources.append(Source(label="ds-config", specs=partition.layer_specs))
+    if found:
+        vocabulary = found.vocabulary_specs
+        if section and section.vocab_parallel_lm_head is False:
+            vocabulary = tuple(
+                Spec(patterns=spec.patterns, partition_type="skip", optional=spec.optional) for spec in vocabulary
+            )
+        if use_default:
+            label = f"preset {found.name}"
+            sources.append(Source(label=label, specs=found.layer_specs, attributes=found.module_attributes, trusted=True))
+        sources.append(Source(label=f"preset {found.name} vocabulary", specs=vocabulary, trusted=True))
+        if not use_default:
+            sources.append(Source(label=f"preset {found.name}", specs=(), attributes=found.module_attributes, trusted=True))
+    if section:
+        notes.extend(section.notes)
+    return Rules(sources=tuple(sources), files=tuple(spec_files), preset=found, notes=tuple(notes))
+
+
+def preset_names() -> list[str]:
+    """The names of all presets, sorted."""
+    folder = resources.files("autotp_plan.planner.presets")
+    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.endswith(".json"))
+
+
+def read_preset(name: str) -> SpecFile:
+    """The preset called `name`, one of `preset_names()`."""
+    text = resources.files("autotp_plan.planner.presets").joinpath(f"{name}.json").read_text(encoding="utf-8")
+    return SpecFile.from_dict(json.loads(text), f"preset {name}")
+
+
+def read_spec_file(path: Path) -> SpecFile:
+    """The spec file in `path`, named after the file unless it names itself."""
+    return SpecFile.read(path)
+
+
+def _label(file: SpecFile, index: int, count: int) -> str:
+    if file.name:
+        return f"spec {file.name}"
+    return "spec file" if count == 1 else f"spec file {index + 1}"
+
+
+def _find_preset(preset: str, model_type: str | None, notes: list[str]) -> SpecFile | None:
+    if preset == NONE:
+        return None
+    names = preset_names()
+    if preset == AUTO:
+        if model_type in names:
+            return read_preset(model_type)
+        return next((found for found in map(read_preset, names) if model_type in found.model_types), None)
+    if preset not in names:
+        raise CompileError(
+            Fault(
+                what="there is no such preset",
+                where="--preset",
+                got=preset,
+                expected="auto, none, " + ", ".join(names),
+                next=did_you_mean(preset, names) or "use --preset auto, or write a spec file and use --preset none",
+            )
+        )
+    found = read_preset(preset)
+    if model_type is None or model_type in found.model_types:
+        return found
+    own = _find_preset(AUTO, model_type, notes)
+    if own is not None:
+        raise CompileError(
+            Fault(
+                what="the preset is not for this model",
+                where="--preset",
+                got=f"{preset}, which is for model_type {', '.join(found.model_types)}",
+                expected=f"the preset for model_type {model_type}",
+                next=f"use --preset auto or --preset {own.name}",
+            )
+        )
+    notes.append(f"Preset {preset} was made for model_type {', '.join(found.model_types)}; this model is {model_type}.")
+    return found
+
+
+def _preset_of_deepspeed(preset_model: str, model_type: str | None, notes: list[str]) -> str:
+    """The preset that stands for DeepSpeed's `preset_model`: the model's own, wherever there is one."""
+    own = _find_preset(AUTO, model_type, notes)
+    if own is None or own.name is None:
+        return preset_model
+    if own.name != preset_model:
+        notes.append(
+            f"preset_model {preset_model!r} of the DeepSpeed config was replaced by preset {own.name!r}: "
+            f"the model is a {model_type}, which differs."
+        )
+    return own.name

@@ -1,0 +1,209 @@
+"""Reading and writing JSON documents: parse, validate against a schema, format, fingerprint.
+
+The JSON Schema files are the only home of what a document may contain; this module turns their complaints into faults
+with a dotted path, what was expected and, for a misspelt key, what was probably meant. It knows nothing of what any
+document is for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autotp_plan.schemas.errors import DocumentError, Fault
+
+if TYPE_CHECKING:
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import ValidationError
+
+MAX_DOCUMENT_BYTES = 64 * 1024 * 1024
+
+
+def read_json(path: Path, kind: str) -> Any:
+    """The parsed JSON of `path`. Raises DocumentError when it is missing, too large, not UTF-8 or not JSON."""
+    try:
+        if path.stat().st_size > MAX_DOCUMENT_BYTES:
+            raise DocumentError(
+                Fault(
+                    what=f"the {kind} is too large to be one",
+                    where=str(path),
+                    got=f"{path.stat().st_size} bytes",
+                    expected=f"at most {MAX_DOCUMENT_BYTES} bytes",
+                    next="check that this is the file you meant",
+                )
+            )
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DocumentError(
+            Fault(
+                what=f"cannot read the {kind}",
+                where=str(path),
+                got=error.strerror or str(error),
+                expected="a readable JSON file",
+                next="check the path",
+            )
+        ) from None
+    except UnicodeDecodeError:
+        raise DocumentError(_not_json(path, kind, "bytes that are not UTF-8 text")) from None
+    return parse_json(text, kind, path)
+
+
+def parse_json(text: str, kind: str, path: Path | str) -> Any:
+    """The parsed JSON of `text`. Raises DocumentError on a syntax error, a repeated key or NaN."""
+    try:
+        return json.loads(text, object_pairs_hook=_no_repeated_keys, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise DocumentError(_not_json(path, kind, str(error) or type(error).__name__)) from None
+
+
+def validate(data: Any, schema_name: str, kind: str) -> None:
+    """Check `data` against `schemas/{schema_name}.schema.json`. Raises DocumentError with every fault found."""
+    faults = [
+        fault for error in _validator(schema_name).iter_errors(data) for fault in _faults_of(error, kind, schema_name)
+    ]
+    if faults:
+        raise DocumentError(faults)
+
+
+def format_json(data: Any, width: int = 110) -> str:
+    """Deterministic JSON for people: a value that fits on a line is on one line, keys keep their order."""
+    return _format(data, "", width) + "\n"
+
+
+def fingerprint(data: Any) -> str:
+    """`sha256:` and the SHA-256 of the canonical form (sorted keys, no spaces) of a JSON value."""
+    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return "sha256:" + hashlib.sha256(canonical.encode("utf-8")).hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader sees the old file or the whole new one, synced to disk."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`did you mean "x"?`, or nothing when no known word is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f'did you mean "{near[0]}"?' if near else ""
+
+
+def dotted(path: Iterable[str | int]) -> str:
+    """`layer_specs[2].shape` for `["layer_specs", 2, "shape"]`."""
+    text = ""
+    for step in path:
+        text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else str(step)
+    return text
+
+
+@functools.cache
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@functools.cache
+def _validator(schema_name: str) -> Draft202012Validator:
+    from jsonschema import Draft202012Validator
+
+    text = resources.files(__package__).joinpath(f"{schema_name}.schema.json").read_text(encoding="utf-8")
+    return Draft202012Validator(json.loads(text))
+
+
+def _faults_of(error: ValidationError, kind: str, schema_name: str) -> list[Fault]:
+    where = dotted(error.absolute_path) or f"the {kind}"
+    if error.context:
+        deepest = max(error.context, key=lambda child: len(child.absolute_path))
+        if len(deepest.absolute_path) > len(error.absolute_path):
+            return _faults_of(deepest, kind, schema_name)
+    if error.validator == "additionalProperties":
+        known = error.schema.get("properties", {})
+        return [
+            Fault(
+                what=f"the {kind} has an unknown key",
+                where=f"{dotted(error.absolute_path)}.{key}".lstrip("."),
+                got=_short(key),
+                expected="one of " + ", ".join(sorted(known)),
+                next=did_you_mean(key, known) or "remove the key",
+            )
+            for key in error.instance
+            if key not in known
+        ]
+    if error.validator == "required":
+        missing = [key for key in error.validator_value if key not in error.instance]
+        return [
+            Fault(
+                what=f"the {kind} lacks a key",
+                where=where,
+                got="keys " + (", ".join(sorted(map(str, error.instance))) or "none"),
+                expected=_short(key),
+                next=f"add {_short(key)}; see {schema_name}.schema.json",
+            )
+            for key in missing
+        ]
+    expected = error.schema.get("description") or f"{error.validator} {_short(error.validator_value)}"
+    return [
+        Fault(
+            what=f"the {kind} has a wrong value",
+            where=where,
+            got=_short(error.instance),
+            expected=expected,
+            next=f"correct the value; see {schema_name}.schema.json",
+        )
+    ]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _no_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        repeated = next(key for key, _ in pairs if sum(other == key for other, _ in pairs) > 1)
+        raise ValueError(f"the key {repeated!r} appears twice in one object")
+    return result
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _not_json(path: Path | str, kind: str, got: str) -> Fault:
+    return Fault(
+        what=f"the {kind} is not JSON",
+        where=str(path),
+        got=got,
+        expected="a JSON document in UTF-8",
+        next="correct the syntax; a JSON editor shows the place",
+    )
+
+
+def _format(value: Any, indent: str, width: int) -> str:
+    line = json.dumps(value, ensure_ascii=False)
+    if len(indent) + len(line) <= width or not isinstance(value, (dict, list)) or not value:
+        return line
+    deeper = indent + "  "
+    if isinstance(value, dict):
+        items = [f"{json.dumps(key, ensure_ascii=False)}: {_format(item, deeper, width)}" for key, item in value.items()]
+        return "{\n" + ",\n".join(deeper + item for item in items) + f"\n{indent}}}"
+    return "[\n" + ",\n".join(deeper + _format(item, deeper, width) for item in value) + f"\n{indent}]"

@@ -1,0 +1,79 @@
+"""Every error that autotp-plan raises on purpose.
+
+    AutoTPError                 one or more faults in what the user gave us
+    +-- DocumentError           a plan, spec or manifest that is not what its schema says
+    +-- CompileError            specs, model and tp_size do not make a plan
+    +-- CheckpointError         a checkpoint folder or safetensors file that cannot be read, or lacks a tensor
+    +-- ShardsError             a shards folder that cannot be written, or is not what its manifest says
+    +-- MismatchError           plan, shards, model and world size do not belong together
+    +-- MissingDependencyError  the operation needs a package that is not installed
+
+An error carries `Fault`s, because people fix ten mistakes faster when they see all ten. It does not print, exit or
+know about the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fault:
+    """One thing that is wrong: what, where, got, expected, next step.
+
+    `where` is a dotted path into a document (`layer_specs[2].shape`), a parameter's name or a file.
+    """
+
+    what: str
+    where: str
+    got: str = ""
+    expected: str = ""
+    next: str = ""
+
+    def __str__(self) -> str:
+        lines = [self.what, f"  where:    {self.where}"]
+        if self.got:
+            lines.append(f"  got:      {self.got}")
+        if self.expected:
+            lines.append(f"  expected: {self.expected}")
+        if self.next:
+            lines.append(f"  next:     {self.next}")
+        return "\n".join(lines)
+
+
+class AutoTPError(Exception):
+    """One or more faults in what the user gave us, sorted and reported together."""
+
+    def __init__(self, faults: Fault | Iterable[Fault]) -> None:
+        many = [faults] if isinstance(faults, Fault) else list(faults)
+        self.faults: tuple[Fault, ...] = tuple(sorted(set(many), key=lambda f: (f.where, f.what, f.got)))
+        assert self.faults, "an AutoTPError needs at least one fault"
+        super().__init__("\n".join(str(fault) for fault in self.faults))
+
+    def __reduce__(self) -> tuple[type[AutoTPError], tuple[tuple[Fault, ...]]]:
+        return type(self), (self.faults,)
+
+
+class DocumentError(AutoTPError):
+    """A plan, spec or manifest that is not what its schema says."""
+
+
+class CompileError(AutoTPError):
+    """Specs, model and tp_size do not make a plan."""
+
+
+class CheckpointError(AutoTPError):
+    """A checkpoint folder or safetensors file that cannot be read, or lacks a tensor."""
+
+
+class ShardsError(AutoTPError):
+    """A shards folder that cannot be written, or is not what its manifest says."""
+
+
+class MismatchError(AutoTPError):
+    """Plan, shards, model and world size do not belong together."""
+
+
+class MissingDependencyError(AutoTPError):
+    """The operation needs a package that is not installed."""

@@ -1,0 +1,107 @@
+"""Folding alike names into one: `model.layers.{0..31}.mlp.up_proj.weight`.
+
+A plan stays readable because layers that are alike are one entry. Only whole dotted components that are decimal numbers
+fold. `expand(fold(names))` gives the names back; the rest of the code works on single names.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from autotp_plan.schemas.errors import DocumentError, Fault
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_LIST = re.compile(r"\d+(\.\.\d+)?(,\d+(\.\.\d+)?)*")
+MAX_NAMES = 1_000_000
+
+
+def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
+    """Sort key that orders `layers.2` before `layers.10`."""
+    return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name) if part)
+
+
+def fold(names: Iterable[str]) -> list[str]:
+    """The fewest simple patterns that expand to exactly `names`, in natural order.
+
+    Names that differ only in their numbers become one pattern when the numbers form a full grid; otherwise the first
+    number is folded and the others stay.
+    """
+    by_template: dict[tuple[str, ...], set[tuple[int, ...]]] = defaultdict(set)
+    for name in names:
+        parts = name.split(".")
+        template = tuple("#" if _is_index(part) else part for part in parts)
+        by_template[template].add(tuple(int(part) for part in parts if _is_index(part)))
+    folded: list[str] = []
+    for template, found in by_template.items():
+        columns = [sorted(set(column)) for column in zip(*found)]
+        if math.prod(len(column) for column in columns) == len(found):
+            folded.append(_fill(template, [_braces(column) for column in columns]))
+        else:
+            rest: dict[tuple[int, ...], list[int]] = defaultdict(list)
+            for first, *others in found:
+                rest[tuple(others)].append(first)
+            for others_key, firsts in rest.items():
+                folded.append(_fill(template, [_braces(sorted(firsts)), *map(str, others_key)]))
+    return sorted(folded, key=natural_key)
+
+
+def expand(pattern: str) -> list[str]:
+    """Every name that `pattern` stands for, in natural order.
+
+    Raises DocumentError when the braces are not `{a..b}` or `{a,b,c..d}`, or stand for an unreasonable number of names.
+    """
+    choices: list[list[str]] = []
+    count = 1
+    for body in _BRACES.findall(pattern):
+        if not _LIST.fullmatch(body):
+            raise DocumentError(_bad_braces(pattern, "{" + body + "}"))
+        runs = [[int(end) for end in run.split("..")] for run in body.split(",")]
+        if any(run[0] > run[-1] for run in runs):
+            raise DocumentError(_bad_braces(pattern, "{" + body + "}"))
+        count *= sum(run[-1] - run[0] + 1 for run in runs)
+        if count > MAX_NAMES:
+            raise DocumentError(_bad_braces(pattern, f"more than {MAX_NAMES} names"))
+        choices.append([str(n) for run in runs for n in range(run[0], run[-1] + 1)])
+    literals = _BRACES.split(pattern)[::2]
+    if any("{" in literal or "}" in literal for literal in literals):
+        raise DocumentError(_bad_braces(pattern, "an unbalanced brace"))
+    names = []
+    for combination in itertools.product(*choices):
+        filled = itertools.zip_longest(literals, combination, fillvalue="")
+        names.append("".join(itertools.chain.from_iterable(filled)))
+    return names
+
+
+def _is_index(part: str) -> bool:
+    return part.isascii() and part.isdecimal() and str(int(part)) == part
+
+
+def _fill(template: Sequence[str], values: Sequence[str]) -> str:
+    remaining = iter(values)
+    return ".".join(next(remaining) if part == "#" else part for part in template)
+
+
+def _braces(numbers: Sequence[int]) -> str:
+    if len(numbers) == 1:
+        return str(numbers[0])
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] + 1 == number:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return "{" + ",".join("..".join(map(str, run)) for run in runs) + "}"
+
+
+def _bad_braces(pattern: str, got: str) -> Fault:
+    return Fault(
+        what="a name pattern cannot be expanded",
+        where=pattern,
+        got=got,
+        expected="numbers in braces, such as {0..31} or {0,2,4..7}",
+        next="plans are written by `autotp-plan compile`; compile again instead of editing by hand",
+    )

@@ -1,0 +1,311 @@
+"""The plan document: which part of which parameter each TP rank holds, and how each module runs.
+
+A `Plan` that exists is consistent: its schema, version, fingerprint, references and interval arithmetic were checked
+when it was read. Whether it fits a checkpoint, a model or a training job is for others to say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from autotp_plan.schemas import documents
+from autotp_plan.schemas import intervals as iv
+from autotp_plan.schemas.errors import DocumentError, Fault
+from autotp_plan.schemas.layout import Layout, group_view
+from autotp_plan.schemas.names import expand
+
+FORMAT = "autotp-plan"
+VERSION = "1.0"
+
+Style = Literal["column", "row", "vocab", "replicated"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelIdentity:
+    """Which model a plan is for: names, and hashes of its config and of its parameters."""
+
+    model_type: str | None
+    architecture: str | None
+    config: str | None
+    inventory: str
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ModelIdentity:
+        return cls(**data)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parameter:
+    """One module parameter, or several alike ones when `name` has braces. `layout` is the name of a layout."""
+
+    name: str
+    layout: str
+    dtype: str
+    style: Style
+    rule: str
+    shape: tuple[int, ...] | None = None
+    gather_output: bool = False
+    partial_gradient: bool = False
+    source: str | None = None
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Parameter:
+        shape = data.get("shape")
+        return cls(**{**data, "shape": None if shape is None else tuple(shape)})
+
+    def to_dict(self) -> dict[str, Any]:
+        data = _without_defaults(self)
+        return {**data, "shape": list(data["shape"])} if "shape" in data else data
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tie:
+    """A second name of a parameter: the module that uses it under `name` runs in `style`."""
+
+    name: str
+    to: str
+    style: Style
+    rule: str
+    gather_output: bool = False
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Tie:
+        return cls(**data)
+
+    def to_dict(self) -> dict[str, Any]:
+        return _without_defaults(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModuleAttribute:
+    """An attribute of a module (or of several alike ones) and its value on each TP rank."""
+
+    module: str
+    attribute: str
+    values: tuple[int, ...]
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ModuleAttribute:
+        return cls(**{**data, "values": tuple(data["values"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "values": list(self.values)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RuntimeOptions:
+    """What a DeepSpeed config asked of the runtime."""
+
+    dtype: str | None = None
+    tp_overlap_comm: bool = False
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RuntimeOptions:
+        return cls(**data)
+
+    def to_dict(self) -> dict[str, Any]:
+        return _without_defaults(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A whole plan. `parameters` are the folded entries; `expanded()` gives one per module parameter."""
+
+    model: ModelIdentity
+    tp_size: int
+    layouts: dict[str, Layout]
+    parameters: tuple[Parameter, ...]
+    module_attributes: tuple[ModuleAttribute, ...] = ()
+    tied: tuple[Tie, ...] = ()
+    ignored: tuple[str, ...] = ()
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+    notes: tuple[str, ...] = ()
+    version: str = VERSION
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """The plan in `path`. Raises DocumentError with every fault found."""
+        return cls.from_dict(documents.read_json(path, "plan"))
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Plan:
+        """The plan that the JSON value `data` is. Raises DocumentError with every fault found."""
+        _check_version(data)
+        documents.validate(data, "plan", "plan")
+        plan = cls(
+            model=ModelIdentity.from_dict(data["model"]),
+            tp_size=data["tp_size"],
+            layouts={name: Layout.from_dict(layout) for name, layout in data["layouts"].items()},
+            parameters=tuple(Parameter.from_dict(entry) for entry in data["parameters"]),
+            module_attributes=tuple(ModuleAttribute.from_dict(entry) for entry in data.get("module_attributes", ())),
+            tied=tuple(Tie.from_dict(entry) for entry in data.get("tied", ())),
+            ignored=tuple(data.get("ignored", ())),
+            runtime=RuntimeOptions.from_dict(data.get("runtime", {})),
+            notes=tuple(data.get("notes", ())),
+            version=data["version"],
+        )
+        faults = _fingerprint_faults(data) + list(_faults(plan))
+        if faults:
+            raise DocumentError(faults)
+        return plan
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON value of the plan, fingerprint included."""
+        data: dict[str, Any] = {
+            "format": FORMAT,
+            "version": self.version,
+            "model": self.model.to_dict(),
+            "tp_size": self.tp_size,
+            "layouts": {name: layout.to_dict() for name, layout in self.layouts.items()},
+            "parameters": [parameter.to_dict() for parameter in self.parameters],
+            "module_attributes": [attribute.to_dict() for attribute in self.module_attributes],
+            "tied": [tie.to_dict() for tie in self.tied],
+            "ignored": list(self.ignored),
+            "runtime": self.runtime.to_dict(),
+            "notes": list(self.notes),
+        }
+        for key in ("module_attributes", "tied", "ignored", "runtime", "notes"):
+            if not data[key]:
+                del data[key]
+        return {**data, "fingerprint": documents.fingerprint(data)}
+
+    def to_json(self) -> str:
+        """The text of a plan file: the same plan gives the same bytes."""
+        return documents.format_json(self.to_dict(), width=220)
+
+    @property
+    def fingerprint(self) -> str:
+        fingerprint: str = self.to_dict()["fingerprint"]
+        return fingerprint
+
+    def expanded(self) -> Iterator[Parameter]:
+        """One `Parameter` per module parameter, in the plan's order."""
+        for entry in self.parameters:
+            names = expand(entry.name)
+            sources = expand(entry.source) if entry.source is not None else [None] * len(names)
+            for name, source in zip(names, sources):
+                yield dataclasses.replace(entry, name=name, source=source)
+
+    def shape_of(self, parameter: Parameter) -> tuple[int, ...]:
+        """The full shape of a parameter of this plan."""
+        return parameter.shape if parameter.shape is not None else self.layouts[parameter.layout].shape
+
+
+def _without_defaults(document: Any) -> dict[str, Any]:
+    return {
+        spec.name: getattr(document, spec.name)
+        for spec in dataclasses.fields(document)
+        if getattr(document, spec.name) != spec.default
+    }
+
+
+def _check_version(data: Any) -> None:
+    version = data.get("version") if isinstance(data, dict) else None
+    if not isinstance(version, str) or version.split(".")[0] == VERSION.split(".")[0]:
+        return  # the schema says the rest
+    raise DocumentError(
+        Fault(
+            what="the plan is of another format version",
+            where="version",
+            got=version,
+            expected=f"{VERSION.split('.')[0]}.x",
+            next="compile the plan again with this version of autotp-plan, or install the version that wrote it",
+        )
+    )
+
+
+def _fingerprint_faults(data: dict[str, Any]) -> list[Fault]:
+    actual = documents.fingerprint({key: value for key, value in data.items() if key != "fingerprint"})
+    if actual == data["fingerprint"]:
+        return []
+    return [
+        Fault(
+            what="the plan was changed after it was compiled",
+            where="fingerprint",
+            got=data["fingerprint"],
+            expected=actual,
+            next="change the spec, not the plan, and compile again",
+        )
+    ]
+
+
+def _faults(plan: Plan) -> Iterator[Fault]:
+    for name, layout in plan.layouts.items():
+        for problem in _layout_problems(layout, plan.tp_size):
+            yield Fault(
+                what="a layout does not cut its dimension properly",
+                where=f"layouts.{name}",
+                got=problem,
+                expected="intervals inside the dimension that cover it, cut between units",
+                next="compile the plan again; plans are not written by hand",
+            )
+    seen: set[str] = set()
+    for index, entry in enumerate(plan.parameters):
+        where = f"parameters[{index}]"
+        if entry.layout not in plan.layouts:
+            yield _reference_fault(f"{where}.layout", entry.layout, "a layout of this plan", plan.layouts)
+        elif entry.shape is not None and group_view(entry.shape, plan.layouts[entry.layout].shape) is None:
+            view = plan.layouts[entry.layout].shape
+            yield _reference_fault(f"{where}.shape", f"{list(entry.shape)}", f"a shape that {list(view)} is a view of", ())
+        elif (entry.style == "replicated") != (plan.layouts[entry.layout].dim is None):
+            yield _reference_fault(f"{where}.style", entry.style, "replicated, exactly where the layout has no dim", ())
+        names = expand(entry.name)
+        if entry.source is not None and len(expand(entry.source)) != len(names):
+            yield _reference_fault(f"{where}.source", entry.source, f"as many names as {entry.name}", ())
+        for name in names:
+            if name in seen:
+                yield _reference_fault(f"{where}.name", name, "each parameter once", ())
+            seen.add(name)
+    for index, tie in enumerate(plan.tied):
+        if tie.to not in seen:
+            yield _reference_fault(f"tied[{index}].to", tie.to, "a parameter of this plan", seen)
+        if tie.name in seen:
+            yield _reference_fault(f"tied[{index}].name", tie.name, "a name that is not a parameter of its own", ())
+    for pattern in plan.ignored:
+        expand(pattern)
+    for index, attribute in enumerate(plan.module_attributes):
+        expand(attribute.module)
+        if len(attribute.values) != plan.tp_size:
+            got = f"{len(attribute.values)} values"
+            yield _reference_fault(f"module_attributes[{index}].values", got, f"{plan.tp_size}, one per rank", ())
+
+
+def _layout_problems(layout: Layout, tp_size: int) -> Iterator[str]:
+    if layout.dim is None:
+        return
+    if layout.dim >= len(layout.shape):
+        yield f"dim {layout.dim} of a shape with {len(layout.shape)} dimensions"
+        return
+    if len(layout.intervals) != tp_size:
+        yield f"intervals of {len(layout.intervals)} ranks in a plan of {tp_size}"
+    size = layout.shape[layout.dim]
+    yield from iv.faults(layout.intervals, size)
+    if sum(sub.size for sub in layout.sub_parameters) != size:
+        yield f"sub-parameters of {sum(sub.size for sub in layout.sub_parameters)} in a dimension of {size}"
+        return
+    start = 0
+    for sub in layout.sub_parameters:
+        if sub.size % sub.unit:
+            yield f"a sub-parameter of {sub.size} with units of {sub.unit}"
+        edges = {edge for rank in layout.intervals for interval in rank for edge in interval}
+        for edge in sorted(edges):
+            if start < edge < start + sub.size and (edge - start) % sub.unit:
+                yield f"a cut at {edge}, inside a unit of {sub.unit} that begins at {edge - (edge - start) % sub.unit}"
+        start += sub.size
+
+
+def _reference_fault(where: str, got: str, expected: str, known: Any) -> Fault:
+    return Fault(
+        what="the plan contradicts itself",
+        where=where,
+        got=got,
+        expected=expected,
+        next=documents.did_you_mean(got, known) or "compile the plan again; plans are not written by hand",
+    )

@@ -1,0 +1,172 @@
+"""safetensors headers and byte ranges, without reading a tensor or decoding a dtype.
+
+The format (https://github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON header, then the
+tensors' bytes, row-major, without gaps. Nothing here trusts a header: sizes are checked against the file's before
+anything is allocated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autotp_plan.schemas import intervals as iv
+from autotp_plan.schemas.errors import CheckpointError, Fault
+from autotp_plan.schemas.layout import Layout
+
+MAX_HEADER_BYTES = 100_000_000
+
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+"""Bits per element of each dtype that can be cut; narrower ones share bytes between elements."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorEntry:
+    """Where a tensor lies: absolute byte range `[start, stop)` of `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SafetensorsFile:
+    """The header of one file: its tensors in the order of their bytes, and its metadata."""
+
+    path: Path
+    tensors: tuple[TensorEntry, ...]
+    metadata: dict[str, str] | None
+    size: int
+
+
+def read_header(path: Path) -> SafetensorsFile:
+    """Read the header of `path`. Raises CheckpointError when it is not a sound safetensors file."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            prefix = file.read(8)
+            header_size = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or header_size > min(size - 8, MAX_HEADER_BYTES):
+                raise _broken(path, f"a header of {header_size} bytes in a file of {size}")
+            raw = file.read(header_size)
+    except OSError as error:
+        raise _broken(path, error.strerror or str(error)) from None
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, f"a header that is not JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise _broken(path, "a header that is not a JSON object")
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+        raise _broken(path, "__metadata__ that is not strings by name")
+    begin = 8 + header_size
+    tensors = [_entry(path, name, value, begin) for name, value in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
+    reached = begin
+    for tensor in tensors:
+        if tensor.start != reached:
+            raise _broken(path, f"{tensor.name} begins at byte {tensor.start} where {reached} bytes are accounted for")
+        reached = tensor.stop
+    if reached != size:
+        raise _broken(path, f"{size} bytes where the header accounts for {reached}")
+    return SafetensorsFile(path=path, tensors=tuple(tensors), metadata=metadata, size=size)
+
+
+def header_bytes(tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
+    """The header (length prefix included) of a file holding `(name, dtype, shape)` tensors in the order given."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    at = 0
+    for name, dtype, shape in tensors:
+        stop = at + num_bytes(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, stop]}
+        at = stop
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def num_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor."""
+    return BITS[dtype] // 8 * math.prod(shape)
+
+
+def runs(layout: Layout, wanted: Sequence[iv.Interval], dtype: str) -> Iterator[tuple[int, int]]:
+    """The `(offset, length)` byte runs of a whole tensor that make up a shard, in the shard's order, joined where
+    they touch.
+
+    `layout` gives the shape and the dimension of the tensor; `wanted` are the intervals of one rank.
+    """
+    itemsize = BITS[dtype] // 8
+    dim = layout.dim or 0
+    if not layout.shape:
+        yield (0, itemsize)
+        return
+    outer = math.prod(layout.shape[:dim])
+    inner = math.prod(layout.shape[dim + 1 :]) * itemsize
+    stride = layout.shape[dim] * inner
+    if iv.join_touching(wanted) == ((0, layout.shape[dim]),):
+        yield (0, outer * stride)
+        return
+    joined = [(start * inner, (stop - start) * inner) for start, stop in iv.join_touching(wanted)]
+    for block in range(outer):
+        for offset, count in joined:
+            yield (block * stride + offset, count)
+
+
+def _entry(path: Path, name: str, value: Any, begin: int) -> TensorEntry:
+    try:
+        dtype, shape, (first, last) = value["dtype"], value["shape"], value["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise _broken(path, f"no dtype, shape and data_offsets for {name}") from None
+    if dtype not in BITS:
+        raise CheckpointError(
+            Fault(
+                what="a tensor has a dtype that cannot be cut",
+                where=f"{path}: {name}",
+                got=str(dtype),
+                expected="one of " + ", ".join(sorted(BITS)),
+                next="use a checkpoint in a dtype that training uses, such as BF16",
+            )
+        )
+    numbers = [*shape, first, last] if isinstance(shape, list) else [None]
+    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**63 for n in numbers):
+        raise _broken(path, f"a shape or offset of {name} that is not a list of sizes")
+    if last - first != num_bytes(dtype, shape):
+        raise _broken(path, f"{last - first} bytes for {name}, {dtype} of shape {shape}")
+    return TensorEntry(
+        name=name, dtype=dtype, shape=tuple(shape), file=path, start=begin + first, stop=begin + last
+    )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name appears twice")
+    return result
+
+
+def _broken(path: Path, got: str) -> CheckpointError:
+    return CheckpointError(
+        Fault(
+            what="this is not a sound safetensors file",
+            where=str(path),
+            got=got,
+            expected="a complete file as safetensors writes it",
+            next="fetch or write the file again; it may be truncated",
+        )
+    )
+
+
