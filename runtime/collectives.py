@@ -1,0 +1,100 @@
+"""The collectives that tensor parallelism puts into forward and backward, as autograd functions.
+
+As in Megatron-LM (Shoeybi et al., 2019, figure 3): `copy_to_ranks` is f, `sum_over_ranks` is g. Each hands its collective
+a contiguous tensor that it owns, and returns a tensor of its own: DeepSpeed's versions lose the sum of a non-contiguous
+gradient (`dist.all_reduce(x.contiguous())`), and return a view that cannot be modified in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from torch import Tensor
+
+from autotp_plan.schemas import intervals as iv
+
+
+def copy_to_ranks(input: Tensor, group: Any) -> Tensor:
+    """`input` as it is; its gradient is summed over the ranks, each of which computes part of it."""
+    result: Tensor = _CopyToRanks.apply(input, group)
+    return result
+
+
+def sum_over_ranks(input: Tensor, group: Any) -> Tensor:
+    """The sum of every rank's `input`; the gradient passes unchanged, as it is the same on every rank."""
+    result: Tensor = _SumOverRanks.apply(input, group)
+    return result
+
+
+def gather_last_dim(input: Tensor, group: Any, intervals: Sequence[iv.Intervals], tp_rank: int) -> Tensor:
+    """Every rank's part of the last dimension put together; the gradient is this rank's part of the whole's.
+
+    Valid where what follows computes the same on every rank, as a loss on gathered logits does.
+    """
+    result: Tensor = _GatherLastDim.apply(input, group, tuple(intervals), tp_rank)
+    return result
+
+
+def gather_shards(shard: Tensor, group: Any, intervals: Sequence[iv.Intervals], dim: int) -> Tensor:
+    """The whole tensor of which `shard` is this rank's part: `intervals` of `dim`, by rank. No gradient.
+
+    Shards of different sizes travel padded to the largest.
+    """
+    lengths = [iv.length(rank) for rank in intervals]
+    local = shard.movedim(dim, 0)
+    padded = local.new_zeros((max(lengths), *local.shape[1:]))
+    padded[: local.shape[0]] = local
+    parts = padded.new_empty((len(lengths) * max(lengths), *local.shape[1:]))
+    dist.all_gather_into_tensor(parts, padded, group=group)
+    size = max(stop for rank in intervals for _, stop in rank)
+    whole = padded.new_empty((size, *local.shape[1:]))
+    for rank, held in enumerate(intervals):
+        for held_at, at, count in iv.pieces(held, ((0, size),)):
+            start = rank * max(lengths) + held_at
+            whole[at : at + count] = parts[start : start + count]
+    return whole.movedim(0, dim)
+
+
+def take(whole: Tensor, intervals: iv.Intervals, dim: int) -> Tensor:
+    """A rank's shard of `whole`: the concatenation of its `intervals` of `dim`. A new, contiguous tensor."""
+    parts = [whole.narrow(dim, start, stop - start) for start, stop in intervals]
+    return torch.cat(parts, dim=dim).contiguous()
+
+
+class _CopyToRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return input.view_as(input)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        grad_input = grad_output.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad_input, group=ctx.group)
+        return grad_input, None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, group: Any) -> Tensor:
+        output = input.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(output, group=group)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        return grad_output, None
+
+
+class _GatherLastDim(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, group: Any, intervals: tuple[iv.Intervals, ...], tp_rank: int) -> Tensor:
+        ctx.held = intervals[tp_rank]
+        return gather_shards(input, group, intervals, input.dim() - 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+        return take(grad_output, ctx.held, grad_output.dim() - 1), None, None, None

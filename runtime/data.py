@@ -1,0 +1,92 @@
+"""Batches for tensor parallelism: all TP ranks of a data-parallel group see the same ones, each DP rank its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+from autotp_plan.runtime.ranks import Ranks
+from autotp_plan.schemas.errors import CheckpointError, Fault
+
+
+class TokenDataset(Dataset[dict[str, Tensor]]):
+    """Consecutive windows of `seq_length` tokens, as `input_ids` and `labels`, both `(seq_length,)` int64."""
+
+    def __init__(self, tokens: Tensor, seq_length: int) -> None:
+        if len(tokens) < seq_length:
+            raise CheckpointError(
+                Fault(
+                    what="the text is too short to train on",
+                    where="--data",
+                    got=f"{len(tokens)} tokens",
+                    expected=f"at least one window of {seq_length} tokens",
+                    next="give more text, or a smaller --seq-length",
+                )
+            )
+        self.windows = tokens[: len(tokens) // seq_length * seq_length].view(-1, seq_length)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.windows[index], "labels": self.windows[index]}
+
+
+def tp_sampler(dataset: Any, ranks: Ranks, *, shuffle: bool = True, seed: int = 0) -> DistributedSampler[Any]:
+    """A sampler over `dataset` by DP rank, the same for all TP ranks of a data-parallel group.
+
+    Call its `set_epoch` each epoch for another order.
+    """
+    return DistributedSampler(dataset, num_replicas=ranks.dp_size, rank=ranks.dp_rank, shuffle=shuffle, seed=seed)
+
+
+def text_tokens(path: Path, tokenizer: Any, limit: int | None = None) -> Tensor:
+    """The tokens of a text file, or of all the files under a folder in name order: `(tokens,)` int64.
+
+    Files that are not UTF-8 text are left out of a folder. `limit` stops reading when there are that many tokens.
+    Raises CheckpointError when nothing can be read.
+    """
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    tokens: list[int] = []
+    for file in files:
+        text = _text(file, required=not path.is_dir())
+        if text:
+            tokens.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            if tokenizer.eos_token_id is not None:
+                tokens.append(tokenizer.eos_token_id)
+        if limit is not None and len(tokens) >= limit:
+            break
+    return torch.tensor(tokens[:limit], dtype=torch.long)
+
+
+def synthetic_tokens(vocab_size: int, count: int, seed: int = 0) -> Tensor:
+    """`count` random token ids below `vocab_size`, the same for the same seed: `(count,)` int64."""
+    return torch.randint(vocab_size, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Samples stacked along a new first dimension."""
+    return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+
+
+def _text(file: Path, required: bool) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        if not required:
+            return ""
+        raise CheckpointError(
+            Fault(
+                what="the training text cannot be read",
+                where=str(file),
+                got=getattr(error, "strerror", None) or "bytes that are not UTF-8",
+                expected="a text file in UTF-8, or a folder of such files",
+                next="correct the path given with --data",
+            )
+        ) from None

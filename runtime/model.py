@@ -1,0 +1,264 @@
+"""From a plan to a sharded model: build it on meta, replace the planned modules, fill in one rank's weights.
+
+Nothing is decided here. A module that the plan wants cut and that no layer of ours can stand for is refused, and so is a
+model whose parameters are not exactly the plan's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from deepspeed import comm as dist
+from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
+from deepspeed.module_inject.layers import collect_autotp_universal_checkpoint_info
+from torch import Tensor, nn
+
+from autotp_plan.runtime.layers import ColumnParallelLinear, PlannedLayer, RowParallelLinear, VocabParallelEmbedding
+from autotp_plan.runtime.ranks import Ranks
+from autotp_plan.runtime.weights import WeightSource, read_weight
+from autotp_plan.schemas import intervals as iv
+from autotp_plan.schemas.errors import Fault, MismatchError
+from autotp_plan.schemas.names import expand
+from autotp_plan.schemas.plan import Parameter, Plan
+
+
+def build_model(folder: Path, plan: Plan, **options: Any) -> nn.Module:
+    """The transformers model of `folder`'s config with parameters on meta and real buffers.
+
+    `options` go to transformers, such as `attn_implementation="sdpa"`. Raises MismatchError when the config does not
+    name a model class that transformers has.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(folder))
+        architecture = getattr(transformers, plan.model.architecture or "", None)
+        with init_empty_weights(include_buffers=False):
+            if architecture is not None:
+                model = architecture._from_config(config, **options)
+            else:
+                model = transformers.AutoModelForCausalLM.from_config(config, **options)
+    except (ValueError, KeyError, OSError) as error:
+        raise MismatchError(
+            Fault(
+                what="transformers cannot build the plan's model",
+                where=str(folder),
+                got=f"{type(error).__name__}: {error}",
+                expected=f"a config.json of {plan.model.architecture or 'a transformers model'}",
+                next="give the model yourself: plan.load_model(path, model=module_on_meta)",
+            )
+        ) from None
+    assert isinstance(model, nn.Module)
+    model.tie_weights()
+    return model
+
+
+def check_model(model: nn.Module, plan: Plan) -> None:
+    """Raise MismatchError unless the model's parameters, ties and module types are what the plan says."""
+    shapes = _parameter_shapes(model)
+    planned = {parameter.name: plan.shape_of(parameter) for parameter in plan.expanded()}
+    ties = {tie.name: tie.to for tie in plan.tied}
+    modules = dict(model.named_modules())
+    faults: list[Fault] = []
+    for name in shapes.keys() - planned.keys() - ties.keys():
+        faults.append(_model_fault("the model has a parameter that the plan does not know", name, str(list(shapes[name]))))
+    for name in planned.keys() - shapes.keys():
+        if name not in _buffers(model):
+            faults.append(_model_fault("the model lacks a parameter of the plan", name, "", str(list(planned[name]))))
+    for name in planned.keys() & shapes.keys():
+        if shapes[name] != planned[name]:
+            faults.append(
+                _model_fault("a parameter's shape is not the plan's", name, str(list(shapes[name])), str(list(planned[name])))
+            )
+    first_name: dict[int, str] = {}
+    for name in planned.keys() & shapes.keys():
+        other = first_name.setdefault(id(_parameter(model, name)), name)
+        if other != name:
+            faults.append(_model_fault("two parameters of the plan are tied in the model", max(name, other), min(name, other)))
+    for name, to in ties.items():
+        if name in shapes and to in shapes and _parameter(model, name) is not _parameter(model, to):
+            faults.append(_model_fault("two parameters are tied in the plan only", name, "a parameter of its own", to))
+    for parameter in plan.expanded():
+        if parameter.style != "replicated":
+            faults.extend(_module_faults(parameter, modules, plan))
+    for attribute in plan.module_attributes:
+        for module in expand(attribute.module):
+            if not _has_attribute(modules.get(module), attribute.attribute):
+                where = f"{module}.{attribute.attribute}"
+                faults.append(_model_fault("the model lacks an attribute that the plan sets", where, "", "an integer"))
+    if faults:
+        raise MismatchError(faults)
+
+
+def shard_model(model: nn.Module, plan: Plan, source: WeightSource, ranks: Ranks, dtype: torch.dtype | None) -> None:
+    """Turn `model` (checked, on meta) into this rank's part of it, in place, with the weights of `source`."""
+    replaced = _replace_modules(model, plan, ranks)
+    _set_attributes(model, plan, ranks.tp_rank)
+    for weight in source.of_rank(ranks.tp_rank):
+        tensor = read_weight(weight, ranks.device, dtype)
+        _assign(model, weight.name, tensor)
+    for tie in plan.tied:
+        owner, leaf = _owner(model, tie.name)
+        owner._parameters[leaf] = _parameter(model, tie.to)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(ranks.device)
+    for layer in replaced:
+        layer.finish()
+    for parameter in plan.expanded():
+        if parameter.partial_gradient and ranks.tp_size > 1:
+            _parameter(model, parameter.name).register_hook(_sum_gradient(ranks.tp_group))
+    unloaded = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    assert not unloaded, f"still on meta after loading: {unloaded}"
+    setattr(model, UNIVERSAL_CHECKPOINT_INFO, collect_autotp_universal_checkpoint_info(model))
+    model.ds_autotp_parsed = True  # type: ignore[assignment]
+
+
+def _replace_modules(model: nn.Module, plan: Plan, ranks: Ranks) -> list[PlannedLayer]:
+    by_module: dict[str, dict[str, Parameter]] = defaultdict(dict)
+    for parameter in plan.expanded():
+        module, _, leaf = parameter.name.rpartition(".")
+        by_module[module][leaf] = parameter
+    replaced: list[PlannedLayer] = []
+    for module, parameters in by_module.items():
+        weight = parameters.get("weight")
+        if weight is not None and weight.style != "replicated":
+            replaced.append(_replace(model, module, parameters, weight.style, weight.gather_output, plan, ranks))
+    by_name = {parameter.name: parameter for parameter in plan.expanded()}
+    for tie in plan.tied:
+        if tie.style != "replicated":
+            module = tie.name.rpartition(".")[0]
+            parameters = {**by_module.get(module, {}), "weight": by_name[tie.to]}
+            replaced.append(_replace(model, module, parameters, tie.style, tie.gather_output, plan, ranks))
+    return replaced
+
+
+def _replace(
+    model: nn.Module,
+    name: str,
+    parameters: Mapping[str, Parameter],
+    style: str,
+    gather_output: bool,
+    plan: Plan,
+    ranks: Ranks,
+) -> PlannedLayer:
+    module: Any = model.get_submodule(name)
+    known: dict[str, Any] = {
+        "name": name,
+        "layouts": {leaf: plan.layouts[parameter.layout] for leaf, parameter in parameters.items()},
+        "shapes": {leaf: plan.shape_of(parameter) for leaf, parameter in parameters.items()},
+        "group": ranks.tp_group,
+    }
+    layer: PlannedLayer
+    if style == "column":
+        layer = ColumnParallelLinear(module, gather_output=gather_output, **known)
+    elif style == "row":
+        layer = RowParallelLinear(module, **known)
+    else:
+        layer = VocabParallelEmbedding(module, **known)
+    layer.train(module.training)
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)
+    return layer
+
+
+def _set_attributes(model: nn.Module, plan: Plan, tp_rank: int) -> None:
+    for attribute in plan.module_attributes:
+        *path, last = attribute.attribute.split(".")
+        for name in expand(attribute.module):
+            target: Any = model.get_submodule(name)
+            for step in path:
+                own = copy.copy(getattr(target, step))
+                setattr(target, step, own)
+                target = own
+            setattr(target, last, attribute.values[tp_rank])
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    owner, leaf = _owner(model, name)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = tensor
+        return
+    empty = owner._parameters[leaf]
+    assert empty is not None and empty.shape == tensor.shape, f"{name}: {tensor.shape} for {empty and empty.shape}"
+    owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=empty.requires_grad and tensor.is_floating_point())
+
+
+def _sum_gradient(group: Any) -> Any:
+    """A hook for a parameter that is whole on every rank but of whose gradient each rank computes only part."""
+
+    def hook(gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    return hook
+
+
+def _module_faults(parameter: Parameter, modules: Mapping[str, nn.Module], plan: Plan) -> Iterator[Fault]:
+    name, _, leaf = parameter.name.rpartition(".")
+    module = modules.get(name)
+    if module is None:
+        return  # the missing parameter is a fault already
+    wanted = nn.Embedding if parameter.style == "vocab" else nn.Linear
+    if leaf == "weight":
+        if not isinstance(module, wanted) or type(module).forward is not wanted.forward:
+            yield _model_fault(
+                f"no tensor-parallel layer runs {parameter.style} for this module",
+                parameter.name,
+                f"{type(module).__module__}.{type(module).__name__}",
+                f"torch.nn.{wanted.__name__} with its own forward",
+            )
+        elif isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq or module.sparse):
+            yield _model_fault(
+                "an embedding option cannot be kept when the table is cut",
+                parameter.name,
+                f"max_norm={module.max_norm}, scale_grad_by_freq={module.scale_grad_by_freq}, sparse={module.sparse}",
+                "none of them set",
+            )
+    elif leaf != "bias" or parameter.style != "column":
+        yield _model_fault("no tensor-parallel layer cuts this parameter", parameter.name, parameter.style, "replicated")
+    layout = plan.layouts[parameter.layout]
+    if any(len(ranks) > 1 for _, ranks in iv.holders(layout.intervals)) and plan.tp_size > 1:
+        yield _model_fault(
+            "parts of a cut parameter are on several ranks", parameter.name, layout.name, "each part on one rank"
+        )
+
+
+def _parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_buffers())
+
+
+def _parameter(model: nn.Module, name: str) -> nn.Parameter:
+    owner, leaf = _owner(model, name)
+    parameter = owner._parameters[leaf]
+    assert parameter is not None
+    return parameter
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    module, _, leaf = name.rpartition(".")
+    return model.get_submodule(module), leaf
+
+
+def _has_attribute(target: Any, path: str) -> bool:
+    for step in path.split("."):
+        if not hasattr(target, step):
+            return False
+        target = getattr(target, step)
+    return type(target) is int
+
+
+def _model_fault(what: str, where: str, got: str, expected: str = "the plan's parameters only") -> Fault:
+    return Fault(what=what, where=where, got=got, expected=expected, next="compile a plan for this model")

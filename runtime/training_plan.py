@@ -1,0 +1,111 @@
+"""`load_plan`, and what can be done with the plan it returns: load this rank's model, start a DeepSpeed engine, feed it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from accelerate import init_empty_weights
+from deepspeed.utils import groups
+from torch import nn
+from torch.utils.data.distributed import DistributedSampler
+
+from autotp_plan.runtime.data import tp_sampler
+from autotp_plan.runtime.engine_config import engine_config
+from autotp_plan.runtime.model import build_model, check_model, shard_model
+from autotp_plan.runtime.ranks import Ranks, check_world_size, init_ranks
+from autotp_plan.runtime.weights import open_weights
+from autotp_plan.schemas.plan import Plan
+
+
+def load_plan(path: str | os.PathLike[str]) -> TrainingPlan:
+    """The plan in the file `path`. Raises DocumentError with every fault found."""
+    return TrainingPlan(Plan.read(Path(path)))
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """A plan at work in one process. `document` is the plan as it was read."""
+
+    document: Plan
+
+    @property
+    def tp_size(self) -> int:
+        """Number of tensor-parallel ranks."""
+        return self.document.tp_size
+
+    @property
+    def ranks(self) -> Ranks:
+        """TP and DP ranks, groups and device of this process; initialises them where the caller has not."""
+        return init_ranks(self.tp_size)
+
+    def load_model(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        model: nn.Module | Callable[[], nn.Module] | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> nn.Module:
+        """This rank's part of the model, ready for `initialize`.
+
+        Args:
+            path: a shards folder, or the original checkpoint (then only this rank's intervals are read).
+            model: a module of your own, built on meta, or a function that builds it; None builds the transformers
+                model that the folder's config.json describes.
+            dtype: floating-point dtype to convert to; None keeps the checkpoint's (or what the plan says).
+            options: for transformers, such as `attn_implementation`.
+
+        Every mismatch between plan, folder, model and world size raises before any communication, on every rank alike:
+        MismatchError, ShardsError, CheckpointError or DocumentError.
+        """
+        check_world_size(self.tp_size)
+        source = open_weights(Path(path), self.document)
+        if model is None:
+            built = build_model(Path(path), self.document, **options)
+        elif isinstance(model, nn.Module):
+            built = model
+        else:
+            with init_empty_weights(include_buffers=False):
+                built = model()
+        check_model(built, self.document)
+        if dtype is None and self.document.runtime.dtype is not None:
+            dtype = getattr(torch, self.document.runtime.dtype)
+        shard_model(built, self.document, source, self.ranks, dtype)
+        return built
+
+    def initialize(
+        self,
+        model: nn.Module,
+        *,
+        config: str | os.PathLike[str] | dict[str, Any],
+        training_data: Any = None,
+        collate_fn: Callable[[Any], Any] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, Any, Any, Any]:
+        """`deepspeed.initialize` for a model from `load_model`: `(engine, optimizer, loader, scheduler)`.
+
+        `config` is a DeepSpeed config file or dict; its batch sizes count data-parallel ranks, and its `tensor_parallel`
+        section, where it has one, must be of the plan's TP size. `kwargs` go to `deepspeed.initialize` unchanged. The
+        loader gives all TP ranks of a data-parallel group the same batches. Raises MismatchError.
+        """
+        settings = engine_config(config, self.document)
+        ranks = self.ranks
+        kwargs.setdefault("model_parameters", [p for p in model.parameters() if p.requires_grad])
+        kwargs.setdefault("mpu", groups)
+        engine, optimizer, _, scheduler = deepspeed.initialize(model=model, config=settings, **kwargs)
+        loader = None
+        if training_data is not None:
+            sampler = None if isinstance(training_data, torch.utils.data.IterableDataset) else tp_sampler(training_data, ranks)
+            loader = engine.deepspeed_io(training_data, data_sampler=sampler, collate_fn=collate_fn)
+            engine.training_dataloader = loader
+        return engine, optimizer, loader, scheduler
+
+    def sampler(self, dataset: Any, *, shuffle: bool = True, seed: int = 0) -> DistributedSampler[Any]:
+        """A sampler that gives all TP ranks of a data-parallel group the same samples and each DP rank its own."""
+        return tp_sampler(dataset, self.ranks, shuffle=shuffle, seed=seed)
