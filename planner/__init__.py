@@ -1,7 +1,7 @@
 """The offline planner: names and shapes in, a shard plan out. Never imports torch, transformers or deepspeed.
 
-    from autotp_plan.planner import compile_plan
-    plan = compile_plan(Path("checkpoint"), tp_size=4)
+from autotp_plan.planner import compile_plan
+plan = compile_plan(Path("checkpoint"), tp_size=4)
 """
 
 if __name__ != "autotp_plan.planner":

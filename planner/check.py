@@ -51,11 +51,20 @@ def check_checkpoint(plan: Plan, folder: Path) -> list[Fault]:
         shape = plan.shape_of(parameter)
         tensor = checkpoint.tensors.get(name)
         if tensor is None:
-            book.add("the checkpoint lacks a tensor of the plan", name, expected=f"{parameter.dtype} of {list(shape)}",
-                     next="give the checkpoint the plan was compiled for, or compile for this one")  # fmt: skip
+            book.add(
+                "the checkpoint lacks a tensor of the plan",
+                name,
+                expected=f"{parameter.dtype} of {list(shape)}",
+                next="give the checkpoint the plan was compiled for, or compile for this one",
+            )
         elif (tensor.shape, tensor.dtype) != (shape, parameter.dtype):
-            book.add("a tensor is not what the plan says", name, got=f"{tensor.dtype} of {list(tensor.shape)}",
-                     expected=f"{parameter.dtype} of {list(shape)}", next="compile a plan for this checkpoint")  # fmt: skip
+            book.add(
+                "a tensor is not what the plan says",
+                name,
+                got=f"{tensor.dtype} of {list(tensor.shape)}",
+                expected=f"{parameter.dtype} of {list(shape)}",
+                next="compile a plan for this checkpoint",
+            )
     faults = book.faults()
     faults.extend(_unplanned(plan, checkpoint, wanted))
     config = config_hash(read_config(folder))
@@ -77,8 +86,13 @@ def inventory_fault(plan: Plan, parameters: dict[str, tuple[Sequence[int], str]]
     actual = inventory_hash(parameters)
     if actual == plan.model.inventory:
         return None
-    return Fault(what="the model is not the one the plan is for", where=where, got=actual,
-                 expected=plan.model.inventory, next="compile a plan for this model")  # fmt: skip
+    return Fault(
+        what="the model is not the one the plan is for",
+        where=where,
+        got=actual,
+        expected=plan.model.inventory,
+        next="compile a plan for this model",
+    )
 
 
 def _check_row(row: Parameter, columns: dict[str, list[Parameter]], plan: Plan, book: FaultBook) -> None:
@@ -92,17 +106,25 @@ def _check_row(row: Parameter, columns: dict[str, list[Parameter]], plan: Plan, 
             if len(own) == 1 and sub.num_units == layout.sub_parameters[0].num_units:
                 comparable += 1
                 if _units(sub, start, other) != own[0]:
-                    book.add("a row-parallel input is cut unlike the column-parallel output that feeds it",
-                             f"{row.name} ({row.rule})",
-                             got=f"units {_brief(own[0])} per rank; {column.name}: {_brief(_units(sub, start, other))}",
-                             expected="the same units on each rank", next="correct one of the two rules")  # fmt: skip
-    if len(own) > 1 and feeding or comparable:
+                    book.add(
+                        "a row-parallel input is cut unlike the column-parallel output that feeds it",
+                        f"{row.name} ({row.rule})",
+                        got=f"units {_brief(own[0])} per rank; {column.name}: {_brief(_units(sub, start, other))}",
+                        expected="the same units on each rank",
+                        next="correct one of the two rules",
+                    )
+    if (len(own) > 1 and feeding) or comparable:
         return
-    names = ", ".join(f"{c.name} in {[s.num_units for s in plan.layouts[c.layout].sub_parameters]} units" for c in feeding)
-    book.add("a row-parallel weight has no column-parallel output that is cut like it", f"{row.name} ({row.rule})",
-             got=names or "no column-parallel weight beside it",
-             expected=f"one whose output is cut in {[sub.num_units for sub in layout.sub_parameters]} units",
-             next="make the weights before it column-parallel with the same unit, or keep this one whole (skip)")  # fmt: skip
+    names = ", ".join(
+        f"{c.name} in {[s.num_units for s in plan.layouts[c.layout].sub_parameters]} units" for c in feeding
+    )
+    book.add(
+        "a row-parallel weight has no column-parallel output that is cut like it",
+        f"{row.name} ({row.rule})",
+        got=names or "no column-parallel weight beside it",
+        expected=f"one whose output is cut in {[sub.num_units for sub in layout.sub_parameters]} units",
+        next="make the weights before it column-parallel with the same unit, or keep this one whole (skip)",
+    )
 
 
 def _feeding(row: Parameter, columns: dict[str, list[Parameter]]) -> list[Parameter]:
@@ -151,8 +173,13 @@ def _check_ties(plan: Plan, book: FaultBook) -> None:
     for tie in plan.tied:
         style = by_name[tie.to].style
         if (tie.style == "replicated") != (style == "replicated") or "row" in (tie.style, style):
-            book.add("a tied parameter runs in ways that need different cuts", tie.name, got=f"{tie.style} and {style}",
-                     expected="vocab and column, or replicated under both names", next="compile again")  # fmt: skip
+            book.add(
+                "a tied parameter runs in ways that need different cuts",
+                tie.name,
+                got=f"{tie.style} and {style}",
+                expected="vocab and column, or replicated under both names",
+                next="compile again",
+            )
 
 
 def _unplanned(plan: Plan, checkpoint: Checkpoint, wanted: set[str]) -> Iterator[Fault]:
@@ -160,7 +187,10 @@ def _unplanned(plan: Plan, checkpoint: Checkpoint, wanted: set[str]) -> Iterator
     book = FaultBook()
     ignored = {name for pattern in plan.ignored for name in expand(pattern)}
     for name in checkpoint.tensors.keys() - wanted - tied - ignored:
-        book.add("the checkpoint has a tensor that the plan does not know", name, expected="the plan's tensors only",
-                 next="compile a plan for this checkpoint")  # fmt: skip
+        book.add(
+            "the checkpoint has a tensor that the plan does not know",
+            name,
+            expected="the plan's tensors only",
+            next="compile a plan for this checkpoint",
+        )
     yield from book.faults()
-

@@ -171,7 +171,9 @@ def _print_table(plan: Plan) -> None:
     console.print(f"[bold]{model}[/bold] at TP={plan.tp_size}, {totals.num_parameters} parameters")
     console.print(table)
     per_rank = sorted(set(totals.per_rank), reverse=True)
-    held = " to ".join(human_bytes(size) for size in (per_rank[::-1] if len(per_rank) > 1 else per_rank)[:: max(1, len(per_rank) - 1)])
+    held = " to ".join(
+        human_bytes(size) for size in (per_rank[::-1] if len(per_rank) > 1 else per_rank)[:: max(1, len(per_rank) - 1)]
+    )
     even = totals.total / plan.tp_size
     console.print(
         f"each rank holds {held} of {human_bytes(totals.total)} ({max(totals.per_rank) / max(1, totals.total):.1%}; "
@@ -215,11 +217,22 @@ def presplit(plan_file: Path, checkpoint: Path, output: Path, workers: int, quie
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-        columns = ("{task.description}", BarColumn(), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
+        columns = (
+            "{task.description}",
+            BarColumn(),
+            DownloadColumn(True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task("presplit", total=None)
-            manifest = run(plan, checkpoint, output, workers=workers,
-                           progress=lambda done, total: bar.update(task, completed=done, total=total))  # fmt: skip
+            manifest = run(
+                plan,
+                checkpoint,
+                output,
+                workers=workers,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
     if not quiet:
         seconds = time.monotonic() - started
         size = sum(file.size for file in manifest.files)

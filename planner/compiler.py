@@ -58,8 +58,7 @@ def compile_plan(
     decisions = resolver.resolve(rules.sources)
     _check_ties(inventory, decisions, resolver.faults)
     attributes = list(module_attributes(rules.sources, decisions, resolver))
-    if resolver.faults:
-        raise CompileError(_with_sizes(resolver.faults, tp_size))
+    resolver.faults.raise_if_any(CompileError)
     plan = _plan(inventory, rules, names, decisions, attributes, tp_size, deepspeed)
     faults = check_plan(plan)
     if faults:
@@ -103,13 +102,21 @@ def _check_layers(inventory: Inventory, num_layers: int, faults: FaultBook) -> N
             found[".".join([*parts[:at], "{}", *parts[at + 1 :]])].add(int(parts[at]))
     for template, layers in found.items():
         for layer in sorted(set(range(num_layers)) - layers):
-            faults.add("the model lacks a parameter that its other layers have", template.replace("{}", str(layer)),
-                       got=f"it in {len(layers)} of {num_layers} layers", expected="it in every layer",
-                       next="the checkpoint is incomplete, or config.json is another model's")  # fmt: skip
+            faults.add(
+                "the model lacks a parameter that its other layers have",
+                template.replace("{}", str(layer)),
+                got=f"it in {len(layers)} of {num_layers} layers",
+                expected="it in every layer",
+                next="the checkpoint is incomplete, or config.json is another model's",
+            )
         for layer in sorted(layers - set(range(num_layers))):
-            faults.add("the model has a layer too many", template.replace("{}", str(layer)),
-                       got=f"layer {layer}", expected=f"layers 0 to {num_layers - 1}, as config.json says",
-                       next="config.json is another model's, or the checkpoint holds more than the model")  # fmt: skip
+            faults.add(
+                "the model has a layer too many",
+                template.replace("{}", str(layer)),
+                got=f"layer {layer}",
+                expected=f"layers 0 to {num_layers - 1}, as config.json says",
+                next="config.json is another model's, or the checkpoint holds more than the model",
+            )
 
 
 def _check_ties(inventory: Inventory, decisions: Mapping[str, Decision], faults: FaultBook) -> None:
@@ -118,21 +125,13 @@ def _check_ties(inventory: Inventory, decisions: Mapping[str, Decision], faults:
             continue  # undecided: already a fault
         one, other = decisions[name], decisions[target]
         if (one.layout.dim, one.layout.intervals) != (other.layout.dim, other.layout.intervals):
-            faults.add("two names of one tied parameter are cut differently", name,
-                       got=f"{one.layout.name} by {one.rule}; {target}: {other.layout.name} by {other.rule}",
-                       expected="the same cut under both names",
-                       next="give both names the same kind of rule (vocab and column by vocabulary, or skip)")  # fmt: skip
-
-
-def _with_sizes(book: FaultBook, tp_size: int) -> Iterable[Fault]:
-    """The faults, with the TP sizes that would work wherever tp_size does not divide."""
-    counts = book.num_units
-    sizes = [str(n) for n in range(1, min(max(counts, default=1), 1024) + 1) if all(count % n == 0 for count in counts)]
-    for fault in book.faults():
-        if "units" in fault.what and fault.next.startswith("use a tp_size"):
-            works = ", ".join(sizes[:12]) or "none but 1"
-            fault = dataclasses.replace(fault, next=f"sizes that work here: {works}; or {fault.next.split('; or ')[-1].split(', or ')[-1]}")
-        yield fault
+            faults.add(
+                "two names of one tied parameter are cut differently",
+                name,
+                got=f"{one.layout.name} by {one.rule}; {target}: {other.layout.name} by {other.rule}",
+                expected="the same cut under both names",
+                next="give both names the same kind of rule (vocab and column by vocabulary, or skip)",
+            )
 
 
 def _plan(
@@ -181,8 +180,13 @@ def _plan(
             for module in fold(modules)
         ),
         tied=tuple(
-            Tie(name=name, to=to, style=decisions[name].style, rule=decisions[name].rule,
-                gather_output=decisions[name].gather_output)
+            Tie(
+                name=name,
+                to=to,
+                style=decisions[name].style,
+                rule=decisions[name].rule,
+                gather_output=decisions[name].gather_output,
+            )
             for name, to in sorted(inventory.tied.items())
         ),
         ignored=tuple(names.ignored),
@@ -191,7 +195,7 @@ def _plan(
             tp_overlap_comm=deepspeed.tp_overlap_comm if deepspeed else False,
         ),
         notes=(*rules.notes, *inventory.notes),
-    )  # fmt: skip
+    )
 
 
 def _layout_name(layout: Layout, layouts: dict[str, Layout], names: dict[Layout, str]) -> str:
@@ -219,8 +223,12 @@ def _source(pattern: str, inventory: Inventory) -> str | None:
     folded = fold(known)
     if len(known) != len(names) or len(folded) != 1 or expand(folded[0]) != known:
         raise AutoTPError(
-            Fault(what="names on disk do not follow the names of the parameters", where=pattern,
-                  got=", ".join(folded[:3]), expected="numbers in the same order on both sides",
-                  next="name the tensors alike, or report this architecture")
-        )  # fmt: skip
+            Fault(
+                what="names on disk do not follow the names of the parameters",
+                where=pattern,
+                got=", ".join(folded[:3]),
+                expected="numbers in the same order on both sides",
+                next="name the tensors alike, or report this architecture",
+            )
+        )
     return folded[0]

@@ -1,8 +1,8 @@
 """A DeepSpeed JSON config as people have it today: its whole `tensor_parallel` section, honoured or refused.
 
 Field by field as `TPTrainingConfig` and `AutoTPConfig` of DeepSpeed 0.19.8 read it
-(deepspeed/runtime/tensor_parallel/config.py, deepspeed/module_inject/autotp_config.py). Fields that DeepSpeed parses and
-never reads are noted, not obeyed.
+(deepspeed/runtime/tensor_parallel/config.py, deepspeed/module_inject/autotp_config.py). Fields that DeepSpeed parses
+and never reads are noted, not obeyed.
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ def _partition_config(data: Any, faults: list[Fault], notes: list[str]) -> SpecF
     except DocumentError as error:
         prefix = "tensor_parallel.partition_config."
         faults.extend(
-            Fault(what=f.what, where=prefix + f.where, got=f.got, expected=f.expected, next=f.next) for f in error.faults
+            Fault(what=f.what, where=prefix + f.where, got=f.got, expected=f.expected, next=f.next)
+            for f in error.faults
         )
         return None
 

@@ -14,23 +14,15 @@ _NAME_AND_RULE = re.compile(r"(?P<name>[^ ]+)(?P<rule> \(.*\))?")
 
 @dataclass
 class FaultBook:
-    """Faults by everything but the parameter's name, so that 32 layers with one mistake are one fault.
+    """Faults by everything but the parameter's name, so that 32 layers with one mistake are one fault."""
 
-    `num_units` gathers the unit counts that tp_size must divide, to say which sizes would work.
-    """
-
-    num_units: set[int] = field(default_factory=set)
     _found: dict[tuple[str, str, str, str, str], list[str]] = field(default_factory=lambda: defaultdict(list))
 
-    def add(
-        self, what: str, where: str, *, got: str = "", expected: str = "", next: str = "", num_units: int | None = None
-    ) -> None:
+    def add(self, what: str, where: str, *, got: str = "", expected: str = "", next: str = "") -> None:
         """Note a fault at `where`: a parameter's name, alone or followed by ` (rule)`, or a rule's name."""
         match = _NAME_AND_RULE.fullmatch(where)
         name, rule = (match["name"], match["rule"] or "") if match else (where, "")
         self._found[what, rule, got, expected, next].append(name)
-        if num_units is not None:
-            self.num_units.add(num_units)
 
     def __bool__(self) -> bool:
         return bool(self._found)
@@ -47,5 +39,3 @@ class FaultBook:
         """Raise `error` with all faults, when there are any."""
         if self:
             raise error(self.faults())
-
-

@@ -38,8 +38,8 @@ class ParameterInfo:
 class DiskNames:
     """How an architecture's tensors on disk differ from its module parameters.
 
-    `renamed` maps disk to module names, `ignored` are names (with braces) of tensors that are no parameters, `tied` maps
-    a second name to the parameter it is.
+    `renamed` maps disk to module names, `ignored` are names (with braces) of tensors that are no parameters, `tied`
+    maps a second name to the parameter it is.
     """
 
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -121,8 +121,9 @@ def inventory_of_module(module: Any, names: DiskNames | None = None) -> Inventor
             )
         parameters[name] = ParameterInfo(shape=tuple(parameter.shape), dtype=dtype, source=on_disk.get(name))
     config = getattr(module, "config", None)
-    as_dict = config.to_dict() if hasattr(config, "to_dict") else config if isinstance(config, dict) else None
-    return Inventory(parameters=_sorted(parameters), tied=tied, config=as_dict)
+    if config is not None and hasattr(config, "to_dict"):
+        config = config.to_dict()
+    return Inventory(parameters=_sorted(parameters), tied=tied, config=config if isinstance(config, dict) else None)
 
 
 def _of_checkpoint(folder: Path, names: DiskNames) -> Inventory:

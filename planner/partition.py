@@ -18,10 +18,13 @@ from autotp_plan.schemas.spec import Indivisible
 class PartitionError(ValueError):
     """A rule does not fit a shape or a tp_size."""
 
-    def __init__(self, what: str, got: str, expected: str, num_units: int | None = None) -> None:
+    def __init__(self, what: str, got: str, expected: str) -> None:
         super().__init__(f"{what}: {got}; expected {expected}")
         self.what, self.got, self.expected = what, got, expected
-        self.num_units = num_units
+
+
+class IndivisibleError(PartitionError):
+    """tp_size does not divide the units, or there are too few of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,18 +79,16 @@ def bias_layout(weight_shape: Sequence[int], weight: Layout) -> Layout:
 def _share(sub: SubParameter, tp_size: int, indivisible: Indivisible) -> list[iv.Interval]:
     units = f"{sub.num_units} units of {sub.unit}" if sub.unit > 1 else f"{sub.size}"
     if sub.num_units % tp_size and indivisible == "error":
-        raise PartitionError(
+        raise IndivisibleError(
             "tp_size does not divide the units",
             f"{units} over {tp_size} ranks",
             f"a tp_size that divides {sub.num_units}",
-            sub.num_units,
         )
     if sub.num_units < tp_size:
-        raise PartitionError(
+        raise IndivisibleError(
             "there are fewer units than ranks",
             f"{units} over {tp_size} ranks",
             f"a tp_size of at most {sub.num_units}",
-            sub.num_units,
         )
     return iv.divide(sub.num_units, tp_size)
 
@@ -96,7 +97,9 @@ def _sub_parameter(size: int, unit: int) -> SubParameter:
     if size < 1 or unit < 1:
         raise PartitionError("a size is not positive", f"size {size}, unit {unit}", "positive integers")
     if size % unit:
-        raise PartitionError("a sub-parameter is not whole units", f"{size} in units of {unit}", f"a multiple of {unit}")
+        raise PartitionError(
+            "a sub-parameter is not whole units", f"{size} in units of {unit}", f"a multiple of {unit}"
+        )
     return SubParameter(size=size, unit=unit)
 
 
@@ -117,15 +120,20 @@ def _view(shape: tuple[int, ...], cut: Cut) -> tuple[tuple[int, ...], tuple[int,
         raise PartitionError("a size is not positive", f"{list(logical)}", "positive sizes or -1")
     view = _infer(shape, known)
     if view is None or group_view(shape, view) is None:
-        raise PartitionError("the rule's shape does not fit the parameter", f"{_text(logical)} for {_text(shape)}",
-                             "a logical shape of the same elements, row-major")  # fmt: skip
+        raise PartitionError(
+            "the rule's shape does not fit the parameter",
+            f"{_text(logical)} for {_text(shape)}",
+            "a logical shape of the same elements, row-major",
+        )
     size = view[cut.dim]
     if isinstance(at_dim, tuple):
         return view, at_dim
     if at_dim == -1:
         return view, (size,)
     if size % at_dim:
-        raise PartitionError("the dimension is not equal sub-parameters", f"{size} in {at_dim}", f"a multiple of {at_dim}")
+        raise PartitionError(
+            "the dimension is not equal sub-parameters", f"{size} in {at_dim}", f"a multiple of {at_dim}"
+        )
     return view, (size // at_dim,) * at_dim
 
 

@@ -125,7 +125,9 @@ def _cut_all(
     most = max(len(grouped[rank]) for rank in range(plan.tp_size))
     for part in range(most):
         ranks = [rank for rank in range(plan.tp_size) if part < len(grouped[rank])]
-        files += _write_part(plan, [(r, grouped[r][part], len(grouped[r])) for r in ranks], part, output, workers, advance)
+        files += _write_part(
+            plan, [(r, grouped[r][part], len(grouped[r])) for r in ranks], part, output, workers, advance
+        )
     for part, members in enumerate(grouped[None]):
         files += _write_part(plan, [(None, members, len(grouped[None]))], part, output, workers, advance)
     files += _copy_others(folder, output)
@@ -173,7 +175,7 @@ def _write_part(
     workers: int,
     advance: Callable[[int], None],
 ) -> list[ShardFile]:
-    """Write one part of each rank's files, reading each source tensor once; the files get their final names together."""
+    """Write one part of each rank's files, reading each source tensor once; they get their final names together."""
     outputs: list[_Output] = []
     try:
         for rank, tensors, num_parts in members:
@@ -191,7 +193,7 @@ def _write_part(
                 os.fsync(out.descriptor)
             digests = list(pool.map(lambda out: _sha256(out.temporary), outputs))
         for out in outputs:
-            os.replace(out.temporary, out.path)
+            out.temporary.replace(out.path)
     finally:
         for out in outputs:
             os.close(out.descriptor)
@@ -231,7 +233,9 @@ def _cut(tensor: _Tensor, outputs: Sequence[_Output], advance: Callable[[int], N
     name = tensor.parameter.name
     with open(entry.file, "rb", buffering=0) as file:
         for block, start, count, rows in _chunks(entry.stop - entry.start, size, inner):
-            chunk = _read(file.fileno(), entry.start + block * size * inner + start * inner, count * rows * inner, entry.file)
+            chunk = _read(
+                file.fileno(), entry.start + block * size * inner + start * inner, count * rows * inner, entry.file
+            )
             for out in outputs:
                 wanted = layout.rank_intervals(out.rank or 0) or ((0, 1),)
                 local = iv.length(wanted)
@@ -307,7 +311,7 @@ def _copy_others(folder: Path, output: Path) -> list[ShardFile]:
         shutil.copyfile(path, temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, output / path.name)
+        temporary.replace(output / path.name)
         copied.append(_describe(output / path.name))
     return copied
 

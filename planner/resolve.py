@@ -19,7 +19,7 @@ from autotp_plan.planner.sources import Source
 from autotp_plan.planner.symbols import SymbolError, Symbols
 from autotp_plan.schemas.layout import Layout
 from autotp_plan.schemas.plan import Style
-from autotp_plan.schemas.spec import PartitionType, Spec
+from autotp_plan.schemas.spec import Indivisible, PartitionType, Spec
 
 _STYLES: Mapping[PartitionType, Style] = {"column": "column", "row": "row", "vocab": "vocab", "skip": "replicated"}
 
@@ -57,6 +57,8 @@ class Resolver:
     tp_size: int
     faults: FaultBook = field(default_factory=FaultBook)
     _layouts: dict[tuple[str, tuple[int, ...]], Layout | None] = field(default_factory=dict)
+    _tp_limits: set[tuple[int, Indivisible]] = field(default_factory=set)
+    _indivisible: list[tuple[str, pt.IndivisibleError]] = field(default_factory=list)
 
     def resolve(self, sources: Sequence[Source]) -> dict[str, Decision]:
         """A decision for every parameter and tied name that has one, in the inventory's order."""
@@ -77,6 +79,7 @@ class Resolver:
             weight = name.removesuffix("bias") + "weight"
             if weight in decisions:
                 decisions[name] = self._bias(name, weight, decisions[weight])
+        self._report_indivisible()
         return {name: decisions[name] for name in names if name in decisions}
 
     def _compile(self, source: Source) -> list[_Rule]:
@@ -91,8 +94,13 @@ class Resolver:
                 try:
                     patterns.append(re.compile(pattern))
                 except (re.error, OverflowError, RecursionError) as error:
-                    self.faults.add("a pattern is not a regular expression", name, got=f"{pattern}: {error}",
-                                    expected="a Python regular expression", next="escape dots and brackets with \\")  # fmt: skip
+                    self.faults.add(
+                        "a pattern is not a regular expression",
+                        name,
+                        got=f"{pattern}: {error}",
+                        expected="a Python regular expression",
+                        next="escape dots and brackets with \\",
+                    )
             rules.append(_Rule(name=name, spec=spec, patterns=tuple(patterns), trusted=source.trusted))
         return rules
 
@@ -105,13 +113,21 @@ class Resolver:
                     continue
                 modules = {name.rpartition(".")[0] for name in names}
                 if any(pattern.match(module) for module in modules):
-                    hint = f"patterns are matched against parameter names: end it with \\.weight, as in {pattern.pattern.rstrip('$')}\\.weight$"
+                    fixed = pattern.pattern.rstrip("$") + "\\.weight$"
+                    hint = f"patterns are matched against parameter names, not modules: write {fixed}"
                 elif rule.trusted:
                     hint = "the checkpoint may be incomplete, or another architecture; see `--preset none --spec FILE`"
                 else:
-                    hint = f"compare with the model's names, such as {_example(names)}; or mark the rule \"optional\": true"
-                self.faults.add("a pattern matches no parameter", rule.name, got=pattern.pattern,
-                                expected="at least one parameter of the model", next=hint)  # fmt: skip
+                    hint = (
+                        f'compare with the model\'s names, such as {_example(names)}; or mark the rule "optional": true'
+                    )
+                self.faults.add(
+                    "a pattern matches no parameter",
+                    rule.name,
+                    got=pattern.pattern,
+                    expected="at least one parameter of the model",
+                    next=hint,
+                )
 
     def _deciding_rule(self, name: str, rules: Sequence[Sequence[_Rule]]) -> _Rule | None:
         for source_rules in rules:
@@ -151,8 +167,9 @@ class Resolver:
         elif known is not None and spec.unit is None and spec.partition_type == known.spec.partition_type:
             spec = dataclasses.replace(spec, unit=known.spec.unit)
         if spec.partition_type == "skip":
-            return Decision(rule=rule.name, style="replicated", layout=pt.whole(shape),
-                            partial_gradient=spec.grad_allreduce)  # fmt: skip
+            return Decision(
+                rule=rule.name, style="replicated", layout=pt.whole(shape), partial_gradient=spec.grad_allreduce
+            )
         layout = self._layout(name, rule.name, spec, shape)
         if layout is None:
             return None
@@ -166,16 +183,27 @@ class Resolver:
         key = (rule, shape)
         if key in self._layouts and self._layouts[key] is not None:
             return self._layouts[key]
+        layout = None
         try:
-            layout = pt.partition(shape, self._cut(spec), self.tp_size)
+            cut = self._cut(spec)
+            self._tp_limits.update(
+                (sub.num_units, cut.indivisible) for sub in pt.partition(shape, cut, 1).sub_parameters
+            )
+            layout = pt.partition(shape, cut, self.tp_size)
         except SymbolError as error:
-            layout = None
-            self.faults.add("a size cannot be resolved", f"{name} ({rule})", got=str(error),
-                            expected="sizes that the model's config gives", next="correct the rule's shape and unit")  # fmt: skip
+            self.faults.add(
+                "a size cannot be resolved",
+                f"{name} ({rule})",
+                got=str(error),
+                expected="sizes that the model's config gives",
+                next="correct the rule's shape and unit",
+            )
+        except pt.IndivisibleError as error:
+            self._indivisible.append((f"{name} ({rule})", error))
         except pt.PartitionError as error:
-            layout = None
-            self.faults.add(error.what, f"{name} ({rule})", got=error.got, expected=error.expected,
-                            next=self._next_step(error), num_units=error.num_units)  # fmt: skip
+            self.faults.add(
+                error.what, f"{name} ({rule})", got=error.got, expected=error.expected, next="correct the rule"
+            )
         self._layouts[key] = layout
         return layout
 
@@ -183,7 +211,9 @@ class Resolver:
         resolve = self.symbols.resolve
         shape = None
         if spec.shape is not None:
-            shape = tuple(tuple(map(resolve, size)) if isinstance(size, tuple) else resolve(size) for size in spec.shape)
+            shape = tuple(
+                tuple(map(resolve, size)) if isinstance(size, tuple) else resolve(size) for size in spec.shape
+            )
         unit = spec.unit if spec.unit is not None else 1
         return pt.Cut(
             dim=spec.partition_dim if spec.partition_dim is not None else 1 if spec.partition_type == "row" else 0,
@@ -214,8 +244,13 @@ class Resolver:
         if decision.style == "column":
             layout = pt.bias_layout(self._shape(weight), decision.layout)
             if math.prod(shape) != math.prod(layout.shape):
-                self.faults.add("a bias does not fit its weight", name, got=f"shape {list(shape)}",
-                                expected=f"{math.prod(layout.shape)} values", next="check the checkpoint")  # fmt: skip
+                self.faults.add(
+                    "a bias does not fit its weight",
+                    name,
+                    got=f"shape {list(shape)}",
+                    expected=f"{math.prod(layout.shape)} values",
+                    next="check the checkpoint",
+                )
         style: Style = "column" if decision.style == "column" else "replicated"
         return dataclasses.replace(decision, style=style, layout=layout, gather_output=False)
 
@@ -229,10 +264,22 @@ class Resolver:
     def _shape(self, name: str) -> tuple[int, ...]:
         return self.inventory.parameters[self.inventory.tied.get(name, name)].shape
 
-    def _next_step(self, error: pt.PartitionError) -> str:
-        if error.num_units is None:
-            return "correct the rule"
-        return 'use a tp_size that works, or say "indivisible": "uneven" in the rule'
+    def _report_indivisible(self) -> None:
+        """Indivisible sizes, once all are known: with the TP sizes that would work for every rule."""
+        sizes = [
+            size
+            for size in range(1, max((count for count, _ in self._tp_limits), default=1) + 1)
+            if all(size <= count and (how == "uneven" or count % size == 0) for count, how in self._tp_limits)
+        ]
+        works = ", ".join(map(str, sizes[:16])) + (", ..." if len(sizes) > 16 else "")
+        for where, error in self._indivisible:
+            self.faults.add(
+                error.what,
+                where,
+                got=error.got,
+                expected=error.expected,
+                next=f'TP sizes that work for the whole model: {works}; or say "indivisible": "uneven" in the rule',
+            )
 
 
 def module_attributes(
@@ -254,9 +301,13 @@ def module_attributes(
             for pattern in spec.patterns:
                 matched = [module for module in cut_modules if _full_match(resolver, rule, pattern, module)]
                 if not matched and not source.trusted:
-                    resolver.faults.add("a pattern matches no module of which a weight is cut", rule, got=pattern,
-                                        expected="a module name, such as model.layers.0.self_attn",
-                                        next="patterns of module_attributes are matched against module names")  # fmt: skip
+                    resolver.faults.add(
+                        "a pattern matches no module of which a weight is cut",
+                        rule,
+                        got=pattern,
+                        expected="a module name, such as model.layers.0.self_attn",
+                        next="patterns of module_attributes are matched against module names",
+                    )
                 for module in matched:
                     for attribute, value in values.items():
                         if value is not None and (module, attribute) not in done:
@@ -268,8 +319,13 @@ def _full_match(resolver: Resolver, rule: str, pattern: str, module: str) -> boo
     try:
         return re.match(pattern, module) is not None
     except (re.error, OverflowError, RecursionError) as error:
-        resolver.faults.add("a pattern is not a regular expression", rule, got=f"{pattern}: {error}",
-                            expected="a Python regular expression", next="escape dots and brackets with \\")  # fmt: skip
+        resolver.faults.add(
+            "a pattern is not a regular expression",
+            rule,
+            got=f"{pattern}: {error}",
+            expected="a Python regular expression",
+            next="escape dots and brackets with \\",
+        )
         return False
 
 
@@ -280,8 +336,13 @@ def _values(resolver: Resolver, rule: str, size: int | str) -> tuple[int, ...] |
             for rank in range(resolver.tp_size)
         )
     except SymbolError as error:
-        resolver.faults.add("a size cannot be resolved", rule, got=str(error),
-                            expected="sizes that the model's config gives", next="correct the expression")  # fmt: skip
+        resolver.faults.add(
+            "a size cannot be resolved",
+            rule,
+            got=str(error),
+            expected="sizes that the model's config gives",
+            next="correct the expression",
+        )
         return None
 
 
@@ -300,4 +361,6 @@ def _pattern_for(name: str) -> str:
 
 
 def _example(names: Sequence[str]) -> str:
-    return next((name for name in names if any(part.isdecimal() for part in name.split("."))), names[0] if names else "")
+    return next(
+        (name for name in names if any(part.isdecimal() for part in name.split("."))), names[0] if names else ""
+    )

@@ -25,7 +25,7 @@ AUTO, NONE = "auto", "none"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """Rules of one origin. `label` begins each rule's name: `preset llama #1`. `trusted` rules know the architecture."""
+    """Rules of one origin. `label` begins a rule's name: `preset llama #1`. `trusted` rules know the architecture."""
 
     label: str
     specs: tuple[Spec, ...]
@@ -78,7 +78,7 @@ class Rules:
 
     def disk_names(self, symbols: Symbols, num_layers: int | None) -> DiskNames:
         """How tensors on disk differ from module parameters."""
-        layers = "{0..%d}" % (num_layers - 1) if num_layers else "*"
+        layers = f"{{0..{num_layers - 1}}}" if num_layers else "*"
         renamed: dict[str, str] = {}
         for file in reversed(self.facts):
             renamed.update(file.renamed_tensors)
@@ -122,10 +122,14 @@ def gather(
             )
         if use_default:
             label = f"preset {found.name}"
-            sources.append(Source(label=label, specs=found.layer_specs, attributes=found.module_attributes, trusted=True))
+            sources.append(
+                Source(label=label, specs=found.layer_specs, attributes=found.module_attributes, trusted=True)
+            )
         sources.append(Source(label=f"preset {found.name} vocabulary", specs=vocabulary, trusted=True))
         if not use_default:
-            sources.append(Source(label=f"preset {found.name}", specs=(), attributes=found.module_attributes, trusted=True))
+            sources.append(
+                Source(label=f"preset {found.name}", specs=(), attributes=found.module_attributes, trusted=True)
+            )
     if section:
         notes.extend(section.notes)
     return Rules(sources=tuple(sources), files=tuple(spec_files), preset=found, notes=tuple(notes))

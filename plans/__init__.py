@@ -1,1 +1,1 @@
-"""Compiled plans of well-known public models, with the config.json each came from: examples, and golden files for tests."""
+"""Compiled plans of well-known public models, with the config.json each came from: examples and golden files."""

@@ -1,8 +1,8 @@
 """The collectives that tensor parallelism puts into forward and backward, as autograd functions.
 
-As in Megatron-LM (Shoeybi et al., 2019, figure 3): `copy_to_ranks` is f, `sum_over_ranks` is g. Each hands its collective
-a contiguous tensor that it owns, and returns a tensor of its own: DeepSpeed's versions lose the sum of a non-contiguous
-gradient (`dist.all_reduce(x.contiguous())`), and return a view that cannot be modified in place.
+As in Megatron-LM (Shoeybi et al., 2019, figure 3): `copy_to_ranks` is f, `sum_over_ranks` is g. Each hands its
+collective a contiguous tensor that it owns, and returns a tensor of its own: DeepSpeed's lose the sum of a
+non-contiguous gradient (`dist.all_reduce(x.contiguous())`), and return a view that cannot be modified in place.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from autotp_plan.schemas import intervals as iv
 
 def copy_to_ranks(input: Tensor, group: Any) -> Tensor:
     """`input` as it is; its gradient is summed over the ranks, each of which computes part of it."""
-    result: Tensor = _CopyToRanks.apply(input, group)
+    result: Tensor = _CopyToRanks.apply(input, group)  # type: ignore[no-untyped-call]
     return result
 
 
 def sum_over_ranks(input: Tensor, group: Any) -> Tensor:
     """The sum of every rank's `input`; the gradient passes unchanged, as it is the same on every rank."""
-    result: Tensor = _SumOverRanks.apply(input, group)
+    result: Tensor = _SumOverRanks.apply(input, group)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -34,7 +34,8 @@ def gather_last_dim(input: Tensor, group: Any, intervals: Sequence[iv.Intervals]
 
     Valid where what follows computes the same on every rank, as a loss on gathered logits does.
     """
-    result: Tensor = _GatherLastDim.apply(input, group, tuple(intervals), tp_rank)
+    held = tuple(intervals)
+    result: Tensor = _GatherLastDim.apply(input, group, held, tp_rank)  # type: ignore[no-untyped-call]
     return result
 
 

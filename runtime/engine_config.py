@@ -31,7 +31,12 @@ def engine_config(config: str | os.PathLike[str] | dict[str, Any], plan: Plan) -
     size = section.get("autotp_size", plan.tp_size)
     if size != plan.tp_size:
         raise MismatchError(
-            _fault("the DeepSpeed config is for another TP size", "tensor_parallel.autotp_size", str(size), str(plan.tp_size))
+            _fault(
+                "the DeepSpeed config is for another TP size",
+                "tensor_parallel.autotp_size",
+                str(size),
+                str(plan.tp_size),
+            )
         )
     for key in _DECIDED:
         section.pop(key, None)
@@ -42,5 +47,10 @@ def engine_config(config: str | os.PathLike[str] | dict[str, Any], plan: Plan) -
 
 
 def _fault(what: str, where: str, got: str, expected: str) -> Fault:
-    return Fault(what=what, where=where, got=got, expected=expected,
-                 next="leave the key out: the plan says it; or compile a plan for that size")  # fmt: skip
+    return Fault(
+        what=what,
+        where=where,
+        got=got,
+        expected=expected,
+        next="leave the key out: the plan says it; or compile a plan for that size",
+    )

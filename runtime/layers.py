@@ -1,13 +1,13 @@
 """The tensor-parallel modules: column- and row-parallel linear layers and the vocabulary-parallel embedding.
 
-They subclass DeepSpeed's `TensorParallel_Layer`, so that its consolidated saving and universal checkpoint see shards they
-can put together, but take every size from the plan's layouts: DeepSpeed's own subclasses work theirs out from names and
-head counts. A layer is built with parameters on the meta device; `finish` marks them once they are loaded.
+They subclass DeepSpeed's `TensorParallel_Layer`, so that its consolidated saving and universal checkpoint see shards
+they can put together, but take every size from the plan's layouts: DeepSpeed's own subclasses work theirs out from
+names and head counts. A layer is built with parameters on the meta device; `finish` marks them once they are loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -35,7 +35,13 @@ class PlannedLayer(TensorParallel_Layer):  # type: ignore[misc]
     partition_type: ClassVar[str]
 
     def __init__(
-        self, module: nn.Module, *, name: str, layouts: Mapping[str, Layout], shapes: Mapping[str, tuple[int, ...]], group: Any
+        self,
+        module: nn.Module,
+        *,
+        name: str,
+        layouts: Mapping[str, Layout],
+        shapes: Mapping[str, tuple[int, ...]],
+        group: Any,
     ) -> None:
         super().__init__(group, name=name)
         self.support_training = True
@@ -62,23 +68,26 @@ class PlannedLayer(TensorParallel_Layer):  # type: ignore[misc]
     @torch.no_grad()
     def gather_params(self, params_list: list[Any]) -> None:
         """Replace the data of cut parameters by the whole ones. Called by DeepSpeed when it saves."""
-        for parameter, layout, shape in self._cut_parameters(params_list):
+        for parameter, layout, dim, shape in self._cut_parameters(params_list):
             local = parameter.data.view(layout.rank_shape(self.tp_index))
             if self.is_tp_parallel:
-                local = gather_shards(local, self.mp_group, layout.intervals, layout.dim)
+                local = gather_shards(local, self.mp_group, layout.intervals, dim)
             parameter.data = local.reshape(shape)
 
     @torch.no_grad()
     def _tp_partition(self, params_list: list[Any]) -> None:
         """Replace the data of whole parameters by this rank's shards. The reverse of `gather_params`."""
-        for parameter, layout, shape in self._cut_parameters(params_list):
-            shard = take(parameter.data.view(layout.shape), layout.intervals[self.tp_index], layout.dim)
+        for parameter, layout, dim, shape in self._cut_parameters(params_list):
+            shard = take(parameter.data.view(layout.shape), layout.intervals[self.tp_index], dim)
             parameter.data = shard.view(parameter_shape(shape, layout.shape, shard.shape))
 
-    def _cut_parameters(self, params_list: list[Any]) -> list[tuple[Any, Layout, tuple[int, ...]]]:
+    def _cut_parameters(self, params_list: list[Any]) -> Iterator[tuple[Any, Layout, int, tuple[int, ...]]]:
+        """`(parameter, layout, dim, full shape)` of those of `params_list` that are ours and cut."""
         mine = {id(getattr(self, name)): name for name in self.layouts}
-        names = [(parameter, mine[id(parameter)]) for parameter in params_list if id(parameter) in mine]
-        return [(p, self.layouts[n], self.full_shapes[n]) for p, n in names if self.layouts[n].dim is not None]
+        for parameter in params_list:
+            name = mine.get(id(parameter))
+            if name is not None and (dim := self.layouts[name].dim) is not None:
+                yield parameter, self.layouts[name], dim, self.full_shapes[name]
 
     def _mark_uc_metadata(self) -> None:
         for name, layout in self.layouts.items():
@@ -113,8 +122,11 @@ class ColumnParallelLinear(PlannedLayer):
         """`(..., in_features)` to this rank's `(..., out_features)`, or to all of them when gathered."""
         if not self.is_tp_parallel:
             return F.linear(input, self.weight, self.bias)
+        output: Tensor
         if self.__class__.tp_overlap_comm:
-            output = _OverlappedColumn.apply(input, self.weight, self.bias, self.mp_group)
+            output = _OverlappedColumn.apply(  # type: ignore[no-untyped-call]
+                input, self.weight, self.bias, self.mp_group
+            )
         else:
             output = F.linear(copy_to_ranks(input, self.mp_group), self.weight, self.bias)
         if self.gather_output:
@@ -133,7 +145,7 @@ class RowParallelLinear(PlannedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """This rank's `(..., in_features)` to `(..., out_features)`, whole on every rank."""
-        output = F.linear(input, self.weight)
+        output: Tensor = F.linear(input, self.weight)
         if self.is_tp_parallel:
             output = sum_over_ranks(output, self.mp_group)
         return output if self.bias is None else output + self.bias

@@ -1,7 +1,7 @@
 """From a plan to a sharded model: build it on meta, replace the planned modules, fill in one rank's weights.
 
-Nothing is decided here. A module that the plan wants cut and that no layer of ours can stand for is refused, and so is a
-model whose parameters are not exactly the plan's.
+Nothing is decided here. A module that the plan wants cut and that no layer of ours can stand for is refused, and so is
+a model whose parameters are not exactly the plan's.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def build_model(folder: Path, plan: Plan, **options: Any) -> nn.Module:
     """
     import transformers
 
+    model: Any
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder))
         architecture = getattr(transformers, plan.model.architecture or "", None)
@@ -54,9 +55,9 @@ def build_model(folder: Path, plan: Plan, **options: Any) -> nn.Module:
                 next="give the model yourself: plan.load_model(path, model=module_on_meta)",
             )
         ) from None
-    assert isinstance(model, nn.Module)
     model.tie_weights()
-    return model
+    built: nn.Module = model
+    return built
 
 
 def check_model(model: nn.Module, plan: Plan) -> None:
@@ -67,20 +68,26 @@ def check_model(model: nn.Module, plan: Plan) -> None:
     modules = dict(model.named_modules())
     faults: list[Fault] = []
     for name in shapes.keys() - planned.keys() - ties.keys():
-        faults.append(_model_fault("the model has a parameter that the plan does not know", name, str(list(shapes[name]))))
+        faults.append(
+            _model_fault("the model has a parameter that the plan does not know", name, str(list(shapes[name])))
+        )
     for name in planned.keys() - shapes.keys():
         if name not in _buffers(model):
             faults.append(_model_fault("the model lacks a parameter of the plan", name, "", str(list(planned[name]))))
     for name in planned.keys() & shapes.keys():
         if shapes[name] != planned[name]:
             faults.append(
-                _model_fault("a parameter's shape is not the plan's", name, str(list(shapes[name])), str(list(planned[name])))
+                _model_fault(
+                    "a parameter's shape is not the plan's", name, str(list(shapes[name])), str(list(planned[name]))
+                )
             )
     first_name: dict[int, str] = {}
     for name in planned.keys() & shapes.keys():
         other = first_name.setdefault(id(_parameter(model, name)), name)
         if other != name:
-            faults.append(_model_fault("two parameters of the plan are tied in the model", max(name, other), min(name, other)))
+            faults.append(
+                _model_fault("two parameters of the plan are tied in the model", max(name, other), min(name, other))
+            )
     for name, to in ties.items():
         if name in shapes and to in shapes and _parameter(model, name) is not _parameter(model, to):
             faults.append(_model_fault("two parameters are tied in the plan only", name, "a parameter of its own", to))
@@ -114,7 +121,9 @@ def shard_model(model: nn.Module, plan: Plan, source: WeightSource, ranks: Ranks
         layer.finish()
     for parameter in plan.expanded():
         if parameter.partial_gradient and ranks.tp_size > 1:
-            _parameter(model, parameter.name).register_hook(_sum_gradient(ranks.tp_group))
+            _parameter(model, parameter.name).register_hook(  # type: ignore[no-untyped-call]
+                _sum_gradient(ranks.tp_group)
+            )
     unloaded = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not unloaded, f"still on meta after loading: {unloaded}"
     setattr(model, UNIVERSAL_CHECKPOINT_INFO, collect_autotp_universal_checkpoint_info(model))
@@ -216,7 +225,9 @@ def _module_faults(parameter: Parameter, modules: Mapping[str, nn.Module], plan:
                 f"{type(module).__module__}.{type(module).__name__}",
                 f"torch.nn.{wanted.__name__} with its own forward",
             )
-        elif isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq or module.sparse):
+        elif isinstance(module, nn.Embedding) and (
+            module.max_norm is not None or module.scale_grad_by_freq or module.sparse
+        ):
             yield _model_fault(
                 "an embedding option cannot be kept when the table is cut",
                 parameter.name,
@@ -224,7 +235,9 @@ def _module_faults(parameter: Parameter, modules: Mapping[str, nn.Module], plan:
                 "none of them set",
             )
     elif leaf != "bias" or parameter.style != "column":
-        yield _model_fault("no tensor-parallel layer cuts this parameter", parameter.name, parameter.style, "replicated")
+        yield _model_fault(
+            "no tensor-parallel layer cuts this parameter", parameter.name, parameter.style, "replicated"
+        )
     layout = plan.layouts[parameter.layout]
     if any(len(ranks) > 1 for _, ranks in iv.holders(layout.intervals)) and plan.tp_size > 1:
         yield _model_fault(

@@ -1,4 +1,4 @@
-"""`load_plan`, and what can be done with the plan it returns: load this rank's model, start a DeepSpeed engine, feed it."""
+"""`load_plan`, and what its plan can do: load this rank's model, start a DeepSpeed engine, feed it."""
 
 from __future__ import annotations
 
@@ -90,9 +90,10 @@ class TrainingPlan:
     ) -> tuple[Any, Any, Any, Any]:
         """`deepspeed.initialize` for a model from `load_model`: `(engine, optimizer, loader, scheduler)`.
 
-        `config` is a DeepSpeed config file or dict; its batch sizes count data-parallel ranks, and its `tensor_parallel`
-        section, where it has one, must be of the plan's TP size. `kwargs` go to `deepspeed.initialize` unchanged. The
-        loader gives all TP ranks of a data-parallel group the same batches. Raises MismatchError.
+        `config` is a DeepSpeed config file or dict; its batch sizes count data-parallel ranks, and its
+        `tensor_parallel` section, where it has one, must be of the plan's TP size. `kwargs` go to
+        `deepspeed.initialize` unchanged. The loader gives all TP ranks of a data-parallel group the same batches.
+        Raises MismatchError.
         """
         settings = engine_config(config, self.document)
         ranks = self.ranks
@@ -101,7 +102,11 @@ class TrainingPlan:
         engine, optimizer, _, scheduler = deepspeed.initialize(model=model, config=settings, **kwargs)
         loader = None
         if training_data is not None:
-            sampler = None if isinstance(training_data, torch.utils.data.IterableDataset) else tp_sampler(training_data, ranks)
+            sampler = (
+                None
+                if isinstance(training_data, torch.utils.data.IterableDataset)
+                else tp_sampler(training_data, ranks)
+            )
             loader = engine.deepspeed_io(training_data, data_sampler=sampler, collate_fn=collate_fn)
             engine.training_dataloader = loader
         return engine, optimizer, loader, scheduler

@@ -58,7 +58,9 @@ class WeightSource:
             entry = self.entries[parameter.name, tp_rank]
             if self.presplit:
                 whole = Layout(shape=entry.shape)
-                yield Weight(name=parameter.name, entry=entry, layout=whole, wanted=whole.rank_intervals(0), shape=shape)
+                yield Weight(
+                    name=parameter.name, entry=entry, layout=whole, wanted=whole.rank_intervals(0), shape=shape
+                )
             else:
                 wanted = layout.rank_intervals(tp_rank)
                 yield Weight(name=parameter.name, entry=entry, layout=layout, wanted=wanted, shape=shape)
@@ -81,7 +83,7 @@ def read_weight(weight: Weight, device: torch.device, dtype: torch.dtype | None)
     """The shard as a tensor on `device`, converted when `dtype` is given and it is a floating-point tensor."""
     tensor = torch.empty(weight.shape, dtype=DTYPES[weight.entry.dtype])
     if tensor.numel():
-        target = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        target = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         _read_runs(weight, target)
     if dtype is not None and tensor.is_floating_point():
         tensor = tensor.to(dtype)
@@ -152,25 +154,45 @@ def _checkpoint_entries(folder: Path, plan: Plan) -> dict[tuple[str, int], Tenso
             entries.update({(parameter.name, rank): entry for rank in range(plan.tp_size)})
     if plan.model.config is not None and config_hash(read_config(folder)) != plan.model.config:
         faults.append(
-            Fault(what="config.json is not the one the plan was compiled from", where=str(folder / "config.json"),
-                  got=str(config_hash(read_config(folder))), expected=plan.model.config,
-                  next="compile a plan for this checkpoint")
-        )  # fmt: skip
+            Fault(
+                what="config.json is not the one the plan was compiled from",
+                where=str(folder / "config.json"),
+                got=str(config_hash(read_config(folder))),
+                expected=plan.model.config,
+                next="compile a plan for this checkpoint",
+            )
+        )
     if faults:
         raise MismatchError(faults)
     return entries
 
 
-def _entry_faults(entry: TensorEntry | None, where: str, shape: tuple[int, ...], parameter: Parameter) -> Iterator[Fault]:
+def _entry_faults(
+    entry: TensorEntry | None, where: str, shape: tuple[int, ...], parameter: Parameter
+) -> Iterator[Fault]:
     if entry is None:
-        yield Fault(what="a tensor of the plan is missing", where=where, expected=f"{parameter.dtype} of {list(shape)}",
-                    next="give the folder that belongs to this plan")  # fmt: skip
+        yield Fault(
+            what="a tensor of the plan is missing",
+            where=where,
+            expected=f"{parameter.dtype} of {list(shape)}",
+            next="give the folder that belongs to this plan",
+        )
     elif (entry.shape, entry.dtype) != (shape, parameter.dtype):
-        yield Fault(what="a tensor is not what the plan says", where=where, got=f"{entry.dtype} of {list(entry.shape)}",
-                    expected=f"{parameter.dtype} of {list(shape)}", next="give the folder that belongs to this plan")  # fmt: skip
+        yield Fault(
+            what="a tensor is not what the plan says",
+            where=where,
+            got=f"{entry.dtype} of {list(entry.shape)}",
+            expected=f"{parameter.dtype} of {list(shape)}",
+            next="give the folder that belongs to this plan",
+        )
     elif entry.dtype not in DTYPES:
-        yield Fault(what="torch has no such dtype", where=where, got=entry.dtype, expected=", ".join(sorted(DTYPES)),
-                    next="use a checkpoint in a dtype that training uses, such as BF16")  # fmt: skip
+        yield Fault(
+            what="torch has no such dtype",
+            where=where,
+            got=entry.dtype,
+            expected=", ".join(sorted(DTYPES)),
+            next="use a checkpoint in a dtype that training uses, such as BF16",
+        )
 
 
 def _size_fault(folder: Path, file: ShardFile) -> Fault | None:
@@ -184,11 +206,20 @@ def _size_fault(folder: Path, file: ShardFile) -> Fault | None:
 
 
 def _shards_fault(where: str, got: str, expected: str) -> Fault:
-    return Fault(what="the shards folder is not what its manifest says", where=where, got=got, expected=expected,
-                 next="copy the folder again, or pre-split again")  # fmt: skip
+    return Fault(
+        what="the shards folder is not what its manifest says",
+        where=where,
+        got=got,
+        expected=expected,
+        next="copy the folder again, or pre-split again",
+    )
 
 
 def _short_read(weight: Weight) -> Fault:
-    return Fault(what="a file ended early while it was read", where=str(weight.entry.file), got="fewer bytes than before",
-                 expected=f"the {weight.entry.stop - weight.entry.start} bytes of {weight.entry.name}",
-                 next="do not write to the folder while a job reads it")  # fmt: skip
+    return Fault(
+        what="a file ended early while it was read",
+        where=str(weight.entry.file),
+        got="fewer bytes than before",
+        expected=f"the {weight.entry.stop - weight.entry.start} bytes of {weight.entry.name}",
+        next="do not write to the folder while a job reads it",
+    )

@@ -92,8 +92,8 @@ def write_atomically(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -134,8 +134,10 @@ def _faults_of(error: ValidationError, kind: str, schema_name: str) -> list[Faul
         deepest = max(error.context, key=lambda child: len(child.absolute_path))
         if len(deepest.absolute_path) > len(error.absolute_path):
             return _faults_of(deepest, kind, schema_name)
+    schema: Any = error.schema
+    instance: Any = error.instance
     if error.validator == "additionalProperties":
-        known = error.schema.get("properties", {})
+        known = schema.get("properties", {})
         return [
             Fault(
                 what=f"the {kind} has an unknown key",
@@ -144,27 +146,28 @@ def _faults_of(error: ValidationError, kind: str, schema_name: str) -> list[Faul
                 expected="one of " + ", ".join(sorted(known)),
                 next=did_you_mean(key, known) or "remove the key",
             )
-            for key in error.instance
+            for key in instance
             if key not in known
         ]
     if error.validator == "required":
-        missing = [key for key in error.validator_value if key not in error.instance]
+        wanted: Any = error.validator_value
+        missing = [key for key in wanted if key not in instance]
         return [
             Fault(
                 what=f"the {kind} lacks a key",
                 where=where,
-                got="keys " + (", ".join(sorted(map(str, error.instance))) or "none"),
+                got="keys " + (", ".join(sorted(map(str, instance))) or "none"),
                 expected=_short(key),
                 next=f"add {_short(key)}; see {schema_name}.schema.json",
             )
             for key in missing
         ]
-    expected = error.schema.get("description") or f"{error.validator} {_short(error.validator_value)}"
+    expected = schema.get("description") or f"{error.validator} {_short(error.validator_value)}"
     return [
         Fault(
             what=f"the {kind} has a wrong value",
             where=where,
-            got=_short(error.instance),
+            got=_short(instance),
             expected=expected,
             next=f"correct the value; see {schema_name}.schema.json",
         )
@@ -204,6 +207,8 @@ def _format(value: Any, indent: str, width: int) -> str:
         return line
     deeper = indent + "  "
     if isinstance(value, dict):
-        items = [f"{json.dumps(key, ensure_ascii=False)}: {_format(item, deeper, width)}" for key, item in value.items()]
+        items = [
+            f"{json.dumps(key, ensure_ascii=False)}: {_format(item, deeper, width)}" for key, item in value.items()
+        ]
         return "{\n" + ",\n".join(deeper + item for item in items) + f"\n{indent}}}"
     return "[\n" + ",\n".join(deeper + _format(item, deeper, width) for item in value) + f"\n{indent}]"

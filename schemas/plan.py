@@ -253,7 +253,9 @@ def _faults(plan: Plan) -> Iterator[Fault]:
             yield _reference_fault(f"{where}.layout", entry.layout, "a layout of this plan", plan.layouts)
         elif entry.shape is not None and group_view(entry.shape, plan.layouts[entry.layout].shape) is None:
             view = plan.layouts[entry.layout].shape
-            yield _reference_fault(f"{where}.shape", f"{list(entry.shape)}", f"a shape that {list(view)} is a view of", ())
+            yield _reference_fault(
+                f"{where}.shape", f"{list(entry.shape)}", f"a shape that {list(view)} is a view of", ()
+            )
         elif (entry.style == "replicated") != (plan.layouts[entry.layout].dim is None):
             yield _reference_fault(f"{where}.style", entry.style, "replicated, exactly where the layout has no dim", ())
         names = expand(entry.name)

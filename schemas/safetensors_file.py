@@ -146,9 +146,7 @@ def _entry(path: Path, name: str, value: Any, begin: int) -> TensorEntry:
         raise _broken(path, f"a shape or offset of {name} that is not a list of sizes")
     if last - first != num_bytes(dtype, shape):
         raise _broken(path, f"{last - first} bytes for {name}, {dtype} of shape {shape}")
-    return TensorEntry(
-        name=name, dtype=dtype, shape=tuple(shape), file=path, start=begin + first, stop=begin + last
-    )
+    return TensorEntry(name=name, dtype=dtype, shape=tuple(shape), file=path, start=begin + first, stop=begin + last)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -168,5 +166,3 @@ def _broken(path: Path, got: str) -> CheckpointError:
             next="fetch or write the file again; it may be truncated",
         )
     )
-
-
