@@ -10,6 +10,18 @@ engine, optimizer, loader, scheduler = plan.initialize(model, config="ds_config.
 if __name__ != "autotp_plan.runtime":
     raise ImportError("import autotp_plan.runtime, not the folder: a second import would make second copies of classes")
 
-from autotp_plan.runtime.training_plan import TrainingPlan, load_plan
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autotp_plan.runtime.training_plan import TrainingPlan, load_plan
 
 __all__ = ["TrainingPlan", "load_plan"]
+
+
+def __getattr__(name: str) -> Any:
+    # importing DeepSpeed takes seconds and speaks: not before it is needed, so that a program can prepare for it
+    if name in __all__:
+        from autotp_plan.runtime import training_plan
+
+        return getattr(training_plan, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

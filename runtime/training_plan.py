@@ -107,7 +107,10 @@ class TrainingPlan:
                 if isinstance(training_data, torch.utils.data.IterableDataset)
                 else tp_sampler(training_data, ranks)
             )
-            loader = engine.deepspeed_io(training_data, data_sampler=sampler, collate_fn=collate_fn)
+            pin_memory = ranks.device.type != "cpu"
+            loader = engine.deepspeed_io(
+                training_data, data_sampler=sampler, collate_fn=collate_fn, pin_memory=pin_memory
+            )
             engine.training_dataloader = loader
         return engine, optimizer, loader, scheduler
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tests.helpers.float64 import PromoteToFloat64
 from tests.helpers.models import batch
 
-LEARNING_RATE = 1e-2
+ADAM = {"lr": 2e-3, "eps": 1e-5, "weight_decay": 0.01}
+"""A first Adam step is lr * g / (|g| + eps): an eps near the rounding error of g would make noise of that size of it."""
 NUM_STEPS = 5
 Forward = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 
@@ -62,7 +63,7 @@ def dense_steps(
     model: nn.Module, dp_size: int, forward: Forward = causal_lm, accumulation: int = 1
 ) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each optimizer step of the unsharded model, clipped at 1.0."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
     history = []
     for step in range(NUM_STEPS):
         losses = []
@@ -85,7 +86,7 @@ def engine_settings(zero_stage: int, accumulation: int = 1, **changes: Any) -> d
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 1.0,
         "zero_optimization": {"stage": zero_stage},
-        "optimizer": {"type": "AdamW", "params": {"lr": LEARNING_RATE, "weight_decay": 0.01, "torch_adam": True}},
+        "optimizer": {"type": "AdamW", "params": {**ADAM, "torch_adam": True}},
         "steps_per_print": 10**9,
         **changes,
     }

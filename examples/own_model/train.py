@@ -1,0 +1,61 @@
+"""Train a model that is not from transformers, by a plan compiled from a spec file alone.
+
+    python examples/own_model/train.py prepare work/
+    torchrun --nproc-per-node 2 examples/own_model/train.py train work/
+
+`prepare` writes a random checkpoint, compiles a plan for it and pre-splits it. `train` loads each rank's shards and
+takes ten steps on random tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from gpt import GPT  # noqa: E402 - the model lies beside this file
+
+
+def prepare(folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    from autotp_plan.planner import SpecFile, compile_plan, presplit
+
+    checkpoint = folder / "checkpoint"
+    checkpoint.mkdir(parents=True)
+    torch.manual_seed(0)
+    tensors = dict(GPT().named_parameters())
+    save_file({name: tensor.detach() for name, tensor in tensors.items()}, checkpoint / "model.safetensors")
+    plan = compile_plan(checkpoint, tp_size=2, specs=[SpecFile.read(HERE / "spec.json")])
+    (folder / "plan.json").write_text(plan.to_json())
+    presplit(plan, checkpoint, folder / "shards")
+    print(f"wrote {folder / 'plan.json'} and {folder / 'shards'}")
+
+
+def train(folder: Path) -> None:
+    from autotp_plan.runtime import load_plan
+
+    plan = load_plan(folder / "plan.json")
+    model = plan.load_model(folder / "shards", model=GPT)
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "zero_optimization": {"stage": 1},
+        "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "torch_adam": True}},
+    }
+    engine, _, _, _ = plan.initialize(model, config=config)
+    tokens = torch.randint(256, (4, 64), generator=torch.Generator().manual_seed(plan.ranks.dp_rank))
+    for step in range(10):
+        loss, _ = engine(tokens.to(plan.ranks.device), tokens.to(plan.ranks.device))
+        engine.backward(loss)
+        engine.step()
+        if torch.distributed.get_rank() == 0:
+            print(f"step {step}  loss {loss.item():.4f}")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    {"prepare": prepare, "train": train}[sys.argv[1]](Path(sys.argv[2]))
