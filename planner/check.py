@@ -15,7 +15,7 @@ from autotp_plan.planner.inventory import inventory_hash
 from autotp_plan.schemas.checkpoint import Checkpoint, config_hash, read_checkpoint, read_config
 from autotp_plan.schemas.errors import Fault
 from autotp_plan.schemas.layout import Layout, SubParameter
-from autotp_plan.schemas.names import expand
+from autotp_plan.schemas.names import expand, is_index
 from autotp_plan.schemas.plan import Parameter, Plan
 
 
@@ -128,14 +128,17 @@ def _check_row(row: Parameter, columns: dict[str, list[Parameter]], plan: Plan, 
 
 
 def _feeding(row: Parameter, columns: dict[str, list[Parameter]]) -> list[Parameter]:
-    """The column-parallel weights of the nearest enclosing module that has any, inside the row's own layer."""
+    """The column-parallel weights of the nearest enclosing module that has any, inside the row's own layer.
+
+    For a row outside of all layers: those that are outside of all layers too.
+    """
     module = _parent(row.name)
     while module:
         found = [p for parent, inside in columns.items() if f"{parent}.".startswith(f"{module}.") for p in inside]
-        if found or module.rpartition(".")[2].isdecimal():
+        if found or is_index(module.rpartition(".")[2]):
             return found
         module = module.rpartition(".")[0]
-    return columns.get("", [])
+    return [p for parent, inside in columns.items() if not any(map(is_index, parent.split("."))) for p in inside]
 
 
 def _parent(name: str) -> str:

@@ -37,6 +37,8 @@ def _reported(function: _F) -> _F:
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
+        except OSError as error:
+            _fail([_refused(error)])
 
     return run  # type: ignore[return-value]
 
@@ -50,7 +52,7 @@ def _fail(faults: Sequence[Fault]) -> None:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="autotp-plan")
+@click.version_option(package_name="autotp-plan", prog_name="autotp-plan")
 def main() -> None:
     """Plan how a model is cut for tensor-parallel training under DeepSpeed, check it, and cut it.
 
@@ -155,10 +157,17 @@ def show(plan_file: Path, output_format: str) -> None:
 def _print_table(plan: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from autotp_plan.planner.show import describe_ties, human_bytes, rows, summary
 
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 160)
+    console = Console(
+        markup=False,
+        emoji=False,
+        highlight=False,
+        soft_wrap=not sys.stdout.isatty(),
+        width=None if sys.stdout.isatty() else 160,
+    )
     table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True)
     for title, right in (("parameter", False), ("shape", True), ("style", False), ("each rank holds", False),
                          ("per rank", True), ("rule", False)):  # fmt: skip
@@ -168,7 +177,7 @@ def _print_table(plan: Plan) -> None:
         table.add_row(row.name, row.shape, row.style, row.share, human_bytes(row.bytes_per_rank), row.rule, style=style)
     totals = summary(plan)
     model = plan.model.architecture or plan.model.model_type or "model without a config"
-    console.print(f"[bold]{model}[/bold] at TP={plan.tp_size}, {totals.num_parameters} parameters")
+    console.print(Text(model, style="bold"), f"at TP={plan.tp_size}, {totals.num_parameters} parameters")
     console.print(table)
     per_rank = sorted(set(totals.per_rank), reverse=True)
     held = " to ".join(
@@ -181,10 +190,11 @@ def _print_table(plan: Plan) -> None:
     )
     extra = totals.replicated * (plan.tp_size - 1)
     console.print(
-        f"replicated: {human_bytes(totals.replicated)} on every rank, {human_bytes(extra)} more than once over all ranks"
+        f"replicated: {human_bytes(totals.replicated)} on every rank, "
+        f"{human_bytes(extra)} more than once over all ranks"
     )
     for line in [*describe_ties(plan), *_attribute_lines(plan), *(f"note: {note}" for note in plan.notes)]:
-        console.print(line, markup=False)
+        console.print(line)
 
 
 def _attribute_lines(plan: Plan) -> list[str]:
@@ -239,6 +249,16 @@ def presplit(plan_file: Path, checkpoint: Path, output: Path, workers: int, quie
         click.echo(
             f"{output}: {len(manifest.files)} files, {human_bytes(size)} for {plan.tp_size} ranks in {seconds:.1f} s"
         )
+
+
+def _refused(error: OSError) -> Fault:
+    return Fault(
+        what="the operating system refused",
+        where=str(error.filename or "a file"),
+        got=error.strerror or str(error),
+        expected="paths that can be read and written",
+        next="check the path and its permissions",
+    )
 
 
 def _not_written(path: Path, error: OSError) -> Fault:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from autotp_plan.planner.sources import AUTO, Rules, gather
 from autotp_plan.schemas.checkpoint import read_config
 from autotp_plan.schemas.errors import AutoTPError, CompileError, Fault
 from autotp_plan.schemas.layout import Layout
-from autotp_plan.schemas.names import expand, fold, natural_key
-from autotp_plan.schemas.plan import ModuleAttribute, Parameter, Plan, RuntimeOptions, Tie
+from autotp_plan.schemas.names import expand, fold, is_index, natural_key
+from autotp_plan.schemas.plan import MAX_TP_SIZE, ModuleAttribute, Parameter, Plan, RuntimeOptions, Tie
 from autotp_plan.schemas.spec import SpecFile
 
 
@@ -79,13 +79,13 @@ def _tp_size(tp_size: int | None, deepspeed: TensorParallelSection | None) -> in
             )
         )
     chosen = tp_size if tp_size is not None else configured
-    if chosen is None or chosen < 1:
+    if chosen is None or not 1 <= chosen <= MAX_TP_SIZE:
         raise CompileError(
             Fault(
-                what="the TP size is missing" if chosen is None else "the TP size is not positive",
+                what="the TP size is missing" if chosen is None else "the TP size makes no sense",
                 where="--tp",
                 got="none" if chosen is None else str(chosen),
-                expected="a positive integer",
+                expected=f"a positive integer, at most {MAX_TP_SIZE}",
                 next="give --tp N, or autotp_size in the DeepSpeed config's tensor_parallel section",
             )
         )
@@ -97,7 +97,7 @@ def _check_layers(inventory: Inventory, num_layers: int, faults: FaultBook) -> N
     found: dict[str, set[int]] = defaultdict(set)
     for name in inventory.parameters:
         parts = name.split(".")
-        at = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
+        at = next((place for place, part in enumerate(parts) if is_index(part)), None)
         if at is not None:
             found[".".join([*parts[:at], "{}", *parts[at + 1 :]])].add(int(parts[at]))
     for template, layers in found.items():
@@ -189,7 +189,7 @@ def _plan(
             )
             for name, to in sorted(inventory.tied.items())
         ),
-        ignored=tuple(names.ignored),
+        ignored=(*names.ignored, *sorted(disk for disk, name in names.renamed.items() if name in inventory.tied)),
         runtime=RuntimeOptions(
             dtype=deepspeed.dtype if deepspeed else None,
             tp_overlap_comm=deepspeed.tp_overlap_comm if deepspeed else False,
@@ -210,7 +210,7 @@ def _layout_name(layout: Layout, layouts: dict[str, Layout], names: dict[Layout,
 
 
 def _template(name: str) -> str:
-    return ".".join("{}" if part.isdecimal() else part for part in name.split("."))
+    return ".".join("{}" if is_index(part) else part for part in name.split("."))
 
 
 def _source(pattern: str, inventory: Inventory) -> str | None:

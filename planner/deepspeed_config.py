@@ -7,6 +7,7 @@ and never reads are noted, not obeyed.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ _KNOWN = frozenset(
     | {"vocab_parallel_ce_backend", "tensor_parallel", "tp", "injection_policy_tuple", "keep_module_on_host"}
     | {"replace_with_kernel_inject", "kernel_inject"}
 )
+
+_KNOWN_NESTED = frozenset({"tp_size", "tp_grain_size", "mpu", "tp_group"})
 
 _IGNORED_PARTITION_KEYS = {
     "strict_mode": "every undecided weight is an error here, as with strict_mode",
@@ -55,7 +58,7 @@ def read_deepspeed_config(path: Path) -> TensorParallelSection:
         raise DocumentError(_fault(str(path), type(config).__name__, "a JSON object, as DeepSpeed reads it"))
     if "tensor_parallel" not in config:
         known = "a tensor_parallel section"
-        hint = documents.did_you_mean("tensor_parallel", config)
+        hint = next(filter(None, (documents.did_you_mean(key, ["tensor_parallel"]) for key in config)), "")
         raise DocumentError(_fault(str(path), "keys " + ", ".join(sorted(config)), known, hint))
     return parse_section(config["tensor_parallel"])
 
@@ -72,12 +75,7 @@ def parse_section(section: Any) -> TensorParallelSection:
     tp_size = _typed(section, "autotp_size", int, faults)
     if tp_size is not None and tp_size < 0:
         faults.append(_fault("tensor_parallel.autotp_size", str(tp_size), "a positive integer"))
-    nested = section.get("tensor_parallel", section.get("tp")) or {}
-    nested_size = nested.get("tp_size", 1) if isinstance(nested, dict) else 1
-    if nested_size not in (1, tp_size):
-        faults.append(_fault("tensor_parallel.tp.tp_size", str(nested_size), f"autotp_size ({tp_size})"))
-    if isinstance(nested, dict) and nested.get("tp_grain_size", 1) != 1:
-        notes.append("tp_grain_size is not applied: cuts fall between the units that the rules give.")
+    _check_nested(section.get("tensor_parallel", section.get("tp", {})), tp_size, faults, notes)
     if section.get("replace_with_kernel_inject") or section.get("kernel_inject"):
         faults.append(
             _fault("tensor_parallel.replace_with_kernel_inject", "true", "false: kernels are for inference only")
@@ -115,6 +113,23 @@ def parse_section(section: Any) -> TensorParallelSection:
     return result
 
 
+def _check_nested(nested: Any, tp_size: int | None, faults: list[Fault], notes: list[str]) -> None:
+    """DeepSpeed's `TPConfig`, which training hardly reads."""
+    if not isinstance(nested, dict):
+        faults.append(_fault("tensor_parallel.tp", repr(nested), "a JSON object"))
+        return
+    for key in sorted(nested.keys() - _KNOWN_NESTED):
+        hint = documents.did_you_mean(key, _KNOWN_NESTED)
+        faults.append(_fault(f"tensor_parallel.tp.{key}", key, "a key that DeepSpeed knows", hint))
+    for key in ("mpu", "tp_group"):
+        if nested.get(key) is not None:
+            faults.append(_fault(f"tensor_parallel.tp.{key}", repr(nested[key]), "null: a JSON file cannot hold it"))
+    if nested.get("tp_size", 1) not in (1, tp_size):
+        faults.append(_fault("tensor_parallel.tp.tp_size", repr(nested["tp_size"]), f"autotp_size ({tp_size})"))
+    if nested.get("tp_grain_size", 1) != 1:
+        notes.append("tp_grain_size is not applied: cuts fall between the units that the rules give.")
+
+
 def _partition_config(data: Any, faults: list[Fault], notes: list[str]) -> SpecFile | None:
     if data is None:
         return None
@@ -128,8 +143,7 @@ def _partition_config(data: Any, faults: list[Fault], notes: list[str]) -> SpecF
     except DocumentError as error:
         prefix = "tensor_parallel.partition_config."
         faults.extend(
-            Fault(what=f.what, where=prefix + f.where, got=f.got, expected=f.expected, next=f.next)
-            for f in error.faults
+            dataclasses.replace(f, where=(prefix + f.where).removesuffix(".the partition_config")) for f in error.faults
         )
         return None
 

@@ -141,8 +141,14 @@ def _of_checkpoint(folder: Path, names: DiskNames) -> Inventory:
             continue
         if "{" in name or "}" in name:
             faults.append(_brace_fault(tensor.name))
+        if name in parameters:
+            faults.append(_twice_fault(name, parameters[name].source or name, tensor.name))
         source = tensor.name if name != tensor.name else None
         parameters[name] = ParameterInfo(shape=tensor.shape, dtype=tensor.dtype, source=source)
+    for disk_name in dropped:
+        name = names.renamed.get(disk_name, disk_name)
+        if names.tied[name] not in parameters:
+            faults.append(_lost_fault(disk_name, names.tied[name]))
     if faults:
         raise CheckpointError(faults)
     notes = tuple(
@@ -196,6 +202,26 @@ def _of_config(folder: Path, names: DiskNames) -> Inventory:
 
 def _sorted(parameters: dict[str, ParameterInfo]) -> dict[str, ParameterInfo]:
     return dict(sorted(parameters.items(), key=lambda item: natural_key(item[0])))
+
+
+def _lost_fault(name: str, to: str) -> Fault:
+    return Fault(
+        what="a tensor is tied to a parameter that the checkpoint lacks",
+        where=name,
+        got=f"tied to {to}",
+        expected=f"{to} in the checkpoint, and not tied itself",
+        next="correct config.json or the spec's `tied`, or save the checkpoint again",
+    )
+
+
+def _twice_fault(name: str, first: str, second: str) -> Fault:
+    return Fault(
+        what="two tensors of the checkpoint are one parameter",
+        where=name,
+        got=f"{first} and {second}",
+        expected="one tensor for each parameter",
+        next="remove one of them from the checkpoint",
+    )
 
 
 def _brace_fault(name: str) -> Fault:

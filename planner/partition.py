@@ -116,7 +116,9 @@ def _view(shape: tuple[int, ...], cut: Cut) -> tuple[tuple[int, ...], tuple[int,
     known = [
         sum(size) if isinstance(size, tuple) else -1 if dim == cut.dim else size for dim, size in enumerate(logical)
     ]
-    if any(size == 0 or size < -1 for size in [*known, *(at_dim if isinstance(at_dim, tuple) else [at_dim])]):
+    if any(size < 1 and size != -1 for size in [*known, at_dim] if isinstance(size, int)) or (
+        isinstance(at_dim, tuple) and min(at_dim) < 1
+    ):
         raise PartitionError("a size is not positive", f"{list(logical)}", "positive sizes or -1")
     view = _infer(shape, known)
     if view is None or group_view(shape, view) is None:

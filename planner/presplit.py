@@ -6,6 +6,7 @@ ranks that hold it. Files bear their final name only when they are complete and 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -91,9 +92,7 @@ def presplit(
     try:
         return _cut_all(plan, checkpoint_folder, output, max_file_bytes, workers, progress)
     except BaseException as error:
-        _remove_contents(output)
-        if created:
-            output.rmdir()
+        _remove(output, created)
         if isinstance(error, OSError):
             raise ShardsError(
                 _fault(str(output), error.strerror or str(error), "to read the checkpoint and write the shards",
@@ -218,10 +217,13 @@ def _open(path: Path, rank: int | None, tensors: Sequence[_Tensor], plan: Plan) 
         at += num_bytes(dtype, local)
     temporary = path.with_name(f".{path.name}.tmp")
     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    out = _Output(path=path, rank=rank, temporary=temporary, descriptor=descriptor, offsets=offsets, size=at)
-    _write(descriptor, [memoryview(header)], 0)
-    os.truncate(descriptor, at)
-    return out
+    try:
+        _write(descriptor, [memoryview(header)], 0)
+        os.truncate(descriptor, at)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return _Output(path=path, rank=rank, temporary=temporary, descriptor=descriptor, offsets=offsets, size=at)
 
 
 def _cut(tensor: _Tensor, outputs: Sequence[_Output], advance: Callable[[int], None]) -> None:
@@ -304,7 +306,7 @@ def _copy_others(folder: Path, output: Path) -> list[ShardFile]:
     for path in sorted(folder.iterdir()):
         weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
         index = path.name == INDEX_NAME or path.name.endswith(".index.json")
-        hidden = path.name.startswith(".") or path.name in (MANIFEST_NAME, PLAN_NAME)
+        hidden = path.name.startswith(".") or path.name in (MANIFEST_NAME, PLAN_NAME) or not path.name.isprintable()
         if weights or index or hidden or not path.is_file() or path.stat().st_size > MAX_COPIED_BYTES:
             continue
         temporary = output / f".{path.name}.tmp"
@@ -333,23 +335,27 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _create(output: Path) -> bool:
-    """Make the folder; False when it was there, empty."""
-    if output.is_dir() and not any(output.iterdir()):
-        return False
-    if output.exists():
-        what = "a folder that is not empty" if output.is_dir() else "a file"
-        raise ShardsError(_fault(str(output), what, "a new folder", "give another folder, or remove this one"))
+def _create(output: Path) -> list[Path]:
+    """Make the folder; the folders that were not there before, the deepest first."""
     try:
+        if output.is_dir() and not any(output.iterdir()):
+            return []
+        if output.exists():
+            what = "a folder that is not empty" if output.is_dir() else "a file"
+            raise ShardsError(_fault(str(output), what, "a new folder", "give another folder, or remove this one"))
+        missing = [folder for folder in (output, *output.parents) if not folder.exists()]
         output.mkdir(parents=True)
     except OSError as error:
         raise ShardsError(_fault(str(output), error.strerror or str(error), "a folder that can be made")) from None
-    return True
+    return missing
 
 
-def _remove_contents(output: Path) -> None:
+def _remove(output: Path, created: Sequence[Path]) -> None:
     for path in output.iterdir():
         path.unlink()
+    for folder in created:
+        with contextlib.suppress(OSError):  # another process may have begun to use a folder above
+            folder.rmdir()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -18,7 +18,7 @@ from autotp_plan.planner.inventory import Inventory
 from autotp_plan.planner.sources import Source
 from autotp_plan.planner.symbols import SymbolError, Symbols
 from autotp_plan.schemas.layout import Layout
-from autotp_plan.schemas.plan import Style
+from autotp_plan.schemas.plan import MAX_TP_SIZE, Style
 from autotp_plan.schemas.spec import Indivisible, PartitionType, Spec
 
 _STYLES: Mapping[PartitionType, Style] = {"column": "column", "row": "row", "vocab": "vocab", "skip": "replicated"}
@@ -56,17 +56,18 @@ class Resolver:
     symbols: Symbols
     tp_size: int
     faults: FaultBook = field(default_factory=FaultBook)
-    _layouts: dict[tuple[str, tuple[int, ...]], Layout | None] = field(default_factory=dict)
+    _layouts: dict[tuple[str, Spec, tuple[int, ...]], Layout | None] = field(default_factory=dict)
     _tp_limits: set[tuple[int, Indivisible]] = field(default_factory=set)
     _indivisible: list[tuple[str, pt.IndivisibleError]] = field(default_factory=list)
 
     def resolve(self, sources: Sequence[Source]) -> dict[str, Decision]:
         """A decision for every parameter and tied name that has one, in the inventory's order."""
-        rules = [self._compile(source) for source in sources]
+        compiled = [(source, self._compile(source)) for source in sources]
+        rules = [source_rules for source, source_rules in compiled if source.decides]
         names = [*self.inventory.parameters, *self.inventory.tied]
         for source_rules in rules:
             self._check_patterns_match(source_rules, names)
-        trusted = [rule for source_rules in rules for rule in source_rules if rule.trusted]
+        trusted = [rule for source, source_rules in compiled if source.trusted for rule in source_rules]
         decisions: dict[str, Decision] = {}
         for name in names:
             if self._is_bias_of_weight(name):
@@ -78,7 +79,7 @@ class Resolver:
         for name in filter(self._is_bias_of_weight, names):
             weight = name.removesuffix("bias") + "weight"
             if weight in decisions:
-                decisions[name] = self._bias(name, weight, decisions[weight])
+                decisions[name] = self._bias(name, weight, decisions[weight], self._deciding_rule(name, rules))
         self._report_indivisible()
         return {name: decisions[name] for name in names if name in decisions}
 
@@ -89,6 +90,7 @@ class Resolver:
             if spec.model_types and model_type not in [wanted.lower() for wanted in spec.model_types]:
                 continue
             name = f"{source.label} #{index}"
+            self._check_words(name, spec)
             patterns = []
             for pattern in spec.patterns:
                 try:
@@ -103,6 +105,21 @@ class Resolver:
                     )
             rules.append(_Rule(name=name, spec=spec, patterns=tuple(patterns), trusted=source.trusted))
         return rules
+
+    def _check_words(self, rule: str, spec: Spec) -> None:
+        for wrong, words in (
+            (spec.gather_output and spec.partition_type != "column", "gather_output with column only"),
+            (spec.grad_allreduce and spec.partition_type != "skip", "grad_allreduce with skip only"),
+            (spec.partition_dim and spec.partition_type == "vocab", "partition_dim 0, the rows of the table"),
+        ):
+            if wrong:
+                self.faults.add(
+                    "a rule contradicts itself",
+                    rule,
+                    got=f"partition_type {spec.partition_type}",
+                    expected=words,
+                    next="change the partition_type, or remove the other key",
+                )
 
     def _check_patterns_match(self, rules: Sequence[_Rule], names: Sequence[str]) -> None:
         for rule in rules:
@@ -170,17 +187,21 @@ class Resolver:
             return Decision(
                 rule=rule.name, style="replicated", layout=pt.whole(shape), partial_gradient=spec.grad_allreduce
             )
+        if (
+            known is not None
+            and known.spec.partition_type == spec.partition_type
+            and self._misreads(f"{name} ({rule.name})", shape, spec, known)
+        ):
+            return None
         layout = self._layout(name, rule.name, spec, shape)
         if layout is None:
             return None
-        if known is not None and known.spec.partition_type == spec.partition_type:
-            self._check_against_known(name, rule, layout, known)
         return Decision(
             rule=rule.name, style=_STYLES[spec.partition_type], layout=layout, gather_output=spec.gather_output
         )
 
     def _layout(self, name: str, rule: str, spec: Spec, shape: tuple[int, ...]) -> Layout | None:
-        key = (rule, shape)
+        key = (rule, spec, shape)
         if key in self._layouts and self._layouts[key] is not None:
             return self._layouts[key]
         layout = None
@@ -222,23 +243,28 @@ class Resolver:
             indivisible=spec.indivisible,
         )
 
-    def _check_against_known(self, name: str, rule: _Rule, layout: Layout, known: _Rule) -> None:
+    def _misreads(self, where: str, shape: tuple[int, ...], spec: Spec, known: _Rule) -> bool:
         """A user's rule may choose whether and by what to cut, but not misread what is fused in a weight."""
         try:
-            truth = pt.partition(self._shape(name), self._cut(known.spec), 1)
-        except (SymbolError, pt.PartitionError):
-            return  # the config does not fit the weight; the preset's own rule says so where it decides
-        got, expected = ([sub.size for sub in one.sub_parameters] for one in (layout, truth))
-        if (layout.shape, layout.dim, got) != (truth.shape, truth.dim, expected):
-            self.faults.add(
-                "a rule cuts a fused weight in the wrong place",
-                f"{name} ({rule.name})",
-                got=f"sub-parameters {got} along dim {layout.dim} of {list(layout.shape)}",
-                expected=f"{expected} along dim {truth.dim} of {list(truth.shape)}, as {known.name} knows the weight",
-                next="remove the rule (the preset has the right one), or give it the shape that is expected",
+            own, truth = (
+                pt.partition(shape, dataclasses.replace(self._cut(one), unit=1), 1) for one in (spec, known.spec)
             )
+        except (SymbolError, pt.PartitionError):
+            return False  # the user's rule says so itself; or the config does not fit, and then the preset's does
+        got, expected = ([sub.size for sub in one.sub_parameters] for one in (own, truth))
+        if (own.shape, own.dim, got) == (truth.shape, truth.dim, expected):
+            return False
+        self.faults.add(
+            "a rule cuts a fused weight in the wrong place",
+            where,
+            got=f"sub-parameters {got} along dim {own.dim} of {list(own.shape)}",
+            expected=f"{expected} along dim {truth.dim} of {list(truth.shape)}, as {known.name} knows the weight",
+            next="remove the rule (the preset has the right one), or give it the shape that is expected",
+        )
+        return True
 
-    def _bias(self, name: str, weight: str, decision: Decision) -> Decision:
+    def _bias(self, name: str, weight: str, decision: Decision, own: _Rule | None) -> Decision:
+        """The bias of a weight goes with it: cut where the weight's output is, whole otherwise."""
         shape = self._shape(name)
         layout = pt.whole(shape)
         if decision.style == "column":
@@ -252,6 +278,14 @@ class Resolver:
                     next="check the checkpoint",
                 )
         style: Style = "column" if decision.style == "column" else "replicated"
+        if own is not None and (own.spec.partition_type == "column") != (style == "column"):
+            self.faults.add(
+                "a rule cuts a bias unlike its weight",
+                f"{name} ({own.name})",
+                got=f"{own.spec.partition_type}; the weight is {decision.style} by {decision.rule}",
+                expected="one rule for both: a bias is cut with the output of its weight",
+                next="narrow the pattern to weights; biases follow by themselves",
+            )
         return dataclasses.replace(decision, style=style, layout=layout, gather_output=False)
 
     def _is_bias_of_weight(self, name: str) -> bool:
@@ -266,9 +300,11 @@ class Resolver:
 
     def _report_indivisible(self) -> None:
         """Indivisible sizes, once all are known: with the TP sizes that would work for every rule."""
+        if not self._indivisible:
+            return
         sizes = [
             size
-            for size in range(1, max((count for count, _ in self._tp_limits), default=1) + 1)
+            for size in range(1, min(max((count for count, _ in self._tp_limits), default=1), MAX_TP_SIZE) + 1)
             if all(size <= count and (how == "uneven" or count % size == 0) for count, how in self._tp_limits)
         ]
         works = ", ".join(map(str, sizes[:16])) + (", ..." if len(sizes) > 16 else "")

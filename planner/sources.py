@@ -21,16 +21,21 @@ from autotp_plan.schemas.errors import CompileError, Fault
 from autotp_plan.schemas.spec import AttributeSpec, Spec, SpecFile
 
 AUTO, NONE = "auto", "none"
+MAX_LAYERS = 100_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """Rules of one origin. `label` begins a rule's name: `preset llama #1`. `trusted` rules know the architecture."""
+    """Rules of one origin. `label` begins a rule's name: `preset llama #1`.
+
+    `trusted` rules know the architecture, and others are held against them, even where they do not decide.
+    """
 
     label: str
     specs: tuple[Spec, ...]
     attributes: tuple[AttributeSpec, ...] = ()
     trusted: bool = False
+    decides: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,17 +69,30 @@ class Rules:
         """Number of layers, None when no spec file says how to know it. Raises CompileError when it cannot be known."""
         size = next((file.num_layers for file in self.facts if file.num_layers is not None), None)
         try:
-            return None if size is None else symbols.resolve(size)
+            number = None if size is None else symbols.resolve(size)
+            if number is not None and not 1 <= number <= MAX_LAYERS:
+                raise SymbolError(f"{number} layers")
         except SymbolError as error:
             raise CompileError(
                 Fault(
                     what="the number of layers is not known",
                     where="num_layers",
                     got=str(error),
-                    expected="a size that config.json gives",
+                    expected=f"a size that config.json gives, from 1 to {MAX_LAYERS}",
                     next="correct config.json",
                 )
             ) from None
+        if number is None and any("*" in name for file in self.facts for name in file.ignored_tensors):
+            raise CompileError(
+                Fault(
+                    what="ignored_tensors has a * for each layer, and the number of layers is not known",
+                    where="ignored_tensors",
+                    got=", ".join(name for file in self.facts for name in file.ignored_tensors if "*" in name),
+                    expected="num_layers beside it",
+                    next='add "num_layers": "num_hidden_layers", or a number, to the spec file',
+                )
+            )
+        return number
 
     def disk_names(self, symbols: Symbols, num_layers: int | None) -> DiskNames:
         """How tensors on disk differ from module parameters."""
@@ -107,32 +125,32 @@ def gather(
         preset = _preset_of_deepspeed(section.preset_model, model_type, notes)
     found = _find_preset(preset, model_type, notes)
     use_default = all(file.use_default_specs for file in spec_files) and (not partition or partition.use_default_specs)
-    sources = [
-        Source(label=_label(file, index, len(spec_files)), specs=file.layer_specs + file.vocabulary_specs,
-               attributes=file.module_attributes)
-        for index, file in enumerate(spec_files)
-    ]  # fmt: skip
+    files = {_label(file, index, len(spec_files)): file for index, file in enumerate(spec_files)}
     if partition:
-        sources.append(Source(label="ds-config", specs=partition.layer_specs))
+        files["ds-config"] = partition
+    sources = [
+        Source(label=label, specs=file.layer_specs + file.vocabulary_specs, attributes=file.module_attributes)
+        for label, file in files.items()
+    ]
     if found:
         vocabulary = found.vocabulary_specs
         if section and section.vocab_parallel_lm_head is False:
             vocabulary = tuple(
                 Spec(patterns=spec.patterns, partition_type="skip", optional=spec.optional) for spec in vocabulary
             )
-        if use_default:
-            label = f"preset {found.name}"
-            sources.append(
-                Source(label=label, specs=found.layer_specs, attributes=found.module_attributes, trusted=True)
-            )
-        sources.append(Source(label=f"preset {found.name} vocabulary", specs=vocabulary, trusted=True))
-        if not use_default:
-            sources.append(
-                Source(label=f"preset {found.name}", specs=(), attributes=found.module_attributes, trusted=True)
-            )
+        sources += [
+            Source(
+                label=f"preset {found.name}",
+                specs=found.layer_specs,
+                attributes=found.module_attributes,
+                trusted=True,
+                decides=use_default,
+            ),
+            Source(label=f"preset {found.name} vocabulary", specs=vocabulary, trusted=True),
+        ]
     if section:
         notes.extend(section.notes)
-    return Rules(sources=tuple(sources), files=tuple(spec_files), preset=found, notes=tuple(notes))
+    return Rules(sources=tuple(sources), files=tuple(files.values()), preset=found, notes=tuple(notes))
 
 
 def preset_names() -> list[str]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from deepspeed import comm as dist
 from deepspeed.checkpoint.affine import AffinePiece, ParamAffineMap, replicated_map
-from deepspeed.module_inject.layers import TensorParallel_Layer
+from deepspeed.module_inject.layers import DS_TENSOR_MODEL_PARALLEL, TensorParallel_Layer
 from torch import Tensor, nn
 
 from autotp_plan.runtime.collectives import copy_to_ranks, gather_last_dim, gather_shards, sum_over_ranks, take
@@ -63,6 +63,7 @@ class PlannedLayer(TensorParallel_Layer):  # type: ignore[misc]
             parameter = getattr(self, name)
             if layout.dim is not None:
                 self.config_tp_params(parameter)
+                parameter.register_post_accumulate_grad_hook(_mark_gradient)
         self._mark_uc_metadata()
 
     @torch.no_grad()
@@ -178,6 +179,16 @@ class VocabParallelEmbedding(PlannedLayer):
             at += stop - start
         output = F.embedding(local, self.weight, padding_idx)
         return sum_over_ranks(output.masked_fill(~mine.unsqueeze(-1), 0.0), self.mp_group)
+
+
+def _mark_gradient(parameter: nn.Parameter) -> None:
+    """Mark the gradient of a shard as one, as its parameter is.
+
+    DeepSpeed's optimizer wrapper for bf16 and fp16 without ZeRO (FP16_UnfusedOptimizer) takes the norm of gradients
+    without their parameters, and would count those of rank 0 alone.
+    """
+    if parameter.grad is not None:
+        setattr(parameter.grad, DS_TENSOR_MODEL_PARALLEL, True)
 
 
 class _OverlappedColumn(torch.autograd.Function):

@@ -23,6 +23,8 @@ from autotp_plan.schemas.manifest import MANIFEST_NAME, Manifest, ShardFile
 from autotp_plan.schemas.plan import Parameter, Plan
 from autotp_plan.schemas.safetensors_file import TensorEntry, read_header, runs
 
+CHUNK_BYTES = 16 * 1024 * 1024
+
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
@@ -80,30 +82,49 @@ def open_weights(folder: Path, plan: Plan) -> WeightSource:
 
 
 def read_weight(weight: Weight, device: torch.device, dtype: torch.dtype | None) -> Tensor:
-    """The shard as a tensor on `device`, converted when `dtype` is given and it is a floating-point tensor."""
-    tensor = torch.empty(weight.shape, dtype=DTYPES[weight.entry.dtype])
-    if tensor.numel():
-        target = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        _read_runs(weight, target)
-    if dtype is not None and tensor.is_floating_point():
-        tensor = tensor.to(dtype)
-    return tensor.to(device)
+    """The shard as a tensor on `device`, converted when `dtype` is given and it is a floating-point tensor.
 
-
-def _read_runs(weight: Weight, target: memoryview) -> None:
+    Read straight into its memory where it can be; to another dtype or device it goes through a buffer of `CHUNK_BYTES`.
+    """
+    stored = DTYPES[weight.entry.dtype]
+    wanted = dtype if dtype is not None and stored.is_floating_point else stored
+    tensor = torch.empty(weight.shape, dtype=wanted, device=device)
+    direct = wanted == stored and device.type == "cpu"
+    size = tensor.numel() if direct else min(tensor.numel(), CHUNK_BYTES // stored.itemsize)
+    buffer = tensor.view(-1) if direct else torch.empty(size, dtype=stored)
     descriptor = os.open(weight.entry.file, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        at = 0
-        for offset, count in runs(weight.layout, weight.wanted, weight.entry.dtype):
-            end = at + count
-            position = weight.entry.start + offset
-            while at < end:
-                got = os.preadv(descriptor, [target[at:end]], position)
-                if got == 0:
-                    raise CheckpointError(_short_read(weight))
-                at, position = at + got, position + got
+        reader = _Reader(descriptor, weight)
+        for start in range(0, tensor.numel(), max(1, size)):
+            part = buffer[: min(size, tensor.numel() - start)]
+            reader.read_into(memoryview(part.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+            if not direct:
+                tensor.view(-1)[start : start + len(part)].copy_(part)
     finally:
         os.close(descriptor)
+    return tensor
+
+
+class _Reader:
+    """Reads the byte runs of a shard one after the other, as much at a time as is asked for."""
+
+    def __init__(self, descriptor: int, weight: Weight) -> None:
+        self.descriptor, self.weight = descriptor, weight
+        self.runs = runs(weight.layout, weight.wanted, weight.entry.dtype)
+        self.position = self.left = 0
+
+    def read_into(self, target: memoryview) -> None:
+        """Fill `target` with the next bytes. Raises CheckpointError when the file ends before."""
+        filled = 0
+        while filled < len(target):
+            if not self.left:
+                offset, self.left = next(self.runs)
+                self.position = self.weight.entry.start + offset
+            end = min(filled + self.left, len(target))
+            got = os.preadv(self.descriptor, [target[filled:end]], self.position)
+            if got == 0:
+                raise CheckpointError(_short_read(self.weight))
+            filled, self.position, self.left = filled + got, self.position + got, self.left - got
 
 
 def _shard_entries(folder: Path, plan: Plan) -> dict[tuple[str, int], TensorEntry]:

@@ -103,7 +103,9 @@ def _weight_map(path: Path) -> dict[str, str]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
         raise CheckpointError(_index_fault(path, "no weight_map of file names by tensor name"))
-    outside = sorted({name for name in weight_map.values() if Path(name).name != name or name in ("", ".", "..")})
+    outside = sorted(
+        {name for name in weight_map.values() if Path(name).name != name or name in ("", "..") or "\0" in name}
+    )
     if outside:
         raise CheckpointError([_index_fault(path, f"{name}, which is not a file of this folder") for name in outside])
     return weight_map

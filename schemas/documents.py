@@ -12,11 +12,12 @@ import functools
 import hashlib
 import json
 import os
+import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from autotp_plan.schemas.errors import DocumentError, Fault
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from jsonschema.exceptions import ValidationError
 
 MAX_DOCUMENT_BYTES = 64 * 1024 * 1024
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_json(path: Path, kind: str) -> Any:
@@ -59,16 +61,26 @@ def read_json(path: Path, kind: str) -> Any:
 def parse_json(text: str, kind: str, path: Path | str) -> Any:
     """The parsed JSON of `text`. Raises DocumentError on a syntax error, a repeated key or NaN."""
     try:
-        return json.loads(text, object_pairs_hook=_no_repeated_keys, parse_constant=_no_constant)
+        return loads(text)
     except (ValueError, RecursionError) as error:
         raise DocumentError(_not_json(path, kind, str(error) or type(error).__name__)) from None
 
 
+def loads(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError on a syntax error, a repeated key, NaN or half of a character."""
+    value = json.loads(text, object_pairs_hook=_no_repeated_keys, parse_constant=_no_constant)
+    if _SURROGATE.search(text):
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # a pair is a character, one alone is not
+    return value
+
+
 def validate(data: Any, schema_name: str, kind: str) -> None:
     """Check `data` against `schemas/{schema_name}.schema.json`. Raises DocumentError with every fault found."""
-    faults = [
-        fault for error in _validator(schema_name).iter_errors(data) for fault in _faults_of(error, kind, schema_name)
-    ]
+    try:
+        errors = list(_validator(schema_name).iter_errors(data))
+        faults = [fault for error in errors for fault in _faults_of(error, kind, schema_name)]
+    except RecursionError:
+        raise DocumentError(_not_json(f"the {kind}", kind, "lists within lists without end")) from None
     if faults:
         raise DocumentError(faults)
 
@@ -122,10 +134,19 @@ def _umask() -> int:
 
 @functools.cache
 def _validator(schema_name: str) -> Draft202012Validator:
-    from jsonschema import Draft202012Validator
+    """A validator to which 2.0 is no integer, and `$` in a pattern is the very end, not the place before a newline."""
+    from jsonschema import Draft202012Validator, ValidationError
+    from jsonschema.validators import extend
 
+    def pattern(_: Any, wanted: str, instance: Any, schema: Any) -> Iterator[ValidationError]:
+        if isinstance(instance, str) and not re.search(re.sub(r"\$$", r"\\Z", wanted), instance):
+            yield ValidationError(f"{instance!r} does not match {wanted!r}")
+
+    integer = Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
+    strict = cast(Any, extend)(Draft202012Validator, validators={"pattern": pattern}, type_checker=integer)
     text = resources.files(__package__).joinpath(f"{schema_name}.schema.json").read_text(encoding="utf-8")
-    return Draft202012Validator(json.loads(text))
+    validator: Draft202012Validator = strict(json.loads(text))
+    return validator
 
 
 def _faults_of(error: ValidationError, kind: str, schema_name: str) -> list[Fault]:

@@ -15,13 +15,21 @@ from collections.abc import Iterable, Sequence
 from autotp_plan.schemas.errors import DocumentError, Fault
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_LIST = re.compile(r"\d+(\.\.\d+)?(,\d+(\.\.\d+)?)*")
+_LIST = re.compile(r"[0-9]{1,9}(\.\.[0-9]{1,9})?(,[0-9]{1,9}(\.\.[0-9]{1,9})?)*")
+_INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
+_DIGITS = frozenset("0123456789")
 MAX_NAMES = 1_000_000
 
 
-def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
-    """Sort key that orders `layers.2` before `layers.10`."""
-    return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name) if part)
+def natural_key(name: str) -> tuple[tuple[bool, int, str], ...]:
+    """Sort key that orders `layers.2` before `layers.10`, whatever the number of digits."""
+    parts = [part for part in re.split(r"([0-9]+)", name) if part]
+    return tuple((True, 0, part) if part[0] not in _DIGITS else (False, len(part.lstrip("0")), part) for part in parts)
+
+
+def is_index(part: str) -> bool:
+    """Whether a component of a dotted name is a number that folds: `0`, `12`, but not `007`."""
+    return _INDEX.fullmatch(part) is not None
 
 
 def fold(names: Iterable[str]) -> list[str]:
@@ -30,11 +38,11 @@ def fold(names: Iterable[str]) -> list[str]:
     Names that differ only in their numbers become one pattern when the numbers form a full grid; otherwise the first
     number is folded and the others stay.
     """
-    by_template: dict[tuple[str, ...], set[tuple[int, ...]]] = defaultdict(set)
+    by_template: dict[tuple[str | None, ...], set[tuple[int, ...]]] = defaultdict(set)
     for name in names:
         parts = name.split(".")
-        template = tuple("#" if _is_index(part) else part for part in parts)
-        by_template[template].add(tuple(int(part) for part in parts if _is_index(part)))
+        template = tuple(None if is_index(part) else part for part in parts)
+        by_template[template].add(tuple(int(part) for part in parts if is_index(part)))
     folded: list[str] = []
     for template, found in by_template.items():
         columns = [sorted(set(column)) for column in zip(*found)]
@@ -76,13 +84,9 @@ def expand(pattern: str) -> list[str]:
     return names
 
 
-def _is_index(part: str) -> bool:
-    return part.isascii() and part.isdecimal() and str(int(part)) == part
-
-
-def _fill(template: Sequence[str], values: Sequence[str]) -> str:
+def _fill(template: Sequence[str | None], values: Sequence[str]) -> str:
     remaining = iter(values)
-    return ".".join(next(remaining) if part == "#" else part for part in template)
+    return ".".join(next(remaining) if part is None else part for part in template)
 
 
 def _braces(numbers: Sequence[int]) -> str:

@@ -16,10 +16,11 @@ from autotp_plan.schemas import documents
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.errors import DocumentError, Fault
 from autotp_plan.schemas.layout import Layout, group_view
-from autotp_plan.schemas.names import expand
+from autotp_plan.schemas.names import MAX_NAMES, expand
 
 FORMAT = "autotp-plan"
 VERSION = "1.0"
+MAX_TP_SIZE = 65536
 
 Style = Literal["column", "row", "vocab", "replicated"]
 
@@ -258,7 +259,16 @@ def _faults(plan: Plan) -> Iterator[Fault]:
             )
         elif (entry.style == "replicated") != (plan.layouts[entry.layout].dim is None):
             yield _reference_fault(f"{where}.style", entry.style, "replicated, exactly where the layout has no dim", ())
+        if entry.gather_output and entry.style != "column":
+            yield _reference_fault(
+                f"{where}.gather_output", entry.style, "column, the only style with outputs to gather", ()
+            )
+        if entry.partial_gradient and entry.style != "replicated":
+            yield _reference_fault(f"{where}.partial_gradient", entry.style, "replicated", ())
         names = expand(entry.name)
+        if len(seen) + len(names) > MAX_NAMES:
+            yield _reference_fault(f"{where}.name", entry.name, f"at most {MAX_NAMES} parameters in all", ())
+            return
         if entry.source is not None and len(expand(entry.source)) != len(names):
             yield _reference_fault(f"{where}.source", entry.source, f"as many names as {entry.name}", ())
         for name in names:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autotp_plan.schemas import documents
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.errors import CheckpointError, Fault
 from autotp_plan.schemas.layout import Layout
@@ -64,7 +65,7 @@ def read_header(path: Path) -> SafetensorsFile:
     except OSError as error:
         raise _broken(path, error.strerror or str(error)) from None
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        header = documents.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise _broken(path, f"a header that is not JSON: {error}") from None
     if not isinstance(header, dict):
@@ -131,7 +132,7 @@ def _entry(path: Path, name: str, value: Any, begin: int) -> TensorEntry:
         dtype, shape, (first, last) = value["dtype"], value["shape"], value["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise _broken(path, f"no dtype, shape and data_offsets for {name}") from None
-    if dtype not in BITS:
+    if not isinstance(dtype, str) or dtype not in BITS:
         raise CheckpointError(
             Fault(
                 what="a tensor has a dtype that cannot be cut",
@@ -147,13 +148,6 @@ def _entry(path: Path, name: str, value: Any, begin: int) -> TensorEntry:
     if last - first != num_bytes(dtype, shape):
         raise _broken(path, f"{last - first} bytes for {name}, {dtype} of shape {shape}")
     return TensorEntry(name=name, dtype=dtype, shape=tuple(shape), file=path, start=begin + first, stop=begin + last)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name appears twice")
-    return result
 
 
 def _broken(path: Path, got: str) -> CheckpointError:

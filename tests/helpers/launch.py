@@ -21,8 +21,7 @@ def launch(function: Callable[..., Any], world_size: int, *args: Any, timeout: f
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=_run, args=(function, rank, world_size, folder, args), daemon=True)
-            for rank in range(world_size)
+            context.Process(target=_run, args=(function, rank, world_size, folder, args)) for rank in range(world_size)
         ]
         for process in processes:
             process.start()
@@ -48,7 +47,8 @@ def launch(function: Callable[..., Any], world_size: int, *args: Any, timeout: f
 
 def _run(function: Callable[..., Any], rank: int, world_size: int, folder: str, args: tuple[Any, ...]) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu", PYTHONWARNINGS="ignore")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu")
+    os.environ.update(PYTHONWARNINGS="ignore")
     try:
         import torch
 

@@ -13,7 +13,7 @@ from tests.helpers.float64 import PromoteToFloat64
 from tests.helpers.models import batch
 
 ADAM = {"lr": 2e-3, "eps": 1e-5, "weight_decay": 0.01}
-"""A first Adam step is lr * g / (|g| + eps): an eps near the rounding error of g would make noise of that size of it."""
+"""A first Adam step is lr * g / (|g| + eps): with an eps below the rounding error of g, noise becomes a full step."""
 NUM_STEPS = 5
 Forward = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 

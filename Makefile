@@ -1,0 +1,43 @@
+# Each target does its own set-up: only Python 3.10 to 3.13, a C++ compiler, make and a package index are needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE := 1
+export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo cpu)
+
+.PHONY: help setup demo test quick check format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/ready  ## make .venv with everything
+
+# torch first and pinned: without that, an index may hand out a build with several gigabytes of CUDA
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup  ## plan, pre-split and train a small model at TP=2, beside an unsharded run
+	$(BIN)/python examples/demo.py
+
+test: setup  ## every test, the distributed ones too
+	$(BIN)/python -m pytest
+
+quick: setup  ## the tests that start no ranks: under two minutes
+	$(BIN)/python -m pytest -m "not distributed"
+
+check: setup  ## what to run before a commit: lint, types, the quick tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not distributed"
+
+format: setup  ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) demo-run build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

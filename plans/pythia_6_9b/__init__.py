@@ -1,0 +1,1 @@
+"""Pythia-6.9B: its config.json and its compiled plan."""
