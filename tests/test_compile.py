@@ -282,6 +282,15 @@ def test_module_attributes(make: Make) -> None:
     assert 'did you mean "tp_size"?' in found[-1].got
 
 
+def test_the_first_source_sets_an_attribute(make: Make) -> None:
+    specs = [
+        rules(module_attributes=[{"patterns": [r".*\.self_attn$"], "attributes": {"num_heads": value}}])
+        for value in (3, 4)
+    ]
+    plan = compile_plan(make(), tp_size=2, specs=specs)
+    assert [found.values for found in plan.module_attributes] == [(3, 3)]
+
+
 def test_optional_rules_may_match_nothing(make: Make) -> None:
     spec = rules(rule(r".*\.experts\..*", "skip", optional=True))
     compile_plan(make(), tp_size=2, specs=[spec])

@@ -120,6 +120,13 @@ def test_biases_follow_the_output_of_their_weight() -> None:
     assert group_view((24,), bias.shape) == [range(2)]
 
 
+def test_a_bias_of_a_transposed_weight() -> None:
+    """GPT-2 keeps its weights as (input, output): a column cut is of dimension 1, the bias's of dimension 0."""
+    bias = bias_layout((4, 12), partition((4, 12), Cut(dim=1, shape=(-1, 3)), 2))
+    assert (bias.shape, bias.dim) == ((12,), 0)
+    assert bias.intervals == (((0, 2), (4, 6), (8, 10)), ((2, 4), (6, 8), (10, 12)))
+
+
 def test_whole() -> None:
     assert whole([3, 4]).dim is None
     assert whole([]).rank_shape(3) == ()
