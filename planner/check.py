@@ -11,11 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from autotp_plan.planner.faults import FaultBook
-from autotp_plan.planner.inventory import inventory_hash
 from autotp_plan.schemas.checkpoint import Checkpoint, config_hash, read_checkpoint, read_config
 from autotp_plan.schemas.errors import Fault
 from autotp_plan.schemas.layout import Layout, SubParameter
-from autotp_plan.schemas.names import expand, is_index
+from autotp_plan.schemas.names import expand, is_index, parent_module
 from autotp_plan.schemas.plan import Parameter, Plan
 
 
@@ -28,11 +27,22 @@ def check_plan(plan: Plan) -> list[Fault]:
         if len(plan.shape_of(parameter)) < 2:
             continue
         if parameter.style == "column" and not parameter.gather_output:
-            columns[_parent(parameter.name)].append(parameter)
+            columns[parent_module(parameter.name)].append(parameter)
         elif parameter.style == "row":
             rows.append(parameter)
+    taken: set[str] = set()
     for row in rows:
-        _check_row(row, columns, plan, book)
+        feeding = _feeding(row, columns)
+        taken.update(column.name for column in feeding)
+        _check_row(row, feeding, plan, book)
+    for column in (column for inside in columns.values() for column in inside if column.name not in taken):
+        book.add(
+            "a column-parallel output stays cut and no row-parallel weight takes it",
+            f"{column.name} ({column.rule})",
+            got="no row-parallel weight beside it",
+            expected="one that multiplies this output, or the whole output on every rank",
+            next='cut the weight after it by row, or say "gather_output": true',
+        )
     _check_ties(plan, book)
     return book.faults()
 
@@ -81,24 +91,9 @@ def check_checkpoint(plan: Plan, folder: Path) -> list[Fault]:
     return faults
 
 
-def inventory_fault(plan: Plan, parameters: dict[str, tuple[Sequence[int], str]], where: str) -> Fault | None:
-    """The fault of a model whose parameters are not the plan's, None when they are."""
-    actual = inventory_hash(parameters)
-    if actual == plan.model.inventory:
-        return None
-    return Fault(
-        what="the model is not the one the plan is for",
-        where=where,
-        got=actual,
-        expected=plan.model.inventory,
-        next="compile a plan for this model",
-    )
-
-
-def _check_row(row: Parameter, columns: dict[str, list[Parameter]], plan: Plan, book: FaultBook) -> None:
+def _check_row(row: Parameter, feeding: Sequence[Parameter], plan: Plan, book: FaultBook) -> None:
     layout = plan.layouts[row.layout]
     own = [_units(sub, start, layout) for sub, start in _sub_parameters(layout)]
-    feeding = _feeding(row, columns)
     comparable = 0
     for column in feeding:
         other = plan.layouts[column.layout]
@@ -132,18 +127,13 @@ def _feeding(row: Parameter, columns: dict[str, list[Parameter]]) -> list[Parame
 
     For a row outside of all layers: those that are outside of all layers too.
     """
-    module = _parent(row.name)
+    module = parent_module(row.name)
     while module:
         found = [p for parent, inside in columns.items() if f"{parent}.".startswith(f"{module}.") for p in inside]
         if found or is_index(module.rpartition(".")[2]):
             return found
         module = module.rpartition(".")[0]
     return [p for parent, inside in columns.items() if not any(map(is_index, parent.split("."))) for p in inside]
-
-
-def _parent(name: str) -> str:
-    """The module that holds the module of a parameter."""
-    return name.rpartition(".")[0].rpartition(".")[0]
 
 
 def _sub_parameters(layout: Layout) -> Iterator[tuple[SubParameter, int]]:

@@ -8,11 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from autotp_plan.planner.attributes import module_attributes
 from autotp_plan.planner.check import check_plan
 from autotp_plan.planner.deepspeed_config import TensorParallelSection
 from autotp_plan.planner.faults import FaultBook
 from autotp_plan.planner.inventory import DiskNames, Inventory, inventory_of_folder, inventory_of_module
-from autotp_plan.planner.resolve import Decision, Resolver, module_attributes
+from autotp_plan.planner.knowledge import notes_on_gradients
+from autotp_plan.planner.resolve import Resolver
+from autotp_plan.planner.rules import Decision
 from autotp_plan.planner.sources import AUTO, Rules, gather
 from autotp_plan.schemas.checkpoint import read_config
 from autotp_plan.schemas.errors import AutoTPError, CompileError, Fault
@@ -57,7 +60,7 @@ def compile_plan(
         _check_layers(inventory, num_layers, resolver.faults)
     decisions = resolver.resolve(rules.sources)
     _check_ties(inventory, decisions, resolver.faults)
-    attributes = list(module_attributes(rules.sources, decisions, resolver))
+    attributes = list(module_attributes(rules.sources, decisions, symbols, tp_size, resolver.faults))
     resolver.faults.raise_if_any(CompileError)
     plan = _plan(inventory, rules, names, decisions, attributes, tp_size, deepspeed)
     faults = check_plan(plan)
@@ -194,7 +197,7 @@ def _plan(
             dtype=deepspeed.dtype if deepspeed else None,
             tp_overlap_comm=deepspeed.tp_overlap_comm if deepspeed else False,
         ),
-        notes=(*rules.notes, *inventory.notes),
+        notes=(*rules.notes, *inventory.notes, *notes_on_gradients(decisions)),
     )
 
 

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from autotp_plan.planner import partition as pt
 from autotp_plan.planner.faults import FaultBook
 from autotp_plan.planner.inventory import Inventory
+from autotp_plan.planner.knowledge import check_way, check_whole_modules, misreads, settle_partial_gradients
+from autotp_plan.planner.rules import (
+    DEFAULT,
+    Decision,
+    Rule,
+    check_patterns_match,
+    compile_rules,
+    deciding_rule,
+    pattern_for,
+)
 from autotp_plan.planner.sources import Source
 from autotp_plan.planner.symbols import SymbolError, Symbols
 from autotp_plan.schemas.layout import Layout
@@ -22,30 +31,6 @@ from autotp_plan.schemas.plan import MAX_TP_SIZE, Style
 from autotp_plan.schemas.spec import Indivisible, PartitionType, Spec
 
 _STYLES: Mapping[PartitionType, Style] = {"column": "column", "row": "row", "vocab": "vocab", "skip": "replicated"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Decision:
-    """How one parameter (or tied name) is cut, by which rule."""
-
-    rule: str
-    style: Style
-    layout: Layout
-    gather_output: bool = False
-    partial_gradient: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Rule:
-    """A rule with its name and compiled patterns."""
-
-    name: str
-    spec: Spec
-    patterns: tuple[re.Pattern[str], ...]
-    trusted: bool
-
-    def matches(self, name: str) -> bool:
-        return any(pattern.match(name) for pattern in self.patterns)
 
 
 @dataclass(kw_only=True)
@@ -62,118 +47,40 @@ class Resolver:
 
     def resolve(self, sources: Sequence[Source]) -> dict[str, Decision]:
         """A decision for every parameter and tied name that has one, in the inventory's order."""
-        compiled = [(source, self._compile(source)) for source in sources]
+        compiled = [(source, compile_rules(source, self.inventory.model_type, self.faults)) for source in sources]
         rules = [source_rules for source, source_rules in compiled if source.decides]
         names = [*self.inventory.parameters, *self.inventory.tied]
         for source_rules in rules:
-            self._check_patterns_match(source_rules, names)
+            check_patterns_match(source_rules, names, self.faults)
         trusted = [rule for source, source_rules in compiled if source.trusted for rule in source_rules]
         decisions: dict[str, Decision] = {}
         for name in names:
             if self._is_bias_of_weight(name):
                 continue
-            rule = self._deciding_rule(name, rules)
+            rule = deciding_rule(name, rules, self.faults)
             decision = self._decide(name, rule, trusted)
             if decision is not None:
                 decisions[name] = decision
         for name in filter(self._is_bias_of_weight, names):
             weight = name.removesuffix("bias") + "weight"
             if weight in decisions:
-                decisions[name] = self._bias(name, weight, decisions[weight], self._deciding_rule(name, rules))
+                decisions[name] = self._bias(name, weight, decisions[weight], deciding_rule(name, rules, self.faults))
         self._report_indivisible()
+        check_whole_modules(decisions, trusted, self.faults)
+        decisions = settle_partial_gradients(decisions, trusted, self.faults)
         return {name: decisions[name] for name in names if name in decisions}
 
-    def _compile(self, source: Source) -> list[_Rule]:
-        rules = []
-        model_type = (self.inventory.model_type or "").lower()
-        for index, spec in enumerate(source.specs, 1):
-            if spec.model_types and model_type not in [wanted.lower() for wanted in spec.model_types]:
-                continue
-            name = f"{source.label} #{index}"
-            self._check_words(name, spec)
-            patterns = []
-            for pattern in spec.patterns:
-                try:
-                    patterns.append(re.compile(pattern))
-                except (re.error, OverflowError, RecursionError) as error:
-                    self.faults.add(
-                        "a pattern is not a regular expression",
-                        name,
-                        got=f"{pattern}: {error}",
-                        expected="a Python regular expression",
-                        next="escape dots and brackets with \\",
-                    )
-            rules.append(_Rule(name=name, spec=spec, patterns=tuple(patterns), trusted=source.trusted))
-        return rules
-
-    def _check_words(self, rule: str, spec: Spec) -> None:
-        for wrong, words in (
-            (spec.gather_output and spec.partition_type != "column", "gather_output with column only"),
-            (spec.grad_allreduce and spec.partition_type != "skip", "grad_allreduce with skip only"),
-            (spec.partition_dim and spec.partition_type == "vocab", "partition_dim 0, the rows of the table"),
-        ):
-            if wrong:
-                self.faults.add(
-                    "a rule contradicts itself",
-                    rule,
-                    got=f"partition_type {spec.partition_type}",
-                    expected=words,
-                    next="change the partition_type, or remove the other key",
-                )
-
-    def _check_patterns_match(self, rules: Sequence[_Rule], names: Sequence[str]) -> None:
-        for rule in rules:
-            if rule.spec.optional:
-                continue
-            for pattern in rule.patterns:
-                if any(pattern.match(name) for name in names):
-                    continue
-                modules = {name.rpartition(".")[0] for name in names}
-                if any(pattern.match(module) for module in modules):
-                    fixed = pattern.pattern.rstrip("$") + "\\.weight$"
-                    hint = f"patterns are matched against parameter names, not modules: write {fixed}"
-                elif rule.trusted:
-                    hint = "the checkpoint may be incomplete, or another architecture; see `--preset none --spec FILE`"
-                else:
-                    hint = (
-                        f'compare with the model\'s names, such as {_example(names)}; or mark the rule "optional": true'
-                    )
-                self.faults.add(
-                    "a pattern matches no parameter",
-                    rule.name,
-                    got=pattern.pattern,
-                    expected="at least one parameter of the model",
-                    next=hint,
-                )
-
-    def _deciding_rule(self, name: str, rules: Sequence[Sequence[_Rule]]) -> _Rule | None:
-        for source_rules in rules:
-            found = [rule for rule in source_rules if rule.matches(name)]
-            if not found:
-                continue
-            for other in found[1:]:
-                if _meaning(other.spec) != _meaning(found[0].spec):
-                    self.faults.add(
-                        "two rules match one parameter and disagree",
-                        name,
-                        got=f"{found[0].name} ({_brief(found[0].spec)}) and {other.name} ({_brief(other.spec)})",
-                        expected="one rule, or rules that say the same",
-                        next="narrow one of the patterns",
-                    )
-            return found[0]
-        return None
-
-    def _decide(self, name: str, rule: _Rule | None, trusted: Sequence[_Rule]) -> Decision | None:
+    def _decide(self, name: str, rule: Rule | None, trusted: Sequence[Rule]) -> Decision | None:
         shape = self._shape(name)
         if rule is None:
             if len(shape) <= 1:
-                return Decision(rule="default: at most one dimension", style="replicated", layout=pt.whole(shape))
+                return Decision(rule=DEFAULT, style="replicated", layout=pt.whole(shape))
             self.faults.add(
                 "no rule decides a weight",
                 name,
                 got=f"shape {list(shape)}",
                 expected="a rule for every weight of two or more dimensions",
-                next='add a rule: {"patterns": ["' + _pattern_for(name) + '"], "partition_type": "skip"} keeps it '
+                next='add a rule: {"patterns": ["' + pattern_for(name) + '"], "partition_type": "skip"} keeps it '
                 'whole on every rank; "column", "row" or "vocab" cuts it',
             )
             return None
@@ -183,6 +90,9 @@ class Resolver:
             spec = dataclasses.replace(known.spec, patterns=spec.patterns)
         elif known is not None and spec.unit is None and spec.partition_type == known.spec.partition_type:
             spec = dataclasses.replace(spec, unit=known.spec.unit)
+        if known is not None:
+            check_way(f"{name} ({rule.name})", spec, known, self.faults)
+            spec = dataclasses.replace(spec, grad_allreduce=spec.grad_allreduce or known.spec.grad_allreduce)
         if spec.partition_type == "skip":
             return Decision(
                 rule=rule.name, style="replicated", layout=pt.whole(shape), partial_gradient=spec.grad_allreduce
@@ -190,7 +100,7 @@ class Resolver:
         if (
             known is not None
             and known.spec.partition_type == spec.partition_type
-            and self._misreads(f"{name} ({rule.name})", shape, spec, known)
+            and misreads(f"{name} ({rule.name})", shape, spec, known, self._cut, self.faults)
         ):
             return None
         layout = self._layout(name, rule.name, spec, shape)
@@ -243,27 +153,7 @@ class Resolver:
             indivisible=spec.indivisible,
         )
 
-    def _misreads(self, where: str, shape: tuple[int, ...], spec: Spec, known: _Rule) -> bool:
-        """A user's rule may choose whether and by what to cut, but not misread what is fused in a weight."""
-        try:
-            own, truth = (
-                pt.partition(shape, dataclasses.replace(self._cut(one), unit=1), 1) for one in (spec, known.spec)
-            )
-        except (SymbolError, pt.PartitionError):
-            return False  # the user's rule says so itself; or the config does not fit, and then the preset's does
-        got, expected = ([sub.size for sub in one.sub_parameters] for one in (own, truth))
-        if (own.shape, own.dim, got) == (truth.shape, truth.dim, expected):
-            return False
-        self.faults.add(
-            "a rule cuts a fused weight in the wrong place",
-            where,
-            got=f"sub-parameters {got} along dim {own.dim} of {list(own.shape)}",
-            expected=f"{expected} along dim {truth.dim} of {list(truth.shape)}, as {known.name} knows the weight",
-            next="remove the rule (the preset has the right one), or give it the shape that is expected",
-        )
-        return True
-
-    def _bias(self, name: str, weight: str, decision: Decision, own: _Rule | None) -> Decision:
+    def _bias(self, name: str, weight: str, decision: Decision, own: Rule | None) -> Decision:
         """The bias of a weight goes with it: cut where the weight's output is, whole otherwise."""
         shape = self._shape(name)
         layout = pt.whole(shape)
@@ -316,87 +206,3 @@ class Resolver:
                 expected=error.expected,
                 next=f'TP sizes that work for the whole model: {works}; or say "indivisible": "uneven" in the rule',
             )
-
-
-def module_attributes(
-    sources: Sequence[Source], decisions: Mapping[str, Decision], resolver: Resolver
-) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """`(module, attribute, value per rank)` for the modules of which a weight is cut."""
-    cut_modules: dict[str, None] = {}
-    for name, decision in decisions.items():
-        if decision.style in ("column", "row") and not decision.gather_output:
-            module = name
-            while module:
-                module = module.rpartition(".")[0]
-                cut_modules[module] = None
-    done: set[tuple[str, str]] = set()
-    for source in sources:
-        for index, spec in enumerate(source.attributes, 1):
-            rule = f"{source.label} module_attributes #{index}"
-            values = {attribute: _values(resolver, rule, size) for attribute, size in spec.attributes.items()}
-            for pattern in spec.patterns:
-                matched = [module for module in cut_modules if _full_match(resolver, rule, pattern, module)]
-                if not matched and not source.trusted:
-                    resolver.faults.add(
-                        "a pattern matches no module of which a weight is cut",
-                        rule,
-                        got=pattern,
-                        expected="a module name, such as model.layers.0.self_attn",
-                        next="patterns of module_attributes are matched against module names",
-                    )
-                for module in matched:
-                    for attribute, value in values.items():
-                        if value is not None and (module, attribute) not in done:
-                            done.add((module, attribute))
-                            yield module, attribute, value
-
-
-def _full_match(resolver: Resolver, rule: str, pattern: str, module: str) -> bool:
-    try:
-        return re.match(pattern, module) is not None
-    except (re.error, OverflowError, RecursionError) as error:
-        resolver.faults.add(
-            "a pattern is not a regular expression",
-            rule,
-            got=f"{pattern}: {error}",
-            expected="a Python regular expression",
-            next="escape dots and brackets with \\",
-        )
-        return False
-
-
-def _values(resolver: Resolver, rule: str, size: int | str) -> tuple[int, ...] | None:
-    try:
-        return tuple(
-            resolver.symbols.resolve(size, {"tp_size": resolver.tp_size, "tp_rank": rank})
-            for rank in range(resolver.tp_size)
-        )
-    except SymbolError as error:
-        resolver.faults.add(
-            "a size cannot be resolved",
-            rule,
-            got=str(error),
-            expected="sizes that the model's config gives",
-            next="correct the expression",
-        )
-        return None
-
-
-def _meaning(spec: Spec) -> Spec:
-    """The rule without what does not change the cut."""
-    return dataclasses.replace(spec, patterns=(), model_types=None, optional=False)
-
-
-def _brief(spec: Spec) -> str:
-    return spec.partition_type if spec.shape is None else f"{spec.partition_type}, shape {list(spec.shape)}"
-
-
-def _pattern_for(name: str) -> str:
-    parts = ["\\\\d+" if part.isdecimal() else part for part in name.split(".")]
-    return "\\\\.".join(parts) + "$"
-
-
-def _example(names: Sequence[str]) -> str:
-    return next(
-        (name for name in names if any(part.isdecimal() for part in name.split("."))), names[0] if names else ""
-    )

@@ -121,9 +121,11 @@ def gather(
     """The rules for a model of `model_type`. `preset` is `auto`, `none` or a name. Raises CompileError."""
     notes: list[str] = []
     partition = section.partition_config if section else None
+    where = "--preset"
     if section and section.preset_model and preset == AUTO:
+        where = "tensor_parallel.preset_model"
         preset = _preset_of_deepspeed(section.preset_model, model_type, notes)
-    found = _find_preset(preset, model_type, notes)
+    found = _find_preset(preset, model_type, notes, where)
     use_default = all(file.use_default_specs for file in spec_files) and (not partition or partition.use_default_specs)
     files = {_label(file, index, len(spec_files)): file for index, file in enumerate(spec_files)}
     if partition:
@@ -176,7 +178,7 @@ def _label(file: SpecFile, index: int, count: int) -> str:
     return "spec file" if count == 1 else f"spec file {index + 1}"
 
 
-def _find_preset(preset: str, model_type: str | None, notes: list[str]) -> SpecFile | None:
+def _find_preset(preset: str, model_type: str | None, notes: list[str], where: str = "--preset") -> SpecFile | None:
     if preset == NONE:
         return None
     names = preset_names()
@@ -188,7 +190,7 @@ def _find_preset(preset: str, model_type: str | None, notes: list[str]) -> SpecF
         raise CompileError(
             Fault(
                 what="there is no such preset",
-                where="--preset",
+                where=where,
                 got=preset,
                 expected="auto, none, " + ", ".join(names),
                 next=did_you_mean(preset, names) or "use --preset auto, or write a spec file and use --preset none",
@@ -202,7 +204,7 @@ def _find_preset(preset: str, model_type: str | None, notes: list[str]) -> SpecF
         raise CompileError(
             Fault(
                 what="the preset is not for this model",
-                where="--preset",
+                where=where,
                 got=f"{preset}, which is for model_type {', '.join(found.model_types)}",
                 expected=f"the preset for model_type {model_type}",
                 next=f"use --preset auto or --preset {own.name}",

@@ -226,6 +226,13 @@ def _module_faults(parameter: Parameter, modules: Mapping[str, nn.Module], plan:
                 f"{type(module).__module__}.{type(module).__name__}",
                 f"torch.nn.{wanted.__name__} with its own forward",
             )
+        elif parameter.gather_output and plan.shape_of(parameter) != plan.layouts[parameter.layout].shape:
+            yield _model_fault(
+                "the output of a weight that is cut in a view cannot be gathered",
+                parameter.name,
+                f"cut in {list(plan.layouts[parameter.layout].shape)}",
+                f"cut in {list(plan.shape_of(parameter))}",
+            )
         elif isinstance(module, nn.Embedding) and (
             module.max_norm is not None or module.scale_grad_by_freq or module.sparse
         ):

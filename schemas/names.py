@@ -57,6 +57,11 @@ def fold(names: Iterable[str]) -> list[str]:
     return sorted(folded, key=natural_key)
 
 
+def parent_module(name: str) -> str:
+    """The module that holds the module of a parameter: `layers.0.mlp` for `layers.0.mlp.up_proj.weight`."""
+    return name.rpartition(".")[0].rpartition(".")[0]
+
+
 def expand(pattern: str) -> list[str]:
     """Every name that `pattern` stands for, in natural order.
 

@@ -20,6 +20,7 @@ COLUMN = partition((12, 4), Cut(dim=0, unit=2), 2)
 FUSED = partition((24, 4), Cut(dim=0, shape=(2, -1), unit=2), 2)
 ROW = partition((4, 12), Cut(dim=1, unit=2), 2)
 NO_MATCH = "a row-parallel weight has no column-parallel output that is cut like it"
+UNTAKEN = "a column-parallel output stays cut and no row-parallel weight takes it"
 UNLIKE = "a row-parallel input is cut unlike the column-parallel output that feeds it"
 
 
@@ -54,7 +55,8 @@ def test_columns_and_rows_that_pair(prefix: str) -> None:
     up, down = (f"{prefix}up.weight", "column", COLUMN), (f"{prefix}down.weight", "row", ROW)
     assert found(plan_of(up, down)) == []  # type: ignore[arg-type]
     assert found(plan_of((f"{prefix}gate_up.weight", "column", FUSED), down)) == []  # type: ignore[arg-type]
-    assert found(plan_of(up)) == []  # type: ignore[arg-type]
+    assert found(plan_of(up)) == [(f"{prefix}up.weight (r)", UNTAKEN)]  # type: ignore[arg-type]
+    assert found(plan_of(up, gather=f"{prefix}up.weight")) == []  # type: ignore[arg-type]
     nested = (f"{prefix}inner.up.weight", "column", COLUMN)
     assert found(plan_of(nested, down)) == []  # type: ignore[arg-type]
 
@@ -84,7 +86,10 @@ def test_a_row_without_a_column() -> None:
     plan = plan_of(gathered, lone, gather="l.0.up.weight")  # type: ignore[arg-type]
     assert found(plan) == [("l.0.down.weight (r)", NO_MATCH)], "a gathered output is whole"
     elsewhere = ("l.1.up.weight", "column", COLUMN)
-    assert found(plan_of(elsewhere, lone)) == [("l.0.down.weight (r)", NO_MATCH)]  # type: ignore[arg-type]
+    assert found(plan_of(elsewhere, lone)) == [  # type: ignore[arg-type]
+        ("l.0.down.weight (r)", NO_MATCH),
+        ("l.1.up.weight (r)", UNTAKEN),
+    ]
 
 
 def test_alike_layers_are_one_fault() -> None:

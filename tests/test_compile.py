@@ -522,3 +522,59 @@ def test_the_input_is_not_changed(make: Make) -> None:
     before = repr(spec)
     compile_plan(make(), tp_size=2, specs=[spec])
     assert repr(spec) == before
+
+
+# rules of one's own against what a preset knows
+
+
+def test_a_module_is_cut_as_one(make: Make) -> None:
+    folder = make()
+    (fault,) = faults_of(folder, specs=[rules(rule(r".*\.self_attn\.k_proj\.weight$", "skip"))])
+    assert fault.what == "a weight is kept whole where the rest of its module is cut"
+    assert fault.where == "model.layers.{0..1}.self_attn.k_proj.weight (spec file #1)"
+    assert fault.got == "o_proj, q_proj, v_proj cut"
+    plan = compile_plan(folder, tp_size=2, specs=[rules(rule(r".*\.self_attn\.[qkvo]_proj\.weight$", "skip"))])
+    assert {entry.style for entry in plan.parameters if "self_attn" in entry.name} == {"replicated"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "changes", "way"),
+    [
+        (r".*\.q_proj\.weight$", {"partition_type": "row"}, "column"),
+        (r".*\.o_proj\.weight$", {"partition_type": "column"}, "row"),
+        (r".*\.q_proj\.weight$", {"partition_type": "column", "gather_output": True}, "column"),
+        (r"lm_head\.weight$", {"partition_type": "column"}, "column with gather_output"),
+    ],
+)
+def test_a_known_weight_runs_the_known_way(make: Make, pattern: str, changes: dict[str, Any], way: str) -> None:
+    found = faults_of(make(), specs=[rules(rule(pattern, **changes))])
+    assert [fault.expected.split(",")[0] for fault in found if "does not fit its module" in fault.what] == [way]
+
+
+def test_a_partial_gradient_stays_one_beside_cut_weights_only(make: Make) -> None:
+    config = {**LLAMA_CONFIG, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 4}
+    norms = {f"model.layers.{n}.self_attn.{x}_norm.weight": (4,) for n in range(2) for x in "qk"}
+    folder = make({**llama_shapes(), **norms}, config)
+
+    def partial(*specs: dict[str, Any]) -> set[str]:
+        plan = compile_plan(folder, tp_size=2, specs=[rules(*specs)] if specs else [])
+        return {entry.name for entry in plan.parameters if entry.partial_gradient}
+
+    both = {"model.layers.{0..1}.self_attn.k_norm.weight", "model.layers.{0..1}.self_attn.q_norm.weight"}
+    assert partial() == both
+    assert partial(rule(r".*_norm\.weight$", "skip")) == both, "a rule of one's own does not make the gradient whole"
+    assert partial(rule(r".*\.self_attn\..*_proj\.weight$", "skip")) == set(), (
+        "nothing is cut: every rank has all of it"
+    )
+    own = rule(r"model\.norm\.weight$", "skip", grad_allreduce=True)
+    (fault,) = faults_of(folder, specs=[rules(own)])
+    assert fault.what == "a gradient is summed where every rank has all of it"
+
+
+def test_a_norm_that_no_rule_decides_is_noted(make: Make) -> None:
+    config = {**LLAMA_CONFIG, "model_type": "llama_of_mine"}
+    norms = {f"model.layers.{n}.self_attn.q_norm.weight": (4,) for n in range(2)}
+    plan = compile_plan(make({**llama_shapes(), **norms}, config), tp_size=2, preset="llama")
+    assert any(note.startswith("model.layers.{0..1}.self_attn.q_norm.weight is whole") for note in plan.notes)
+    assert any("this model is llama_of_mine" in note for note in plan.notes)
+    assert compile_plan(make(), tp_size=2).notes == ()

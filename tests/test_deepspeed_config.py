@@ -179,13 +179,14 @@ def test_the_docstrings_of_tp_layer_spec(tmp_path: Path) -> None:
     shapes = {
         "h.0.query_key_value.weight": (24, 8), "h.0.o_proj.weight": (8, 8), "h.0.gate_up_proj.weight": (32, 8),
         "h.0.down_proj.weight": (8, 16), "h.0.gate.weight": (4, 8), "h.0.router.weight": (4, 8),
-        "m.0.experts.0.w1.weight": (32, 8), "lm_head.weight": (11, 8),
+        "m.0.experts.0.w1.weight": (32, 8), "m.0.experts.0.w2.weight": (8, 32), "lm_head.weight": (11, 8),
     }  # fmt: skip
     specs = [
         {"patterns": [r".*\.o_proj\.weight$", r".*\.down_proj\.weight$"], "partition_type": "ROW"},
         {"patterns": [r".*\.query_key_value\.weight$"], **COLUMN, "shape": [3, -1], "partition_dim": 0},
         GATE_UP,
         {"patterns": [r".*\.experts\..*\.w1\.weight$"], **COLUMN, "shape": [4, -1, 8], "partition_dim": 1},
+        {"patterns": [r".*\.experts\..*\.w2\.weight$"], **ROW, "shape": [8, 4, -1], "partition_dim": 2},
         {"patterns": [r".*\.gate\.weight$", r".*\.router\.weight$"], **SKIP, "grad_allreduce": True},
         {"patterns": [r".*lm_head\.weight$"], "gather_output": True, "indivisible": "uneven"},
     ]

@@ -153,7 +153,9 @@ def valid_plan() -> dict[str, Any]:
                 {"patterns": [r".*self_attn$"], "attributes": {"heads": "num_attention_heads // tp_size"}}
             ],
             "renamed_tensors": {"disk_norm.weight": "norm.weight"},
-            "layer_specs": [{"patterns": [r"viewed\.weight$"], "shape": [2, -1, 4], "partition_dim": 1}],
+            "layer_specs": [
+                {"patterns": [r"viewed\.weight$"], "shape": [2, -1, 4], "partition_dim": 1, "gather_output": True}
+            ],
         }
     )
     return compile_plan(planned(), tp_size=2, specs=[spec]).to_dict()

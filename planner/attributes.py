@@ -1,0 +1,77 @@
+"""Attributes of modules that hold whole-model counts and must become local on each rank.
+
+A module whose weights are all kept whole keeps its attributes too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from autotp_plan.planner.faults import FaultBook
+from autotp_plan.planner.rules import Decision
+from autotp_plan.planner.sources import Source
+from autotp_plan.planner.symbols import SymbolError, Symbols
+
+
+def module_attributes(
+    sources: Sequence[Source], decisions: Mapping[str, Decision], symbols: Symbols, tp_size: int, faults: FaultBook
+) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """`(module, attribute, value per rank)` for the modules of which a weight is cut."""
+    cut_modules: dict[str, None] = {}
+    for name, decision in decisions.items():
+        if decision.style in ("column", "row") and not decision.gather_output:
+            module = name
+            while module:
+                module = module.rpartition(".")[0]
+                cut_modules[module] = None
+    done: set[tuple[str, str]] = set()
+    for source in sources:
+        for index, spec in enumerate(source.attributes, 1):
+            rule = f"{source.label} module_attributes #{index}"
+            values = {
+                attribute: _values(symbols, tp_size, faults, rule, size) for attribute, size in spec.attributes.items()
+            }
+            for pattern in spec.patterns:
+                matched = [module for module in cut_modules if _matches(faults, rule, pattern, module)]
+                if not matched and not source.trusted:
+                    faults.add(
+                        "a pattern matches no module of which a weight is cut",
+                        rule,
+                        got=pattern,
+                        expected="a module name, such as model.layers.0.self_attn",
+                        next="patterns of module_attributes are matched against module names",
+                    )
+                for module in matched:
+                    for attribute, value in values.items():
+                        if value is not None and (module, attribute) not in done:
+                            done.add((module, attribute))
+                            yield module, attribute, value
+
+
+def _matches(faults: FaultBook, rule: str, pattern: str, module: str) -> bool:
+    try:
+        return re.match(pattern, module) is not None
+    except (re.error, OverflowError, RecursionError) as error:
+        faults.add(
+            "a pattern is not a regular expression",
+            rule,
+            got=f"{pattern}: {error}",
+            expected="a Python regular expression",
+            next="escape dots and brackets with \\",
+        )
+        return False
+
+
+def _values(symbols: Symbols, tp_size: int, faults: FaultBook, rule: str, size: int | str) -> tuple[int, ...] | None:
+    try:
+        return tuple(symbols.resolve(size, {"tp_size": tp_size, "tp_rank": rank}) for rank in range(tp_size))
+    except SymbolError as error:
+        faults.add(
+            "a size cannot be resolved",
+            rule,
+            got=str(error),
+            expected="sizes that the model's config gives",
+            next="correct the expression",
+        )
+        return None
