@@ -159,7 +159,7 @@ def _print_table(plan: Plan) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from autotp_plan.planner.show import describe_ties, human_bytes, rows, summary
+    from autotp_plan.planner.show import describe, groups, headline, human_bytes
 
     console = Console(
         markup=False,
@@ -169,41 +169,21 @@ def _print_table(plan: Plan) -> None:
         width=None if sys.stdout.isatty() else 160,
     )
     table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True)
-    for title, right in (("parameter", False), ("shape", True), ("style", False), ("each rank holds", False),
-                         ("per rank", True), ("rule", False)):  # fmt: skip
-        table.add_column(title, justify="right" if right else "left", overflow="fold", no_wrap=title in ("per rank",))
-    for row in rows(plan):
-        style = "dim" if row.style.startswith("replicated") else None
-        table.add_row(row.name, row.shape, row.style, row.share, human_bytes(row.bytes_per_rank), row.rule, style=style)
-    totals = summary(plan)
-    model = plan.model.architecture or plan.model.model_type or "model without a config"
-    console.print(Text(model, style="bold"), f"at TP={plan.tp_size}, {totals.num_parameters} parameters")
+    for title in ("parameter", "shape", "style", "each rank holds", "per rank", "rule"):
+        right = title in ("shape", "per rank")
+        table.add_column(title, justify="right" if right else "left", overflow="fold", no_wrap=title != "rule")
+    for prefix, rows in groups(plan):
+        indent = "  " if prefix else ""
+        if prefix:
+            table.add_row(prefix)
+        for row in rows:
+            name, size = row.name.removeprefix(prefix), human_bytes(row.bytes_per_rank)
+            style = "dim" if row.style.startswith("replicated") else None
+            table.add_row(indent + name, row.shape, row.style, row.share, size, row.rule, style=style)
+    console.print(Text(headline(plan), style="bold"))
     console.print(table)
-    per_rank = sorted(set(totals.per_rank), reverse=True)
-    held = " to ".join(
-        human_bytes(size) for size in (per_rank[::-1] if len(per_rank) > 1 else per_rank)[:: max(1, len(per_rank) - 1)]
-    )
-    even = totals.total / plan.tp_size
-    console.print(
-        f"each rank holds {held} of {human_bytes(totals.total)} ({max(totals.per_rank) / max(1, totals.total):.1%}; "
-        f"an even cut of everything is {1 / plan.tp_size:.1%}, {human_bytes(round(even))})"
-    )
-    extra = totals.replicated * (plan.tp_size - 1)
-    console.print(
-        f"replicated: {human_bytes(totals.replicated)} on every rank, "
-        f"{human_bytes(extra)} more than once over all ranks"
-    )
-    for line in [*describe_ties(plan), *_attribute_lines(plan), *(f"note: {note}" for note in plan.notes)]:
+    for line in describe(plan):
         console.print(line)
-
-
-def _attribute_lines(plan: Plan) -> list[str]:
-    lines = []
-    for attribute in plan.module_attributes:
-        values = sorted(set(attribute.values))
-        shown = str(values[0]) if len(values) == 1 else str(list(attribute.values))
-        lines.append(f"set on each rank: {attribute.module}.{attribute.attribute} = {shown}")
-    return lines
 
 
 @main.command()

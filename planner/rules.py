@@ -16,7 +16,7 @@ from autotp_plan.schemas.layout import Layout
 from autotp_plan.schemas.plan import Style
 from autotp_plan.schemas.spec import Spec
 
-DEFAULT = "default: at most one dimension"
+DEFAULT = "default for 1-D"
 """The rule of parameters of at most one dimension that no other rule decides: whole on every rank."""
 
 

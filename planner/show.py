@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,9 @@ from autotp_plan.schemas.layout import Layout
 from autotp_plan.schemas.names import expand
 from autotp_plan.schemas.plan import Parameter, Plan
 from autotp_plan.schemas.safetensors_file import num_bytes
+
+_LAYER = re.compile(r"([^.{]+\.)*?(\{[^}]*\}|\d+)\.")
+"""The beginning of a name up to its layer: `model.layers.{0..31}.`"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,16 +122,51 @@ def _share(layout: Layout, tp_size: int) -> str:
     if layout.dim is None:
         return "all"
     size = layout.shape[layout.dim]
-    lengths = {iv.length(layout.intervals[rank]) for rank in range(tp_size)}
-    held = f"{min(lengths)}" if len(lengths) == 1 else f"{min(lengths)} to {max(lengths)}"
-    view = "" if len(layout.sub_parameters) == 1 else f" in {len(layout.sub_parameters)} parts"
-    return f"dim {layout.dim}: {held} of {size}{view}"
+    lengths = [iv.length(rank) for rank in layout.intervals]
+    many = len(layout.sub_parameters)
+    where = f"dim {layout.dim}" if many == 1 else f"each of {many} in dim {layout.dim}"
+    if len(set(lengths)) == 1 and lengths[0] * tp_size == size:
+        return f"1/{tp_size} of {where}"
+    return f"{min(lengths)} to {max(lengths)} of {size} of {where}"
 
 
 def _rank_bytes(entry: Parameter, layout: Layout, rank: int) -> int:
     return num_bytes(entry.dtype, layout.rank_shape(rank))
 
 
-def describe_ties(plan: Plan) -> list[str]:
-    """A sentence for each tied parameter."""
-    return [f"{tie.name} is {tie.to}, run as {tie.style}" for tie in plan.tied]
+def groups(plan: Plan) -> list[tuple[str, list[Row]]]:
+    """The table in groups: `("model.layers.{0..31}.", rows of those layers)`, and `("", rows outside of layers)`."""
+    found: list[tuple[str, list[Row]]] = []
+    for row in rows(plan):
+        match = _LAYER.match(row.name)
+        prefix = match.group() if match else ""
+        if not found or found[-1][0] != prefix:
+            found.append((prefix, []))
+        found[-1][1].append(row)
+    return found
+
+
+def headline(plan: Plan) -> str:
+    """`LlamaForCausalLM at TP=4, 291 parameters in BF16`."""
+    model = plan.model.architecture or plan.model.model_type or "a model without a config"
+    dtypes = ", ".join(sorted({entry.dtype for entry in plan.parameters}))
+    return f"{model} at TP={plan.tp_size}, {summary(plan).num_parameters} parameters in {dtypes}"
+
+
+def describe(plan: Plan) -> list[str]:
+    """What the table does not say, in sentences: totals, what is replicated and what that costs, ties, attributes."""
+    totals = summary(plan)
+    least, most = min(totals.per_rank), max(totals.per_rank)
+    held = human_bytes(most) if least == most else f"{human_bytes(least)} to {human_bytes(most)}"
+    copies = totals.replicated * (plan.tp_size - 1)
+    lines = [
+        f"each rank holds {held} of {human_bytes(totals.total)} ({most / max(1, totals.total):.1%}; an even cut of "
+        f"everything is {1 / plan.tp_size:.1%}, {human_bytes(totals.total // plan.tp_size)})",
+        f"replicated: {human_bytes(totals.replicated)} on every rank, {human_bytes(copies)} of copies over all ranks",
+    ]
+    lines += [f"{tie.name} is {tie.to}, run as {tie.style}" for tie in plan.tied]
+    for attribute in plan.module_attributes:
+        same = len(set(attribute.values)) == 1
+        value = attribute.values[0] if same else list(attribute.values)
+        lines.append(f"set on each rank: {attribute.module}.{attribute.attribute} = {value}")
+    return lines + [f"note: {note}" for note in plan.notes]

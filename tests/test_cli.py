@@ -68,10 +68,9 @@ def test_show_as_a_table(run: Run, plan_file: Path) -> None:
     output = run("show", plan_file).stdout
     assert "LlamaForCausalLM at TP=2, 21 parameters" in output
     lines = {line.split()[0]: " ".join(line.split()[1:]) for line in output.splitlines() if line.strip()}
-    assert lines["model.layers.{0..1}.self_attn.k_proj.weight"] == (
-        "16 x 32 column dim 0: 8 of 16 1.00 KiB preset llama #2"
-    )  # fmt: skip
-    assert lines["lm_head.weight"].startswith("64 x 32 column, gathered dim 0: 32 of 64 2.00 KiB")
+    assert lines["model.layers.{0..1}."] == "", "a heading, and the names of its rows without it"
+    assert lines["self_attn.k_proj.weight"] == "16 x 32 column 1/2 of dim 0 1.00 KiB preset llama #2"
+    assert lines["lm_head.weight"].startswith("64 x 32 column, gathered 1/2 of dim 0 2.00 KiB")
     assert "replicated: 320 B on every rank" in output
 
 
@@ -89,7 +88,7 @@ def test_show_as_json_is_a_contract(run: Run, plan_file: Path) -> None:
     }  # fmt: skip
     assert by_name["model.norm.weight"] == {
         "name": "model.norm.weight", "shape": [32], "dtype": "BF16", "style": "replicated",
-        "rule": "default: at most one dimension", "dim": None, "intervals": [[[0, 32]], [[0, 32]]],
+        "rule": "default for 1-D", "dim": None, "intervals": [[[0, 32]], [[0, 32]]],
     }  # fmt: skip
 
 

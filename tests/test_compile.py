@@ -68,16 +68,16 @@ def test_a_llama_by_its_preset(make: Make) -> None:
     assert [(entry.name, entry.style, entry.rule) for entry in plan.parameters] == [
         ("lm_head.weight", "column", "preset llama vocabulary #2"),
         ("model.embed_tokens.weight", "vocab", "preset llama vocabulary #1"),
-        ("model.layers.{0..1}.input_layernorm.weight", "replicated", "default: at most one dimension"),
+        ("model.layers.{0..1}.input_layernorm.weight", "replicated", "default for 1-D"),
         ("model.layers.{0..1}.mlp.down_proj.weight", "row", "preset llama #5"),
         ("model.layers.{0..1}.mlp.gate_proj.weight", "column", "preset llama #4"),
         ("model.layers.{0..1}.mlp.up_proj.weight", "column", "preset llama #4"),
-        ("model.layers.{0..1}.post_attention_layernorm.weight", "replicated", "default: at most one dimension"),
+        ("model.layers.{0..1}.post_attention_layernorm.weight", "replicated", "default for 1-D"),
         ("model.layers.{0..1}.self_attn.k_proj.weight", "column", "preset llama #2"),
         ("model.layers.{0..1}.self_attn.o_proj.weight", "row", "preset llama #3"),
         ("model.layers.{0..1}.self_attn.q_proj.weight", "column", "preset llama #1"),
         ("model.layers.{0..1}.self_attn.v_proj.weight", "column", "preset llama #2"),
-        ("model.norm.weight", "replicated", "default: at most one dimension"),
+        ("model.norm.weight", "replicated", "default for 1-D"),
     ]
     assert of(plan, "model.layers.1.self_attn.o_proj.weight")["intervals"] == [[[0, 16]], [[16, 32]]]
     assert of(plan, "model.layers.1.self_attn.o_proj.weight")["dim"] == 1
@@ -134,7 +134,7 @@ def test_use_default_specs_false_leaves_the_preset_its_vocabulary(make: Make) ->
     folder = make()
     plan = compile_plan(folder, tp_size=4, specs=[spec])
     assert {entry.rule.split(" #")[0] for entry in plan.parameters} == {
-        "spec file", "preset llama vocabulary", "default: at most one dimension"
+        "spec file", "preset llama vocabulary", "default for 1-D"
     }  # fmt: skip
     half = rules(rule(r".*q_proj\.weight$"), use_default_specs=False)
     assert {f.what for f in faults_of(folder, specs=[half])} == {"no rule decides a weight"}
@@ -221,7 +221,7 @@ def test_biases_follow_their_weights(make: Make) -> None:
     assert of(plan, "up.bias")["intervals"] == of(plan, "up.weight")["intervals"]
     assert (of(plan, "up.bias")["style"], of(plan, "down.bias")["style"]) == ("column", "replicated")
     assert of(plan, "down.bias")["rule"] == "spec file #2"
-    assert of(plan, "alone.bias")["rule"] == "default: at most one dimension"
+    assert of(plan, "alone.bias")["rule"] == "default for 1-D"
     against = rules(rule(r"up\.bias$", "skip"), rule(r"up\.weight$"), rule(r"down\.weight$", "row"))
     (fault,) = faults_of(folder, specs=[against])
     assert (fault.where, fault.what) == ("up.bias (spec file #1)", "a rule cuts a bias unlike its weight")
