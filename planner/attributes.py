@@ -1,6 +1,7 @@
 """Attributes of modules that hold whole-model counts and must become local on each rank.
 
-A module whose weights are all kept whole keeps its attributes too.
+A module whose weights are all kept whole keeps its attributes too, and a preset does not set a value that is the same
+without tensor parallelism.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ def module_attributes(
     for source in sources:
         for index, spec in enumerate(source.attributes, 1):
             rule = f"{source.label} module_attributes #{index}"
-            values = {
-                attribute: _values(symbols, tp_size, faults, rule, size) for attribute, size in spec.attributes.items()
-            }
+            values, unsharded = (
+                {key: _values(symbols, ranks, faults, rule, size) for key, size in spec.attributes.items()}
+                for ranks in (tp_size, 1)
+            )
             for pattern in spec.patterns:
                 matched = [module for module in cut_modules if _matches(faults, rule, pattern, module)]
                 if not matched and not source.trusted:
@@ -46,7 +48,8 @@ def module_attributes(
                     for attribute, value in values.items():
                         if value is not None and (module, attribute) not in done:
                             done.add((module, attribute))
-                            yield module, attribute, value
+                            if not source.trusted or set(value) != set(unsharded[attribute] or ()):
+                                yield module, attribute, value
 
 
 def _matches(faults: FaultBook, rule: str, pattern: str, module: str) -> bool:
@@ -64,6 +67,7 @@ def _matches(faults: FaultBook, rule: str, pattern: str, module: str) -> bool:
 
 
 def _values(symbols: Symbols, tp_size: int, faults: FaultBook, rule: str, size: int | str) -> tuple[int, ...] | None:
+    """The value on each rank; None when it cannot be resolved."""
     try:
         return tuple(symbols.resolve(size, {"tp_size": tp_size, "tp_rank": rank}) for rank in range(tp_size))
     except SymbolError as error:

@@ -76,20 +76,27 @@ def bias_layout(weight_shape: Sequence[int], weight: Layout) -> Layout:
     )
 
 
+def tp_size_fits(num_units: int, indivisible: Indivisible, tp_size: int) -> bool:
+    """Whether `num_units` can be shared by `tp_size` ranks in the way that `indivisible` allows."""
+    if indivisible == "uneven":
+        return tp_size <= num_units
+    return num_units % tp_size == 0 or (indivisible == "replicate" and tp_size % num_units == 0)
+
+
 def _share(sub: SubParameter, tp_size: int, indivisible: Indivisible) -> list[iv.Interval]:
-    units = f"{sub.num_units} units of {sub.unit}" if sub.unit > 1 else f"{sub.size}"
-    if sub.num_units % tp_size and indivisible == "error":
-        raise IndivisibleError(
-            "tp_size does not divide the units",
-            f"{units} over {tp_size} ranks",
-            f"a tp_size that divides {sub.num_units}",
-        )
+    """The run of units of each rank. Of replicated units, rank r holds number r * units // tp_size."""
+    if not tp_size_fits(sub.num_units, indivisible, tp_size):
+        units = f"{sub.num_units} units of {sub.unit}" if sub.unit > 1 else f"{sub.size}"
+        expected = {
+            "error": f"a tp_size that divides {sub.num_units}",
+            "uneven": f"a tp_size of at most {sub.num_units}",
+            "replicate": f"a tp_size that divides {sub.num_units} or is a multiple of it",
+        }
+        few = indivisible == "uneven"
+        what = "there are fewer units than ranks" if few else "tp_size does not divide the units"
+        raise IndivisibleError(what, f"{units} over {tp_size} ranks", expected[indivisible])
     if sub.num_units < tp_size:
-        raise IndivisibleError(
-            "there are fewer units than ranks",
-            f"{units} over {tp_size} ranks",
-            f"a tp_size of at most {sub.num_units}",
-        )
+        return [(rank * sub.num_units // tp_size, rank * sub.num_units // tp_size + 1) for rank in range(tp_size)]
     return iv.divide(sub.num_units, tp_size)
 
 

@@ -195,7 +195,7 @@ class Resolver:
         sizes = [
             size
             for size in range(1, min(max((count for count, _ in self._tp_limits), default=1), MAX_TP_SIZE) + 1)
-            if all(size <= count and (how == "uneven" or count % size == 0) for count, how in self._tp_limits)
+            if all(pt.tp_size_fits(count, how, size) for count, how in self._tp_limits)
         ]
         works = ", ".join(map(str, sizes[:16])) + (", ..." if len(sizes) > 16 else "")
         for where, error in self._indivisible:

@@ -127,7 +127,10 @@ def _share(layout: Layout, tp_size: int) -> str:
     where = f"dim {layout.dim}" if many == 1 else f"each of {many} in dim {layout.dim}"
     if len(set(lengths)) == 1 and lengths[0] * tp_size == size:
         return f"1/{tp_size} of {where}"
-    return f"{min(lengths)} to {max(lengths)} of {size} of {where}"
+    held = f"{min(lengths)}" if len(set(lengths)) == 1 else f"{min(lengths)} to {max(lengths)}"
+    several = max(len(ranks) for _, ranks in iv.holders(layout.intervals))
+    shared = f", some on {several} ranks" if several > 1 else ""
+    return f"{held} of {size} of {where}{shared}"
 
 
 def _rank_bytes(entry: Parameter, layout: Layout, rank: int) -> int:
@@ -158,7 +161,7 @@ def describe(plan: Plan) -> list[str]:
     totals = summary(plan)
     least, most = min(totals.per_rank), max(totals.per_rank)
     held = human_bytes(most) if least == most else f"{human_bytes(least)} to {human_bytes(most)}"
-    copies = totals.replicated * (plan.tp_size - 1)
+    copies = sum(totals.per_rank) - totals.total
     lines = [
         f"each rank holds {held} of {human_bytes(totals.total)} ({most / max(1, totals.total):.1%}; an even cut of "
         f"everything is {1 / plan.tp_size:.1%}, {human_bytes(totals.total // plan.tp_size)})",

@@ -1,14 +1,14 @@
 """Sizes by name: `num_heads * head_dim` resolved from a model's own config.
 
-Expressions are integers, names, `+ - * //` and parentheses, nothing else: they are parsed, never evaluated by Python. A
-name is a symbol that a spec file defines, or else a key of the config.
+Expressions are integers, names, `+ - * //`, `max`, `min` and parentheses, nothing else: they are parsed, never
+evaluated by Python. A name is a symbol that a spec file defines, or else a key of the config.
 """
 
 from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,9 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv,
 }
+
+_ALLOWED = "integers, names, + - * //, max, min and parentheses"
+_FUNCTIONS: dict[str, Callable[[Iterable[int]], int]] = {"max": max, "min": min}
 
 
 class SymbolError(ValueError):
@@ -52,7 +55,7 @@ class Symbols:
         try:
             tree = ast.parse(text.strip(), mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError):
-            raise SymbolError(f"{text!r} is not an expression of integers, names, + - * // and parentheses") from None
+            raise SymbolError(f"{text!r} is not an expression of {_ALLOWED}") from None
         return self._node(tree, extra, pending)
 
     def _node(self, node: ast.expr, extra: Mapping[str, int], pending: tuple[str, ...]) -> int:
@@ -69,7 +72,11 @@ class Symbols:
             if abs(result) >= 2**62:
                 raise SymbolError(f"{ast.unparse(node)} is too large for a size")
             return result
-        raise SymbolError(f"{ast.unparse(node)!r} is not allowed; use integers, names, + - * // and parentheses")
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args and not node.keywords:
+            function = _FUNCTIONS.get(node.func.id)
+            if function is not None:
+                return function([self._node(argument, extra, pending) for argument in node.args])
+        raise SymbolError(f"{ast.unparse(node)!r} is not allowed; use {_ALLOWED}")
 
     def _name(self, name: str, extra: Mapping[str, int], pending: tuple[str, ...]) -> int:
         if name in extra:

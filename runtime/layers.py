@@ -8,6 +8,7 @@ names and head counts. A layer is built with parameters on the meta device; `fin
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -63,8 +64,22 @@ class PlannedLayer(TensorParallel_Layer):  # type: ignore[misc]
             parameter = getattr(self, name)
             if layout.dim is not None:
                 self.config_tp_params(parameter)
-                parameter.register_post_accumulate_grad_hook(_mark_gradient)
+                self._share(parameter, layout)
         self._mark_uc_metadata()
+
+    def _share(self, parameter: nn.Parameter, layout: Layout) -> None:
+        """Sum a shard's gradient over the ranks that hold the same, and count it in the norm on the first of them."""
+        groups = iv.replica_groups(layout.intervals)
+        assert groups is not None, "check_model refuses shards that are shared in part"
+        replicas = next(ranks for ranks in groups if self.tp_index in ranks)
+        if len(groups) < self.tp_world_size:  # on every rank, also those that share nothing: it is a collective
+            parameter.register_hook(  # type: ignore[no-untyped-call]
+                partial(_sum_over_replicas, layout=layout, tp_rank=self.tp_index, group=self.mp_group)
+            )
+        if self.tp_index == replicas[0]:
+            parameter.register_post_accumulate_grad_hook(_mark_gradient)  # type: ignore[no-untyped-call]
+        else:
+            setattr(parameter, DS_TENSOR_MODEL_PARALLEL, False)
 
     @torch.no_grad()
     def gather_params(self, params_list: list[Any]) -> None:
@@ -179,6 +194,21 @@ class VocabParallelEmbedding(PlannedLayer):
             at += stop - start
         output = F.embedding(local, self.weight, padding_idx)
         return sum_over_ranks(output.masked_fill(~mine.unsqueeze(-1), 0.0), self.mp_group)
+
+
+def _sum_over_replicas(gradient: Tensor, layout: Layout, tp_rank: int, group: Any) -> Tensor:
+    """The sum of a shard's gradients over the ranks that hold it, each of which computed part of it.
+
+    Every rank adds its own to a gradient of the whole parameter, which has as many units as there are KV heads.
+    """
+    assert layout.dim is not None
+    whole = gradient.new_zeros(layout.shape)
+    local = gradient.reshape(layout.rank_shape(tp_rank))
+    size = layout.shape[layout.dim]
+    for at, to, count in iv.pieces(layout.intervals[tp_rank], ((0, size),)):
+        whole.narrow(layout.dim, to, count).copy_(local.narrow(layout.dim, at, count))
+    dist.all_reduce(whole, group=group)
+    return take(whole, layout.intervals[tp_rank], layout.dim).view_as(gradient)
 
 
 def _mark_gradient(parameter: nn.Parameter) -> None:

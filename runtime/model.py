@@ -247,9 +247,13 @@ def _module_faults(parameter: Parameter, modules: Mapping[str, nn.Module], plan:
             "no tensor-parallel layer cuts this parameter", parameter.name, parameter.style, "replicated"
         )
     layout = plan.layouts[parameter.layout]
-    if any(len(ranks) > 1 for _, ranks in iv.holders(layout.intervals)) and plan.tp_size > 1:
+    replicas = iv.replica_groups(layout.intervals)
+    if replicas is None or (parameter.style != "column" and len(replicas) < plan.tp_size):
         yield _model_fault(
-            "parts of a cut parameter are on several ranks", parameter.name, layout.name, "each part on one rank"
+            "the ranks share parts of this parameter in a way that no tensor-parallel layer runs",
+            parameter.name,
+            f"{parameter.style}, {layout.name}",
+            "a column-parallel weight of which a rank shares all or nothing; use a smaller tp_size",
         )
 
 

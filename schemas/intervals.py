@@ -94,6 +94,17 @@ def holders(per_rank: Sequence[Sequence[Interval]]) -> list[tuple[Interval, tupl
     return runs
 
 
+def replica_groups(per_rank: Sequence[Sequence[Interval]]) -> list[tuple[int, ...]] | None:
+    """Ranks grouped by equal shards, by first rank; None when two ranks share some of their indices but not all."""
+    for _, ranks in holders(per_rank):
+        if any(tuple(per_rank[rank]) != tuple(per_rank[ranks[0]]) for rank in ranks):
+            return None
+    groups: dict[tuple[Interval, ...], list[int]] = {}
+    for rank, intervals in enumerate(per_rank):
+        groups.setdefault(tuple(intervals), []).append(rank)
+    return [tuple(ranks) for ranks in groups.values()]
+
+
 def pieces(held: Sequence[Interval], wanted: Sequence[Interval]) -> list[tuple[int, int, int]]:
     """Where a shard that holds `held` has the indices that a shard of `wanted` asks for.
 

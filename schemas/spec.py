@@ -13,7 +13,7 @@ from autotp_plan.schemas import documents
 
 Size = int | str
 PartitionType = Literal["column", "row", "vocab", "skip"]
-Indivisible = Literal["error", "uneven"]
+Indivisible = Literal["error", "uneven", "replicate"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

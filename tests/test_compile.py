@@ -157,7 +157,8 @@ def test_one_rule_for_weights_of_one_shape_and_different_units(make: Make) -> No
     """gate_proj may be cut anywhere, q_proj between heads only, though one rule decides both and they look alike."""
     spec = rules(rule(r".*(gate|up|q)_proj\.weight$"))
     folder = make(intermediate_size=32, num_key_value_heads=8)
-    assert {fault.where.split(".")[-2] for fault in faults_of(folder, 16, specs=[spec])} >= {"q_proj", "k_proj"}
+    refused = {fault.where.split(".")[-2] for fault in faults_of(folder, 16, specs=[spec])}
+    assert "q_proj" in refused and not refused & {"gate_proj", "up_proj"}
 
 
 def test_a_row_rule_for_an_embedding_cuts_its_vocabulary(make: Make) -> None:
@@ -578,3 +579,15 @@ def test_a_norm_that_no_rule_decides_is_noted(make: Make) -> None:
     assert any(note.startswith("model.layers.{0..1}.self_attn.q_norm.weight is whole") for note in plan.notes)
     assert any("this model is llama_of_mine" in note for note in plan.notes)
     assert compile_plan(make(), tp_size=2).notes == ()
+
+
+def test_more_ranks_than_kv_heads(make: Make) -> None:
+    config = {**LLAMA_CONFIG, "num_key_value_heads": 2}
+    folder = make(llama_shapes(config), config)
+    plan = compile_plan(folder, tp_size=8)
+    keys = of(plan, "model.layers.0.self_attn.k_proj.weight")["intervals"]
+    assert keys == [[[0, 4]]] * 4 + [[[4, 8]]] * 4
+    assert [(one.attribute, one.values) for one in plan.module_attributes] == [("num_key_value_groups", (1,) * 8)]
+    assert compile_plan(folder, tp_size=2).module_attributes == (), "a value that does not change is not set"
+    found = faults_of(folder, tp_size=3)
+    assert {fault.next.split(";")[0] for fault in found} == {"TP sizes that work for the whole model: 1, 2, 4, 8"}

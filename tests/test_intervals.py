@@ -117,3 +117,10 @@ def test_pieces_slice_merge_and_reshard(tiling: tuple[int, Parts], data: st.Data
 def test_scale_counts_in_units() -> None:
     assert iv.scale((1, 3), 4) == (4, 12)
     assert iv.scale((0, 2), 3, offset=10) == (10, 16)
+
+
+def test_replica_groups() -> None:
+    assert iv.replica_groups([((0, 2),), ((2, 4),)]) == [(0,), (1,)]
+    assert iv.replica_groups([((0, 2),), ((0, 2),), ((2, 4),), ((2, 4),)]) == [(0, 1), (2, 3)]
+    assert iv.replica_groups([((0, 2), (4, 6)), ((2, 4), (4, 6))]) is None, "shared in part"
+    assert iv.replica_groups([((0, 4),), ((0, 2),)]) is None

@@ -130,3 +130,13 @@ def test_a_bias_of_a_transposed_weight() -> None:
 def test_whole() -> None:
     assert whole([3, 4]).dim is None
     assert whole([]).rank_shape(3) == ()
+
+
+def test_replicate() -> None:
+    """KV heads: rank r of tp_size holds head r * heads // tp_size when there are more ranks than heads."""
+    cut = Cut(dim=0, unit=4, indivisible="replicate")
+    assert partition((8, 2), cut, 4).intervals == (((0, 4),), ((0, 4),), ((4, 8),), ((4, 8),))
+    assert partition((4, 2), cut, 3).intervals == (((0, 4),),) * 3
+    assert partition((16, 2), cut, 2).intervals == (((0, 8),), ((8, 16),)), "as any other cut when there are enough"
+    with pytest.raises(IndivisibleError, match="divides 2 or is a multiple of it"):
+        partition((8, 2), cut, 3)

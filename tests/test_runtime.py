@@ -129,15 +129,15 @@ def test_modules_that_no_layer_of_ours_runs(work: Path) -> None:
     assert "an embedding option cannot be kept" in text and "max_norm=1.0" in text
 
 
-def test_overlapping_parts_are_refused(work: Path) -> None:
+def test_parts_shared_in_part_are_refused(work: Path) -> None:
     from autotp_plan.runtime.model import build_model, check_model
     from autotp_plan.schemas.plan import Plan
 
     plan = Plan.read(work / "llama.tp2.json")
     name = next(entry.layout for entry in plan.parameters if entry.name.endswith("k_proj.weight"))
-    shared = dataclasses.replace(plan.layouts[name], intervals=(((0, 32),), ((0, 32),)))
+    shared = dataclasses.replace(plan.layouts[name], intervals=(((0, 32),), ((16, 32),)))
     wrong = dataclasses.replace(plan, layouts={**plan.layouts, name: shared})
-    with pytest.raises(MismatchError, match="parts of a cut parameter are on several ranks"):
+    with pytest.raises(MismatchError, match="share parts of this parameter in a way that no"):
         check_model(build_model(work / "llama", plan), wrong)
 
 

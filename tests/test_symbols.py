@@ -80,3 +80,12 @@ def test_config_flag() -> None:
     assert symbols().config_flag("flag")
     assert not symbols().config_flag("nothing")
     assert not symbols().config_flag("missing")
+
+
+def test_max_and_min() -> None:
+    symbols = Symbols(config={"num_heads": 8, "num_kv_heads": 2})
+    assert symbols.resolve("num_heads // max(num_kv_heads, tp_size)", {"tp_size": 4}) == 2
+    assert symbols.resolve("min(num_heads, 3, 5)") == 3
+    for wrong in ("max()", "abs(1)", "max(1, key=2)", "max.real(1)", "max(*x)", "__import__('os')"):
+        with pytest.raises(SymbolError):
+            symbols.resolve(wrong)
