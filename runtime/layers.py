@@ -1,4 +1,4 @@
-"""The tensor-parallel modules: column- and row-parallel linear layers and the vocabulary-parallel embedding.
+"""The tensor-parallel modules: their common base, and column- and row-parallel linear layers.
 
 They subclass DeepSpeed's `TensorParallel_Layer`, so that its consolidated saving and universal checkpoint see shards
 they can put together, but take every size from the plan's layouts: DeepSpeed's own subclasses work theirs out from
@@ -34,6 +34,9 @@ class PlannedLayer(TensorParallel_Layer):  # type: ignore[misc]
     """
 
     partition_type: ClassVar[str]
+    tp_index: int
+    tp_world_size: int
+    is_tp_parallel: bool
 
     def __init__(
         self,
@@ -165,35 +168,6 @@ class RowParallelLinear(PlannedLayer):
         if self.is_tp_parallel:
             output = sum_over_ranks(output, self.mp_group)
         return output if self.bias is None else output + self.bias
-
-
-class VocabParallelEmbedding(PlannedLayer):
-    """An embedding table cut by rows: each rank looks up its own tokens, the results are summed."""
-
-    partition_type = "column"
-
-    def __init__(self, module: nn.Embedding, **kwargs: Any) -> None:
-        super().__init__(module, **kwargs)
-        self.num_embeddings, self.embedding_dim = module.num_embeddings, module.embedding_dim
-        self.padding_idx = module.padding_idx
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Token ids `(...)` to `(..., embedding_dim)`, whole on every rank."""
-        if not self.is_tp_parallel:
-            return F.embedding(input, self.weight, self.padding_idx)
-        local = torch.zeros_like(input)
-        mine = torch.zeros_like(input, dtype=torch.bool)
-        padding_idx = None
-        at = 0
-        for start, stop in self.layouts["weight"].intervals[self.tp_index]:
-            inside = (input >= start) & (input < stop)
-            local = torch.where(inside, input - start + at, local)
-            mine |= inside
-            if self.padding_idx is not None and start <= self.padding_idx < stop:
-                padding_idx = self.padding_idx - start + at
-            at += stop - start
-        output = F.embedding(local, self.weight, padding_idx)
-        return sum_over_ranks(output.masked_fill(~mine.unsqueeze(-1), 0.0), self.mp_group)
 
 
 def _sum_over_replicas(gradient: Tensor, layout: Layout, tp_rank: int, group: Any) -> Tensor:

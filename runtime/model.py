@@ -19,7 +19,8 @@ from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 from deepspeed.module_inject.layers import collect_autotp_universal_checkpoint_info
 from torch import Tensor, nn
 
-from autotp_plan.runtime.layers import ColumnParallelLinear, PlannedLayer, RowParallelLinear, VocabParallelEmbedding
+from autotp_plan.runtime.embedding import can_be_cut, vocab_parallel
+from autotp_plan.runtime.layers import ColumnParallelLinear, PlannedLayer, RowParallelLinear
 from autotp_plan.runtime.ranks import Ranks
 from autotp_plan.runtime.weights import WeightSource, read_weight
 from autotp_plan.schemas import intervals as iv
@@ -172,7 +173,7 @@ def _replace(
     elif style == "row":
         layer = RowParallelLinear(module, **known)
     else:
-        layer = VocabParallelEmbedding(module, **known)
+        layer = vocab_parallel(module, **known)
     layer.train(module.training)
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, layer)
@@ -217,14 +218,17 @@ def _module_faults(parameter: Parameter, modules: Mapping[str, nn.Module], plan:
     module = modules.get(name)
     if module is None:
         return  # the missing parameter is a fault already
-    wanted = nn.Embedding if parameter.style == "vocab" else nn.Linear
     if leaf == "weight":
-        if not isinstance(module, wanted) or type(module).forward is not wanted.forward:
+        vocab = parameter.style == "vocab"
+        runs = can_be_cut(module) if vocab else type(module).forward is nn.Linear.forward
+        if not runs:
             yield _model_fault(
                 f"no tensor-parallel layer runs {parameter.style} for this module",
                 parameter.name,
                 f"{type(module).__module__}.{type(module).__name__}",
-                f"torch.nn.{wanted.__name__} with its own forward",
+                "torch.nn.Embedding, or a subclass that looks up through super().forward"
+                if vocab
+                else "torch.nn.Linear, with its own forward",
             )
         elif parameter.gather_output and plan.shape_of(parameter) != plan.layouts[parameter.layout].shape:
             yield _model_fault(

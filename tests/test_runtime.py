@@ -279,3 +279,27 @@ def test_own_model_example(tmp_path: Path) -> None:
     result = run_training(example, "train", tmp_path, ranks=2)
     losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", result.stdout)]
     assert len(losses) == 10 and losses[-1] < losses[0] - 0.5, result.stdout + result.stderr
+
+
+def test_embedding_classes_that_can_be_cut() -> None:
+    import torch
+    from torch import nn
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2TextScaledWordEmbedding
+    from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
+
+    from autotp_plan.runtime.embedding import can_be_cut
+
+    class Normed(nn.Embedding):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input) / self.weight.norm()
+
+    class Own(nn.Embedding):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return nn.functional.embedding(input, self.weight)
+
+    assert can_be_cut(nn.Embedding(4, 4))
+    assert can_be_cut(Gemma2TextScaledWordEmbedding(4, 4, 0, 2.0))
+    assert can_be_cut(OPTLearnedPositionalEmbedding(4, 4)), "it shifts its input and looks up through super()"
+    assert not can_be_cut(Normed(4, 4)), "it needs the whole table"
+    assert not can_be_cut(Own(4, 4)), "it goes past super()"
+    assert not can_be_cut(nn.Linear(4, 4))
