@@ -1,0 +1,61 @@
+"""Head counts and widths that the TP size does not divide: whole KV groups to each rank, by rules of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.launch import launch
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+
+GROUP = "head_dim * num_heads // num_kv_heads"
+UNEVEN = {
+    "layer_specs": [
+        {"patterns": [r".*\.q_proj\.weight$"], "unit": GROUP, "indivisible": "uneven"},
+        {"patterns": [r".*\.[kv]_proj\.weight$"], "unit": "head_dim", "indivisible": "uneven"},
+        {"patterns": [r".*\.o_proj\.weight$"], "partition_type": "row", "unit": GROUP, "indivisible": "uneven"},
+        {"patterns": [r".*\.(gate|up)_proj\.weight$"], "indivisible": "uneven"},
+        {"patterns": [r".*\.down_proj\.weight$"], "partition_type": "row", "indivisible": "uneven"},
+    ]
+}
+
+
+def in_ranks(work: Path) -> dict[str, Any]:
+    from autotp_plan.runtime import load_plan
+    from tests.helpers import parity
+
+    found: dict[str, Any] = {}
+    for folder in ("shards", "checkpoint"):
+        found[folder] = max(parity.compare_sharded(work / "plan.json", work / folder, work / "dense").values())
+    plan = load_plan(work / "plan.json")
+    for stage in (0, 3):
+        found[f"zero{stage}"] = parity.engine_steps(plan, plan.load_model(work / "shards").train(), stage)
+    return found
+
+
+def test_three_ranks(tmp_path: Path) -> None:
+    import torch
+
+    from autotp_plan.planner import SpecFile, compile_plan, presplit
+    from autotp_plan.planner.show import as_json
+    from tests.helpers import parity
+    from tests.helpers.models import load_dense, save_checkpoint
+
+    checkpoint = save_checkpoint(tmp_path / "checkpoint", "llama_bias_tied", intermediate_size=100, vocab_size=257)
+    plan = compile_plan(checkpoint, tp_size=3, specs=[SpecFile.from_dict(UNEVEN)])
+    by_name = {entry["name"]: entry["intervals"] for entry in as_json(plan)["parameters"]}
+    assert by_name["model.layers.0.self_attn.q_proj.weight"] == [[[0, 32]], [[32, 48]], [[48, 64]]], "2, 1 and 1 groups"
+    assert by_name["model.layers.0.self_attn.k_proj.weight"] == [[[0, 16]], [[16, 24]], [[24, 32]]]
+    assert by_name["model.layers.0.mlp.up_proj.bias"] == [[[0, 34]], [[34, 67]], [[67, 100]]]
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    presplit(plan, checkpoint, tmp_path / "shards")
+    torch.save(parity.gradients(load_dense(checkpoint, torch.float64)), tmp_path / "dense")
+    dense = parity.dense_steps(load_dense(checkpoint), 1)
+    found = launch(in_ranks, 3, tmp_path, timeout=200)[0]
+    assert found["shards"] < 1e-9 and found["checkpoint"] < 1e-9
+    for stage in (0, 3):
+        for ours, reference in zip(found[f"zero{stage}"], dense, strict=True):
+            assert ours == pytest.approx(reference, rel=1e-5)
