@@ -7,6 +7,7 @@ parameters, tied heads that are not written) is a fact about the architecture th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,8 +122,9 @@ def inventory_of_module(module: Any, names: DiskNames | None = None) -> Inventor
             )
         parameters[name] = ParameterInfo(shape=tuple(parameter.shape), dtype=dtype, source=on_disk.get(name))
     config = getattr(module, "config", None)
-    if config is not None and hasattr(config, "to_dict"):
-        config = config.to_dict()
+    if config is not None and hasattr(config, "to_json_string"):  # what save_pretrained writes
+        config = json.loads(config.to_json_string())
+        config["architectures"] = config.get("architectures") or [type(module).__name__]
     return Inventory(parameters=_sorted(parameters), tied=tied, config=config if isinstance(config, dict) else None)
 
 
@@ -177,7 +179,7 @@ def _of_config(folder: Path, names: DiskNames) -> Inventory:
             )
         ) from None
     try:
-        model_config = transformers.AutoConfig.from_pretrained(str(folder))
+        model_config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         dtype = getattr(model_config, "dtype", None) or torch.float32
         architecture = getattr(transformers, (config.get("architectures") or [""])[0], None)
         with init_empty_weights():

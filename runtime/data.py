@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +67,6 @@ def text_tokens(path: Path, tokenizer: Any, limit: int | None = None) -> Tensor:
 def synthetic_tokens(vocab_size: int, count: int, seed: int = 0) -> Tensor:
     """`count` random token ids below `vocab_size`, the same for the same seed: `(count,)` int64."""
     return torch.randint(vocab_size, (count,), generator=torch.Generator().manual_seed(seed))
-
-
-def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Samples stacked along a new first dimension."""
-    return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
 
 
 def _text(file: Path, required: bool) -> str:

@@ -39,11 +39,11 @@ def build_model(folder: Path, plan: Plan, **options: Any) -> nn.Module:
 
     model: Any
     try:
-        config = transformers.AutoConfig.from_pretrained(str(folder))
+        config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         architecture = getattr(transformers, plan.model.architecture or "", None)
         with init_empty_weights(include_buffers=False):
-            if architecture is not None:
-                model = architecture._from_config(config, **options)
+            if isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel):
+                model = architecture._from_config(config, **options)  # type: ignore[attr-defined]
             else:
                 model = transformers.AutoModelForCausalLM.from_config(config, **options)
     except (ValueError, KeyError, OSError) as error:

@@ -303,3 +303,18 @@ def test_embedding_classes_that_can_be_cut() -> None:
     assert not can_be_cut(Normed(4, 4)), "it needs the whole table"
     assert not can_be_cut(Own(4, 4)), "it goes past super()"
     assert not can_be_cut(nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_a_live_module_compiles_to_the_same_bytes_as_its_checkpoint(work: Path, name: str) -> None:
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from autotp_plan.planner import check_checkpoint, compile_plan
+
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(work / name), dtype=torch.float32)
+    plan = compile_plan(model, tp_size=2)
+    assert plan.to_json() == compile_plan(work / name, tp_size=2).to_json()
+    assert check_checkpoint(plan, work / name) == []
