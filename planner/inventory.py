@@ -105,8 +105,8 @@ def inventory_of_module(module: Any, names: DiskNames | None = None) -> Inventor
     parameters: dict[str, ParameterInfo] = {}
     tied: dict[str, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        if id(parameter) in first_name:
-            tied[name] = first_name[id(parameter)]
+        if id(parameter) in first_name or name in names.tied:  # building on meta may have broken a tie
+            tied[name] = first_name.get(id(parameter)) or names.tied[name]
             continue
         first_name[id(parameter)] = name
         dtype = _DTYPES.get(str(parameter.dtype))
