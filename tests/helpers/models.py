@@ -24,6 +24,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "intermediate_size": 96, "num_key_value_heads": 4, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "intermediate_size": 96, "num_key_value_heads": 4, "head_dim": 16},
     "phi3": {"model_type": "phi3", "intermediate_size": 96, "num_key_value_heads": 4},
+    "gemma2": {
+        "model_type": "gemma2", "intermediate_size": 96, "num_key_value_heads": 4, "head_dim": 16, "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "gemma3_text": {
+        "model_type": "gemma3_text", "intermediate_size": 96, "num_key_value_heads": 4, "head_dim": 16,
+        "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"],
+    },
     "gpt_neox": {"model_type": "gpt_neox", "intermediate_size": 96},
 }  # fmt: skip
 
