@@ -124,6 +124,15 @@ def plant_errors(work: Path) -> None:
     }
     llama = dataclasses.replace(Plan.read(work / "llama.tp2.json"), layouts=swapped)
     (work / "down_proj of the other rank.json").write_text(llama.to_json())
+    glm = Plan.read(work / "glm.tp2.json")
+    fused = next(entry.layout for entry in glm.parameters if entry.name.endswith("gate_up_proj.weight"))
+    halves = dataclasses.replace(glm.layouts[fused], intervals=(((0, 96),), ((96, 192),)))
+    glm = dataclasses.replace(glm, layouts={**glm.layouts, fused: halves})
+    (work / "gate to one rank and up to the other.json").write_text(glm.to_json())
+    phi = Plan.read(work / "phi_qk_layernorm.tp2.json")
+    without = [dataclasses.replace(entry, partial_gradient=False) for entry in phi.parameters]
+    phi = dataclasses.replace(phi, parameters=tuple(without))
+    (work / "partial gradient of a bias forgotten.json").write_text(phi.to_json())
 
 
 PLANTED = {
@@ -131,6 +140,8 @@ PLANTED = {
     "partial gradient forgotten": "qwen3",
     "head counts forgotten": "phi3",
     "down_proj of the other rank": "llama",
+    "gate to one rank and up to the other": "glm",
+    "partial gradient of a bias forgotten": "phi_qk_layernorm",
 }
 
 
@@ -155,7 +166,7 @@ def in_ranks(work: Path, tp_size: int, planted: dict[str, str]) -> dict[str, Any
         numbers["accumulation"] = parity.engine_steps(plan, model, 2, forward, accumulation=2)
         model = plan.load_model(shards, model=build).train()
         overlap = {"tensor_parallel": {"autotp_size": tp_size, "tp_overlap_comm": True}}
-        numbers["overlap"] = parity.engine_steps(plan, model, 1, forward, **overlap)
+        numbers["overlap"] = parity.engine_steps(plan, model, 3, forward, **overlap)
         found[variant] = numbers
     for name, variant in planted.items():
         plan_file = work / f"{name}.json"

@@ -32,6 +32,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "gemma3_text", "intermediate_size": 96, "num_key_value_heads": 4, "head_dim": 16,
         "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"],
     },
+    "gemma": {"model_type": "gemma", "intermediate_size": 96, "num_key_value_heads": 4, "head_dim": 16},
+    "granite": {
+        "model_type": "granite", "intermediate_size": 96, "num_key_value_heads": 4, "attention_bias": True,
+        "residual_multiplier": 0.5, "logits_scaling": 2.0,
+    },
+    "cohere": {"model_type": "cohere", "intermediate_size": 96, "num_key_value_heads": 4, "logit_scale": 0.5},
+    "starcoder2": {"model_type": "starcoder2", "intermediate_size": 96, "num_key_value_heads": 4},
+    "glm": {"model_type": "glm", "intermediate_size": 96, "num_key_value_heads": 4, "head_dim": 16},
+    "glm4": {"model_type": "glm4", "intermediate_size": 96, "num_key_value_heads": 4, "head_dim": 16},
+    "phi": {"model_type": "phi", "intermediate_size": 96, "num_key_value_heads": 4},
+    "phi_qk_layernorm": {
+        "model_type": "phi", "intermediate_size": 96, "num_key_value_heads": 4, "qk_layernorm": True,
+    },
     "gpt_neox": {"model_type": "gpt_neox", "intermediate_size": 96},
 }  # fmt: skip
 

@@ -1,0 +1,41 @@
+"""What presets refuse: variants of an architecture that they do not cover must never be cut on a guess."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from autotp_plan.planner import compile_plan
+from autotp_plan.schemas.errors import CompileError
+from tests.helpers.models import make_config
+
+
+def config_folder(tmp_path: Path, variant: str, architecture: str, **changes: object) -> Path:
+    values = make_config(variant, **changes).to_dict() | {"architectures": [architecture]}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    return tmp_path
+
+
+def test_cohere_with_norms_of_heads_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CompileError) as caught:
+        compile_plan(config_folder(tmp_path, "cohere", "CohereForCausalLM", use_qk_norm=True), tp_size=2)
+    (fault_k, fault_q) = caught.value.faults
+    assert fault_k.what == fault_q.what == "no rule decides a weight"
+    assert fault_q.where == "model.layers.{0..1}.self_attn.q_norm.weight"
+
+
+def test_the_partial_gradients_of_phi_follow_its_config(tmp_path: Path) -> None:
+    plan = compile_plan(config_folder(tmp_path, "phi", "PhiForCausalLM"), tp_size=2)
+    assert not any(entry.partial_gradient for entry in plan.parameters)
+    plan = compile_plan(config_folder(tmp_path, "phi", "PhiForCausalLM", qk_layernorm=True), tp_size=2)
+    assert sum(entry.partial_gradient for entry in plan.parameters) == 4
+
+
+def test_a_model_without_a_preset_is_refused_with_the_rules_to_write(tmp_path: Path) -> None:
+    folder = config_folder(tmp_path, "llama", "StableLmForCausalLM", model_type="stablelm")
+    with pytest.raises(CompileError) as caught:
+        compile_plan(folder, tp_size=2)
+    assert {fault.what for fault in caught.value.faults} == {"no rule decides a weight"}
+    assert any('{"patterns": ["model\\\\.layers\\\\.\\\\d+\\\\.mlp' in fault.next for fault in caught.value.faults)
