@@ -6,11 +6,10 @@ without tensor parallelism.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from autotp_plan.planner.faults import FaultBook
-from autotp_plan.planner.rules import Decision
+from autotp_plan.planner.rules import Decision, compile_pattern
 from autotp_plan.planner.sources import Source
 from autotp_plan.planner.symbols import SymbolError, Symbols
 
@@ -35,8 +34,9 @@ def module_attributes(
                 for ranks in (tp_size, 1)
             )
             for pattern in spec.patterns:
-                matched = [module for module in cut_modules if _matches(faults, rule, pattern, module)]
-                if not matched and not source.trusted:
+                compiled = compile_pattern(pattern, rule, faults)
+                matched = [module for module in cut_modules if compiled and compiled.match(module)]
+                if compiled and not matched and not source.trusted:
                     faults.add(
                         "a pattern matches no module of which a weight is cut",
                         rule,
@@ -50,20 +50,6 @@ def module_attributes(
                             done.add((module, attribute))
                             if not source.trusted or set(value) != set(unsharded[attribute] or ()):
                                 yield module, attribute, value
-
-
-def _matches(faults: FaultBook, rule: str, pattern: str, module: str) -> bool:
-    try:
-        return re.match(pattern, module) is not None
-    except (re.error, OverflowError, RecursionError) as error:
-        faults.add(
-            "a pattern is not a regular expression",
-            rule,
-            got=f"{pattern}: {error}",
-            expected="a Python regular expression",
-            next="escape dots and brackets with \\",
-        )
-        return False
 
 
 def _values(symbols: Symbols, tp_size: int, faults: FaultBook, rule: str, size: int | str) -> tuple[int, ...] | None:

@@ -53,20 +53,25 @@ def compile_rules(source: Source, model_type: str | None, faults: FaultBook) -> 
             continue
         name = f"{source.label} #{index}"
         _check_words(name, spec, faults)
-        patterns = []
-        for pattern in spec.patterns:
-            try:
-                patterns.append(re.compile(pattern))
-            except (re.error, OverflowError, RecursionError) as error:
-                faults.add(
-                    "a pattern is not a regular expression",
-                    name,
-                    got=f"{pattern}: {error}",
-                    expected="a Python regular expression",
-                    next="escape dots and brackets with \\",
-                )
-        rules.append(Rule(name=name, spec=spec, patterns=tuple(patterns), trusted=source.trusted))
+        compiled = [compile_pattern(pattern, name, faults) for pattern in spec.patterns]
+        patterns = tuple(pattern for pattern in compiled if pattern is not None)
+        rules.append(Rule(name=name, spec=spec, patterns=patterns, trusted=source.trusted))
     return rules
+
+
+def compile_pattern(pattern: str, rule: str, faults: FaultBook) -> re.Pattern[str] | None:
+    """The compiled pattern of `rule`; None, and a fault, when it is no regular expression."""
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        faults.add(
+            "a pattern is not a regular expression",
+            rule,
+            got=f"{pattern}: {error}",
+            expected="a Python regular expression",
+            next="escape dots and brackets with \\",
+        )
+        return None
 
 
 def _check_words(rule: str, spec: Spec, faults: FaultBook) -> None:

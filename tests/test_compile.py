@@ -278,7 +278,6 @@ def test_module_attributes(make: Make) -> None:
     assert whats(found) == [
         ("spec file module_attributes #1", "a pattern is not a regular expression"),
         ("spec file module_attributes #1", "a pattern matches no module of which a weight is cut"),
-        ("spec file module_attributes #1", "a pattern matches no module of which a weight is cut"),
         ("spec file module_attributes #1", "a size cannot be resolved"),
     ]
     assert 'did you mean "tp_size"?' in found[-1].got
