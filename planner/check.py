@@ -16,6 +16,7 @@ from autotp_plan.schemas.errors import Fault
 from autotp_plan.schemas.layout import Layout, SubParameter
 from autotp_plan.schemas.names import expand, is_index, parent_module
 from autotp_plan.schemas.plan import Parameter, Plan
+from autotp_plan.schemas.segments import problems
 
 
 def check_plan(plan: Plan) -> list[Fault]:
@@ -43,6 +44,7 @@ def check_plan(plan: Plan) -> list[Fault]:
             expected="one that multiplies this output, or the whole output on every rank",
             next='cut the weight after it by row, or say "gather_output": true',
         )
+    _check_shards(plan, book)
     _check_ties(plan, book)
     return book.faults()
 
@@ -56,35 +58,33 @@ def check_checkpoint(plan: Plan, folder: Path) -> list[Fault]:
     book = FaultBook()
     wanted: set[str] = set()
     for parameter in plan.expanded():
-        name = parameter.source or parameter.name
-        wanted.add(name)
-        shape = plan.shape_of(parameter)
-        tensor = checkpoint.tensors.get(name)
-        if tensor is None:
-            book.add(
-                "the checkpoint lacks a tensor of the plan",
-                name,
-                expected=f"{parameter.dtype} of {list(shape)}",
-                next="give the checkpoint the plan was compiled for, or compile for this one",
-            )
-        elif (tensor.shape, tensor.dtype) != (shape, parameter.dtype):
-            book.add(
-                "a tensor is not what the plan says",
-                name,
-                got=f"{tensor.dtype} of {list(tensor.shape)}",
-                expected=f"{parameter.dtype} of {list(shape)}",
-                next="compile a plan for this checkpoint",
-            )
+        wanted.update(parameter.names_on_disk())
+        for problem in problems(parameter, plan.shape_of(parameter), checkpoint.tensors):
+            if problem.got:
+                book.add(
+                    "a tensor is not what the plan says",
+                    problem.name,
+                    got=problem.got,
+                    expected=problem.expected,
+                    next="compile a plan for this checkpoint",
+                )
+            else:
+                book.add(
+                    "the checkpoint lacks a tensor of the plan",
+                    problem.name,
+                    expected=problem.expected,
+                    next="give the checkpoint the plan was compiled for, or compile for this one",
+                )
     faults = book.faults()
     faults.extend(_unplanned(plan, checkpoint, wanted))
-    config = config_hash(read_config(folder))
-    if config != plan.model.config:
+    config, planned = config_hash(read_config(folder)), config_hash(plan.model.config)
+    if config != planned:
         faults.append(
             Fault(
                 what="config.json is not the one the plan was compiled from",
                 where=str(folder / "config.json"),
                 got=config or "no config.json",
-                expected=plan.model.config or "no config.json",
+                expected=planned or "no config.json",
                 next="compile a plan for this checkpoint",
             )
         )
@@ -120,6 +120,29 @@ def _check_row(row: Parameter, feeding: Sequence[Parameter], plan: Plan, book: F
         expected=f"one whose output is cut in {[sub.num_units for sub in layout.sub_parameters]} units",
         next="make the weights before it column-parallel with the same unit, or keep this one whole (skip)",
     )
+
+
+def _check_shards(plan: Plan, book: FaultBook) -> None:
+    """Parameters that one module computes with, such as fused experts: those cut in as many units are cut alike."""
+    inside: dict[str, list[Parameter]] = defaultdict(list)
+    for parameter in plan.expanded():
+        if parameter.style == "shard":
+            inside[parameter.name.rpartition(".")[0]].append(parameter)
+    for parameters in inside.values():
+        by_count: dict[int, tuple[Parameter, list[list[tuple[int, int]]]]] = {}
+        for parameter in parameters:
+            layout = plan.layouts[parameter.layout]
+            for sub, start in _sub_parameters(layout):
+                units = _units(sub, start, layout)
+                first, expected = by_count.setdefault(sub.num_units, (parameter, units))
+                if units != expected:
+                    book.add(
+                        "two parameters of one module are cut in different places",
+                        f"{parameter.name} ({parameter.rule})",
+                        got=f"units {_brief(units)} per rank; {first.name}: {_brief(expected)}",
+                        expected="the same units on each rank",
+                        next="correct one of the two rules",
+                    )
 
 
 def _feeding(row: Parameter, columns: dict[str, list[Parameter]]) -> list[Parameter]:

@@ -69,10 +69,17 @@ def main() -> None:
 @click.option("-o", "--output", type=_FILE, required=True, help="Plan file to write.")
 @click.option("--preset", default="auto", show_default=True, help="auto (by model_type), none, or a preset's name.")
 @click.option("--spec", "specs", type=_FILE, multiple=True, help="Spec file; may be repeated, the first counts most.")
+@click.option("--uneven", is_flag=True, help="Give ranks shares of unequal size where the TP size does not divide.")
 @click.option("--ds-config", type=_FILE, help="DeepSpeed config; its tensor_parallel section is honoured.")
 @_reported
 def compile(
-    model: Path, tp_size: int | None, output: Path, preset: str, specs: tuple[Path, ...], ds_config: Path | None
+    model: Path,
+    tp_size: int | None,
+    output: Path,
+    preset: str,
+    specs: tuple[Path, ...],
+    uneven: bool,
+    ds_config: Path | None,
 ) -> None:
     """Compile a plan: decide how every parameter of a model is cut."""
     from autotp_plan.planner.compiler import compile_plan
@@ -97,7 +104,7 @@ def compile(
             faults += error.faults
     if faults:
         raise AutoTPError(faults)
-    plan = compile_plan(model, tp_size=tp_size, preset=preset, specs=files, deepspeed=section)
+    plan = compile_plan(model, tp_size=tp_size, preset=preset, specs=files, uneven=uneven, deepspeed=section)
     try:
         write_atomically(output, plan.to_json())
     except OSError as error:

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from autotp_plan.planner.attributes import module_attributes
 from autotp_plan.planner.check import check_plan
 from autotp_plan.planner.deepspeed_config import TensorParallelSection
+from autotp_plan.planner.disk_names import DiskNames
 from autotp_plan.planner.faults import FaultBook
-from autotp_plan.planner.inventory import DiskNames, Inventory, inventory_of_folder, inventory_of_module
+from autotp_plan.planner.inventory import Inventory, inventory_of_folder, inventory_of_module
 from autotp_plan.planner.knowledge import notes_on_gradients
+from autotp_plan.planner.modules import module_attributes, planned_modules
 from autotp_plan.planner.resolve import Resolver
 from autotp_plan.planner.rules import Decision
 from autotp_plan.planner.sources import AUTO, Rules, gather
 from autotp_plan.schemas.checkpoint import read_config
 from autotp_plan.schemas.errors import AutoTPError, CompileError, Fault
 from autotp_plan.schemas.layout import Layout
-from autotp_plan.schemas.names import expand, fold, is_index, natural_key
-from autotp_plan.schemas.plan import MAX_TP_SIZE, ModuleAttribute, Parameter, Plan, RuntimeOptions, Tie
+from autotp_plan.schemas.names import expand, fold, is_index, natural_key, starred
+from autotp_plan.schemas.plan import (
+    MAX_TP_SIZE,
+    ModuleAttribute,
+    Parameter,
+    Plan,
+    PlannedModule,
+    RuntimeOptions,
+    Sources,
+    Tie,
+)
 from autotp_plan.schemas.spec import SpecFile
 
 
@@ -31,6 +41,7 @@ def compile_plan(
     tp_size: int | None = None,
     preset: str = AUTO,
     specs: Sequence[SpecFile] = (),
+    uneven: bool = False,
     deepspeed: TensorParallelSection | None = None,
 ) -> Plan:
     """The plan for `model` at `tp_size`.
@@ -40,6 +51,7 @@ def compile_plan(
         tp_size: number of TP ranks; None takes `autotp_size` of `deepspeed`.
         preset: `auto` (by the config's model_type), `none`, or the name of a preset.
         specs: spec files, the first has the highest precedence.
+        uneven: give ranks shares of unequal size where `tp_size` does not divide.
         deepspeed: the `tensor_parallel` section of a DeepSpeed config; its rules come after `specs`.
 
     Raises CompileError with every fault found; CheckpointError or DocumentError when the model cannot be read.
@@ -55,14 +67,15 @@ def compile_plan(
     num_layers = rules.num_layers(symbols)
     names = rules.disk_names(symbols, num_layers)
     inventory = inventory_of_folder(model, names) if isinstance(model, Path) else inventory_of_module(model, names)
-    resolver = Resolver(inventory=inventory, symbols=symbols, tp_size=tp_size)
+    resolver = Resolver(inventory=inventory, symbols=symbols, tp_size=tp_size, uneven=uneven)
     if num_layers is not None:
-        _check_layers(inventory, num_layers, resolver.faults)
+        _check_layers(inventory, num_layers, resolver.faults, resolver.optional(rules.sources))
     decisions = resolver.resolve(rules.sources)
     _check_ties(inventory, decisions, resolver.faults)
     attributes = list(module_attributes(rules.sources, decisions, symbols, tp_size, resolver.faults))
+    modules = list(planned_modules(rules.sources, decisions, symbols, tp_size, resolver.faults))
     resolver.faults.raise_if_any(CompileError)
-    plan = _plan(inventory, rules, names, decisions, attributes, tp_size, deepspeed)
+    plan = _plan(inventory, rules, names, decisions, attributes, modules, tp_size, deepspeed)
     faults = check_plan(plan)
     if faults:
         raise CompileError(faults)
@@ -95,8 +108,11 @@ def _tp_size(tp_size: int | None, deepspeed: TensorParallelSection | None) -> in
     return chosen
 
 
-def _check_layers(inventory: Inventory, num_layers: int, faults: FaultBook) -> None:
-    """A preset says how many layers there are: none may be missing, and layers hold what their neighbours hold."""
+def _check_layers(inventory: Inventory, num_layers: int, faults: FaultBook, optional: Collection[str]) -> None:
+    """A preset says how many layers there are: none may be missing, and layers hold what their neighbours hold.
+
+    What an optional rule decides may be in some layers only: a mixture of experts has dense layers too.
+    """
     found: dict[str, set[int]] = defaultdict(set)
     for name in inventory.parameters:
         parts = name.split(".")
@@ -104,7 +120,10 @@ def _check_layers(inventory: Inventory, num_layers: int, faults: FaultBook) -> N
         if at is not None:
             found[".".join([*parts[:at], "{}", *parts[at + 1 :]])].add(int(parts[at]))
     for template, layers in found.items():
-        for layer in sorted(set(range(num_layers)) - layers):
+        missing = set(range(num_layers)) - layers
+        if template.replace("{}", str(min(layers))) in optional:
+            missing = set()
+        for layer in sorted(missing):
             faults.add(
                 "the model lacks a parameter that its other layers have",
                 template.replace("{}", str(layer)),
@@ -143,6 +162,7 @@ def _plan(
     names: DiskNames,
     decisions: Mapping[str, Decision],
     attributes: Sequence[tuple[str, str, tuple[int, ...]]],
+    modules: Sequence[tuple[str, PlannedModule]],
     tp_size: int,
     deepspeed: TensorParallelSection | None,
 ) -> Plan:
@@ -160,11 +180,15 @@ def _plan(
             shape=info.shape if info.shape != decision.layout.shape else None,
             gather_output=decision.gather_output,
             partial_gradient=decision.partial_gradient,
-            source=None if info.source is None else _template(info.source),
+            add_once=decision.add_once,
+            source=None if info.source is None else starred(info.source),
+            sources=_sources_template(info.sources),
         )
         folded[entry].append(name)
     parameters = [
-        dataclasses.replace(entry, name=pattern, source=_source(pattern, inventory))
+        dataclasses.replace(
+            entry, name=pattern, source=_source(pattern, inventory), sources=_sources(pattern, inventory)
+        )
         for entry, alike in folded.items()
         for pattern in fold(alike)
     ]
@@ -172,6 +196,13 @@ def _plan(
     by_value: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
     for module, attribute, values in attributes:
         by_value[attribute, values].append(module)
+    alike: list[tuple[PlannedModule, list[str]]] = []
+    for module, planned in modules:
+        same = next((names for other, names in alike if other == planned), None)
+        if same is None:
+            alike.append((planned, [module]))
+        else:
+            same.append(module)
     return Plan(
         model=inventory.identity(),
         tp_size=tp_size,
@@ -181,6 +212,9 @@ def _plan(
             ModuleAttribute(module=module, attribute=attribute, values=values)
             for (attribute, values), modules in sorted(by_value.items())
             for module in fold(modules)
+        ),
+        modules=tuple(
+            dataclasses.replace(planned, module=pattern) for planned, members in alike for pattern in fold(members)
         ),
         tied=tuple(
             Tie(
@@ -212,26 +246,40 @@ def _layout_name(layout: Layout, layouts: dict[str, Layout], names: dict[Layout,
     return names[layout]
 
 
-def _template(name: str) -> str:
-    return ".".join("{}" if is_index(part) else part for part in name.split("."))
+def _sources_template(sources: Sources | None) -> Sources | None:
+    return None if sources is None else dataclasses.replace(sources, names=tuple(map(starred, sources.names)))
 
 
 def _source(pattern: str, inventory: Inventory) -> str | None:
     """The name on disk of the parameters that `pattern` stands for, its braces in step with the pattern's."""
-    names = expand(pattern)
-    sources = [inventory.parameters[name].source for name in names]
+    sources = [inventory.parameters[name].source for name in expand(pattern)]
     known = [source for source in sources if source is not None]
+    assert len(known) in (0, len(sources)), "parameters of one entry have alike names on disk"
+    return _in_step(pattern, known) if known else None
+
+
+def _sources(pattern: str, inventory: Inventory) -> Sources | None:
+    """The names on disk that each of the parameters that `pattern` stands for is made of, braces in step."""
+    every = [inventory.parameters[name].sources for name in expand(pattern)]
+    known = [sources for sources in every if sources is not None]
+    assert len(known) in (0, len(every)), "parameters of one entry have alike names on disk"
     if not known:
         return None
-    folded = fold(known)
-    if len(known) != len(names) or len(folded) != 1 or expand(folded[0]) != known:
-        raise AutoTPError(
-            Fault(
-                what="names on disk do not follow the names of the parameters",
-                where=pattern,
-                got=", ".join(folded[:3]),
-                expected="numbers in the same order on both sides",
-                next="name the tensors alike, or report this architecture",
-            )
+    columns = zip(*(sources.names for sources in known))
+    return dataclasses.replace(known[0], names=tuple(_in_step(pattern, list(column)) for column in columns))
+
+
+def _in_step(pattern: str, names: Sequence[str]) -> str:
+    """The pattern that expands to `names` in their order."""
+    folded = fold(names)
+    if len(folded) == 1 and expand(folded[0]) == names:
+        return folded[0]
+    raise AutoTPError(
+        Fault(
+            what="names on disk do not follow the names of the parameters",
+            where=pattern,
+            got=", ".join(folded[:3]),
+            expected="numbers in the same order on both sides",
+            next="name the tensors alike, or report this architecture",
         )
-    return folded[0]
+    )

@@ -8,16 +8,20 @@ parameters, tied heads that are not written) is a fact about the architecture th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from autotp_plan.planner.assemble import assemble
+from autotp_plan.planner.disk_names import DiskNames, Part, ToDisk, ToMemory
+from autotp_plan.planner.faults import FaultBook
 from autotp_plan.schemas import documents
-from autotp_plan.schemas.checkpoint import CONFIG_NAME, config_hash, holds_tensors, read_checkpoint, read_config
+from autotp_plan.schemas.checkpoint import CONFIG_NAME, holds_tensors, planned_config, read_checkpoint, read_config
 from autotp_plan.schemas.errors import CheckpointError, Fault, MissingDependencyError
 from autotp_plan.schemas.names import expand, natural_key
-from autotp_plan.schemas.plan import ModelIdentity
+from autotp_plan.schemas.plan import ModelIdentity, Sources
+from autotp_plan.schemas.safetensors_file import TensorEntry
 
 _DTYPES = {
     "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
@@ -28,24 +32,15 @@ _DTYPES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParameterInfo:
-    """Shape and dtype (in safetensors' words) of one module parameter; `source` is its name on disk if another."""
+    """Shape and dtype (in safetensors' words) of one module parameter, or of a buffer that checkpoints hold.
+
+    `source` is its name on disk if another, `sources` the tensors on disk that it is made of if several.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     source: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DiskNames:
-    """How an architecture's tensors on disk differ from its module parameters.
-
-    `renamed` maps disk to module names, `ignored` are names (with braces) of tensors that are no parameters, `tied`
-    maps a second name to the parameter it is.
-    """
-
-    renamed: Mapping[str, str] = field(default_factory=dict)
-    ignored: Sequence[str] = ()
-    tied: Mapping[str, str] = field(default_factory=dict)
+    sources: Sources | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,11 +63,11 @@ class Inventory:
         return value[0] if isinstance(value, list) and value and isinstance(value[0], str) else None
 
     def identity(self) -> ModelIdentity:
-        """Names and hashes of the model, for a plan."""
+        """Names, config and hash of the model, for a plan."""
         return ModelIdentity(
             model_type=self.model_type,
             architecture=self.architecture,
-            config=config_hash(self.config),
+            config=planned_config(self.config),
             inventory=inventory_hash({name: (info.shape, info.dtype) for name, info in self.parameters.items()}),
         )
 
@@ -98,13 +93,19 @@ def inventory_of_folder(folder: Path, names: DiskNames | None = None) -> Invento
 
 
 def inventory_of_module(module: Any, names: DiskNames | None = None) -> Inventory:
-    """The inventory of a live `torch.nn.Module`, whose parameters may be on the meta device."""
+    """The inventory of a live `torch.nn.Module`, whose parameters may be on the meta device.
+
+    Persistent buffers are listed too: checkpoints hold them.
+    """
     names = names or DiskNames()
-    on_disk = {memory: disk for disk, memory in names.renamed.items()}
+    to_disk = ToDisk(names)
     first_name: dict[int, str] = {}
     parameters: dict[str, ParameterInfo] = {}
     tied: dict[str, str] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
+    ignored = {name for pattern in names.ignored for name in expand(pattern)}
+    for name, parameter in _parameters_and_buffers(module):
+        if name in ignored:
+            continue
         if id(parameter) in first_name or name in names.tied:  # building on meta may have broken a tie
             tied[name] = first_name.get(id(parameter)) or names.tied[name]
             continue
@@ -120,7 +121,10 @@ def inventory_of_module(module: Any, names: DiskNames | None = None) -> Inventor
                     next="convert the model with model.to(torch.bfloat16)",
                 )
             )
-        parameters[name] = ParameterInfo(shape=tuple(parameter.shape), dtype=dtype, source=on_disk.get(name))
+        shape = tuple(parameter.shape)
+        sources = to_disk.sources(name, shape)
+        source = to_disk.source(name) if sources is None else None
+        parameters[name] = ParameterInfo(shape=shape, dtype=dtype, source=source, sources=sources)
     config = getattr(module, "config", None)
     if config is not None and hasattr(config, "to_json_string"):  # what save_pretrained writes
         config = json.loads(config.to_json_string())
@@ -130,32 +134,39 @@ def inventory_of_module(module: Any, names: DiskNames | None = None) -> Inventor
 
 def _of_checkpoint(folder: Path, names: DiskNames) -> Inventory:
     checkpoint = read_checkpoint(folder)
-    ignored = {name for pattern in names.ignored for name in expand(pattern)}
+    to_memory = ToMemory(names, checkpoint.tensors)
     parameters: dict[str, ParameterInfo] = {}
-    dropped: list[str] = []
+    parts: list[tuple[Part, TensorEntry]] = []
+    dropped: dict[str, str] = {}
     faults: list[Fault] = []
     for tensor in checkpoint.tensors.values():
-        if tensor.name in ignored:
+        part = to_memory.part(tensor.name)
+        if part is None:
             continue
-        name = names.renamed.get(tensor.name, tensor.name)
+        name = part.parameter
         if name in names.tied:
-            dropped.append(tensor.name)
+            dropped[tensor.name] = names.tied[name]
             continue
-        if "{" in name or "}" in name:
+        if "{" in tensor.name or "}" in tensor.name:
             faults.append(_brace_fault(tensor.name))
+        if part.sources is not None:
+            parts.append((part, tensor))
+            continue
         if name in parameters:
             faults.append(_twice_fault(name, parameters[name].source or name, tensor.name))
         source = tensor.name if name != tensor.name else None
         parameters[name] = ParameterInfo(shape=tensor.shape, dtype=tensor.dtype, source=source)
-    for disk_name in dropped:
-        name = names.renamed.get(disk_name, disk_name)
-        if names.tied[name] not in parameters:
-            faults.append(_lost_fault(disk_name, names.tied[name]))
+    book = FaultBook()
+    for name, made in assemble(parts, book).items():
+        if name in parameters:
+            faults.append(_twice_fault(name, parameters[name].source or name, ", ".join(made.sources.names)))
+        parameters[name] = ParameterInfo(shape=made.shape, dtype=made.dtype, sources=made.sources)
+    faults += book.faults()
+    faults += [_lost_fault(disk, to) for disk, to in dropped.items() if to not in parameters]
     if faults:
         raise CheckpointError(faults)
     notes = tuple(
-        f"{name} is on disk but tied to {names.tied[names.renamed.get(name, name)]}: only the latter is used."
-        for name in sorted(dropped)
+        f"{name} is on disk but tied to {to}: only the latter is used." for name, to in sorted(dropped.items())
     )
     tied = {name: to for name, to in names.tied.items() if to in parameters}
     return Inventory(parameters=_sorted(parameters), tied=tied, config=read_config(folder), notes=notes)
@@ -188,6 +199,7 @@ def _of_config(folder: Path, names: DiskNames) -> Inventory:
             else:
                 model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype)
         model.tie_weights()
+        _keep_in_fp32(model, dtype)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
         raise CheckpointError(
             Fault(
@@ -200,6 +212,26 @@ def _of_config(folder: Path, names: DiskNames) -> Inventory:
         ) from None
     inventory = inventory_of_module(model, names)
     return Inventory(parameters=inventory.parameters, tied=inventory.tied, config=config)
+
+
+def _keep_in_fp32(model: Any, dtype: Any) -> None:
+    """What transformers loads in float32 whatever the model's dtype, and checkpoints hold so."""
+    import torch
+
+    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    if dtype not in (torch.float16, torch.bfloat16):
+        return
+    for name, tensor in _parameters_and_buffers(model):
+        if tensor.dtype == dtype and any(part in name for part in kept):
+            tensor.data = tensor.data.to(torch.float32)
+
+
+def _parameters_and_buffers(module: Any) -> Iterator[tuple[str, Any]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    for prefix, inside in module.named_modules():
+        for name, buffer in inside.named_buffers(recurse=False):
+            if name not in inside._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer
 
 
 def _sorted(parameters: dict[str, ParameterInfo]) -> dict[str, ParameterInfo]:

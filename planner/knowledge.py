@@ -58,8 +58,8 @@ def check_whole_modules(decisions: Mapping[str, Decision], trusted: Sequence[Rul
     groups: dict[str, list[str]] = defaultdict(list)
     for name in decisions:
         known = next((rule for rule in trusted if rule.matches(name)), None)
-        if known and known.spec.partition_type in ("column", "row") and not known.spec.gather_output:
-            groups[parent_module(name)].append(name)
+        if known and known.spec.partition_type in ("column", "row", "shard") and not known.spec.gather_output:
+            groups[_module_of(name, known.spec.partition_type)].append(name)
     for names in groups.values():
         cut = [name for name in names if decisions[name].style != "replicated"]
         for name in names:
@@ -80,10 +80,10 @@ def settle_partial_gradients(
     cut = _cut_modules(decisions)
     settled = dict(decisions)
     for name, decision in decisions.items():
-        if not decision.partial_gradient or parent_module(name) in cut:
+        if not decision.partial_gradient or parent_module(name) in cut or name.rpartition(".")[0] in cut:
             continue
-        if any(rule.matches(name) and rule.spec.grad_allreduce for rule in trusted):
-            settled[name] = dataclasses.replace(decision, partial_gradient=False)
+        if any(rule.matches(name) and (rule.spec.grad_allreduce or rule.spec.add_once) for rule in trusted):
+            settled[name] = dataclasses.replace(decision, partial_gradient=False, add_once=False)
             continue
         faults.add(
             "a gradient is summed where every rank has all of it",
@@ -109,10 +109,15 @@ def notes_on_gradients(decisions: Mapping[str, Decision]) -> list[str]:
 def _cut_modules(decisions: Mapping[str, Decision]) -> set[str]:
     """The modules that hold column- or row-parallel layers whose activations stay cut between them."""
     return {
-        parent_module(name)
+        _module_of(name, decision.style)
         for name, decision in decisions.items()
-        if decision.style in ("column", "row") and not decision.gather_output
+        if decision.style in ("column", "row", "shard") and not decision.gather_output
     }
+
+
+def _module_of(name: str, style: str) -> str:
+    """The module inside which the activations of a parameter are cut: that of its layer, or its own."""
+    return name.rpartition(".")[0] if style == "shard" else parent_module(name)
 
 
 def _way(partition: tuple[str, bool]) -> str:

@@ -29,12 +29,16 @@ class IndivisibleError(PartitionError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cut:
-    """A rule with every size an integer. `shape` is the rule's logical shape, with -1 for what is to be inferred."""
+    """A rule with every size an integer. `shape` is the rule's logical shape, with -1 for what is to be inferred.
+
+    `uneven` allows shares of unequal size wherever there are enough units, whatever `indivisible` says.
+    """
 
     dim: int
     shape: tuple[int | tuple[int, ...], ...] | None = None
     unit: int | tuple[int, ...] = 1
-    indivisible: Indivisible = "error"
+    indivisible: Indivisible | tuple[Indivisible, ...] = "error"
+    uneven: bool = False
 
 
 def whole(shape: Sequence[int]) -> Layout:
@@ -46,13 +50,15 @@ def partition(shape: Sequence[int], cut: Cut, tp_size: int) -> Layout:
     """The layout of a tensor of `shape` under `cut`. Raises PartitionError."""
     view, sizes = _view(tuple(shape), cut)
     units = cut.unit if isinstance(cut.unit, tuple) else (cut.unit,) * len(sizes)
-    if len(units) != len(sizes):
-        raise PartitionError("units and sub-parameters do not pair up", f"{len(units)} units", f"{len(sizes)}")
+    ways = cut.indivisible if isinstance(cut.indivisible, tuple) else (cut.indivisible,) * len(sizes)
+    if not len(units) == len(sizes) == len(ways):
+        got = f"{len(units)} units, {len(ways)} of indivisible"
+        raise PartitionError("units and sub-parameters do not pair up", got, f"{len(sizes)}")
     subs = [_sub_parameter(size, unit) for size, unit in zip(sizes, units)]
     per_rank: list[list[iv.Interval]] = [[] for _ in range(tp_size)]
     start = 0
-    for sub in subs:
-        for rank, run in enumerate(_share(sub, tp_size, cut.indivisible)):
+    for sub, way in zip(subs, ways):
+        for rank, run in enumerate(_share(sub, tp_size, way, cut.uneven)):
             per_rank[rank].append(iv.scale(run, sub.unit, start))
         start += sub.size
     intervals = tuple(iv.join_touching(rank) for rank in per_rank)
@@ -76,16 +82,22 @@ def bias_layout(weight_shape: Sequence[int], weight: Layout) -> Layout:
     )
 
 
-def tp_size_fits(num_units: int, indivisible: Indivisible, tp_size: int) -> bool:
-    """Whether `num_units` can be shared by `tp_size` ranks in the way that `indivisible` allows."""
-    if indivisible == "uneven":
+def tp_size_fits(shape: Sequence[int], cut: Cut, tp_size: int) -> bool:
+    """Whether `cut` allows to cut a tensor of `shape` over `tp_size` ranks. Raises PartitionError."""
+    subs = partition(shape, cut, 1).sub_parameters
+    ways = cut.indivisible if isinstance(cut.indivisible, tuple) else (cut.indivisible,) * len(subs)
+    return all(_fits(sub.num_units, way, cut.uneven, tp_size) for sub, way in zip(subs, ways))
+
+
+def _fits(num_units: int, indivisible: Indivisible, uneven: bool, tp_size: int) -> bool:
+    if indivisible == "uneven" or (uneven and tp_size <= num_units):
         return tp_size <= num_units
     return num_units % tp_size == 0 or (indivisible == "replicate" and tp_size % num_units == 0)
 
 
-def _share(sub: SubParameter, tp_size: int, indivisible: Indivisible) -> list[iv.Interval]:
+def _share(sub: SubParameter, tp_size: int, indivisible: Indivisible, uneven: bool) -> list[iv.Interval]:
     """The run of units of each rank. Of replicated units, rank r holds number r * units // tp_size."""
-    if not tp_size_fits(sub.num_units, indivisible, tp_size):
+    if not _fits(sub.num_units, indivisible, uneven, tp_size):
         units = f"{sub.num_units} units of {sub.unit}" if sub.unit > 1 else f"{sub.size}"
         expected = {
             "error": f"a tp_size that divides {sub.num_units}",

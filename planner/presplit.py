@@ -31,7 +31,8 @@ from autotp_plan.schemas.manifest import (
     rank_file_name,
 )
 from autotp_plan.schemas.plan import Parameter, Plan
-from autotp_plan.schemas.safetensors_file import BITS, TensorEntry, header_bytes, num_bytes
+from autotp_plan.schemas.safetensors_file import BITS, header_bytes, num_bytes
+from autotp_plan.schemas.segments import SegmentReader, Segments
 
 CHUNK_BYTES = 8 * 1024 * 1024
 MAX_FILE_BYTES = 4 * 1024**3
@@ -44,11 +45,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Tensor:
-    """A parameter to cut: where it is, how it is cut, what its shards are called."""
+    """A parameter to cut: where its bytes are, how it is cut, what its shards are called."""
 
     parameter: Parameter
     layout: Layout
-    entry: TensorEntry
+    source: Segments
 
 
 @dataclass(kw_only=True)
@@ -93,9 +94,10 @@ def presplit(
         return _cut_all(plan, checkpoint_folder, output, max_file_bytes, workers, progress)
     except BaseException as error:
         _remove(output, created)
-        if isinstance(error, OSError):
+        if isinstance(error, (OSError, EOFError)):
+            got = getattr(error, "strerror", None) or str(error)
             raise ShardsError(
-                _fault(str(output), error.strerror or str(error), "to read the checkpoint and write the shards",
+                _fault(str(output), got, "to read the checkpoint and write the shards",
                        "free space or correct the permissions, and run presplit again")
             ) from error  # fmt: skip
         raise
@@ -106,10 +108,14 @@ def _cut_all(
 ) -> Manifest:
     checkpoint = read_checkpoint(folder)
     tensors = [
-        _Tensor(parameter=p, layout=plan.layouts[p.layout], entry=checkpoint.tensors[p.source or p.name])
+        _Tensor(
+            parameter=p,
+            layout=plan.layouts[p.layout],
+            source=Segments.of(p.name, [checkpoint.tensors[name] for name in p.names_on_disk()]),
+        )
         for p in plan.expanded()
     ]
-    total = sum(tensor.entry.stop - tensor.entry.start for tensor in tensors)
+    total = sum(tensor.source.size for tensor in tensors)
     done = 0
 
     def advance(count: int) -> None:
@@ -153,11 +159,11 @@ def _parts(tensors: Sequence[_Tensor], owner: int | None, max_file_bytes: int) -
     on each. Wider dtypes come first, so that every tensor begins at a multiple of its element size.
     """
     mine = [tensor for tensor in tensors if (tensor.layout.dim is None) == (owner is None)]
-    mine.sort(key=lambda tensor: -BITS[tensor.entry.dtype])
+    mine.sort(key=lambda tensor: -BITS[tensor.source.dtype])
     parts: list[list[_Tensor]] = []
     filled = 0
     for tensor in mine:
-        size = num_bytes(tensor.entry.dtype, tensor.layout.rank_shape(0))
+        size = num_bytes(tensor.source.dtype, tensor.layout.rank_shape(0))
         if not parts or filled + size > max_file_bytes:
             parts.append([])
             filled = 0
@@ -174,7 +180,7 @@ def _write_part(
     workers: int,
     advance: Callable[[int], None],
 ) -> list[ShardFile]:
-    """Write one part of each rank's files, reading each source tensor once; they get their final names together."""
+    """Write one part of each rank's files, reading each source byte once; they get their final names together."""
     outputs: list[_Output] = []
     try:
         for rank, tensors, num_parts in members:
@@ -208,7 +214,7 @@ def _open(path: Path, rank: int | None, tensors: Sequence[_Tensor], plan: Plan) 
     for tensor in tensors:
         view, shape = tensor.layout.shape, plan.shape_of(tensor.parameter)
         local = parameter_shape(shape, view, tensor.layout.rank_shape(rank or 0))
-        pieces.append((tensor.parameter.name, tensor.entry.dtype, local))
+        pieces.append((tensor.parameter.name, tensor.source.dtype, local))
     metadata = {"format": "pt", "autotp_plan": plan.fingerprint, "tp_rank": "all" if rank is None else str(rank)}
     header = header_bytes(pieces, metadata)
     offsets, at = {}, len(header)
@@ -228,16 +234,15 @@ def _open(path: Path, rank: int | None, tensors: Sequence[_Tensor], plan: Plan) 
 
 def _cut(tensor: _Tensor, outputs: Sequence[_Output], advance: Callable[[int], None]) -> None:
     """Read one tensor in chunks and write each chunk's pieces to the outputs that hold them."""
-    layout, entry = tensor.layout, tensor.entry
+    layout, source = tensor.layout, tensor.source
     dim = layout.dim or 0
     size = layout.shape[dim] if layout.shape else 1
-    inner = math.prod(layout.shape[dim + 1 :]) * (BITS[entry.dtype] // 8)
+    inner = math.prod(layout.shape[dim + 1 :]) * (BITS[source.dtype] // 8)
     name = tensor.parameter.name
-    with open(entry.file, "rb", buffering=0) as file:
-        for block, start, count, rows in _chunks(entry.stop - entry.start, size, inner):
-            chunk = _read(
-                file.fileno(), entry.start + block * size * inner + start * inner, count * rows * inner, entry.file
-            )
+    with SegmentReader(source) as reader:
+        for block, start, count, rows in _chunks(source.size, size, inner):
+            chunk = memoryview(bytearray(count * rows * inner))
+            reader.read_into(chunk, (block * size + start) * inner)
             for out in outputs:
                 wanted = layout.rank_intervals(out.rank or 0) or ((0, 1),)
                 local = iv.length(wanted)
@@ -275,17 +280,6 @@ def _chunks(total: int, size: int, inner: int) -> Iterator[tuple[int, int, int, 
     for block in range(blocks):
         for start in range(0, size, step):
             yield block, start, 1, min(step, size - start)
-
-
-def _read(descriptor: int, offset: int, count: int, path: Path) -> memoryview:
-    data = memoryview(bytearray(count))
-    filled = 0
-    while filled < count:
-        got = os.preadv(descriptor, [data[filled:]], offset + filled)
-        if got == 0:
-            raise OSError(f"{path} ended {count - filled} bytes early; it changed while it was read")
-        filled += got
-    return data
 
 
 def _write(descriptor: int, views: Sequence[memoryview], offset: int) -> None:

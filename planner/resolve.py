@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from autotp_plan.planner import partition as pt
 from autotp_plan.planner.faults import FaultBook
@@ -27,10 +28,19 @@ from autotp_plan.planner.rules import (
 from autotp_plan.planner.sources import Source
 from autotp_plan.planner.symbols import SymbolError, Symbols
 from autotp_plan.schemas.layout import Layout
-from autotp_plan.schemas.plan import MAX_TP_SIZE, Style
-from autotp_plan.schemas.spec import Indivisible, PartitionType, Spec
+from autotp_plan.schemas.plan import Style
+from autotp_plan.schemas.spec import PartitionType, Spec
 
-_STYLES: Mapping[PartitionType, Style] = {"column": "column", "row": "row", "vocab": "vocab", "skip": "replicated"}
+_STYLES: Mapping[PartitionType, Style] = {
+    "column": "column",
+    "row": "row",
+    "vocab": "vocab",
+    "shard": "shard",
+    "skip": "replicated",
+}
+_SAME_WAY = {("row", "vocab"), ("column", "shard"), ("row", "shard")}
+"""DeepSpeed's word for what the preset calls another: it has one word each for the two directions of a cut."""
+MAX_SUGGESTED_TP = 1024
 
 
 @dataclass(kw_only=True)
@@ -40,14 +50,17 @@ class Resolver:
     inventory: Inventory
     symbols: Symbols
     tp_size: int
+    uneven: bool = False
     faults: FaultBook = field(default_factory=FaultBook)
     _layouts: dict[tuple[str, Spec, tuple[int, ...]], Layout | None] = field(default_factory=dict)
-    _tp_limits: set[tuple[int, Indivisible]] = field(default_factory=set)
+    _cuts: set[tuple[Spec, tuple[int, ...]]] = field(default_factory=set)
     _indivisible: list[tuple[str, pt.IndivisibleError]] = field(default_factory=list)
 
     def resolve(self, sources: Sequence[Source]) -> dict[str, Decision]:
         """A decision for every parameter and tied name that has one, in the inventory's order."""
-        compiled = [(source, compile_rules(source, self.inventory.model_type, self.faults)) for source in sources]
+        compiled = [
+            (source, compile_rules(source, self.inventory.model_type, self.symbols, self.faults)) for source in sources
+        ]
         rules = [source_rules for source, source_rules in compiled if source.decides]
         names = [*self.inventory.parameters, *self.inventory.tied]
         for source_rules in rules:
@@ -70,6 +83,12 @@ class Resolver:
         decisions = settle_partial_gradients(decisions, trusted, self.faults)
         return {name: decisions[name] for name in names if name in decisions}
 
+    def optional(self, sources: Sequence[Source]) -> set[str]:
+        """The parameters that an optional rule matches."""
+        book = FaultBook()  # faults in rules are told by `resolve`
+        rules = [r for s in sources for r in compile_rules(s, self.inventory.model_type, self.symbols, book)]
+        return {name for name in self.inventory.parameters if any(r.spec.optional and r.matches(name) for r in rules)}
+
     def _decide(self, name: str, rule: Rule | None, trusted: Sequence[Rule]) -> Decision | None:
         shape = self._shape(name)
         if rule is None:
@@ -86,16 +105,24 @@ class Resolver:
             return None
         known = None if rule.trusted else next((other for other in trusted if other.matches(name)), None)
         spec = rule.spec
-        if known is not None and spec.partition_type == "row" and known.spec.partition_type == "vocab":
+        if known is not None and (spec.partition_type, known.spec.partition_type) in _SAME_WAY:
             spec = dataclasses.replace(known.spec, patterns=spec.patterns)
         elif known is not None and spec.unit is None and spec.partition_type == known.spec.partition_type:
             spec = dataclasses.replace(spec, unit=known.spec.unit)
         if known is not None:
             check_way(f"{name} ({rule.name})", spec, known, self.faults)
-            spec = dataclasses.replace(spec, grad_allreduce=spec.grad_allreduce or known.spec.grad_allreduce)
+            spec = dataclasses.replace(
+                spec,
+                grad_allreduce=spec.grad_allreduce or known.spec.grad_allreduce,
+                add_once=spec.add_once or known.spec.add_once,
+            )
         if spec.partition_type == "skip":
             return Decision(
-                rule=rule.name, style="replicated", layout=pt.whole(shape), partial_gradient=spec.grad_allreduce
+                rule=rule.name,
+                style="replicated",
+                layout=pt.whole(shape),
+                partial_gradient=spec.grad_allreduce or spec.add_once,
+                add_once=spec.add_once,
             )
         if (
             known is not None
@@ -116,11 +143,8 @@ class Resolver:
             return self._layouts[key]
         layout = None
         try:
-            cut = self._cut(spec)
-            self._tp_limits.update(
-                (sub.num_units, cut.indivisible) for sub in pt.partition(shape, cut, 1).sub_parameters
-            )
-            layout = pt.partition(shape, cut, self.tp_size)
+            layout = pt.partition(shape, self._cut(spec), self.tp_size)
+            self._cuts.add((spec, shape))
         except SymbolError as error:
             self.faults.add(
                 "a size cannot be resolved",
@@ -130,6 +154,7 @@ class Resolver:
                 next="correct the rule's shape and unit",
             )
         except pt.IndivisibleError as error:
+            self._cuts.add((spec, shape))
             self._indivisible.append((f"{name} ({rule})", error))
         except pt.PartitionError as error:
             self.faults.add(
@@ -138,8 +163,9 @@ class Resolver:
         self._layouts[key] = layout
         return layout
 
-    def _cut(self, spec: Spec) -> pt.Cut:
-        resolve = self.symbols.resolve
+    def _cut(self, spec: Spec, tp_size: int | None = None) -> pt.Cut:
+        extra = {"tp_size": tp_size or self.tp_size}
+        resolve = partial(self.symbols.resolve, extra=extra)
         shape = None
         if spec.shape is not None:
             shape = tuple(
@@ -151,6 +177,7 @@ class Resolver:
             shape=shape,
             unit=tuple(map(resolve, unit)) if isinstance(unit, tuple) else resolve(unit),
             indivisible=spec.indivisible,
+            uneven=self.uneven,
         )
 
     def _bias(self, name: str, weight: str, decision: Decision, own: Rule | None) -> Decision:
@@ -192,11 +219,7 @@ class Resolver:
         """Indivisible sizes, once all are known: with the TP sizes that would work for every rule."""
         if not self._indivisible:
             return
-        sizes = [
-            size
-            for size in range(1, min(max((count for count, _ in self._tp_limits), default=1), MAX_TP_SIZE) + 1)
-            if all(pt.tp_size_fits(count, how, size) for count, how in self._tp_limits)
-        ]
+        sizes = [size for size in range(1, MAX_SUGGESTED_TP + 1) if self._fits(size)]
         works = ", ".join(map(str, sizes[:16])) + (", ..." if len(sizes) > 16 else "")
         for where, error in self._indivisible:
             self.faults.add(
@@ -204,5 +227,12 @@ class Resolver:
                 where,
                 got=error.got,
                 expected=error.expected,
-                next=f'TP sizes that work for the whole model: {works}; or say "indivisible": "uneven" in the rule',
+                next=f"TP sizes that work for the whole model: {works}; or allow unequal shares with --uneven",
             )
+
+    def _fits(self, tp_size: int) -> bool:
+        """Whether every rule that cut something could do so at `tp_size`."""
+        try:
+            return all(pt.tp_size_fits(shape, self._cut(spec, tp_size), tp_size) for spec, shape in self._cuts)
+        except (SymbolError, pt.PartitionError):
+            return False

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from autotp_plan.planner.faults import FaultBook
 from autotp_plan.planner.sources import Source
+from autotp_plan.planner.symbols import SymbolError, Symbols
 from autotp_plan.schemas.layout import Layout
 from autotp_plan.schemas.plan import Style
 from autotp_plan.schemas.spec import Spec
@@ -42,16 +43,29 @@ class Decision:
     layout: Layout
     gather_output: bool = False
     partial_gradient: bool = False
+    add_once: bool = False
 
 
-def compile_rules(source: Source, model_type: str | None, faults: FaultBook) -> list[Rule]:
-    """The rules of a source that hold for `model_type`, their patterns compiled."""
+def compile_rules(source: Source, model_type: str | None, symbols: Symbols, faults: FaultBook) -> list[Rule]:
+    """The rules of a source that hold for `model_type` and the model's config, their patterns compiled."""
     rules = []
     of_model = (model_type or "").lower()
     for index, spec in enumerate(source.specs, 1):
         if spec.model_types and of_model not in [wanted.lower() for wanted in spec.model_types]:
             continue
         name = f"{source.label} #{index}"
+        try:
+            if not symbols.holds(spec.when):
+                continue
+        except SymbolError as error:
+            faults.add(
+                "a condition cannot be decided",
+                name,
+                got=str(error),
+                expected="config keys and symbols with not, and, or and comparisons",
+                next="correct `when`, or give the key a default",
+            )
+            continue
         _check_words(name, spec, faults)
         compiled = [compile_pattern(pattern, name, faults) for pattern in spec.patterns]
         patterns = tuple(pattern for pattern in compiled if pattern is not None)
@@ -78,6 +92,7 @@ def _check_words(rule: str, spec: Spec, faults: FaultBook) -> None:
     for wrong, words in (
         (spec.gather_output and spec.partition_type != "column", "gather_output with column only"),
         (spec.grad_allreduce and spec.partition_type != "skip", "grad_allreduce with skip only"),
+        (spec.add_once and spec.partition_type != "skip", "add_once with skip only"),
         (spec.partition_dim and spec.partition_type == "vocab", "partition_dim 0, the rows of the table"),
     ):
         if wrong:
@@ -136,7 +151,7 @@ def deciding_rule(name: str, rules: Sequence[Sequence[Rule]], faults: FaultBook)
 
 def _meaning(spec: Spec) -> Spec:
     """The rule without what does not change the cut."""
-    return dataclasses.replace(spec, patterns=(), model_types=None, optional=False)
+    return dataclasses.replace(spec, patterns=(), model_types=None, optional=False, when=None)
 
 
 def _brief(spec: Spec) -> str:

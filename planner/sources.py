@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from autotp_plan.planner.deepspeed_config import TensorParallelSection
-from autotp_plan.planner.inventory import DiskNames
+from autotp_plan.planner.disk_names import DiskNames
 from autotp_plan.planner.symbols import SymbolError, Symbols
 from autotp_plan.schemas.documents import did_you_mean
 from autotp_plan.schemas.errors import CompileError, Fault
-from autotp_plan.schemas.spec import AttributeSpec, Spec, SpecFile
+from autotp_plan.schemas.spec import AttributeSpec, ModuleSpec, Spec, SpecFile
 
 AUTO, NONE = "auto", "none"
 MAX_LAYERS = 100_000
@@ -34,6 +34,7 @@ class Source:
     label: str
     specs: tuple[Spec, ...]
     attributes: tuple[AttributeSpec, ...] = ()
+    modules: tuple[ModuleSpec, ...] = ()
     trusted: bool = False
     decides: bool = True
 
@@ -62,7 +63,7 @@ class Rules:
         for file in reversed(self.facts):
             filled.update(file.defaults)
             definitions.update(file.symbols)
-        filled.update({key: value for key, value in (config or {}).items() if value is not None or key not in filled})
+        filled.update(config or {})
         return Symbols(config=filled, definitions=definitions)
 
     def num_layers(self, symbols: Symbols) -> int | None:
@@ -98,11 +99,20 @@ class Rules:
         """How tensors on disk differ from module parameters."""
         layers = f"{{0..{num_layers - 1}}}" if num_layers else "*"
         renamed: dict[str, str] = {}
+        assembled: dict[str, tuple[str, ...]] = {}
         for file in reversed(self.facts):
             renamed.update(file.renamed_tensors)
+            assembled.update(file.assembled_tensors)
+        base = next((file.base_model_prefix for file in self.facts if file.base_model_prefix), None)
+        ignored = {name.replace("*", layers) for file in self.facts for name in file.ignored_tensors}
+        if base:  # a checkpoint may lack the prefix, whichever way the names are written here
+            ignored |= {name.removeprefix(f"{base}.") for name in ignored}
+            ignored |= {f"{base}.{name}" for name in ignored if not name.startswith(f"{base}.")}
         return DiskNames(
             renamed=renamed,
-            ignored=tuple(sorted({name.replace("*", layers) for file in self.facts for name in file.ignored_tensors})),
+            assembled=assembled,
+            ignored=tuple(sorted(ignored)),
+            base_model_prefix=base,
             tied={
                 tie.name: tie.to
                 for file in reversed(self.facts)
@@ -131,20 +141,27 @@ def gather(
     if partition:
         files["ds-config"] = partition
     sources = [
-        Source(label=label, specs=file.layer_specs + file.vocabulary_specs, attributes=file.module_attributes)
+        Source(
+            label=label,
+            specs=file.layer_specs + file.vocabulary_specs,
+            attributes=file.module_attributes,
+            modules=file.modules,
+        )
         for label, file in files.items()
     ]
     if found:
         vocabulary = found.vocabulary_specs
         if section and section.vocab_parallel_lm_head is False:
             vocabulary = tuple(
-                Spec(patterns=spec.patterns, partition_type="skip", optional=spec.optional) for spec in vocabulary
+                Spec(patterns=spec.patterns, partition_type="skip", optional=spec.optional, when=spec.when)
+                for spec in vocabulary
             )
         sources += [
             Source(
                 label=f"preset {found.name}",
                 specs=found.layer_specs,
                 attributes=found.module_attributes,
+                modules=found.modules,
                 trusted=True,
                 decides=use_default,
             ),

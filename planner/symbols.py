@@ -1,17 +1,20 @@
 """Sizes by name: `num_heads * head_dim` resolved from a model's own config.
 
-Expressions are integers, names, `+ - * //`, `max`, `min` and parentheses, nothing else: they are parsed, never
-evaluated by Python. A name is a symbol that a spec file defines, or else a key of the config.
+Expressions are integers, names, `+ - * //`, `max`, `min`, `gcd`, `share` and parentheses, nothing else: they are
+parsed, never evaluated by Python. A name is a symbol that a spec file defines, or else a key of the config
+(`ffn_config.top_k` for one inside another). Conditions (`when`) add `not`, `and`, `or` and comparisons, of any values.
 """
 
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.documents import did_you_mean
 from autotp_plan.schemas.spec import Size
 
@@ -24,8 +27,17 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.FloorDiv: operator.floordiv,
 }
 
-_ALLOWED = "integers, names, + - * //, max, min and parentheses"
-_FUNCTIONS: dict[str, Callable[[Iterable[int]], int]] = {"max": max, "min": min}
+_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+
+_ALLOWED = "integers, names, + - * //, max, min, gcd, share and parentheses"
+_FUNCTIONS: dict[str, Callable[[Iterable[int]], int]] = {"max": max, "min": min, "gcd": lambda n: math.gcd(*n)}
 
 
 class SymbolError(ValueError):
@@ -49,20 +61,49 @@ class Symbols:
         """Whether the config key `key` is there and true."""
         return bool(self.config.get(key))
 
+    def holds(self, condition: str | None) -> bool:
+        """Whether `condition` is true of the model; None always is. Raises SymbolError."""
+        return condition is None or bool(self._value(_parsed(condition)))
+
+    def _value(self, node: ast.expr) -> Any:
+        """The value, of any kind, of a part of a condition."""
+        if isinstance(node, ast.Constant):
+            return node.value
+        if isinstance(node, ast.BoolOp):
+            values = [bool(self._value(part)) for part in node.values]
+            return all(values) if isinstance(node.op, ast.And) else any(values)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            return not self._value(node.operand)
+        if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARISONS:
+            left, right = self._value(node.left), self._value(node.comparators[0])
+            try:
+                return _COMPARISONS[type(node.ops[0])](left, right)
+            except TypeError:
+                raise SymbolError(f"{ast.unparse(node)} compares {left!r} with {right!r}") from None
+        path = _path(node)
+        if path is not None and path not in self.definitions:
+            found = self._config_value(path)
+            if found is not _MISSING:
+                return found
+        return self._node(node, {}, ())
+
+    def _config_value(self, path: str) -> Any:
+        found: Any = self.config
+        for key in path.split("."):
+            if not isinstance(found, Mapping) or key not in found:
+                return _MISSING
+            found = found[key]
+        return found
+
     def _evaluate(self, text: str, extra: Mapping[str, int], pending: tuple[str, ...]) -> int:
-        if len(text) > MAX_EXPRESSION:
-            raise SymbolError(f"an expression of {len(text)} characters; at most {MAX_EXPRESSION}")
-        try:
-            tree = ast.parse(text.strip(), mode="eval").body
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            raise SymbolError(f"{text!r} is not an expression of {_ALLOWED}") from None
-        return self._node(tree, extra, pending)
+        return self._node(_parsed(text), extra, pending)
 
     def _node(self, node: ast.expr, extra: Mapping[str, int], pending: tuple[str, ...]) -> int:
         if isinstance(node, ast.Constant) and type(node.value) is int:
             return node.value
-        if isinstance(node, ast.Name):
-            return self._name(node.id, extra, pending)
+        path = _path(node)
+        if path is not None:
+            return self._name(path, extra, pending)
         if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
             left, right = self._node(node.left, extra, pending), self._node(node.right, extra, pending)
             try:
@@ -74,8 +115,11 @@ class Symbols:
             return result
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args and not node.keywords:
             function = _FUNCTIONS.get(node.func.id)
+            arguments = [self._node(argument, extra, pending) for argument in node.args]
             if function is not None:
-                return function([self._node(argument, extra, pending) for argument in node.args])
+                return function(arguments)
+            if node.func.id == "share" and len(arguments) <= 2 and {"tp_size", "tp_rank"} <= extra.keys():
+                return _share(extra["tp_size"], extra["tp_rank"], *arguments)
         raise SymbolError(f"{ast.unparse(node)!r} is not allowed; use {_ALLOWED}")
 
     def _name(self, name: str, extra: Mapping[str, int], pending: tuple[str, ...]) -> int:
@@ -91,11 +135,45 @@ class Symbols:
                 except SymbolError as error:
                     reasons.append(str(error))
             raise SymbolError("; ".join(dict.fromkeys(reasons)))
-        value = self.config.get(name)
+        value = self._config_value(name)
         if type(value) is int:
             return value
-        if name in self.config and value is not None:
+        if value is not _MISSING and value is not None:
             raise SymbolError(f"the config's {name!r} is {value!r}, not an integer")
         known = {*extra, *self.definitions, *(key for key, found in self.config.items() if type(found) is int)}
         hint = did_you_mean(name, known - {name})
         raise SymbolError(f"the config has no {name!r}" + (f"; {hint}" if hint else ""))
+
+
+_MISSING = object()
+
+
+def _parsed(text: str) -> ast.expr:
+    if len(text) > MAX_EXPRESSION:
+        raise SymbolError(f"an expression of {len(text)} characters; at most {MAX_EXPRESSION}")
+    try:
+        return ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise SymbolError(f"{text!r} is not an expression of {_ALLOWED}") from None
+
+
+def _path(node: ast.expr) -> str | None:
+    """`ffn_config.top_k` of such a node; None for any other."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (path := _path(node.value)) is not None:
+        return f"{path}.{node.attr}"
+    return None
+
+
+def _share(tp_size: int, tp_rank: int, count: int, units: int | None = None) -> int:
+    """How many of `count` things a rank holds when they are cut in `units` (default: one by one).
+
+    Fewer units than ranks: they are replicated, and what they are made of is cut further.
+    """
+    units = count if units is None else units
+    if min(count, units) < 1 or count % units:
+        raise SymbolError(f"share of {count} in {units} units")
+    if units >= tp_size:
+        return iv.length([iv.divide(units, tp_size)[tp_rank]]) * (count // units)
+    return max(1, count // tp_size)

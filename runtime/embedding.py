@@ -24,7 +24,7 @@ class _Bare(nn.Embedding):
         nn.Module.__init__(self)
 
 
-class VocabParallelEmbedding(PlannedLayer, _Bare):  # type: ignore[misc]
+class VocabParallelEmbedding(PlannedLayer, _Bare):
     """An embedding table cut by rows: each rank looks up its own tokens, the results are summed."""
 
     partition_type = "column"
@@ -33,12 +33,12 @@ class VocabParallelEmbedding(PlannedLayer, _Bare):  # type: ignore[misc]
         super().__init__(module, **kwargs)
         self.num_embeddings, self.embedding_dim = module.num_embeddings, module.embedding_dim
         self.padding_idx = module.padding_idx
-        self.held = self.layouts["weight"].rank_intervals(self.tp_index)
+        self.held = self.shards.layouts["weight"].rank_intervals(self.tp_index)
 
     def forward(self, input: Tensor) -> Tensor:
         """Token ids `(...)` to `(..., embedding_dim)`, whole on every rank."""
         if not self.is_tp_parallel:
-            return F.embedding(input, self.weight, self.padding_idx)
+            return F.embedding(input, self.local_weight, self.padding_idx)
         local = torch.zeros_like(input)
         mine = torch.zeros_like(input, dtype=torch.bool)
         padding_idx = None
@@ -50,7 +50,7 @@ class VocabParallelEmbedding(PlannedLayer, _Bare):  # type: ignore[misc]
             if self.padding_idx is not None and start <= self.padding_idx < stop:
                 padding_idx = self.padding_idx - start + at
             at += stop - start
-        output = F.embedding(local, self.weight, padding_idx)
+        output = F.embedding(local, self.local_weight, padding_idx)
         return sum_over_ranks(output.masked_fill(~mine.unsqueeze(-1), 0.0), self.mp_group)
 
 

@@ -7,20 +7,21 @@ names and head counts. A layer is built with parameters on the meta device; `fin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import partial
+import copy
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from deepspeed import comm as dist
-from deepspeed.checkpoint.affine import AffinePiece, ParamAffineMap, replicated_map
-from deepspeed.module_inject.layers import DS_TENSOR_MODEL_PARALLEL, TensorParallel_Layer
+from deepspeed.module_inject.layers import TensorParallel_Layer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from autotp_plan.runtime.collectives import copy_to_ranks, gather_last_dim, gather_shards, sum_over_ranks, take
-from autotp_plan.schemas import intervals as iv
-from autotp_plan.schemas.layout import Layout, parameter_shape
+from autotp_plan.runtime.collectives import copy_to_ranks, gather_last_dim, sum_over_ranks
+from autotp_plan.runtime.randomness import enter_cut_region, leave_cut_region
+from autotp_plan.runtime.shards import Shards
+from autotp_plan.schemas.layout import Layout
 
 
 class PlannedLayer(TensorParallel_Layer):  # type: ignore[misc]
@@ -49,150 +50,109 @@ class PlannedLayer(TensorParallel_Layer):  # type: ignore[misc]
     ) -> None:
         super().__init__(group, name=name)
         self.support_training = True
-        self.layouts = dict(layouts)
-        self.full_shapes = dict(shapes)
-        self.weight = self._empty(module.weight, "weight")
-        bias = getattr(module, "bias", None)
-        self.bias = self._empty(bias, "bias") if bias is not None else None
+        self.shards = Shards(layouts=layouts, shapes=shapes, partition_type=self.partition_type, group=group)
+        for leaf in ("weight", "bias"):
+            whole = getattr(module, leaf, None)
+            if whole is None:
+                self.register_parameter(leaf, None)
+            else:
+                self.shards.replace(self, leaf, whole)
 
-    def _empty(self, whole: Any, name: str) -> nn.Parameter:
-        layout = self.layouts[name]
-        shape = parameter_shape(self.full_shapes[name], layout.shape, layout.rank_shape(self.tp_index))
-        empty = torch.empty(shape, dtype=whole.dtype, device="meta")
-        return nn.Parameter(empty, requires_grad=whole.requires_grad)
-
-    def finish(self) -> None:
-        """Mark the loaded parameters for DeepSpeed: which are shards, how to gather and cut them again."""
-        for name, layout in self.layouts.items():
-            parameter = getattr(self, name)
-            if layout.dim is not None:
-                self.config_tp_params(parameter)
-                self._share(parameter, layout)
-        self._mark_uc_metadata()
-
-    def _share(self, parameter: nn.Parameter, layout: Layout) -> None:
-        """Sum a shard's gradient over the ranks that hold the same, and count it in the norm on the first of them."""
-        groups = iv.replica_groups(layout.intervals)
-        assert groups is not None, "check_model refuses shards that are shared in part"
-        replicas = next(ranks for ranks in groups if self.tp_index in ranks)
-        if len(groups) < self.tp_world_size:  # on every rank, also those that share nothing: it is a collective
-            parameter.register_hook(  # type: ignore[no-untyped-call]
-                partial(_sum_over_replicas, layout=layout, tp_rank=self.tp_index, group=self.mp_group)
-            )
-        if self.tp_index == replicas[0]:
-            parameter.register_post_accumulate_grad_hook(_mark_gradient)  # type: ignore[no-untyped-call]
-        else:
-            setattr(parameter, DS_TENSOR_MODEL_PARALLEL, False)
-
-    @torch.no_grad()
     def gather_params(self, params_list: list[Any]) -> None:
         """Replace the data of cut parameters by the whole ones. Called by DeepSpeed when it saves."""
-        for parameter, layout, dim, shape in self._cut_parameters(params_list):
-            local = parameter.data.view(layout.rank_shape(self.tp_index))
-            if self.is_tp_parallel:
-                local = gather_shards(local, self.mp_group, layout.intervals, dim)
-            parameter.data = local.reshape(shape)
+        self.shards.gather_params(self, params_list)
 
-    @torch.no_grad()
     def _tp_partition(self, params_list: list[Any]) -> None:
-        """Replace the data of whole parameters by this rank's shards. The reverse of `gather_params`."""
-        for parameter, layout, dim, shape in self._cut_parameters(params_list):
-            shard = take(parameter.data.view(layout.shape), layout.intervals[self.tp_index], dim)
-            parameter.data = shard.view(parameter_shape(shape, layout.shape, shard.shape))
+        self.shards.tp_partition(self, params_list)
 
-    def _cut_parameters(self, params_list: list[Any]) -> Iterator[tuple[Any, Layout, int, tuple[int, ...]]]:
-        """`(parameter, layout, dim, full shape)` of those of `params_list` that are ours and cut."""
-        mine = {id(getattr(self, name)): name for name in self.layouts}
-        for parameter in params_list:
-            name = mine.get(id(parameter))
-            if name is not None and (dim := self.layouts[name].dim) is not None:
-                yield parameter, self.layouts[name], dim, self.full_shapes[name]
+    @property
+    def local_weight(self) -> Tensor:
+        """This rank's shard of the weight, as `F.linear` takes it: `(out_features, in_features)`."""
+        return self.shards.shard(self, "weight")
 
-    def _mark_uc_metadata(self) -> None:
-        for name, layout in self.layouts.items():
-            parameter = getattr(self, name)
-            shape = self.full_shapes[name]
-            self._set_param_uc_meta(
-                parameter,
-                partition_type=self.partition_type,
-                partition_dim=layout.dim,
-                logical_shape=layout.shape,
-                output_shape=(self.full_shapes["weight"][0],),
-                partition_sizes=[iv.length(rank) for rank in layout.intervals] or None,
-                target_partition_shape=self._shape_before_zero3_partition(parameter),
-                original_shape=shape,
-                is_bias=name == "bias",
-                replicated=layout.dim is None,
-                affine_map=affine_map(layout, self.tp_world_size),
-            )
+    @property
+    def local_bias(self) -> Tensor | None:
+        """This rank's shard of the bias."""
+        return None if self.bias is None else self.shards.shard(self, "bias")
 
 
-class ColumnParallelLinear(PlannedLayer):
+class _Linear(PlannedLayer):
+    """What column- and row-parallel layers share: the sizes, and which way the weight lies (transposed in a Conv1D)."""
+
+    def __init__(self, module: nn.Module, **kwargs: Any) -> None:
+        super().__init__(module, **kwargs)
+        self.transposed = isinstance(module, Conv1D)
+        first, second = self.shards.shapes["weight"]
+        self.out_features, self.in_features = (second, first) if self.transposed else (first, second)
+
+    @property
+    def local_weight(self) -> Tensor:
+        weight = self.shards.shard(self, "weight")
+        return weight.t() if self.transposed else weight
+
+
+class ColumnParallelLinear(_Linear):
     """A linear layer cut by output features. `gather_output` puts the whole output together on every rank."""
 
     partition_type = "column"
 
-    def __init__(self, module: nn.Linear, *, gather_output: bool = False, **kwargs: Any) -> None:
+    def __init__(self, module: nn.Module, *, gather_output: bool = False, **kwargs: Any) -> None:
         super().__init__(module, **kwargs)
-        self.in_features, self.out_features = module.in_features, module.out_features
         self.gather_output = gather_output
 
     def forward(self, input: Tensor) -> Tensor:
         """`(..., in_features)` to this rank's `(..., out_features)`, or to all of them when gathered."""
+        weight, bias = self.local_weight, self.local_bias
         if not self.is_tp_parallel:
-            return F.linear(input, self.weight, self.bias)
+            return F.linear(input, weight, bias)
         output: Tensor
         if self.__class__.tp_overlap_comm:
-            output = _OverlappedColumn.apply(  # type: ignore[no-untyped-call]
-                input, self.weight, self.bias, self.mp_group
-            )
+            output = _OverlappedColumn.apply(input, weight, bias, self.mp_group)  # type: ignore[no-untyped-call]
         else:
-            output = F.linear(copy_to_ranks(input, self.mp_group), self.weight, self.bias)
+            output = F.linear(copy_to_ranks(input, self.mp_group), weight, bias)
         if self.gather_output:
-            output = gather_last_dim(output, self.mp_group, self.layouts["weight"].intervals, self.tp_index)
+            return gather_last_dim(output, self.mp_group, self.shards.layouts["weight"].intervals, self.tp_index)
+        if self.training:
+            enter_cut_region(self.tp_index)
         return output
 
 
-class RowParallelLinear(PlannedLayer):
+class RowParallelLinear(_Linear):
     """A linear layer cut by input features; the bias is whole and added once, after the sum."""
 
     partition_type = "row"
 
-    def __init__(self, module: nn.Linear, **kwargs: Any) -> None:
-        super().__init__(module, **kwargs)
-        self.in_features, self.out_features = module.in_features, module.out_features
-
     def forward(self, input: Tensor) -> Tensor:
         """This rank's `(..., in_features)` to `(..., out_features)`, whole on every rank."""
-        output: Tensor = F.linear(input, self.weight)
+        output: Tensor = F.linear(input, self.local_weight)
         if self.is_tp_parallel:
             output = sum_over_ranks(output, self.mp_group)
+            leave_cut_region()
         return output if self.bias is None else output + self.bias
 
 
-def _sum_over_replicas(gradient: Tensor, layout: Layout, tp_rank: int, group: Any) -> Tensor:
-    """The sum of a shard's gradients over the ranks that hold it, each of which computed part of it.
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` computes `x W^T + b` (or, a Conv1D, `x W + b`) and nothing else.
 
-    Every rank adds its own to a gradient of the whole parameter, which has as many units as there are KV heads.
+    A subclass of `nn.Linear` with a forward of its own is tried out on small numbers: Falcon's is a plain product, a
+    router's is not.
     """
-    assert layout.dim is not None
-    whole = gradient.new_zeros(layout.shape)
-    local = gradient.reshape(layout.rank_shape(tp_rank))
-    size = layout.shape[layout.dim]
-    for at, to, count in iv.pieces(layout.intervals[tp_rank], ((0, size),)):
-        whole.narrow(layout.dim, to, count).copy_(local.narrow(layout.dim, at, count))
-    dist.all_reduce(whole, group=group)
-    return take(whole, layout.intervals[tp_rank], layout.dim).view_as(gradient)
-
-
-def _mark_gradient(parameter: nn.Parameter) -> None:
-    """Mark the gradient of a shard as one, as its parameter is.
-
-    DeepSpeed's optimizer wrapper for bf16 and fp16 without ZeRO (FP16_UnfusedOptimizer) takes the norm of gradients
-    without their parameters, and would count those of rank 0 alone.
-    """
-    if parameter.grad is not None:
-        setattr(parameter.grad, DS_TENSOR_MODEL_PARALLEL, True)
+    if isinstance(module, Conv1D):
+        return type(module).forward is Conv1D.forward
+    if not isinstance(module, nn.Linear):
+        return False
+    if type(module).forward is nn.Linear.forward:
+        return True
+    trial = copy.copy(module)
+    trial._parameters = {"weight": nn.Parameter(torch.arange(6.0).view(3, 2)), "bias": None}
+    if module.bias is not None:
+        trial._parameters["bias"] = nn.Parameter(torch.tensor([0.5, -2.0, 1.0]))
+    input = torch.tensor([[[1.0, -3.0], [0.25, 2.0]]])
+    try:
+        output = trial.forward(input)
+    except Exception:  # a forward that wants something else is not a linear layer's
+        return False
+    return isinstance(output, Tensor) and torch.equal(output, F.linear(input, trial.weight, trial.bias))
 
 
 class _OverlappedColumn(torch.autograd.Function):
@@ -218,38 +178,3 @@ class _OverlappedColumn(torch.autograd.Function):
         if handle is not None:
             handle.wait()
         return grad_input, grad_weight, grad_bias, None
-
-
-def affine_map(layout: Layout, tp_size: int) -> ParamAffineMap:
-    """A layout in the words of DeepSpeed's universal checkpoint (deepspeed/checkpoint/affine.py): strided pieces.
-
-    Every piece has one set of holders, so intervals are split where the holders change.
-    """
-    if layout.dim is None:
-        return replicated_map(layout.shape, tp_size)
-    strides = _strides(layout.shape)
-    shard_shapes = {rank: layout.rank_shape(rank) for rank in range(tp_size)}
-    pieces: dict[int, list[AffinePiece]] = {rank: [] for rank in range(tp_size)}
-    for run, ranks in iv.holders(layout.intervals):
-        for rank in ranks:
-            for start, at, count in iv.pieces((run,), layout.intervals[rank]):
-                shape = (*layout.shape[: layout.dim], count, *layout.shape[layout.dim + 1 :])
-                local = _strides(shard_shapes[rank])
-                pieces[rank].append(
-                    AffinePiece(
-                        shape=shape,
-                        source_offset=(run[0] + start) * strides[layout.dim],
-                        source_strides=strides,
-                        dest_offset=at * local[layout.dim],
-                        dest_strides=local,
-                        locations=ranks,
-                    )
-                )
-    return ParamAffineMap(logical_shape=layout.shape, shard_shapes=shard_shapes, pieces_by_rank=pieces)
-
-
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.append(strides[-1] * size)
-    return tuple(reversed(strides))

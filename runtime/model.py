@@ -7,6 +7,7 @@ a model whose parameters are not exactly the plan's.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,13 +21,16 @@ from deepspeed.module_inject.layers import collect_autotp_universal_checkpoint_i
 from torch import Tensor, nn
 
 from autotp_plan.runtime.embedding import can_be_cut, vocab_parallel
-from autotp_plan.runtime.layers import ColumnParallelLinear, PlannedLayer, RowParallelLinear
+from autotp_plan.runtime.layers import ColumnParallelLinear, PlannedLayer, RowParallelLinear, is_linear
+from autotp_plan.runtime.modules import Border, averages_by_mean, plan_module, unknown_inputs
+from autotp_plan.runtime.randomness import has_dropout, synchronise, use_cut_regions
 from autotp_plan.runtime.ranks import Ranks
+from autotp_plan.runtime.shards import Shards
 from autotp_plan.runtime.weights import WeightSource, read_weight
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.errors import Fault, MismatchError
 from autotp_plan.schemas.names import expand
-from autotp_plan.schemas.plan import Parameter, Plan
+from autotp_plan.schemas.plan import Parameter, Plan, PlannedModule
 
 
 def build_model(folder: Path, plan: Plan, **options: Any) -> nn.Module:
@@ -96,6 +100,9 @@ def check_model(model: nn.Module, plan: Plan) -> None:
     for parameter in plan.expanded():
         if parameter.style != "replicated":
             faults.extend(_module_faults(parameter, modules, plan))
+    for entry in plan.modules:
+        for name in expand(entry.module):
+            faults.extend(_border_faults(name, modules.get(name), entry))
     for attribute in plan.module_attributes:
         for module in expand(attribute.module):
             if not _has_attribute(modules.get(module), attribute.attribute):
@@ -107,47 +114,107 @@ def check_model(model: nn.Module, plan: Plan) -> None:
 
 def shard_model(model: nn.Module, plan: Plan, source: WeightSource, ranks: Ranks, dtype: torch.dtype | None) -> None:
     """Turn `model` (checked, on meta) into this rank's part of it, in place, with the weights of `source`."""
-    replaced = _replace_modules(model, plan, ranks)
+    holders = _replace_modules(model, plan, ranks)
+    holders.update(_plan_modules(model, plan, ranks))
     _set_attributes(model, plan, ranks.tp_rank)
     for weight in source.of_rank(ranks.tp_rank):
         tensor = read_weight(weight, ranks.device, dtype)
-        _assign(model, weight.name, tensor)
+        owner, _, leaf = weight.name.rpartition(".")
+        if owner in holders and leaf in holders[owner].layouts:
+            holders[owner].assign(model.get_submodule(owner), leaf, tensor)
+        else:
+            _assign(model, weight.name, tensor)
     for tie in plan.tied:
-        owner, leaf = _owner(model, tie.name)
-        owner._parameters[leaf] = _parameter(model, tie.to)
+        module, leaf = _owner(model, tie.name)
+        module._parameters[leaf] = _parameter(model, tie.to)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(ranks.device)
-    for layer in replaced:
-        layer.finish()
+    for name, shards in holders.items():
+        shards.finish(model.get_submodule(name))
     for parameter in plan.expanded():
         if parameter.partial_gradient and ranks.tp_size > 1:
             _parameter(model, parameter.name).register_hook(  # type: ignore[no-untyped-call]
                 _sum_gradient(ranks.tp_group)
             )
+    if ranks.tp_size > 1 and has_dropout(model):
+        use_cut_regions(True)
+        synchronise(ranks.tp_group)
     unloaded = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not unloaded, f"still on meta after loading: {unloaded}"
     setattr(model, UNIVERSAL_CHECKPOINT_INFO, collect_autotp_universal_checkpoint_info(model))
     model.ds_autotp_parsed = True  # type: ignore[assignment]
 
 
-def _replace_modules(model: nn.Module, plan: Plan, ranks: Ranks) -> list[PlannedLayer]:
+def local_shard(model: nn.Module, name: str, *, gradient: bool = False) -> Tensor:
+    """This rank's shard of the plan's parameter `name` in a model from `shard_model`, or the shard's gradient."""
+    owner, leaf = _owner(model, name)
+    shards = _shards_of(owner)
+    if shards is not None and leaf in shards.layouts:
+        return shards.shard(owner, leaf, gradient=gradient)
+    held = _parameter(model, name) if leaf in owner._parameters else owner._buffers[leaf]
+    found = held.grad if gradient and held is not None else held
+    assert found is not None, f"{name} has no gradient"
+    return found
+
+
+def _shards_of(module: nn.Module) -> Shards | None:
+    if isinstance(module, PlannedLayer):
+        return module.shards
+    border = getattr(module, "_border", None)
+    return border.shards if isinstance(border, Border) else None
+
+
+def _plan_modules(model: nn.Module, plan: Plan, ranks: Ranks) -> dict[str, Shards]:
+    """Make the modules that keep their forward meet the ranks; what holds the shards of each, by name."""
+    inside: dict[str, dict[str, Parameter]] = defaultdict(dict)
+    added_once: dict[str, list[str]] = defaultdict(list)
+    for parameter in plan.expanded():
+        name, _, leaf = parameter.name.rpartition(".")
+        if parameter.style == "shard":
+            inside[name][leaf] = parameter
+        if parameter.add_once:
+            added_once[name].append(leaf)
+    planned = {name: entry for entry in plan.modules for name in expand(entry.module)}
+    holders: dict[str, Shards] = {}
+    for name in dict.fromkeys([*inside, *planned, *added_once]):
+        module = model.get_submodule(name)
+        shards = Shards(
+            layouts={leaf: plan.layouts[parameter.layout] for leaf, parameter in inside[name].items()},
+            shapes={leaf: plan.shape_of(parameter) for leaf, parameter in inside[name].items()},
+            partition_type="column",
+            group=ranks.tp_group,
+        )
+        for leaf in inside[name]:
+            whole = module._parameters[leaf]
+            assert whole is not None
+            shards.replace(module, leaf, whole)
+        meets = planned.get(name, PlannedModule(module=name))
+        plan_module(module, Border(planned=meets, shards=shards, added_once=added_once[name]))
+        holders[name] = shards
+    return holders
+
+
+def _replace_modules(model: nn.Module, plan: Plan, ranks: Ranks) -> dict[str, Shards]:
+    """Put tensor-parallel layers in the place of modules; what holds the shards of each, by name."""
     by_module: dict[str, dict[str, Parameter]] = defaultdict(dict)
     for parameter in plan.expanded():
         module, _, leaf = parameter.name.rpartition(".")
         by_module[module][leaf] = parameter
-    replaced: list[PlannedLayer] = []
+    replaced: dict[str, Shards] = {}
     for module, parameters in by_module.items():
         weight = parameters.get("weight")
-        if weight is not None and weight.style != "replicated":
-            replaced.append(_replace(model, module, parameters, weight.style, weight.gather_output, plan, ranks))
+        if weight is not None and weight.style not in ("replicated", "shard"):
+            layer = _replace(model, module, parameters, weight.style, weight.gather_output, plan, ranks)
+            replaced[module] = layer.shards
     by_name = {parameter.name: parameter for parameter in plan.expanded()}
     for tie in plan.tied:
         if tie.style != "replicated":
             module = tie.name.rpartition(".")[0]
             parameters = {**by_module.get(module, {}), "weight": by_name[tie.to]}
-            replaced.append(_replace(model, module, parameters, tie.style, tie.gather_output, plan, ranks))
+            layer = _replace(model, module, parameters, tie.style, tie.gather_output, plan, ranks)
+            replaced[module] = layer.shards
     return replaced
 
 
@@ -218,9 +285,17 @@ def _module_faults(parameter: Parameter, modules: Mapping[str, nn.Module], plan:
     module = modules.get(name)
     if module is None:
         return  # the missing parameter is a fault already
-    if leaf == "weight":
+    if parameter.style == "shard":
+        if is_linear(module) or isinstance(module, nn.Embedding):
+            yield _model_fault(
+                "a linear layer or embedding cannot compute with its part in its own way",
+                parameter.name,
+                f"shard, for {type(module).__name__}",
+                "column, row or vocab",
+            )
+    elif leaf == "weight":
         vocab = parameter.style == "vocab"
-        runs = can_be_cut(module) if vocab else type(module).forward is nn.Linear.forward
+        runs = can_be_cut(module) if vocab else is_linear(module)
         if not runs:
             yield _model_fault(
                 f"no tensor-parallel layer runs {parameter.style} for this module",
@@ -228,7 +303,7 @@ def _module_faults(parameter: Parameter, modules: Mapping[str, nn.Module], plan:
                 f"{type(module).__module__}.{type(module).__name__}",
                 "torch.nn.Embedding, or a subclass that looks up through super().forward"
                 if vocab
-                else "torch.nn.Linear, with its own forward",
+                else "torch.nn.Linear or transformers' Conv1D, or one that computes the same; shard for other modules",
             )
         elif parameter.gather_output and plan.shape_of(parameter) != plan.layouts[parameter.layout].shape:
             yield _model_fault(
@@ -252,12 +327,31 @@ def _module_faults(parameter: Parameter, modules: Mapping[str, nn.Module], plan:
         )
     layout = plan.layouts[parameter.layout]
     replicas = iv.replica_groups(layout.intervals)
-    if replicas is None or (parameter.style != "column" and len(replicas) < plan.tp_size):
+    whole_only = parameter.style != "column" or parameter.gather_output
+    if (replicas is None and whole_only) or (
+        parameter.style in ("row", "vocab") and replicas is not None and len(replicas) < plan.tp_size
+    ):
         yield _model_fault(
             "the ranks share parts of this parameter in a way that no tensor-parallel layer runs",
             parameter.name,
             f"{parameter.style}, {layout.name}",
-            "a column-parallel weight of which a rank shares all or nothing; use a smaller tp_size",
+            "shares of KV heads in column-parallel weights; use a smaller tp_size",
+        )
+
+
+def _border_faults(name: str, module: nn.Module | None, planned: PlannedModule) -> Iterator[Fault]:
+    if module is None:
+        yield _model_fault("the model lacks a module that the plan names", name, "", "the plan's modules")
+        return
+    for unknown in unknown_inputs(module, planned):
+        known = ", ".join(list(inspect.signature(type(module).forward).parameters)[1:])
+        yield _model_fault("a module takes no such input", f"{name}: {unknown}", known, "an argument of its forward")
+    if planned.mean_over_ranks and not averages_by_mean(module):
+        yield _model_fault(
+            "a norm over a cut width does not take its averages with `mean`",
+            name,
+            f"{type(module).__module__}.{type(module).__name__}",
+            "an RMS or layer norm written out, with a weight of its width",
         )
 
 

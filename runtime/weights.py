@@ -6,10 +6,9 @@ tensor at hand. Everything that can be wrong with the files is found, on every r
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from autotp_plan.schemas.layout import Layout, parameter_shape
 from autotp_plan.schemas.manifest import MANIFEST_NAME, Manifest, ShardFile
 from autotp_plan.schemas.plan import Parameter, Plan
 from autotp_plan.schemas.safetensors_file import TensorEntry, read_header, runs
+from autotp_plan.schemas.segments import SegmentReader, Segments, problems
 
 CHUNK_BYTES = 16 * 1024 * 1024
 
@@ -34,10 +34,10 @@ DTYPES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weight:
-    """A parameter's shard on disk: the tensor that holds it, which part of that is wanted, and the shard's shape."""
+    """A parameter's shard on disk: the bytes that hold it, which part of those is wanted, and the shard's shape."""
 
     name: str
-    entry: TensorEntry
+    source: Segments
     layout: Layout
     wanted: iv.Intervals
     shape: tuple[int, ...]
@@ -49,7 +49,7 @@ class WeightSource:
 
     folder: Path
     plan: Plan
-    entries: dict[tuple[str, int], TensorEntry]
+    sources: dict[tuple[str, int], Segments]
     presplit: bool
 
     def of_rank(self, tp_rank: int) -> Iterator[Weight]:
@@ -57,15 +57,10 @@ class WeightSource:
         for parameter in self.plan.expanded():
             layout = self.plan.layouts[parameter.layout]
             shape = parameter_shape(self.plan.shape_of(parameter), layout.shape, layout.rank_shape(tp_rank))
-            entry = self.entries[parameter.name, tp_rank]
-            if self.presplit:
-                whole = Layout(shape=entry.shape)
-                yield Weight(
-                    name=parameter.name, entry=entry, layout=whole, wanted=whole.rank_intervals(0), shape=shape
-                )
-            else:
-                wanted = layout.rank_intervals(tp_rank)
-                yield Weight(name=parameter.name, entry=entry, layout=layout, wanted=wanted, shape=shape)
+            source = self.sources[parameter.name, tp_rank]
+            held = Layout(shape=shape) if self.presplit else layout
+            wanted = held.rank_intervals(tp_rank)
+            yield Weight(name=parameter.name, source=source, layout=held, wanted=wanted, shape=shape)
 
 
 def open_weights(folder: Path, plan: Plan) -> WeightSource:
@@ -74,11 +69,11 @@ def open_weights(folder: Path, plan: Plan) -> WeightSource:
     Raises ShardsError, CheckpointError, DocumentError or MismatchError, the same on every rank.
     """
     if (folder / MANIFEST_NAME).exists():
-        return WeightSource(folder=folder, plan=plan, entries=_shard_entries(folder, plan), presplit=True)
+        return WeightSource(folder=folder, plan=plan, sources=_shards(folder, plan), presplit=True)
     unfinished = folder.is_dir() and any(path.name.startswith("tp-") for path in folder.iterdir())
     if unfinished:
         raise ShardsError(_shards_fault(str(folder), f"shards without {MANIFEST_NAME}", "a finished presplit"))
-    return WeightSource(folder=folder, plan=plan, entries=_checkpoint_entries(folder, plan), presplit=False)
+    return WeightSource(folder=folder, plan=plan, sources=_checkpoint(folder, plan), presplit=False)
 
 
 def read_weight(weight: Weight, device: torch.device, dtype: torch.dtype | None) -> Tensor:
@@ -86,31 +81,28 @@ def read_weight(weight: Weight, device: torch.device, dtype: torch.dtype | None)
 
     Read straight into its memory where it can be; to another dtype or device it goes through a buffer of `CHUNK_BYTES`.
     """
-    stored = DTYPES[weight.entry.dtype]
+    stored = DTYPES[weight.source.dtype]
     wanted = dtype if dtype is not None and stored.is_floating_point else stored
     tensor = torch.empty(weight.shape, dtype=wanted, device=device)
     direct = wanted == stored and device.type == "cpu"
     size = tensor.numel() if direct else min(tensor.numel(), CHUNK_BYTES // stored.itemsize)
     buffer = tensor.view(-1) if direct else torch.empty(size, dtype=stored)
-    descriptor = os.open(weight.entry.file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        reader = _Reader(descriptor, weight)
+    with SegmentReader(weight.source) as segments:
+        reader = _Reader(segments, weight)
         for start in range(0, tensor.numel(), max(1, size)):
             part = buffer[: min(size, tensor.numel() - start)]
             reader.read_into(memoryview(part.view(torch.uint8).numpy()))  # type: ignore[arg-type]
             if not direct:
                 tensor.view(-1)[start : start + len(part)].copy_(part)
-    finally:
-        os.close(descriptor)
     return tensor
 
 
 class _Reader:
     """Reads the byte runs of a shard one after the other, as much at a time as is asked for."""
 
-    def __init__(self, descriptor: int, weight: Weight) -> None:
-        self.descriptor, self.weight = descriptor, weight
-        self.runs = runs(weight.layout, weight.wanted, weight.entry.dtype)
+    def __init__(self, segments: SegmentReader, weight: Weight) -> None:
+        self.segments, self.weight = segments, weight
+        self.runs = runs(weight.layout, weight.wanted, weight.source.dtype)
         self.position = self.left = 0
 
     def read_into(self, target: memoryview) -> None:
@@ -118,16 +110,16 @@ class _Reader:
         filled = 0
         while filled < len(target):
             if not self.left:
-                offset, self.left = next(self.runs)
-                self.position = self.weight.entry.start + offset
-            end = min(filled + self.left, len(target))
-            got = os.preadv(self.descriptor, [target[filled:end]], self.position)
-            if got == 0:
-                raise CheckpointError(_short_read(self.weight))
-            filled, self.position, self.left = filled + got, self.position + got, self.left - got
+                self.position, self.left = next(self.runs)
+            count = min(self.left, len(target) - filled)
+            try:
+                self.segments.read_into(target[filled : filled + count], self.position)
+            except EOFError as error:
+                raise CheckpointError(_short_read(self.weight, str(error))) from None
+            filled, self.position, self.left = filled + count, self.position + count, self.left - count
 
 
-def _shard_entries(folder: Path, plan: Plan) -> dict[tuple[str, int], TensorEntry]:
+def _shards(folder: Path, plan: Plan) -> dict[tuple[str, int], Segments]:
     manifest = Manifest.read(folder)
     if manifest.plan != plan.fingerprint or manifest.tp_size != plan.tp_size:
         raise MismatchError(
@@ -155,62 +147,56 @@ def _shard_entries(folder: Path, plan: Plan) -> dict[tuple[str, int], TensorEntr
         layout = plan.layouts[parameter.layout]
         for rank in range(plan.tp_size):
             shape = parameter_shape(plan.shape_of(parameter), layout.shape, layout.rank_shape(rank))
-            entry = entries.get((parameter.name, rank))
-            faults.extend(_entry_faults(entry, f"rank {rank}: {parameter.name}", shape, parameter))
+            held = {parameter.name: entries[parameter.name, rank]} if (parameter.name, rank) in entries else {}
+            whole = replace(parameter, source=None, sources=None)
+            faults.extend(_parameter_faults(whole, shape, held, f"rank {rank}: "))
     if faults:
         raise ShardsError(faults)
-    return entries
+    return {key: Segments.of(key[0], [entry]) for key, entry in entries.items()}
 
 
-def _checkpoint_entries(folder: Path, plan: Plan) -> dict[tuple[str, int], TensorEntry]:
-    checkpoint = read_checkpoint(folder)
+def _checkpoint(folder: Path, plan: Plan) -> dict[tuple[str, int], Segments]:
+    tensors = read_checkpoint(folder).tensors
     faults: list[Fault] = []
-    entries: dict[tuple[str, int], TensorEntry] = {}
+    sources: dict[tuple[str, int], Segments] = {}
     for parameter in plan.expanded():
-        name = parameter.source or parameter.name
-        entry = checkpoint.tensors.get(name)
-        found = _entry_faults(entry, name, plan.shape_of(parameter), parameter)
+        found = list(_parameter_faults(parameter, plan.shape_of(parameter), tensors))
         faults.extend(found)
-        if entry is not None:
-            entries.update({(parameter.name, rank): entry for rank in range(plan.tp_size)})
-    if plan.model.config is not None and config_hash(read_config(folder)) != plan.model.config:
+        if not found:
+            source = Segments.of(parameter.name, [tensors[name] for name in parameter.names_on_disk()])
+            sources.update({(parameter.name, rank): source for rank in range(plan.tp_size)})
+    planned = config_hash(plan.model.config)
+    if planned is not None and config_hash(read_config(folder)) != planned:
         faults.append(
             Fault(
                 what="config.json is not the one the plan was compiled from",
                 where=str(folder / "config.json"),
                 got=str(config_hash(read_config(folder))),
-                expected=plan.model.config,
+                expected=planned,
                 next="compile a plan for this checkpoint",
             )
         )
     if faults:
         raise MismatchError(faults)
-    return entries
+    return sources
 
 
-def _entry_faults(
-    entry: TensorEntry | None, where: str, shape: tuple[int, ...], parameter: Parameter
+def _parameter_faults(
+    parameter: Parameter, shape: tuple[int, ...], tensors: Mapping[str, TensorEntry], where: str = ""
 ) -> Iterator[Fault]:
-    if entry is None:
+    for problem in problems(parameter, shape, tensors):
         yield Fault(
-            what="a tensor of the plan is missing",
-            where=where,
-            expected=f"{parameter.dtype} of {list(shape)}",
+            what="a tensor is not what the plan says" if problem.got else "a tensor of the plan is missing",
+            where=f"{where}{problem.name}",
+            got=problem.got,
+            expected=problem.expected,
             next="give the folder that belongs to this plan",
         )
-    elif (entry.shape, entry.dtype) != (shape, parameter.dtype):
-        yield Fault(
-            what="a tensor is not what the plan says",
-            where=where,
-            got=f"{entry.dtype} of {list(entry.shape)}",
-            expected=f"{parameter.dtype} of {list(shape)}",
-            next="give the folder that belongs to this plan",
-        )
-    elif entry.dtype not in DTYPES:
+    if parameter.dtype not in DTYPES:
         yield Fault(
             what="torch has no such dtype",
-            where=where,
-            got=entry.dtype,
+            where=f"{where}{parameter.name}",
+            got=parameter.dtype,
             expected=", ".join(sorted(DTYPES)),
             next="use a checkpoint in a dtype that training uses, such as BF16",
         )
@@ -236,11 +222,11 @@ def _shards_fault(where: str, got: str, expected: str) -> Fault:
     )
 
 
-def _short_read(weight: Weight) -> Fault:
+def _short_read(weight: Weight, got: str) -> Fault:
     return Fault(
         what="a file ended early while it was read",
-        where=str(weight.entry.file),
-        got="fewer bytes than before",
-        expected=f"the {weight.entry.stop - weight.entry.start} bytes of {weight.entry.name}",
+        where=weight.name,
+        got=got,
+        expected=f"the {weight.source.size} bytes of {weight.name}",
         next="do not write to the folder while a job reads it",
     )

@@ -6,6 +6,7 @@ Reads headers and JSON only. It knows nothing of modules: tensor names are those
 from __future__ import annotations
 
 import concurrent.futures
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,11 +92,18 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     return config
 
 
-def config_hash(config: dict[str, Any] | None) -> str | None:
-    """Hash of a config without the keys that no layout depends on; None for no config."""
+def planned_config(config: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A config without the keys that no layout depends on, keys in order, as a plan holds it; None for no config."""
     if config is None:
         return None
-    return documents.fingerprint({key: value for key, value in config.items() if key not in _NOT_HASHED})
+    kept = {key: value for key, value in config.items() if key not in _NOT_HASHED}
+    ordered: dict[str, Any] = json.loads(json.dumps(kept, sort_keys=True))
+    return ordered
+
+
+def config_hash(config: dict[str, Any] | None) -> str | None:
+    """Hash of what a plan holds of a config; None for no config."""
+    return None if config is None else documents.fingerprint(planned_config(config))
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -104,7 +112,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
         raise CheckpointError(_index_fault(path, "no weight_map of file names by tensor name"))
     outside = sorted(
-        {name for name in weight_map.values() if Path(name).name != name or name in ("", "..") or "\0" in name}
+        {name for name in set(weight_map.values()) if Path(name).name != name or name in ("", "..") or "\0" in name}
     )
     if outside:
         raise CheckpointError([_index_fault(path, f"{name}, which is not a file of this folder") for name in outside])

@@ -17,6 +17,7 @@ from autotp_plan.schemas.errors import DocumentError, Fault
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _LIST = re.compile(r"[0-9]{1,9}(\.\.[0-9]{1,9})?(,[0-9]{1,9}(\.\.[0-9]{1,9})?)*")
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
+_INDICES = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,8})(?![^.])")
 _DIGITS = frozenset("0123456789")
 MAX_NAMES = 1_000_000
 
@@ -30,6 +31,11 @@ def natural_key(name: str) -> tuple[tuple[bool, int, str], ...]:
 def is_index(part: str) -> bool:
     """Whether a component of a dotted name is a number that folds: `0`, `12`, but not `007`."""
     return _INDEX.fullmatch(part) is not None
+
+
+def starred(name: str) -> str:
+    """The name with `*` for each number that folds."""
+    return _INDICES.sub("*", name)
 
 
 def fold(names: Iterable[str]) -> list[str]:
@@ -67,7 +73,23 @@ def expand(pattern: str) -> list[str]:
 
     Raises DocumentError when the braces are not `{a..b}` or `{a,b,c..d}`, or stand for an unreasonable number of names.
     """
-    choices: list[list[str]] = []
+    choices = [[str(n) for run in runs for n in range(run[0], run[-1] + 1)] for runs in _runs(pattern)]
+    literals = _BRACES.split(pattern)[::2]
+    names = []
+    for combination in itertools.product(*choices):
+        filled = itertools.zip_longest(literals, combination, fillvalue="")
+        names.append("".join(itertools.chain.from_iterable(filled)))
+    return names
+
+
+def num_names(pattern: str) -> int:
+    """How many names `pattern` stands for, without making them. Raises DocumentError as `expand` does."""
+    return math.prod(sum(run[-1] - run[0] + 1 for run in runs) for runs in _runs(pattern))
+
+
+def _runs(pattern: str) -> list[list[list[int]]]:
+    """For each pair of braces its runs of numbers, each `[number]` or `[first, last]`."""
+    found: list[list[list[int]]] = []
     count = 1
     for body in _BRACES.findall(pattern):
         if not _LIST.fullmatch(body):
@@ -78,15 +100,10 @@ def expand(pattern: str) -> list[str]:
         count *= sum(run[-1] - run[0] + 1 for run in runs)
         if count > MAX_NAMES:
             raise DocumentError(_bad_braces(pattern, f"more than {MAX_NAMES} names"))
-        choices.append([str(n) for run in runs for n in range(run[0], run[-1] + 1)])
-    literals = _BRACES.split(pattern)[::2]
-    if any("{" in literal or "}" in literal for literal in literals):
+        found.append(runs)
+    if any("{" in literal or "}" in literal for literal in _BRACES.split(pattern)[::2]):
         raise DocumentError(_bad_braces(pattern, "an unbalanced brace"))
-    names = []
-    for combination in itertools.product(*choices):
-        filled = itertools.zip_longest(literals, combination, fillvalue="")
-        names.append("".join(itertools.chain.from_iterable(filled)))
-    return names
+    return found
 
 
 def _fill(template: Sequence[str | None], values: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ when it was read. Whether it fits a checkpoint, a model or a training job is for
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,22 +17,26 @@ from autotp_plan.schemas import documents
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.errors import DocumentError, Fault
 from autotp_plan.schemas.layout import Layout, group_view
-from autotp_plan.schemas.names import MAX_NAMES, expand
+from autotp_plan.schemas.names import MAX_NAMES, expand, num_names
+from autotp_plan.schemas.stamp import Stamp
 
 FORMAT = "autotp-plan"
 VERSION = "1.0"
 MAX_TP_SIZE = 65536
 
-Style = Literal["column", "row", "vocab", "replicated"]
+Style = Literal["column", "row", "vocab", "shard", "replicated"]
+Operation = Literal["copy", "reduce", "split"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelIdentity:
-    """Which model a plan is for: names, and hashes of its config and of its parameters."""
+    """Which model a plan is for: names, its config (without the keys that no layout depends on), and a hash of its
+    parameters.
+    """
 
     model_type: str | None
     architecture: str | None
-    config: str | None
+    config: dict[str, Any] | None
     inventory: str
 
     @classmethod
@@ -43,8 +48,44 @@ class ModelIdentity:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Sources:
+    """The tensors on disk whose bytes, one after the other, are a parameter's.
+
+    For each number below `count`, for each of `names` in order: the tensor whose name has the number for `*`. Names
+    without `*` are tensors of their own, concatenated.
+    """
+
+    names: tuple[str, ...]
+    count: int = 1
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Sources:
+        return cls(**{**data, "names": tuple(data["names"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**_without_defaults(self), "names": list(self.names)}
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the tensors are stacked along a new dimension 0, and not concatenated along theirs."""
+        return any("*" in name for name in self.names)
+
+    def expanded(self) -> Iterator[Sources]:
+        """One `Sources` for each of the alike parameters that names with braces stand for."""
+        for names in zip(*map(expand, self.names)):
+            yield dataclasses.replace(self, names=names)
+
+    def names_on_disk(self) -> tuple[str, ...]:
+        """The name of every tensor, in the order of the bytes."""
+        return tuple(name.replace("*", str(number)) for number in range(self.count) for name in self.names)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Parameter:
-    """One module parameter, or several alike ones when `name` has braces. `layout` is the name of a layout."""
+    """One module parameter, or several alike ones when `name` has braces. `layout` is the name of a layout.
+
+    Its name on disk is `source` where that differs; a parameter that is several tensors on disk has `sources`.
+    """
 
     name: str
     layout: str
@@ -54,16 +95,34 @@ class Parameter:
     shape: tuple[int, ...] | None = None
     gather_output: bool = False
     partial_gradient: bool = False
+    add_once: bool = False
     source: str | None = None
+    sources: Sources | None = None
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Parameter:
-        shape = data.get("shape")
-        return cls(**{**data, "shape": None if shape is None else tuple(shape)})
+        shape, sources = data.get("shape"), data.get("sources")
+        return cls(
+            **{
+                **data,
+                "shape": None if shape is None else tuple(shape),
+                "sources": None if sources is None else Sources.from_dict(sources),
+            }
+        )
 
     def to_dict(self) -> dict[str, Any]:
         data = _without_defaults(self)
-        return {**data, "shape": list(data["shape"])} if "shape" in data else data
+        if self.shape is not None:
+            data["shape"] = list(self.shape)
+        if self.sources is not None:
+            data["sources"] = self.sources.to_dict()
+        return data
+
+    def names_on_disk(self) -> tuple[str, ...]:
+        """The tensors on disk of a single parameter (no braces), in the order of its bytes."""
+        if self.sources is not None:
+            return self.sources.names_on_disk()
+        return (self.name if self.source is None else self.source,)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +160,60 @@ class ModuleAttribute:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Crossing:
+    """What is done to a tensor that enters or leaves a module.
+
+    `copy` sums its gradient over the ranks (of `interval` of its last dimension, or of all of it), `reduce` sums the
+    tensor itself, `split` takes each rank's `intervals` of the `size` things that dimension `dim` counts.
+    """
+
+    operation: Operation
+    interval: iv.Interval | None = None
+    dim: int | None = None
+    size: int | None = None
+    intervals: tuple[iv.Intervals, ...] = ()
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Crossing:
+        interval = data.get("interval")
+        intervals = tuple(tuple((start, stop) for start, stop in rank) for rank in data.get("intervals", ()))
+        return cls(**{**data, "interval": None if interval is None else (interval[0], interval[1]),
+                      "intervals": intervals})  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        data = _without_defaults(self)
+        if self.interval is not None:
+            data["interval"] = list(self.interval)
+        if self.intervals:
+            data["intervals"] = [[list(interval) for interval in rank] for rank in self.intervals]
+        return data
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedModule:
+    """A module (or several alike ones) that keeps its own forward and meets the other ranks."""
+
+    module: str
+    inputs: dict[str, Crossing] = field(default_factory=dict)
+    output: Crossing | None = None
+    mean_over_ranks: bool = False
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PlannedModule:
+        output = data.get("output")
+        inputs = {name: Crossing.from_dict(crossing) for name, crossing in data.get("inputs", {}).items()}
+        return cls(**{**data, "inputs": inputs, "output": None if output is None else Crossing.from_dict(output)})
+
+    def to_dict(self) -> dict[str, Any]:
+        data: dict[str, Any] = {"module": self.module}
+        if self.inputs:
+            data["inputs"] = {name: crossing.to_dict() for name, crossing in self.inputs.items()}
+        if self.output is not None:
+            data["output"] = self.output.to_dict()
+        return {**data, "mean_over_ranks": True} if self.mean_over_ranks else data
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RuntimeOptions:
     """What a DeepSpeed config asked of the runtime."""
 
@@ -124,10 +237,12 @@ class Plan:
     layouts: dict[str, Layout]
     parameters: tuple[Parameter, ...]
     module_attributes: tuple[ModuleAttribute, ...] = ()
+    modules: tuple[PlannedModule, ...] = ()
     tied: tuple[Tie, ...] = ()
     ignored: tuple[str, ...] = ()
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
     notes: tuple[str, ...] = ()
+    verified: Stamp | None = None
     version: str = VERSION
 
     @classmethod
@@ -146,10 +261,12 @@ class Plan:
             layouts={name: Layout.from_dict(layout) for name, layout in data["layouts"].items()},
             parameters=tuple(Parameter.from_dict(entry) for entry in data["parameters"]),
             module_attributes=tuple(ModuleAttribute.from_dict(entry) for entry in data.get("module_attributes", ())),
+            modules=tuple(PlannedModule.from_dict(entry) for entry in data.get("modules", ())),
             tied=tuple(Tie.from_dict(entry) for entry in data.get("tied", ())),
             ignored=tuple(data.get("ignored", ())),
             runtime=RuntimeOptions.from_dict(data.get("runtime", {})),
             notes=tuple(data.get("notes", ())),
+            verified=Stamp.from_dict(data["verified"]) if "verified" in data else None,
             version=data["version"],
         )
         faults = _fingerprint_faults(data) + list(_faults(plan))
@@ -167,15 +284,17 @@ class Plan:
             "layouts": {name: layout.to_dict() for name, layout in self.layouts.items()},
             "parameters": [parameter.to_dict() for parameter in self.parameters],
             "module_attributes": [attribute.to_dict() for attribute in self.module_attributes],
+            "modules": [module.to_dict() for module in self.modules],
             "tied": [tie.to_dict() for tie in self.tied],
             "ignored": list(self.ignored),
             "runtime": self.runtime.to_dict(),
             "notes": list(self.notes),
         }
-        for key in ("module_attributes", "tied", "ignored", "runtime", "notes"):
+        for key in ("module_attributes", "modules", "tied", "ignored", "runtime", "notes"):
             if not data[key]:
                 del data[key]
-        return {**data, "fingerprint": documents.fingerprint(data)}
+        data["fingerprint"] = documents.fingerprint(data)
+        return data if self.verified is None else {**data, "verified": self.verified.to_dict()}
 
     def to_json(self) -> str:
         """The text of a plan file: the same plan gives the same bytes."""
@@ -189,10 +308,10 @@ class Plan:
     def expanded(self) -> Iterator[Parameter]:
         """One `Parameter` per module parameter, in the plan's order."""
         for entry in self.parameters:
-            names = expand(entry.name)
-            sources = expand(entry.source) if entry.source is not None else [None] * len(names)
-            for name, source in zip(names, sources):
-                yield dataclasses.replace(entry, name=name, source=source)
+            one = itertools.repeat(None) if entry.source is None else expand(entry.source)
+            many = itertools.repeat(None) if entry.sources is None else entry.sources.expanded()
+            for name, source, sources in zip(expand(entry.name), one, many):
+                yield dataclasses.replace(entry, name=name, source=source, sources=sources)
 
     def shape_of(self, parameter: Parameter) -> tuple[int, ...]:
         """The full shape of a parameter of this plan."""
@@ -223,9 +342,21 @@ def _check_version(data: Any) -> None:
 
 
 def _fingerprint_faults(data: dict[str, Any]) -> list[Fault]:
-    actual = documents.fingerprint({key: value for key, value in data.items() if key != "fingerprint"})
-    if actual == data["fingerprint"]:
+    covered = {key: value for key, value in data.items() if key not in ("fingerprint", "verified")}
+    actual = documents.fingerprint(covered)
+    proved = data.get("verified", {}).get("plan", actual)
+    if actual == data["fingerprint"] == proved:
         return []
+    if actual == data["fingerprint"]:
+        return [
+            Fault(
+                what="the plan bears the stamp of another plan",
+                where="verified.plan",
+                got=proved,
+                expected=actual,
+                next="remove the key `verified`, then run `autotp-plan verify`",
+            )
+        ]
     return [
         Fault(
             what="the plan was changed after it was compiled",
@@ -248,6 +379,7 @@ def _faults(plan: Plan) -> Iterator[Fault]:
                 next="compile the plan again; plans are not written by hand",
             )
     seen: set[str] = set()
+    num_tensors = 0
     for index, entry in enumerate(plan.parameters):
         where = f"parameters[{index}]"
         if entry.layout not in plan.layouts:
@@ -263,14 +395,23 @@ def _faults(plan: Plan) -> Iterator[Fault]:
             yield _reference_fault(
                 f"{where}.gather_output", entry.style, "column, the only style with outputs to gather", ()
             )
+        if entry.add_once and not entry.partial_gradient:
+            yield _reference_fault(f"{where}.add_once", "true", "partial_gradient beside it", ())
         if entry.partial_gradient and entry.style != "replicated":
             yield _reference_fault(f"{where}.partial_gradient", entry.style, "replicated", ())
         names = expand(entry.name)
         if len(seen) + len(names) > MAX_NAMES:
             yield _reference_fault(f"{where}.name", entry.name, f"at most {MAX_NAMES} parameters in all", ())
             return
-        if entry.source is not None and len(expand(entry.source)) != len(names):
+        if entry.source is not None and num_names(entry.source) != len(names):
             yield _reference_fault(f"{where}.source", entry.source, f"as many names as {entry.name}", ())
+        if entry.sources is not None:
+            num_tensors += len(names) * len(entry.sources.names) * entry.sources.count
+            if num_tensors > MAX_NAMES:
+                got = f"{num_tensors} tensors up to here"
+                yield _reference_fault(f"{where}.sources", got, f"at most {MAX_NAMES} tensors in all", ())
+                return
+            yield from _sources_faults(f"{where}.sources", entry, len(names), plan)
         for name in names:
             if name in seen:
                 yield _reference_fault(f"{where}.name", name, "each parameter once", ())
@@ -287,6 +428,44 @@ def _faults(plan: Plan) -> Iterator[Fault]:
         if len(attribute.values) != plan.tp_size:
             got = f"{len(attribute.values)} values"
             yield _reference_fault(f"module_attributes[{index}].values", got, f"{plan.tp_size}, one per rank", ())
+    for index, module in enumerate(plan.modules):
+        expand(module.module)
+        crossings = {**{f"inputs.{name}": crossing for name, crossing in module.inputs.items()}}
+        if module.output is not None:
+            crossings["output"] = module.output
+        for name, crossing in crossings.items():
+            for problem in _crossing_problems(crossing, plan.tp_size):
+                yield _reference_fault(f"modules[{index}].{name}", problem, "an operation with all that it needs", ())
+
+
+def _crossing_problems(crossing: Crossing, tp_size: int) -> Iterator[str]:
+    if crossing.operation != "split":
+        if crossing.dim is not None or crossing.size is not None or crossing.intervals:
+            yield f"{crossing.operation} with the keys of split"
+    elif crossing.dim is None or crossing.size is None or len(crossing.intervals) != tp_size:
+        yield f"split with intervals of {len(crossing.intervals)} ranks in a plan of {tp_size}"
+    else:
+        yield from iv.faults(crossing.intervals, crossing.size)
+    if crossing.interval is not None and (crossing.operation != "copy" or crossing.interval[0] >= crossing.interval[1]):
+        yield f"{crossing.operation} of {list(crossing.interval)}"
+
+
+def _sources_faults(where: str, entry: Parameter, count: int, plan: Plan) -> Iterator[Fault]:
+    sources = entry.sources
+    assert sources is not None
+    if entry.source is not None:
+        yield _reference_fault(where, f"source {entry.source} too", "either source or sources", ())
+    stars = {name.count("*") for name in sources.names}
+    if stars != {1} and (stars != {0} or sources.count != 1):
+        got = f"{', '.join(sources.names[:3])} with count {sources.count}"
+        yield _reference_fault(where, got, "one * in each name, or count 1 and none", ())
+    for position, name in enumerate(sources.names):
+        if num_names(name) != count:
+            yield _reference_fault(f"{where}.names[{position}]", name, f"as many names as {entry.name}", ())
+    if entry.layout in plan.layouts and sources.stacked:
+        shape = plan.shape_of(entry)
+        if shape[:1] != (sources.count,):
+            yield _reference_fault(f"{where}.count", str(sources.count), f"dimension 0 of {list(shape)}", ())
 
 
 def _layout_problems(layout: Layout, tp_size: int) -> Iterator[str]:

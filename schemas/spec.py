@@ -5,15 +5,19 @@ Sizes are kept as written (integers or expressions); nothing here resolves them 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from autotp_plan.schemas import documents
+from autotp_plan.schemas.errors import DocumentError, Fault
 
 Size = int | str
-PartitionType = Literal["column", "row", "vocab", "skip"]
+PartitionType = Literal["column", "row", "vocab", "shard", "skip"]
 Indivisible = Literal["error", "uneven", "replicate"]
+Operation = Literal["copy", "reduce", "split"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,12 +32,15 @@ class Spec:
     gather_output: bool = False
     grad_allreduce: bool = False
     unit: Size | tuple[Size, ...] | None = None
-    indivisible: Indivisible = "error"
+    indivisible: Indivisible | tuple[Indivisible, ...] = "error"
+    add_once: bool = False
     optional: bool = False
+    when: str | None = None
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Spec:
         shape, unit, types = data.get("shape"), data.get("unit"), data.get("model_types")
+        indivisible = data.get("indivisible", "error")
         return cls(
             **{
                 **data,
@@ -42,6 +49,7 @@ class Spec:
                 "shape": None if shape is None else tuple(tuple(s) if isinstance(s, list) else s for s in shape),
                 "model_types": tuple(types) if types else None,
                 "unit": tuple(unit) if isinstance(unit, list) else unit,
+                "indivisible": tuple(indivisible) if isinstance(indivisible, list) else indivisible,
             }
         )
 
@@ -52,10 +60,57 @@ class AttributeSpec:
 
     patterns: tuple[str, ...]
     attributes: dict[str, Size]
+    when: str | None = None
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> AttributeSpec:
-        return cls(patterns=tuple(data["patterns"]), attributes=dict(data["attributes"]))
+        return cls(patterns=tuple(data["patterns"]), attributes=dict(data["attributes"]), when=data.get("when"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CrossingSpec:
+    """What happens to a tensor that enters or leaves a module. Written as `"copy"`, or as an object.
+
+    `copy` leaves it as it is and sums its gradient over the ranks, all of it or `[start, stop)` of its last dimension;
+    `reduce` sums it over the ranks; `split` takes this rank's part of the `size` that dimension `dim` counts.
+    """
+
+    operation: Operation
+    interval: tuple[Size, Size] | None = None
+    size: Size | None = None
+    dim: int = 0
+    unit: Size = 1
+
+    @classmethod
+    def from_value(cls, value: Any) -> CrossingSpec:
+        if isinstance(value, str):
+            return cls(operation=cast(Operation, value))
+        if "copy" in value:
+            start, stop = value["copy"]
+            return cls(operation="copy", interval=(start, stop))
+        return cls(operation="split", size=value["split"], dim=value.get("dim", 0), unit=value.get("unit", 1))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModuleSpec:
+    """How modules that keep their own forward meet the ranks: what enters, what leaves, what they average over."""
+
+    patterns: tuple[str, ...]
+    inputs: dict[str, CrossingSpec] = field(default_factory=dict)
+    output: CrossingSpec | None = None
+    mean_over_ranks: bool = False
+    when: str | None = None
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ModuleSpec:
+        output = data.get("output")
+        return cls(
+            patterns=tuple(data["patterns"]),
+            inputs={name: CrossingSpec.from_value(value) for name, value in data.get("inputs", {}).items()},
+            output=None if output is None else CrossingSpec.from_value(output),
+            mean_over_ranks=data.get("mean_over_ranks", False),
+            when=data.get("when"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +133,7 @@ class SpecFile:
     name: str | None = None
     description: str = ""
     model_types: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
     use_default_specs: bool = True
     defaults: dict[str, Any] = field(default_factory=dict)
     symbols: dict[str, tuple[Size, ...]] = field(default_factory=dict)
@@ -85,9 +141,12 @@ class SpecFile:
     layer_specs: tuple[Spec, ...] = ()
     vocabulary_specs: tuple[Spec, ...] = ()
     module_attributes: tuple[AttributeSpec, ...] = ()
+    modules: tuple[ModuleSpec, ...] = ()
     tied: tuple[TieSpec, ...] = ()
     ignored_tensors: tuple[str, ...] = ()
     renamed_tensors: dict[str, str] = field(default_factory=dict)
+    assembled_tensors: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    base_model_prefix: str | None = None
 
     @classmethod
     def read(cls, path: Path) -> SpecFile:
@@ -98,10 +157,14 @@ class SpecFile:
     def from_dict(cls, data: Any, kind: str = "spec file") -> SpecFile:
         """The spec file that the JSON value `data` is. Raises DocumentError with every fault found."""
         documents.validate(data, "spec", kind)
+        faults = list(_name_faults(data.get("renamed_tensors", {}), data.get("assembled_tensors", {})))
+        if faults:
+            raise DocumentError(faults)
         return cls(
             name=data.get("name"),
             description=data.get("description", ""),
             model_types=tuple(data.get("model_types", ())),
+            aliases=tuple(data.get("aliases", ())),
             use_default_specs=data.get("use_default_specs", True),
             defaults=data.get("defaults", {}),
             symbols={
@@ -112,7 +175,45 @@ class SpecFile:
             layer_specs=tuple(Spec.from_dict(entry) for entry in data.get("layer_specs", ())),
             vocabulary_specs=tuple(Spec.from_dict(entry) for entry in data.get("vocabulary_specs", ())),
             module_attributes=tuple(AttributeSpec.from_dict(entry) for entry in data.get("module_attributes", ())),
+            modules=tuple(ModuleSpec.from_dict(entry) for entry in data.get("modules", ())),
             tied=tuple(TieSpec.from_dict(entry) for entry in data.get("tied", ())),
             ignored_tensors=tuple(data.get("ignored_tensors", ())),
             renamed_tensors=data.get("renamed_tensors", {}),
+            assembled_tensors={name: tuple(disk) for name, disk in data.get("assembled_tensors", {}).items()},
+            base_model_prefix=data.get("base_model_prefix"),
         )
+
+
+def _name_faults(renamed: dict[str, str], assembled: dict[str, list[str]]) -> Iterator[Fault]:
+    """What is wrong with the `*` of names, and names on disk that stand for two things."""
+    for disk, name in renamed.items():
+        if _num_stars(disk) != _num_stars(name) or None in (_num_stars(disk), _num_stars(name)):
+            expected = "as many * as in the name on disk, each for a whole number"
+            yield _name_fault(f"renamed_tensors.{disk}", name, expected)
+    for name, disks in assembled.items():
+        counts = {_num_stars(disk) for disk in disks}
+        stars = _num_stars(name)
+        if None in counts or stars is None or counts not in ({stars}, {stars + 1}):
+            got = f"{name} of {', '.join(disks)}"
+            expected = "as many * in every name on disk: as the parameter has, or one more to stack them"
+            yield _name_fault(f"assembled_tensors.{name}", got, expected)
+    used = Counter([*renamed, *(disk for disks in assembled.values() for disk in disks)])
+    for disk, count in used.items():
+        if count > 1:
+            yield _name_fault("assembled_tensors", f"{disk} in {count} places", "each name on disk once")
+
+
+def _num_stars(name: str) -> int | None:
+    """How many numbers `*` stands for in a name; None when one is not a whole component."""
+    count = name.split(".").count("*")
+    return count if count == name.count("*") else None
+
+
+def _name_fault(where: str, got: str, expected: str) -> Fault:
+    return Fault(
+        what="names on disk and in the model do not fit together",
+        where=where,
+        got=got,
+        expected=expected,
+        next="write * for each number: model.layers.*.mlp.experts.*.up_proj.weight",
+    )

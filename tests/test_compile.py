@@ -391,6 +391,7 @@ def test_a_live_module_without_torch() -> None:
     ordered = {"model.embed_tokens.weight": weights.pop("model.embed_tokens.weight"), **weights}
     module = SimpleNamespace(
         named_parameters=lambda remove_duplicate: list(ordered.items()),
+        named_modules=list,
         config=SimpleNamespace(to_json_string=lambda: json.dumps({**LLAMA_CONFIG, "tie_word_embeddings": True})),
     )
     plan = compile_plan(module, tp_size=2)

@@ -15,9 +15,9 @@ import pytest
 from autotp_plan.planner import compile_plan
 from autotp_plan.planner.deepspeed_config import parse_section, read_deepspeed_config
 from autotp_plan.planner.show import as_json
-from autotp_plan.schemas.errors import AutoTPError, CompileError, DocumentError, Fault
+from autotp_plan.schemas.errors import AutoTPError, DocumentError, Fault
 from autotp_plan.schemas.plan import Plan
-from tests.helpers.checkpoints import LLAMA_CONFIG, llama_shapes, write_checkpoint, write_llama
+from tests.helpers.checkpoints import LLAMA_CONFIG, write_checkpoint, write_llama
 
 ROW, COLUMN, SKIP = ({"partition_type": kind} for kind in ("row", "column", "skip"))
 O_AND_DOWN = {"patterns": [r".*\.o_proj\.weight$", r".*\.down_proj\.weight$"], **ROW}
@@ -338,10 +338,3 @@ def test_reading_the_file(tmp_path: Path) -> None:
         with pytest.raises(DocumentError) as caught:
             read_deepspeed_config(path)
         assert expected in str(caught.value)
-
-
-def test_a_preset_of_deepspeed_for_a_model_we_have_none_for(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path / "bloom", llama_shapes(), {**LLAMA_CONFIG, "model_type": "bloom"})
-    with pytest.raises(CompileError) as caught:
-        compiled(folder, {"autotp_size": 2, "preset_model": "bloom"})
-    assert caught.value.faults[0].what == "there is no such preset"

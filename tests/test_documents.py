@@ -273,9 +273,9 @@ def test_plans_that_contradict_themselves(
 
 def test_uneven_cut_inside_a_unit_is_refused(data: dict[str, Any]) -> None:
     layout = data["layouts"]["32x32 dim 0"]
-    assert layout["sub_parameters"] == [[32, 4]]
+    assert layout["sub_parameters"] == [[32, 8]]
     layout["intervals"] = [[[0, 14]], [[14, 32]]]
-    assert "a cut at 14, inside a unit of 4 that begins at 12" in {fault.got for fault in refused(sealed(data))}
+    assert "a cut at 14, inside a unit of 8 that begins at 8" in {fault.got for fault in refused(sealed(data))}
 
 
 def test_lists_within_lists_are_refused(data: dict[str, Any]) -> None:

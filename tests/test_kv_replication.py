@@ -78,10 +78,10 @@ def unsummed(work: Path) -> float:
     """Inside a rank: the largest error when the replicas' gradients are not summed."""
     import torch
 
-    from autotp_plan.runtime import layers, load_plan
+    from autotp_plan.runtime import load_plan, shards
     from tests.helpers import parity
 
-    layers._sum_over_replicas = lambda gradient, **_: gradient  # type: ignore[assignment]
+    shards._sum_over_replicas = lambda gradient, **_: gradient  # type: ignore[assignment]
     plan = load_plan(work / "two heads.tp4.json")
     model = plan.load_model(work / "two heads", dtype=torch.float64).train()
     errors = parity.largest_errors(torch.load(work / "two heads.sdpa"), parity.whole_gradients(model, plan))

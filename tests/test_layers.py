@@ -37,7 +37,7 @@ def test_affine_map_says_what_the_layout_says(name: str) -> None:
     import torch
 
     from autotp_plan.runtime.collectives import take
-    from autotp_plan.runtime.layers import affine_map
+    from autotp_plan.runtime.shards import affine_map
 
     layout = layouts()[name]
     whole = torch.arange(float(torch.Size(layout.shape).numel())).view(layout.shape)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autotp_plan.schemas.errors import DocumentError
-from autotp_plan.schemas.names import MAX_NAMES, expand, fold, natural_key
+from autotp_plan.schemas.names import MAX_NAMES, expand, fold, natural_key, num_names, starred
 
 COMPONENTS = st.one_of(
     st.integers(0, 12).map(str),
@@ -63,3 +63,15 @@ def test_bad_braces_are_refused(pattern: str) -> None:
         expand(pattern)
     assert caught.value.faults[0].what == "a name pattern cannot be expanded"
     assert caught.value.faults[0].where == pattern
+
+
+def test_starred() -> None:
+    assert starred("model.layers.12.experts.0.w1.weight") == "model.layers.*.experts.*.w1.weight"
+    assert starred("7") == "*" and starred("1.2") == "*.*"
+    for name in ("a.007.b", "a.x1.b", "a.1x", "a.1234567890.b", "a.-1.b", "a.1\n.b", ""):
+        assert starred(name) == name
+
+
+@given(st.sets(NAMES, min_size=1, max_size=40))
+def test_num_names_counts_without_expanding(names: set[str]) -> None:
+    assert all(num_names(pattern) == len(expand(pattern)) for pattern in fold(names))

@@ -18,12 +18,11 @@ def config_folder(tmp_path: Path, variant: str, architecture: str, **changes: ob
     return tmp_path
 
 
-def test_cohere_with_norms_of_heads_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CompileError) as caught:
-        compile_plan(config_folder(tmp_path, "cohere", "CohereForCausalLM", use_qk_norm=True), tp_size=2)
-    (fault_k, fault_q) = caught.value.faults
-    assert fault_k.what == fault_q.what == "no rule decides a weight"
-    assert fault_q.where == "model.layers.{0..1}.self_attn.q_norm.weight"
+def test_cohere_cuts_the_norms_of_its_heads(tmp_path: Path) -> None:
+    plan = compile_plan(config_folder(tmp_path, "cohere", "CohereForCausalLM", use_qk_norm=True), tp_size=2)
+    styles = {entry.name: entry.style for entry in plan.parameters}
+    assert styles["model.layers.{0..1}.self_attn.q_norm.weight"] == "shard"
+    assert styles["model.layers.{0..1}.self_attn.k_norm.weight"] == "shard"
 
 
 def test_the_partial_gradients_of_phi_follow_its_config(tmp_path: Path) -> None:

@@ -134,8 +134,8 @@ def test_parts_shared_in_part_are_refused(work: Path) -> None:
     from autotp_plan.schemas.plan import Plan
 
     plan = Plan.read(work / "llama.tp2.json")
-    name = next(entry.layout for entry in plan.parameters if entry.name.endswith("k_proj.weight"))
-    shared = dataclasses.replace(plan.layouts[name], intervals=(((0, 32),), ((16, 32),)))
+    name = next(entry.layout for entry in plan.parameters if entry.name.endswith("down_proj.weight"))
+    shared = dataclasses.replace(plan.layouts[name], intervals=(((0, 96),), ((48, 96),)))
     wrong = dataclasses.replace(plan, layouts={**plan.layouts, name: shared})
     with pytest.raises(MismatchError, match="share parts of this parameter in a way that no"):
         check_model(build_model(work / "llama", plan), wrong)
@@ -162,8 +162,8 @@ def test_nothing_is_read_for_other_ranks(work: Path) -> None:
     plan = Plan.read(work / "llama.tp2.json")
     source = open_weights(work / "llama", plan)
     for weight in source.of_rank(1):
-        wanted = sum(count for _, count in runs(weight.layout, weight.wanted, weight.entry.dtype))
-        size = weight.entry.stop - weight.entry.start
+        wanted = sum(count for _, count in runs(weight.layout, weight.wanted, weight.source.dtype))
+        size = weight.source.size
         assert wanted == (size // 2 if weight.layout.dim is not None else size), weight.name
 
 

@@ -14,6 +14,8 @@ COMMON = {
     "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 
+NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "intermediate_size": 96, "num_key_value_heads": 4},
     "llama_bias_tied": {
@@ -46,6 +48,71 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "phi", "intermediate_size": 96, "num_key_value_heads": 4, "qk_layernorm": True,
     },
     "gpt_neox": {"model_type": "gpt_neox", "intermediate_size": 96},
+    "bloom": {"model_type": "bloom", "n_layer": 2, "n_head": 8},
+    "falcon_multi_query": {"model_type": "falcon", "multi_query": True, "new_decoder_architecture": False},
+    "falcon_grouped": {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 4},
+    "falcon_alibi": {
+        "model_type": "falcon", "multi_query": False, "alibi": True, "bias": True, "parallel_attn": False,
+    },
+    "mixtral": {"model_type": "mixtral", "intermediate_size": 96, "num_key_value_heads": 4, "num_local_experts": 4},
+    "qwen2_moe": {
+        "model_type": "qwen2_moe", "intermediate_size": 96, "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 96, "num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4,
+        "num_hidden_layers": 3, "mlp_only_layers": [1],
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe", "intermediate_size": 96, "moe_intermediate_size": 48, "num_experts": 4,
+        "num_experts_per_tok": 2, "num_key_value_heads": 4, "head_dim": 16,
+    },
+    "deepseek_v2": {
+        "model_type": "deepseek_v2", "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "n_shared_experts": 2, "first_k_dense_replace": 1, "q_lora_rank": 32,
+        "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 8,
+    },
+    "deepseek_v2_lite": {
+        "model_type": "deepseek_v2", "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "n_shared_experts": 2, "first_k_dense_replace": 1, "q_lora_rank": None,
+        "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 8,
+    },
+    "deepseek_v3": {
+        "model_type": "deepseek_v3", "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": 32, "n_group": 2,
+        "topk_group": 1, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+        "num_key_value_heads": 8,
+    },
+    "gpt_oss": {
+        "model_type": "gpt_oss", "intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "num_key_value_heads": 4, "head_dim": 16, "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "llama4_text": {
+        "model_type": "llama4_text", "intermediate_size": 48, "intermediate_size_mlp": 96, "num_local_experts": 4,
+        "num_key_value_heads": 4, "head_dim": 16, "interleave_moe_layer_step": 2,
+    },
+    "opt": {"model_type": "opt", "ffn_dim": 96, "dropout": 0.0},
+    "opt_350m": {
+        "model_type": "opt", "ffn_dim": 96, "word_embed_proj_dim": 32, "do_layer_norm_before": False,
+        "dropout": 0.0,
+    },
+    "gpt2": {"model_type": "gpt2", **NO_DROPOUT},
+    "gpt_bigcode_multi_query": {"model_type": "gpt_bigcode", "multi_query": True, **NO_DROPOUT},
+    "gpt_bigcode_multi_head": {"model_type": "gpt_bigcode", "multi_query": False, **NO_DROPOUT},
+    "codegen": {"model_type": "codegen", "rotary_dim": 4, "n_ctx": 64},
+    "mpt": {"model_type": "mpt", "max_seq_len": 64, "expansion_ratio": 4},
+    "dbrx": {
+        "model_type": "dbrx", "d_model": 64, "n_heads": 8, "n_layers": 2,
+        "attn_config": {"kv_n_heads": 4, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "olmo2": {"model_type": "olmo2", "intermediate_size": 96, "num_key_value_heads": 4},
+    "cohere_qk_norm": {
+        "model_type": "cohere", "intermediate_size": 96, "num_key_value_heads": 4, "logit_scale": 0.5,
+        "use_qk_norm": True,
+    },
+    "granitemoe": {
+        "model_type": "granitemoe", "intermediate_size": 48, "num_key_value_heads": 4, "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
 }  # fmt: skip
 
 PRESET_VARIANTS = list(CONFIGS)

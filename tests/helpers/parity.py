@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.helpers.float64 import PromoteToFloat64
+from autotp_plan.runtime.float64 import PromoteToFloat64
 from tests.helpers.models import batch
 
 ADAM = {"lr": 2e-3, "eps": 1e-5, "weight_decay": 0.01}
@@ -41,13 +41,14 @@ def gradients(model: nn.Module, forward: Forward = causal_lm, passes: int = 2) -
 def whole_gradients(model: nn.Module, plan: Any, forward: Forward = causal_lm) -> dict[str, Tensor]:
     """As `gradients`, with the ranks' shards put together. Every rank of the TP group must call it."""
     from autotp_plan.runtime.collectives import gather_shards
+    from autotp_plan.runtime.model import local_shard
 
-    found = gradients(model, forward)
+    found = {name: value for name, value in gradients(model, forward).items() if not name.endswith("_shared")}
     ranks = plan.ranks
     for parameter in plan.document.expanded():
         layout = plan.document.layouts[parameter.layout]
         if layout.dim is not None and ranks.tp_size > 1:
-            local = found[parameter.name].reshape(layout.rank_shape(ranks.tp_rank))
+            local = local_shard(model, parameter.name, gradient=True).reshape(layout.rank_shape(ranks.tp_rank))
             whole = gather_shards(local, ranks.tp_group, layout.intervals, layout.dim)
             found[parameter.name] = whole.reshape(plan.document.shape_of(parameter))
     return found
