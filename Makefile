@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo cpu)
 
-.PHONY: help setup demo test quick check format clean
+.PHONY: help setup demo test quick check format plans clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,9 @@ check: setup  ## what to run before a commit: lint, types, the quick tests
 format: setup  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+plans: setup  ## compile every plan of plans/ again
+	$(BIN)/python -m tests.test_golden_plans
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) demo-run build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

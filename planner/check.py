@@ -29,7 +29,7 @@ def check_plan(plan: Plan) -> list[Fault]:
             continue
         if parameter.style == "column" and not parameter.gather_output:
             columns[parent_module(parameter.name)].append(parameter)
-        elif parameter.style == "row":
+        elif parameter.style == "row" and not parameter.split_input:
             rows.append(parameter)
     taken: set[str] = set()
     for row in rows:

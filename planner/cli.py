@@ -1,10 +1,11 @@
 """The `autotp-plan` command: typed arguments, plain library calls, and the only place that prints or exits.
 
-Exit status: 0 when all is well, 2 for any fault in what the user gave us.
+Exit status: 0 when all is well, 1 for a plan that `verify` does not prove, 2 for any fault in what the user gave us.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -19,6 +20,9 @@ import click
 from autotp_plan.schemas.errors import AutoTPError, Fault, ShardsError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from autotp_plan.runtime.proof import Proof
     from autotp_plan.schemas.plan import Plan
 
 _F = TypeVar("_F", bound=Callable[..., None])
@@ -59,6 +63,7 @@ def main() -> None:
     \b
     autotp-plan compile --model CHECKPOINT --tp 4 -o plan.json
     autotp-plan show plan.json
+    autotp-plan verify plan.json
     autotp-plan presplit plan.json --checkpoint CHECKPOINT -o SHARDS
     """
 
@@ -104,12 +109,22 @@ def compile(
             faults += error.faults
     if faults:
         raise AutoTPError(faults)
-    plan = compile_plan(model, tp_size=tp_size, preset=preset, specs=files, uneven=uneven, deepspeed=section)
+    plan = compile_plan(
+        model, tp_size=tp_size, preset=preset, specs=files, uneven=uneven, deepspeed=section, prove=_prove
+    )
     try:
         write_atomically(output, plan.to_json())
     except OSError as error:
         raise ShardsError(_not_written(output, error)) from None
     _report_compiled(plan, output)
+
+
+def _prove(plan: Plan) -> Any:
+    """Try the plan of a model without a preset on a twin; takes torch, transformers and DeepSpeed."""
+    from autotp_plan.runtime.verify import try_plan
+
+    click.echo(f"there is no preset: trying transformers' tp_plan on a twin at TP={plan.tp_size}", err=True)
+    return try_plan(plan)
 
 
 def _report_compiled(plan: Plan, output: Path) -> None:
@@ -161,20 +176,21 @@ def show(plan_file: Path, output_format: str) -> None:
         _print_table(plan)
 
 
-def _print_table(plan: Plan) -> None:
+def _console() -> Console:
     from rich.console import Console
+
+    terminal = sys.stdout.isatty()
+    width = None if terminal else 160
+    return Console(markup=False, emoji=False, highlight=False, soft_wrap=not terminal, width=width)
+
+
+def _print_table(plan: Plan) -> None:
     from rich.table import Table
     from rich.text import Text
 
     from autotp_plan.planner.show import describe, groups, headline, human_bytes
 
-    console = Console(
-        markup=False,
-        emoji=False,
-        highlight=False,
-        soft_wrap=not sys.stdout.isatty(),
-        width=None if sys.stdout.isatty() else 160,
-    )
+    console = _console()
     table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True)
     for title in ("parameter", "shape", "style", "each rank holds", "per rank", "rule"):
         right = title in ("shape", "per rank")
@@ -190,6 +206,69 @@ def _print_table(plan: Plan) -> None:
     console.print(Text(headline(plan), style="bold"))
     console.print(table)
     for line in describe(plan):
+        console.print(line)
+
+
+@main.command()
+@click.argument("plan_file", metavar="PLAN", type=_FILE)
+@click.option("--format", "output_format", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@click.option("--no-stamp", is_flag=True, help="Leave the plan file as it is.")
+@click.option("--attention", multiple=True, type=click.Choice(["eager", "sdpa"]), help="Only this one; repeatable.")
+@_reported
+def verify(plan_file: Path, output_format: str, no_stamp: bool, attention: tuple[str, ...]) -> None:
+    """Prove a plan: a small twin of its model, dense and sharded, compared number for number on this machine's CPU.
+
+    A plan that is proven gets a stamp, which `show` displays; the exit status is 1 when it is not. Errors are absolute,
+    over the largest magnitude in a tensor where that is above 1.
+    """
+    from autotp_plan.schemas.documents import write_atomically
+    from autotp_plan.schemas.plan import Plan
+
+    plan = Plan.read(plan_file)
+    proof = _verified(plan, tuple(dict.fromkeys(attention)))
+    if output_format == "json":
+        click.echo(json.dumps(proof.to_dict(), indent=1, allow_nan=False))
+    else:
+        _print_proof(proof)
+    if not proof.proven:
+        sys.exit(1)
+    if not no_stamp:
+        try:
+            write_atomically(plan_file, dataclasses.replace(plan, verified=proof.stamp()).to_json())
+        except OSError as error:
+            raise ShardsError(_not_written(plan_file, error)) from None
+
+
+def _verified(plan: Plan, attention: tuple[str, ...]) -> Proof:
+    from autotp_plan.runtime.verify import ATTENTION, verify_plan
+
+    attention = attention or ATTENTION
+    if not sys.stderr.isatty():
+        return verify_plan(plan, attention=attention)
+    from rich.console import Console
+
+    with Console(stderr=True).status("starting") as status:
+        return verify_plan(plan, attention=attention, progress=status.update)
+
+
+def _print_proof(proof: Proof) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from autotp_plan.runtime.proof import FLOAT64_TOLERANCE, error_text
+
+    console = _console()
+    table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True)
+    table.add_column("largest error of", overflow="fold", no_wrap=True)
+    for title in ("gradient", "over two passes", "value after two steps"):
+        table.add_column(title, justify="right")
+    for row in proof.rows():
+        errors = (row.gradient, row.accumulated, row.stepped)
+        wrong = any(error is not None and error > FLOAT64_TOLERANCE for error in errors)
+        table.add_row(row.name, *map(error_text, errors), style="red" if wrong else None)
+    console.print(Text(proof.headline(), style="bold"))
+    console.print(table)
+    for line in proof.conclusions():
         console.print(line)
 
 

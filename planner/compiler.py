@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from autotp_plan.planner.check import check_plan
 from autotp_plan.planner.deepspeed_config import TensorParallelSection
 from autotp_plan.planner.disk_names import DiskNames
+from autotp_plan.planner.fallback import Prover, fallback_rules, proven
 from autotp_plan.planner.faults import FaultBook
 from autotp_plan.planner.inventory import Inventory, inventory_of_folder, inventory_of_module
 from autotp_plan.planner.knowledge import notes_on_gradients
 from autotp_plan.planner.modules import module_attributes, planned_modules
-from autotp_plan.planner.resolve import Resolver
+from autotp_plan.planner.resolve import UNDECIDED, Resolver
 from autotp_plan.planner.rules import Decision
 from autotp_plan.planner.sources import AUTO, Rules, gather
 from autotp_plan.schemas.checkpoint import read_config
@@ -43,6 +45,7 @@ def compile_plan(
     specs: Sequence[SpecFile] = (),
     uneven: bool = False,
     deepspeed: TensorParallelSection | None = None,
+    prove: Prover | None = None,
 ) -> Plan:
     """The plan for `model` at `tp_size`.
 
@@ -53,6 +56,8 @@ def compile_plan(
         specs: spec files, the first has the highest precedence.
         uneven: give ranks shares of unequal size where `tp_size` does not divide.
         deepspeed: the `tensor_parallel` section of a DeepSpeed config; its rules come after `specs`.
+        prove: tries a plan on a twin (`autotp_plan.runtime.try_plan`); a model without a preset is planned by its own
+            `tp_plan` only with it.
 
     Raises CompileError with every fault found; CheckpointError or DocumentError when the model cannot be read.
     """
@@ -63,6 +68,33 @@ def compile_plan(
         config = inventory_of_module(model).config
     model_type = (config or {}).get("model_type")
     rules = gather(model_type if isinstance(model_type, str) else None, preset, specs, deepspeed)
+    compile_by = partial(_compile, model, config, tp_size=tp_size, uneven=uneven, deepspeed=deepspeed)
+    try:
+        return compile_by(rules)
+    except CompileError as error:
+        if not rules.may_fall_back or not model_type or all(fault.what != UNDECIDED for fault in error.faults):
+            raise
+        try:
+            found = fallback_rules(model, tp_size)
+        except CompileError:
+            if rules.files:  # then what these leave open is what the user must know
+                raise error from None
+            raise
+        if found is None:
+            raise
+    where = str(model) if isinstance(model, Path) else type(model).__name__
+    return proven(lambda fallback: compile_by(rules.with_fallback(fallback)), found, prove, where)
+
+
+def _compile(
+    model: Path | Any,
+    config: Mapping[str, Any] | None,
+    rules: Rules,
+    *,
+    tp_size: int,
+    uneven: bool,
+    deepspeed: TensorParallelSection | None,
+) -> Plan:
     symbols = rules.symbols(config)
     num_layers = rules.num_layers(symbols)
     names = rules.disk_names(symbols, num_layers)
@@ -181,6 +213,7 @@ def _plan(
             gather_output=decision.gather_output,
             partial_gradient=decision.partial_gradient,
             add_once=decision.add_once,
+            split_input=decision.split_input,
             source=None if info.source is None else starred(info.source),
             sources=_sources_template(info.sources),
         )

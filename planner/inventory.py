@@ -8,7 +8,7 @@ parameters, tied heads that are not written) is a fact about the architecture th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from typing import Any
 from autotp_plan.planner.assemble import assemble
 from autotp_plan.planner.disk_names import DiskNames, Part, ToDisk, ToMemory
 from autotp_plan.planner.faults import FaultBook
+from autotp_plan.planner.meta_model import model_on_meta, parameters_and_buffers
+from autotp_plan.planner.quantised import refuse_quantised
 from autotp_plan.schemas import documents
 from autotp_plan.schemas.checkpoint import CONFIG_NAME, holds_tensors, planned_config, read_checkpoint, read_config
-from autotp_plan.schemas.errors import CheckpointError, Fault, MissingDependencyError
+from autotp_plan.schemas.errors import CheckpointError, Fault
 from autotp_plan.schemas.names import expand, natural_key
 from autotp_plan.schemas.plan import ModelIdentity, Sources
 from autotp_plan.schemas.safetensors_file import TensorEntry
@@ -103,7 +105,7 @@ def inventory_of_module(module: Any, names: DiskNames | None = None) -> Inventor
     parameters: dict[str, ParameterInfo] = {}
     tied: dict[str, str] = {}
     ignored = {name for pattern in names.ignored for name in expand(pattern)}
-    for name, parameter in _parameters_and_buffers(module):
+    for name, parameter in parameters_and_buffers(module):
         if name in ignored:
             continue
         if id(parameter) in first_name or name in names.tied:  # building on meta may have broken a tie
@@ -134,6 +136,8 @@ def inventory_of_module(module: Any, names: DiskNames | None = None) -> Inventor
 
 def _of_checkpoint(folder: Path, names: DiskNames) -> Inventory:
     checkpoint = read_checkpoint(folder)
+    config = read_config(folder)
+    refuse_quantised(config, checkpoint.tensors, str(folder))
     to_memory = ToMemory(names, checkpoint.tensors)
     parameters: dict[str, ParameterInfo] = {}
     parts: list[tuple[Part, TensorEntry]] = []
@@ -174,64 +178,9 @@ def _of_checkpoint(folder: Path, names: DiskNames) -> Inventory:
 
 def _of_config(folder: Path, names: DiskNames) -> Inventory:
     config = read_config(folder)
-    assert config is not None
-    try:
-        import torch
-        import transformers
-        from accelerate import init_empty_weights
-    except ImportError as error:
-        raise MissingDependencyError(
-            Fault(
-                what="shapes from a bare config.json need transformers",
-                where=str(folder / CONFIG_NAME),
-                got=f"no module named {error.name!r}",
-                expected="transformers, accelerate and torch, or a folder with safetensors files",
-                next="pip install 'autotp-plan[train]', or give the checkpoint folder: its headers are enough",
-            )
-        ) from None
-    try:
-        model_config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        dtype = getattr(model_config, "dtype", None) or torch.float32
-        architecture = getattr(transformers, (config.get("architectures") or [""])[0], None)
-        with init_empty_weights():
-            if architecture is not None and hasattr(architecture, "_from_config"):
-                model = architecture._from_config(model_config, dtype=dtype)
-            else:
-                model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype)
-        model.tie_weights()
-        _keep_in_fp32(model, dtype)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
-        raise CheckpointError(
-            Fault(
-                what="transformers cannot build a model from this config",
-                where=str(folder / CONFIG_NAME),
-                got=f"{type(error).__name__}: {error}",
-                expected="the config.json of a causal language model that transformers knows",
-                next="correct the config, or give a folder with safetensors files",
-            )
-        ) from None
-    inventory = inventory_of_module(model, names)
+    refuse_quantised(config, (), str(folder))
+    inventory = inventory_of_module(model_on_meta(folder), names)
     return Inventory(parameters=inventory.parameters, tied=inventory.tied, config=config)
-
-
-def _keep_in_fp32(model: Any, dtype: Any) -> None:
-    """What transformers loads in float32 whatever the model's dtype, and checkpoints hold so."""
-    import torch
-
-    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-    if dtype not in (torch.float16, torch.bfloat16):
-        return
-    for name, tensor in _parameters_and_buffers(model):
-        if tensor.dtype == dtype and any(part in name for part in kept):
-            tensor.data = tensor.data.to(torch.float32)
-
-
-def _parameters_and_buffers(module: Any) -> Iterator[tuple[str, Any]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    for prefix, inside in module.named_modules():
-        for name, buffer in inside.named_buffers(recurse=False):
-            if name not in inside._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, buffer
 
 
 def _sorted(parameters: dict[str, ParameterInfo]) -> dict[str, ParameterInfo]:

@@ -108,11 +108,7 @@ def notes_on_gradients(decisions: Mapping[str, Decision]) -> list[str]:
 
 def _cut_modules(decisions: Mapping[str, Decision]) -> set[str]:
     """The modules that hold column- or row-parallel layers whose activations stay cut between them."""
-    return {
-        _module_of(name, decision.style)
-        for name, decision in decisions.items()
-        if decision.style in ("column", "row", "shard") and not decision.gather_output
-    }
+    return {_module_of(name, decision.style) for name, decision in decisions.items() if decision.inside_cut}
 
 
 def _module_of(name: str, style: str) -> str:

@@ -21,7 +21,7 @@ def cut_modules(decisions: Mapping[str, Decision]) -> dict[str, None]:
     """The modules that hold, at any depth, a parameter that is cut and whose output stays cut."""
     found: dict[str, None] = {}
     for name, decision in decisions.items():
-        if decision.style in ("column", "row", "shard") and not decision.gather_output:
+        if decision.inside_cut:
             module = name
             while module:
                 module = module.rpartition(".")[0]

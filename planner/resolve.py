@@ -40,6 +40,7 @@ _STYLES: Mapping[PartitionType, Style] = {
 }
 _SAME_WAY = {("row", "vocab"), ("column", "shard"), ("row", "shard")}
 """DeepSpeed's word for what the preset calls another: it has one word each for the two directions of a cut."""
+UNDECIDED = "no rule decides a weight"
 MAX_SUGGESTED_TP = 1024
 
 
@@ -95,7 +96,7 @@ class Resolver:
             if len(shape) <= 1:
                 return Decision(rule=DEFAULT, style="replicated", layout=pt.whole(shape))
             self.faults.add(
-                "no rule decides a weight",
+                UNDECIDED,
                 name,
                 got=f"shape {list(shape)}",
                 expected="a rule for every weight of two or more dimensions",
@@ -134,7 +135,11 @@ class Resolver:
         if layout is None:
             return None
         return Decision(
-            rule=rule.name, style=_STYLES[spec.partition_type], layout=layout, gather_output=spec.gather_output
+            rule=rule.name,
+            style=_STYLES[spec.partition_type],
+            layout=layout,
+            gather_output=spec.gather_output,
+            split_input=spec.split_input,
         )
 
     def _layout(self, name: str, rule: str, spec: Spec, shape: tuple[int, ...]) -> Layout | None:
@@ -203,7 +208,7 @@ class Resolver:
                 expected="one rule for both: a bias is cut with the output of its weight",
                 next="narrow the pattern to weights; biases follow by themselves",
             )
-        return dataclasses.replace(decision, style=style, layout=layout, gather_output=False)
+        return dataclasses.replace(decision, style=style, layout=layout, gather_output=False, split_input=False)
 
     def _is_bias_of_weight(self, name: str) -> bool:
         if not name.endswith(".bias") or len(self._shape(name)) != 1:

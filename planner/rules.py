@@ -44,6 +44,12 @@ class Decision:
     gather_output: bool = False
     partial_gradient: bool = False
     add_once: bool = False
+    split_input: bool = False
+
+    @property
+    def inside_cut(self) -> bool:
+        """Whether activations around this parameter's module are cut: neither gathered after it nor split before it."""
+        return self.style in ("column", "row", "shard") and not self.gather_output and not self.split_input
 
 
 def compile_rules(source: Source, model_type: str | None, symbols: Symbols, faults: FaultBook) -> list[Rule]:
@@ -92,6 +98,7 @@ def _check_words(rule: str, spec: Spec, faults: FaultBook) -> None:
     for wrong, words in (
         (spec.gather_output and spec.partition_type != "column", "gather_output with column only"),
         (spec.grad_allreduce and spec.partition_type != "skip", "grad_allreduce with skip only"),
+        (spec.split_input and spec.partition_type != "row", "split_input with row only"),
         (spec.add_once and spec.partition_type != "skip", "add_once with skip only"),
         (spec.partition_dim and spec.partition_type == "vocab", "partition_dim 0, the rows of the table"),
     ):

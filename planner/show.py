@@ -172,4 +172,5 @@ def describe(plan: Plan) -> list[str]:
         same = len(set(attribute.values)) == 1
         value = attribute.values[0] if same else list(attribute.values)
         lines.append(f"set on each rank: {attribute.module}.{attribute.attribute} = {value}")
-    return lines + [f"note: {note}" for note in plan.notes]
+    lines += [f"note: {note}" for note in plan.notes]
+    return [*lines, f"verified: {plan.verified}" if plan.verified else "not verified: run `autotp-plan verify`"]

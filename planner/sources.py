@@ -6,6 +6,7 @@ apply a rule to anything.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,12 @@ class Rules:
     files: tuple[SpecFile, ...]
     preset: SpecFile | None
     notes: tuple[str, ...] = ()
+    may_fall_back: bool = False
+
+    def with_fallback(self, rules: SpecFile) -> Rules:
+        """These rules, and after them those made from transformers' `tp_plan` in the place of a preset."""
+        last = Source(label=str(rules.name), specs=rules.layer_specs, modules=rules.modules, trusted=True)
+        return dataclasses.replace(self, sources=(*self.sources, last), preset=rules)
 
     @property
     def facts(self) -> tuple[SpecFile, ...]:
@@ -169,7 +176,13 @@ def gather(
         ]
     if section:
         notes.extend(section.notes)
-    return Rules(sources=tuple(sources), files=tuple(files.values()), preset=found, notes=tuple(notes))
+    return Rules(
+        sources=tuple(sources),
+        files=tuple(files.values()),
+        preset=found,
+        notes=tuple(notes),
+        may_fall_back=preset == AUTO and found is None and use_default,
+    )
 
 
 def preset_names() -> list[str]:

@@ -14,12 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autotp_plan.runtime.training_plan import TrainingPlan, load_plan
+    from autotp_plan.runtime.verify import try_plan, verify_plan
 
-__all__ = ["TrainingPlan", "load_plan"]
+__all__ = ["TrainingPlan", "load_plan", "try_plan", "verify_plan"]
 
 
 def __getattr__(name: str) -> Any:
     # importing DeepSpeed takes seconds and speaks: not before it is needed, so that a program can prepare for it
+    if name in ("try_plan", "verify_plan"):
+        from autotp_plan.runtime import verify
+
+        return getattr(verify, name)
     if name in __all__:
         from autotp_plan.runtime import training_plan
 

@@ -18,7 +18,7 @@ from deepspeed.module_inject.layers import TensorParallel_Layer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from autotp_plan.runtime.collectives import copy_to_ranks, gather_last_dim, sum_over_ranks
+from autotp_plan.runtime.collectives import copy_to_ranks, gather_last_dim, sum_over_ranks, take
 from autotp_plan.runtime.randomness import enter_cut_region, leave_cut_region
 from autotp_plan.runtime.shards import Shards
 from autotp_plan.schemas.layout import Layout
@@ -113,21 +113,32 @@ class ColumnParallelLinear(_Linear):
         if self.gather_output:
             return gather_last_dim(output, self.mp_group, self.shards.layouts["weight"].intervals, self.tp_index)
         if self.training:
-            enter_cut_region(self.tp_index)
+            enter_cut_region(self.name, self.tp_index)
         return output
 
 
 class RowParallelLinear(_Linear):
-    """A linear layer cut by input features; the bias is whole and added once, after the sum."""
+    """A linear layer cut by input features; the bias is whole and added once, after the sum.
+
+    With `split_input` the input is whole on every rank, and this takes its part of it.
+    """
 
     partition_type = "row"
 
+    def __init__(self, module: nn.Module, *, split_input: bool = False, **kwargs: Any) -> None:
+        super().__init__(module, **kwargs)
+        self.split_input = split_input
+
     def forward(self, input: Tensor) -> Tensor:
         """This rank's `(..., in_features)` to `(..., out_features)`, whole on every rank."""
+        if self.split_input and self.is_tp_parallel:
+            mine = self.shards.layouts["weight"].intervals[self.tp_index]
+            input = take(copy_to_ranks(input, self.mp_group), mine, input.dim() - 1)
         output: Tensor = F.linear(input, self.local_weight)
         if self.is_tp_parallel:
             output = sum_over_ranks(output, self.mp_group)
-            leave_cut_region()
+            if self.training:
+                leave_cut_region()
         return output if self.bias is None else output + self.bias
 
 

@@ -6,6 +6,7 @@ a model whose parameters are not exactly the plan's.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 from collections import defaultdict
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from autotp_plan.runtime.embedding import can_be_cut, vocab_parallel
 from autotp_plan.runtime.layers import ColumnParallelLinear, PlannedLayer, RowParallelLinear, is_linear
 from autotp_plan.runtime.modules import Border, averages_by_mean, plan_module, unknown_inputs
-from autotp_plan.runtime.randomness import has_dropout, synchronise, use_cut_regions
+from autotp_plan.runtime.randomness import has_dropout, use_cut_regions
 from autotp_plan.runtime.ranks import Ranks
 from autotp_plan.runtime.shards import Shards
 from autotp_plan.runtime.weights import WeightSource, read_weight
@@ -33,11 +34,12 @@ from autotp_plan.schemas.names import expand
 from autotp_plan.schemas.plan import Parameter, Plan, PlannedModule
 
 
-def build_model(folder: Path, plan: Plan, **options: Any) -> nn.Module:
+def build_model(folder: Path, plan: Plan, *, on_meta: bool = True, **options: Any) -> nn.Module:
     """The transformers model of `folder`'s config with parameters on meta and real buffers.
 
-    `options` go to transformers, such as `attn_implementation="sdpa"`. Raises MismatchError when the config does not
-    name a model class that transformers has.
+    With `on_meta=False` the parameters are real too. `options` go to transformers, such as
+    `attn_implementation="sdpa"`. Raises MismatchError when the config does not name a model class that transformers
+    has.
     """
     import transformers
 
@@ -45,7 +47,7 @@ def build_model(folder: Path, plan: Plan, **options: Any) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         architecture = getattr(transformers, plan.model.architecture or "", None)
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False) if on_meta else contextlib.nullcontext():
             if isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel):
                 model = architecture._from_config(config, **options)  # type: ignore[attr-defined]
             else:
@@ -139,8 +141,7 @@ def shard_model(model: nn.Module, plan: Plan, source: WeightSource, ranks: Ranks
                 _sum_gradient(ranks.tp_group)
             )
     if ranks.tp_size > 1 and has_dropout(model):
-        use_cut_regions(True)
-        synchronise(ranks.tp_group)
+        use_cut_regions(ranks.tp_group)
     unloaded = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not unloaded, f"still on meta after loading: {unloaded}"
     setattr(model, UNIVERSAL_CHECKPOINT_INFO, collect_autotp_universal_checkpoint_info(model))
@@ -191,7 +192,7 @@ def _plan_modules(model: nn.Module, plan: Plan, ranks: Ranks) -> dict[str, Shard
             assert whole is not None
             shards.replace(module, leaf, whole)
         meets = planned.get(name, PlannedModule(module=name))
-        plan_module(module, Border(planned=meets, shards=shards, added_once=added_once[name]))
+        plan_module(module, Border(name=name, planned=meets, shards=shards, added_once=added_once[name]))
         holders[name] = shards
     return holders
 
@@ -238,7 +239,7 @@ def _replace(
     if style == "column":
         layer = ColumnParallelLinear(module, gather_output=gather_output, **known)
     elif style == "row":
-        layer = RowParallelLinear(module, **known)
+        layer = RowParallelLinear(module, split_input=parameters["weight"].split_input, **known)
     else:
         layer = vocab_parallel(module, **known)
     layer.train(module.training)

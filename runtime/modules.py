@@ -32,6 +32,7 @@ class Border:
     `added_once` are the parameters that are added to a sum over the ranks.
     """
 
+    name: str
     planned: PlannedModule
     shards: Shards
     added_once: Sequence[str] = ()
@@ -60,7 +61,7 @@ class _Planned(nn.Module):
             args, kwargs = bound.args, bound.kwargs
         reduces = planned.output is not None and planned.output.operation == "reduce"
         if reduces and self.training:
-            enter_cut_region(border.shards.tp_rank)
+            enter_cut_region(border.name, border.shards.tp_rank)
         with contextlib.ExitStack() as stack:
             if planned.mean_over_ranks:
                 stack.enter_context(_MeanOverRanks(border))
@@ -69,7 +70,7 @@ class _Planned(nn.Module):
             output = super().forward(*args, **kwargs)
         if planned.output is not None:
             output = _cross(output, planned.output, border)
-        if reduces:
+        if reduces and self.training:
             leave_cut_region()
         return output
 

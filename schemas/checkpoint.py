@@ -21,7 +21,7 @@ CONFIG_NAME = "config.json"
 
 _NOT_HASHED = frozenset(
     {"_name_or_path", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "torch_dtype", "transformers_version"}
-    | {"use_cache"}
+    | {"auto_map", "use_cache"}
 )
 """Keys of config.json that no layout depends on, and that differ between checkpoints of one architecture."""
 

@@ -96,6 +96,7 @@ class Parameter:
     gather_output: bool = False
     partial_gradient: bool = False
     add_once: bool = False
+    split_input: bool = False
     source: str | None = None
     sources: Sources | None = None
 
@@ -395,6 +396,8 @@ def _faults(plan: Plan) -> Iterator[Fault]:
             yield _reference_fault(
                 f"{where}.gather_output", entry.style, "column, the only style with outputs to gather", ()
             )
+        if entry.split_input and entry.style != "row":
+            yield _reference_fault(f"{where}.split_input", entry.style, "row, the only style with inputs to split", ())
         if entry.add_once and not entry.partial_gradient:
             yield _reference_fault(f"{where}.add_once", "true", "partial_gradient beside it", ())
         if entry.partial_gradient and entry.style != "replicated":

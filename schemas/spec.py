@@ -34,6 +34,7 @@ class Spec:
     unit: Size | tuple[Size, ...] | None = None
     indivisible: Indivisible | tuple[Indivisible, ...] = "error"
     add_once: bool = False
+    split_input: bool = False
     optional: bool = False
     when: str | None = None
 

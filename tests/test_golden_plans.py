@@ -1,69 +1,147 @@
-"""The files in `plans/`: what compiling gives today, and what the real checkpoints hold."""
+"""The files in `plans/`: what compiling gives today, and what the real checkpoints hold.
+
+Run as a program it writes every plan that `plans/models.json` lists, from the configs beside it:
+
+    python -m tests.test_golden_plans
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from autotp_plan.planner import Plan, check_checkpoint, check_plan, compile_plan
 from tests.helpers.sparse import Tensors, llama_tensors, neox_tensors, write_sparse_checkpoint
 
 PLANS = Path(__file__).parent.parent / "plans"
-FILES = sorted(PLANS.glob("*/tp*.json"))
-MODELS = {  # the checkpoints' tensors, number of files and of parameters, as on the hub
-    "llama_3_1_8b": (llama_tensors, 4, 8_030_261_248),
-    "pythia_6_9b": (neox_tensors, 2, 6_857_302_016),
+MODELS: dict[str, dict[str, Any]] = json.loads((PLANS / "models.json").read_text())
+CHECKPOINTS = {  # of these the tensors on the hub are written out here, and the number of their files
+    "llama_3_1_8b": (llama_tensors, 4),
+    "pythia_6_9b": (neox_tensors, 2),
 }
 
-every_plan = pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+
+@dataclass(frozen=True)
+class Golden:
+    """A plan that `models.json` lists."""
+
+    model: str
+    tp_size: int
+    uneven: bool
+
+    @property
+    def file(self) -> Path:
+        return PLANS / self.model / f"tp{self.tp_size}.json"
+
+    @cache  # noqa: B019  (frozen, and a few kilobytes each)
+    def plan(self) -> Plan:
+        return Plan.read(self.file)
+
+    def compiled(self, model: Path | None = None) -> Plan:
+        """What the config (or the checkpoint `model`) compiles to.
+
+        On meta throughout: Llama 4 asks torch for zeros of gigabytes, a layer at a time.
+        """
+        with torch.device("meta"):
+            return compile_plan(model or self.file.parent, tp_size=self.tp_size, uneven=self.uneven)
+
+    def __str__(self) -> str:
+        return f"{self.model}/tp{self.tp_size}"
+
+
+GOLDEN = [
+    Golden(name, tp_size, key == "uneven_tp_sizes")
+    for name, model in MODELS.items()
+    for key in ("tp_sizes", "uneven_tp_sizes")
+    for tp_size in model.get(key, ())
+]
+
+every_plan = pytest.mark.parametrize("golden", GOLDEN, ids=str)
 
 
 def config_and_tensors(model: str) -> tuple[dict[str, Any], Tensors]:
     config = json.loads((PLANS / model / "config.json").read_text())
-    return config, MODELS[model][0](config)
+    return config, CHECKPOINTS[model][0](config)
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=CHECKPOINTS)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sparse checkpoint of one of the models, in a folder of the model's name."""
     folder = tmp_path_factory.mktemp("checkpoints") / request.param
     folder.mkdir()
-    write_sparse_checkpoint(folder, *config_and_tensors(request.param), num_files=MODELS[request.param][1])
+    write_sparse_checkpoint(folder, *config_and_tensors(request.param), num_files=CHECKPOINTS[request.param][1])
     return folder
 
 
-def test_there_are_plans_of_every_model() -> None:
-    assert {file.parent.name for file in FILES} == MODELS.keys()
-    assert [file.name for file in FILES] == ["tp2.json", "tp4.json", "tp8.json", "tp4.json"]
+def test_the_folders_hold_what_is_listed() -> None:
+    assert list(MODELS) == sorted(MODELS)
+    found = {file.relative_to(PLANS).as_posix() for file in PLANS.glob("*/*.json")}
+    configs = {f"{name}/config.json" for name in MODELS}
+    assert found == configs | {golden.file.relative_to(PLANS).as_posix() for golden in GOLDEN}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_readme_lists_every_model(name: str) -> None:
+    model = MODELS[name]
+    sizes = [(size, "") for size in model["tp_sizes"]] + [(size, "u") for size in model.get("uneven_tp_sizes", ())]
+    listed = ", ".join(f"{size}{mark}" for size, mark in sorted(sizes))
+    row = f"| `{name}` | [{model['hub']}](https://huggingface.co/{model['hub']}) | {listed} |"
+    assert row in (PLANS / "README.md").read_text()
 
 
 @every_plan
-def test_compiling_the_config_again_gives_the_same_bytes(file: Path) -> None:
-    plan = compile_plan(file.parent, tp_size=int(file.stem.removeprefix("tp")))
-    assert plan.to_json().encode() == file.read_bytes()
+def test_compiling_the_config_again_gives_the_same_bytes(golden: Golden) -> None:
+    assert golden.compiled().to_json().encode() == golden.file.read_bytes()
 
 
 @every_plan
-def test_nothing_is_wrong_with_a_plan(file: Path) -> None:
-    plan = Plan.read(file)
+def test_nothing_is_wrong_with_a_plan(golden: Golden) -> None:
+    plan = golden.plan()
     assert check_plan(plan) == []
-    assert plan.to_json().encode() == file.read_bytes()
+    assert plan.to_json().encode() == golden.file.read_bytes()
     assert plan.notes == ()
+    assert sum(math.prod(plan.shape_of(entry)) for entry in plan.expanded()) == MODELS[golden.model]["parameters"]
+
+
+def tensors_of(plan: Plan) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The tensors on disk that a plan speaks of: one expert at a time, where a parameter holds all of them."""
+    found = {}
+    for entry in plan.expanded():
+        shape, names = plan.shape_of(entry), entry.names_on_disk()
+        if entry.sources is not None:
+            shape = shape[1:] if entry.sources.stacked else shape
+            shape = (shape[0] // len(entry.sources.names), *shape[1:])
+        found.update(dict.fromkeys(names, (entry.dtype, shape)))
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"deepseek_v2"}))  # 29 102 tensors, named as in the lite one
+def test_a_checkpoint_of_the_tensors_of_a_plan_compiles_to_its_bytes(name: str, tmp_path: Path) -> None:
+    golden = next(golden for golden in GOLDEN if golden.model == name)
+    config = json.loads((PLANS / name / "config.json").read_text())
+    write_sparse_checkpoint(tmp_path, config, tensors_of(golden.plan()), num_files=3)
+    assert golden.compiled(tmp_path).to_json().encode() == golden.file.read_bytes()
+    assert check_checkpoint(golden.plan(), tmp_path) == []
 
 
 def test_the_checkpoint_compiles_to_the_bytes_that_its_config_compiles_to(checkpoint: Path) -> None:
-    for file in (PLANS / checkpoint.name).glob("tp*.json"):
-        plan = compile_plan(checkpoint, tp_size=int(file.stem.removeprefix("tp")))
-        assert plan.to_json().encode() == file.read_bytes()
+    for golden in GOLDEN:
+        if golden.model == checkpoint.name:
+            assert golden.compiled(checkpoint).to_json().encode() == golden.file.read_bytes()
 
 
 def test_plans_fit_the_names_on_disk(checkpoint: Path) -> None:
-    for file in (PLANS / checkpoint.name).glob("tp*.json"):
-        assert check_checkpoint(Plan.read(file), checkpoint) == []
+    for golden in GOLDEN:
+        if golden.model == checkpoint.name:
+            assert check_checkpoint(golden.plan(), checkpoint) == []
 
 
 def test_a_plan_does_not_fit_a_checkpoint_that_lacks_its_head(tmp_path: Path) -> None:
@@ -79,11 +157,23 @@ def test_a_plan_does_not_fit_a_checkpoint_that_lacks_its_head(tmp_path: Path) ->
     ]
 
 
-@every_plan
-def test_a_plan_holds_every_parameter_of_the_model_once(file: Path) -> None:
-    plan = Plan.read(file)
-    _, tensors = config_and_tensors(file.parent.name)
+@pytest.mark.parametrize("golden", [g for g in GOLDEN if g.model in CHECKPOINTS], ids=str)
+def test_a_plan_holds_every_parameter_of_the_model_once(golden: Golden) -> None:
+    plan = golden.plan()
+    _, tensors = config_and_tensors(golden.model)
     planned = {entry.source or entry.name: (entry.dtype, plan.shape_of(entry)) for entry in plan.expanded()}
     tables = ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq")
     assert planned == {name: entry for name, entry in tensors.items() if not name.endswith(tables)}
-    assert sum(math.prod(shape) for _, shape in planned.values()) == MODELS[file.parent.name][2]
+
+
+def write_plans() -> None:
+    """Compile every plan again; say which changed."""
+    for golden in GOLDEN:
+        text = golden.compiled().to_json().encode()
+        if not golden.file.exists() or golden.file.read_bytes() != text:
+            golden.file.write_bytes(text)
+            sys.stdout.write(f"{golden.file.relative_to(PLANS.parent)}: {len(text):,} bytes\n")
+
+
+if __name__ == "__main__":
+    write_plans()

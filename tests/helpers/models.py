@@ -97,7 +97,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {"model_type": "gpt2", **NO_DROPOUT},
     "gpt_bigcode_multi_query": {"model_type": "gpt_bigcode", "multi_query": True, **NO_DROPOUT},
     "gpt_bigcode_multi_head": {"model_type": "gpt_bigcode", "multi_query": False, **NO_DROPOUT},
-    "codegen": {"model_type": "codegen", "rotary_dim": 4, "n_ctx": 64},
+    "codegen": {"model_type": "codegen", "rotary_dim": 4, "n_ctx": 64, "num_attention_heads": 16},
     "mpt": {"model_type": "mpt", "max_seq_len": 64, "expansion_ratio": 4},
     "dbrx": {
         "model_type": "dbrx", "d_model": 64, "n_heads": 8, "n_layers": 2,
@@ -154,6 +154,11 @@ def load_dense(folder: Path, dtype: torch.dtype = torch.float32, **options: Any)
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).train()
+
+
+def eager_experts(dtype: torch.dtype) -> dict[str, Any]:
+    """What loading in `dtype` must be told: grouped matrix products of experts have no float64 kernel on CPU."""
+    return {"experts_implementation": "eager"} if dtype == torch.float64 else {}
 
 
 def batch(seed: int, size: int = 2, length: int = 12, vocab_size: int = 256) -> Tensor:

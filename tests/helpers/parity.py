@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autotp_plan.runtime.float64 import PromoteToFloat64
-from tests.helpers.models import batch
+from tests.helpers.models import batch, eager_experts
 
 ADAM = {"lr": 2e-3, "eps": 1e-5, "weight_decay": 0.01}
 """A first Adam step is lr * g / (|g| + eps): with an eps below the rounding error of g, noise becomes a full step."""
@@ -24,10 +25,12 @@ def causal_lm(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return out.loss, out.logits
 
 
-def gradients(model: nn.Module, forward: Forward = causal_lm, passes: int = 2) -> dict[str, Tensor]:
-    """Loss, logits and every parameter's gradient over accumulated backward passes, in float64."""
+def gradients(
+    model: nn.Module, forward: Forward = causal_lm, passes: int = 2, float64: bool = True
+) -> dict[str, Tensor]:
+    """Loss, logits and every parameter's gradient over accumulated backward passes."""
     found: dict[str, Tensor] = {}
-    with PromoteToFloat64():
+    with PromoteToFloat64() if float64 else contextlib.nullcontext():
         for index in range(passes):
             loss, logits = forward(model, batch(100 + index))
             loss.backward()
@@ -38,12 +41,15 @@ def gradients(model: nn.Module, forward: Forward = causal_lm, passes: int = 2) -
     return found
 
 
-def whole_gradients(model: nn.Module, plan: Any, forward: Forward = causal_lm) -> dict[str, Tensor]:
+def whole_gradients(
+    model: nn.Module, plan: Any, forward: Forward = causal_lm, float64: bool = True
+) -> dict[str, Tensor]:
     """As `gradients`, with the ranks' shards put together. Every rank of the TP group must call it."""
     from autotp_plan.runtime.collectives import gather_shards
     from autotp_plan.runtime.model import local_shard
 
-    found = {name: value for name, value in gradients(model, forward).items() if not name.endswith("_shared")}
+    found = gradients(model, forward, float64=float64)
+    found = {name: value for name, value in found.items() if not name.endswith("_shared")}
     ranks = plan.ranks
     for parameter in plan.document.expanded():
         layout = plan.document.layouts[parameter.layout]
@@ -135,5 +141,6 @@ def compare_sharded(
     from autotp_plan.runtime import load_plan
 
     plan = load_plan(plan_file)
-    sharded = plan.load_model(weights, model=model, dtype=torch.float64).train()
+    options = eager_experts(torch.float64) if model is None else {}
+    sharded = plan.load_model(weights, model=model, dtype=torch.float64, **options).train()
     return largest_errors(torch.load(dense_file), whole_gradients(sharded, plan, forward))

@@ -1,0 +1,286 @@
+"""Rules for a model without a preset: transformers' own `tp_plan` in our words, complete or not at all.
+
+A `tp_plan` names modules and styles (transformers/distributed/tensor_parallel.py) and no head sizes, and it is silent
+about what it forgets. So everything it does not name must be plainly whole (a norm, a router, a table of positions),
+and what is compiled from it must be proven before it is used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from autotp_plan.schemas.errors import CompileError, Fault
+from autotp_plan.schemas.names import starred
+from autotp_plan.schemas.spec import CrossingSpec, ModuleSpec, Spec, SpecFile, TieSpec
+
+NAME = "tp_plan of transformers"
+MAX_WHOLE = 0.1
+"""The largest share of a model that may be whole on every rank because no plan names it."""
+
+_SILENT = {"local_params", "replicate", "replicated"}
+_GATHERED = {"colwise_gather_output", "colwise_rep"}
+_SPLIT_INPUT = {"rowwise_split_input", "rowwise_rep"}
+_KNOWN = _SILENT | _GATHERED | _SPLIT_INPUT | {
+    "colwise", "rowwise", "packed_colwise", "packed_rowwise", "moe_tp_experts", "mla_kv_a_proj", "all_reduce",
+    "replicated_with_grad_allreduce", "embedding_rowwise", "embedding_colwise",
+}  # fmt: skip
+
+
+def rules_of_model(model: Any, tp_size: int, where: str) -> SpecFile:
+    """The rules for `model`, a transformers model with parameters on meta.
+
+    Raises CompileError when it has no `tp_plan`, or one that is not complete or not understood; the fault shows a spec
+    file to fill in.
+    """
+    plan = {str(key): str(style) for key, style in (getattr(model, "_tp_plan", None) or {}).items()}
+    translation = _Translation(model, plan, tp_size)
+    translation.run()
+    undecided = translation.undecided
+    unknown = sorted({style for style in plan.values() if style not in _KNOWN})
+    if not plan or unknown or undecided:
+        raise CompileError(_refusal(model, plan, unknown, undecided, where))
+    renamed, assembled, odd = _disk_names(model)
+    if odd:
+        raise CompileError(
+            Fault(
+                what="the checkpoint's tensors become parameters in a way that cannot be cut from disk",
+                where=where,
+                got=", ".join(odd),
+                expected="stacking (MergeModulelist) and concatenation along the rows",
+                next="load and save the model in memory form, or wait for a preset",
+            )
+        )
+    return SpecFile(
+        name=NAME,
+        model_types=(model.config.model_type,),
+        layer_specs=tuple(translation.specs()),
+        modules=tuple(translation.modules),
+        tied=tuple(_ties(model)),
+        renamed_tensors=renamed,
+        assembled_tensors=assembled,
+    )
+
+
+class _Translation:
+    """One rule for each parameter, grouped; what no rule could be found for."""
+
+    def __init__(self, model: Any, plan: Mapping[str, str], tp_size: int) -> None:
+        self.model, self.plan, self.tp_size = model, plan, tp_size
+        self.config = model.config
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.by_module = dict(model.named_modules())
+        self.found: dict[str, Spec] = {}
+        self.modules: list[ModuleSpec] = []
+        self.undecided: list[str] = []
+
+    def run(self) -> None:
+        for name, parameter in self.parameters.items():
+            style = self._style(name)
+            owner, _, leaf = name.rpartition(".")
+            spec = self._planned(owner, leaf, parameter, style) if style else self._unplanned(name, owner, parameter)
+            if spec is not None:
+                self.found[name] = spec
+        self._limit_whole()
+        self._borders()
+
+    def specs(self) -> Iterator[Spec]:
+        """The rules, a pattern for each group of parameters that differ in numbers only."""
+        by_template: dict[str, dict[Spec, list[str]]] = defaultdict(lambda: defaultdict(list))
+        for name, spec in self.found.items():
+            by_template[starred(name)][spec].append(name)
+        patterns: dict[Spec, list[str]] = defaultdict(list)
+        for template, groups in by_template.items():
+            for spec, names in groups.items():
+                alone = len(groups) == 1 and all(starred(n) != template or n in self.found for n in self.parameters)
+                patterns[spec] += [_pattern(template)] if alone else [re.escape(name) + "$" for name in names]
+        for spec, own in patterns.items():
+            yield Spec(**{**{field: getattr(spec, field) for field in spec.__slots__}, "patterns": tuple(own)})
+
+    def _style(self, name: str) -> str | None:
+        """The style of a parameter: of its own name, or of its module's."""
+        generic = starred(name)
+        return self.plan.get(generic) or self.plan.get(generic.rpartition(".")[0])
+
+    def _planned(self, owner: str, leaf: str, parameter: Any, style: str) -> Spec | None:
+        module, dims = self.by_module[owner], parameter.dim()
+        linear = leaf == "weight" and dims == 2 and hasattr(module, "in_features")
+        if leaf == "bias" and hasattr(module, "in_features"):
+            return None  # goes with its weight
+        if style == "replicated_with_grad_allreduce":
+            return Spec(patterns=(), partition_type="skip", grad_allreduce=True)
+        if style.startswith("embedding"):
+            return Spec(patterns=(), partition_type="vocab", indivisible="uneven")
+        if style in ("moe_tp_experts", "mla_kv_a_proj", "all_reduce") or style in _SILENT:
+            return self._unplanned(f"{owner}.{leaf}", owner, parameter, named=True)
+        if linear and style in _GATHERED:
+            return Spec(patterns=(), partition_type="column", gather_output=True, indivisible="uneven")
+        if linear and style in _SPLIT_INPUT:
+            return Spec(patterns=(), partition_type="row", split_input=True, indivisible="uneven")
+        packed = style.startswith("packed")
+        if linear and style in ("colwise", "packed_colwise"):
+            return Spec(
+                patterns=(),
+                partition_type="column",
+                shape=(2, -1) if packed else None,
+                unit=None if packed else self._unit(owner, parameter.shape[0]),
+            )
+        if linear and style == "rowwise":
+            return Spec(patterns=(), partition_type="row", unit=self._unit(owner, parameter.shape[1]))
+        if not hasattr(module, "in_features") and style in ("colwise", "packed_colwise", "rowwise", "packed_rowwise"):
+            dim = max(dims - 2, 0) if style.endswith("colwise") else dims - 1
+            shape = tuple(2 if packed and at == dim else -1 for at in range(dims))
+            return Spec(patterns=(), partition_type="shard", shape=shape if packed else None, partition_dim=dim)
+        self.undecided.append(f"{owner}.{leaf}")
+        return None
+
+    def _unplanned(self, name: str, owner: str, parameter: Any, named: bool = False) -> Spec | None:
+        """A parameter that the plan is silent about: whole where that is plain, else undecided."""
+        module = self.by_module[owner]
+        if parameter.dim() < 2:
+            return None  # whole, as all of these are by default
+        whole = Spec(patterns=(), partition_type="skip")
+        if module is self.model.get_input_embeddings():
+            return Spec(patterns=(), partition_type="vocab", indivisible="uneven")
+        if module is self.model.get_output_embeddings() and hasattr(module, "in_features"):
+            return Spec(patterns=(), partition_type="column", gather_output=True, indivisible="uneven")
+        if named or not hasattr(module, "in_features") or self._is_router(owner, module):
+            return whole
+        self.undecided.append(name)
+        return None
+
+    def _is_router(self, owner: str, module: Any) -> bool:
+        """A linear layer with one output for each expert beside it, or with fewer outputs than ranks."""
+        if module.out_features < max(2, self.tp_size):
+            return True
+        beside = f"{owner.rpartition('.')[0]}."
+        return any(
+            name.startswith(beside) and parameter.dim() == 3 and parameter.shape[0] == module.out_features
+            for name, parameter in self.parameters.items()
+        )
+
+    def _limit_whole(self) -> None:
+        """What is whole by the plan's silence must be little."""
+        whole = [n for n, s in self.found.items() if s.partition_type == "skip" and self._style(n) is None]
+        total = sum(parameter.numel() for parameter in self.parameters.values())
+        if sum(self.parameters[name].numel() for name in whole) > MAX_WHOLE * total:
+            self.undecided += whole
+
+    def _unit(self, owner: str, size: int) -> int | None:
+        """The width of one head in an attention module's projection."""
+        parent = self.by_module[owner.rpartition(".")[0]]
+        heads = getattr(self.config, "num_attention_heads", None)
+        if "attention" not in type(parent).__name__.lower() or type(heads) is not int:
+            return None
+        head_dim = getattr(parent, "head_dim", None)
+        counts = (heads, getattr(self.config, "num_key_value_heads", heads))
+        if type(head_dim) is int and size % head_dim == 0 and size // head_dim in counts:
+            return head_dim
+        return size // heads if size % heads == 0 else None
+
+    def _borders(self) -> None:
+        for key, style in self.plan.items():
+            pattern = _pattern(key)
+            matched = [name for name in self.by_module if re.match(pattern, name)]
+            if not matched:
+                continue
+            module = self.by_module[matched[0]]
+            if style == "moe_tp_experts":
+                inputs = {name: CrossingSpec(operation="copy") for name in _float_inputs(module)}
+                self.modules.append(
+                    ModuleSpec(patterns=(pattern,), inputs=inputs, output=CrossingSpec(operation="reduce"))
+                )
+            elif style == "all_reduce":
+                self.modules.append(ModuleSpec(patterns=(pattern,), output=CrossingSpec(operation="reduce")))
+            elif style == "mla_kv_a_proj":
+                start = module.out_features - self.config.qk_rope_head_dim
+                crossing = CrossingSpec(operation="copy", interval=(start, module.out_features))
+                self.modules.append(ModuleSpec(patterns=(pattern,), output=crossing))
+
+
+def _float_inputs(module: Any) -> list[str]:
+    """The inputs of an experts module that gradients flow through: the first, and the weights of the routing."""
+    import inspect
+
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return [name for name in names if name not in ("args", "kwargs") and "ind" not in name]
+
+
+def _pattern(template: str) -> str:
+    return re.escape(template).replace(r"\*", r"\d+") + "$"
+
+
+def _ties(model: Any) -> Iterator[TieSpec]:
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if other != name:
+            yield TieSpec(name=name, to=other)
+
+
+def _disk_names(model: Any) -> tuple[dict[str, str], dict[str, tuple[str, ...]], list[str]]:
+    """transformers' conversion tables as `renamed_tensors` and `assembled_tensors`, and what is neither."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightConverter, apply_renamings
+
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
+    conversions = [one for one in conversions if not isinstance(one, PrefixChange)]
+    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    back = [one.reverse_transform() for one in conversions[::-1] if not isinstance(one, WeightConverter)]
+    renamed: dict[str, str] = {}
+    assembled: dict[str, tuple[str, ...]] = {}
+    odd: list[str] = []
+    for name in [*dict(model.named_parameters()), *dict(model.named_buffers())]:
+        converter = next((one for one in converters if any(target in name for target in one.target_patterns)), None)
+        if converter is None:
+            disk = apply_renamings(name, back)
+            if disk != name:
+                renamed[starred(disk)] = starred(name)
+            continue
+        operations = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations]
+        if operations not in _BYTE_CONCATENATIONS:
+            odd.append(f"{starred(name)}: {', '.join(operation for operation, _ in operations)}")
+            continue
+        target = next(pattern for pattern in converter.target_patterns if pattern in name)
+        sources = [apply_renamings(name.replace(target, source), back) for source in converter.source_patterns]
+        assembled[starred(name)] = tuple(map(starred, sources))
+    return renamed, assembled, sorted(set(odd))
+
+
+_BYTE_CONCATENATIONS: list[list[tuple[str, int | None]]] = [
+    [("MergeModulelist", 0)],
+    [("MergeModulelist", 0), ("Concatenate", 1)],
+    [("Concatenate", 0)],
+]
+"""Conversions whose result has the bytes of its sources one after the other."""
+
+
+def _refusal(
+    model: Any, plan: Mapping[str, str], unknown: Sequence[str], undecided: Sequence[str], where: str
+) -> list[Fault]:
+    model_type = model.config.model_type
+    names = undecided or [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
+    weights = list(dict.fromkeys(starred(name) for name in names))
+    reasons = []
+    if not plan:
+        reasons.append("transformers has no tp_plan for it")
+    if unknown:
+        reasons.append(f"its tp_plan has styles that are not understood: {', '.join(unknown)}")
+    if plan and undecided:
+        reasons.append("its tp_plan is silent about weights that are cut elsewhere")
+    rules = ",\n    ".join(
+        f'{{"patterns": ["{_pattern(weight)}"], "partition_type": "column | row | skip"}}'.replace("\\", "\\\\")
+        for weight in weights
+    )
+    return [
+        Fault(
+            what="there is no preset for this model, and it cannot be planned without one",
+            where=where,
+            got=f"model_type {model_type}: {'; '.join(reasons)}; undecided: {', '.join(weights)}",
+            expected="a preset, a complete tp_plan, or a spec file",
+            next="fill in a spec file, give it with --spec, and prove the plan with `autotp-plan verify`:\n"
+            '  {"layer_specs": [\n    ' + rules + "\n  ]}",
+        )
+    ]

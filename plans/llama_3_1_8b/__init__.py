@@ -1,1 +1,0 @@
-"""Llama-3.1-8B: its config.json and its compiled plans."""

@@ -1,0 +1,157 @@
+"""A smaller config of the same architecture: narrower, fewer layers, fewer experts, fewer words.
+
+Works on the JSON of a transformers config by the names of its keys, and knows no model. What must not change does not:
+head counts, ratios between widths, which kinds of layers there are, and the remainder of the vocabulary by the TP size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+WIDTHS = frozenset(
+    {"hidden_size", "n_embd", "d_model", "intermediate_size", "moe_intermediate_size", "shared_intermediate_size"}
+    | {"shared_expert_intermediate_size", "intermediate_size_mlp", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff"}
+    | {"head_dim", "kv_channels", "d_kv", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"}
+    | {"qk_head_dim", "v_head_dim", "rotary_dim", "word_embed_proj_dim", "embedding_size", "global_head_dim"}
+    | {"shared_expert_size", "moe_ffn_hidden_size", "decoder_ffn_dim", "inner_dim", "dense_intermediate_size"}
+)
+"""Keys that hold a number of features: all are divided by one number, so that all ratios stay."""
+
+_HEAD_DIMS = ("head_dim", "kv_channels", "d_kv", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
+              "global_head_dim")  # fmt: skip
+_HIDDEN = ("hidden_size", "n_embd", "d_model")
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_PARTIAL = ("partial_rotary_factor", "rotary_pct", "rope_pct")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts", "num_moe_experts")
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k_experts")
+_WINDOWS = ("sliding_window", "sliding_window_size", "attention_window", "window_size", "attention_chunk_size")
+_PER_FREQUENCY = ("long_factor", "short_factor", "mrope_section")
+
+WINDOW = 8
+"""Sliding windows and attention chunks of a twin, in tokens: shorter than its batch."""
+_MIN_VOCABULARY = 256
+_MIN_HEAD_DIM = 4
+
+
+def divisors(config: Mapping[str, Any]) -> list[int]:
+    """What all widths of `config` may be divided by, the largest first; heads stay even and at least 4 wide."""
+    widths = [value for key, value in entries(config) if key in WIDTHS and value]
+    common = math.gcd(*widths) if widths else 1
+    return [k for k in range(common, 0, -1) if common % k == 0 and (k == 1 or _heads_stay(config, k))]
+
+
+def num_layers(config: Mapping[str, Any]) -> int | None:
+    """Number of layers, where the config says it."""
+    return next((config[key] for key in LAYERS if type(config.get(key)) is int), None)
+
+
+def per_layer(config: Mapping[str, Any], layer: int) -> tuple[tuple[str, str], ...]:
+    """What the lists with an entry for each layer say of one of them."""
+    return tuple(
+        (key, repr(value[layer]))
+        for key, value in _all(config)
+        if isinstance(value, list) and len(value) == num_layers(config) and key not in _PER_FREQUENCY
+    )
+
+
+def num_experts(config: Mapping[str, Any]) -> int | None:
+    """Number of routed experts, where the model has any."""
+    values = dict(entries(config))
+    return next((values[key] for key in _EXPERTS if values.get(key)), None)
+
+
+def fewest_experts(config: Mapping[str, Any]) -> int | None:
+    """The fewest experts that routing still chooses among; None for a model without experts."""
+    values, experts = dict(entries(config)), num_experts(config)
+    if experts is None:
+        return None
+    chosen = max((values.get(key) or 0 for key in _EXPERTS_PER_TOKEN), default=0)
+    groups, chosen_groups = values.get("n_group") or 1, values.get("topk_group") or 1
+    for count in range(groups, experts, groups):
+        in_group = count // groups
+        if count >= max(4, chosen + 1) and chosen_groups * in_group >= chosen and (groups == 1 or in_group >= 2):
+            return count
+    return experts
+
+
+def shrink(
+    config: Mapping[str, Any], *, divisor: int, layers: int | None, experts: int | None, tp_size: int
+) -> dict[str, Any]:
+    """The twin's config: widths by `divisor`, the first `layers`, `experts` experts, no dropout, short windows."""
+    depth = num_layers(config)
+    vocabulary = dict(entries(config)).get("vocab_size")
+    words = _vocabulary(vocabulary, tp_size) if vocabulary else 0
+    specials = iter(range(words - 2, 0, -1))
+
+    def changed(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {inner: changed(inner, item) for inner, item in value.items()}
+        if isinstance(value, list):
+            if key in _PER_FREQUENCY:
+                return [item // divisor for item in value] if key == "mrope_section" else value[: len(value) // divisor]
+            kept = value[:layers] if len(value) == depth else value
+            return [changed(key, item) for item in kept]
+        if "drop" in key or "jitter" in key:
+            return type(value)(0) if type(value) in (int, float) else value
+        if type(value) is not int:
+            return value
+        if key in WIDTHS:
+            return value // divisor
+        if key in LAYERS and layers is not None:
+            return layers
+        if key in _EXPERTS and experts is not None:
+            return min(value, experts)
+        if key in _WINDOWS:
+            return min(value, WINDOW)
+        if key == "vocab_size":
+            return words
+        if key.endswith(("_token_id", "_token_ids")) and value >= words:
+            return next(specials)
+        return value
+
+    smaller = {key: changed(key, value) for key, value in config.items()}
+    return {**smaller, "pad_token_id": words - 1} if words else smaller  # an embedding treats its padding row apart
+
+
+def entries(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Every integer of a config with its key, in lists and inner objects too."""
+    for key, value in _all(config):
+        for item in value if isinstance(value, list) else [value]:
+            if type(item) is int:
+                yield key, item
+
+
+def _all(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for value in config.values():  # inner objects first: of two keys of one name a dict keeps the outer
+        if isinstance(value, dict):
+            yield from _all(value)
+    for key, value in config.items():
+        if not isinstance(value, dict):
+            yield key, value
+
+
+def _vocabulary(size: int, tp_size: int) -> int:
+    """A few hundred words with the remainder that `size` has by `tp_size`."""
+    least = max(_MIN_VOCABULARY, 2 * tp_size)
+    smaller = least + (size - least) % tp_size
+    return min(size, smaller)
+
+
+def _heads_stay(config: Mapping[str, Any], divisor: int) -> bool:
+    head_dims = [config[key] for key in _HEAD_DIMS if config.get(key)]
+    hidden, heads = _first(config, _HIDDEN), _first(config, _HEADS)
+    if hidden and heads and not config.get("head_dim"):
+        head_dims.append(hidden // heads)
+    parts = {value for key, value in _all(config) if key in _PARTIAL and type(value) in (int, float) and value < 1}
+    rotary = [int(head_dim // divisor * part) for head_dim in head_dims for part in parts]
+    if config.get("rotary_dim"):
+        rotary.append(config["rotary_dim"] // divisor)
+    heads_stay = all(size // divisor >= _MIN_HEAD_DIM and size // divisor % 2 == 0 for size in head_dims)
+    return heads_stay and all(size >= 2 and size % 2 == 0 for size in rotary)
+
+
+def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
+    return next((config[key] for key in keys if config.get(key)), None)
