@@ -2,8 +2,8 @@
 
     python -m benchmarks.every_family [--tp 2] [--only olmoe,cohere2] [--output docs/families.md]
 
-A family is tried with its default config, a twin of it is run (see `autotp-plan verify`). Families that have a preset are
-proven too. Nothing may be wrong, and nothing may be whole where it should be cut.
+A family is tried with its default config, and a twin of it is run (see `autotp-plan verify`). Families that have a preset
+are proven too. Nothing may be wrong, and nothing may be whole where it should be cut.
 """
 
 from __future__ import annotations
@@ -107,6 +107,8 @@ def plan_and_prove(family: str, folder: Path, tp_size: int) -> dict[str, Any]:
         proof = verify_plan(plan)
     except AutoTPError as error:
         return {"outcome": "refused", "rules": rules if preset else "", "reason": brief(reason(error))}
+    except Exception as error:  # a bug of ours: the table shows it
+        return {"outcome": "CRASHED", "reason": brief(f"{type(error).__name__}: {error}")}
     totals = summary(plan)
     return {
         "outcome": "right" if proof.proven else "WRONG",

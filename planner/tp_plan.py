@@ -171,11 +171,11 @@ class _Translation:
     def _unit(self, owner: str, size: int) -> int | None:
         """The width of one head in an attention module's projection."""
         parent = self.by_module[owner.rpartition(".")[0]]
-        heads = getattr(self.config, "num_attention_heads", None)
-        if "attention" not in type(parent).__name__.lower() or type(heads) is not int:
+        heads = _count(self.config, "num_attention_heads")
+        if "attention" not in type(parent).__name__.lower() or heads is None:
             return None
         head_dim = getattr(parent, "head_dim", None)
-        counts = (heads, getattr(self.config, "num_key_value_heads", heads))
+        counts = (heads, _count(self.config, "num_key_value_heads"))
         if type(head_dim) is int and size % head_dim == 0 and size // head_dim in counts:
             return head_dim
         return size // heads if size % heads == 0 else None
@@ -198,6 +198,15 @@ class _Translation:
                 start = module.out_features - self.config.qk_rope_head_dim
                 crossing = CrossingSpec(operation="copy", interval=(start, module.out_features))
                 self.modules.append(ModuleSpec(patterns=(pattern,), output=crossing))
+
+
+def _count(config: Any, key: str) -> int | None:
+    """An integer of the config that holds for all layers."""
+    try:
+        found = getattr(config, key, None)
+    except Exception:  # transformers refuses what differs between layers, with an error of its own
+        return None
+    return found if type(found) is int and found > 0 else None
 
 
 def _float_inputs(module: Any) -> list[str]:

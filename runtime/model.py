@@ -20,6 +20,7 @@ from deepspeed import comm as dist
 from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 from deepspeed.module_inject.layers import collect_autotp_universal_checkpoint_info
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from autotp_plan.runtime.embedding import can_be_cut, vocab_parallel
 from autotp_plan.runtime.layers import ColumnParallelLinear, PlannedLayer, RowParallelLinear, is_linear
@@ -47,7 +48,7 @@ def build_model(folder: Path, plan: Plan, *, on_meta: bool = True, **options: An
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         architecture = getattr(transformers, plan.model.architecture or "", None)
-        with init_empty_weights(include_buffers=False) if on_meta else contextlib.nullcontext():
+        with _parameters_on_meta() if on_meta else contextlib.nullcontext():
             if isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel):
                 model = architecture._from_config(config, **options)  # type: ignore[attr-defined]
             else:
@@ -65,6 +66,30 @@ def build_model(folder: Path, plan: Plan, *, on_meta: bool = True, **options: An
     model.tie_weights()
     built: nn.Module = model
     return built
+
+
+_LARGE = 2**27
+_MAKERS = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn}
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """While active, new tensors of many elements are on meta: no buffer is that large, and a parameter is moved there
+    only once it is made. Fused experts of one layer can be 30 GB.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _MAKERS:
+            empty = func(*args, **{**kwargs, "device": "meta"})
+            if empty.numel() >= _LARGE:
+                return empty
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    with init_empty_weights(include_buffers=False), _LargeOnMeta():
+        yield
 
 
 def check_model(model: nn.Module, plan: Plan) -> None:
