@@ -2,8 +2,8 @@
 
     python -m benchmarks.every_family [--tp 2] [--only olmoe,cohere2] [--output docs/families.md]
 
-A family is tried with its default config, and a twin of it is run (see `autotp-plan verify`). Families that have a preset
-are proven too. Nothing may be wrong, and nothing may be whole where it should be cut.
+A family is tried with its default config, and a twin of it is run (see `autotp-plan verify`), those with a preset too.
+Nothing may be wrong, and nothing may be whole where it should be cut.
 """
 
 from __future__ import annotations

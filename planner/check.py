@@ -14,7 +14,7 @@ from autotp_plan.planner.faults import FaultBook
 from autotp_plan.schemas.checkpoint import Checkpoint, config_hash, read_checkpoint, read_config
 from autotp_plan.schemas.errors import Fault
 from autotp_plan.schemas.layout import Layout, SubParameter
-from autotp_plan.schemas.names import expand, is_index, parent_module
+from autotp_plan.schemas.names import NameSet, is_index, parent_module
 from autotp_plan.schemas.plan import Parameter, Plan
 from autotp_plan.schemas.segments import problems
 
@@ -201,8 +201,10 @@ def _check_ties(plan: Plan, book: FaultBook) -> None:
 def _unplanned(plan: Plan, checkpoint: Checkpoint, wanted: set[str]) -> Iterator[Fault]:
     tied = {tie.name for tie in plan.tied}
     book = FaultBook()
-    ignored = {name for pattern in plan.ignored for name in expand(pattern)}
-    for name in checkpoint.tensors.keys() - wanted - tied - ignored:
+    ignored = NameSet(plan.ignored)
+    for name in checkpoint.tensors.keys() - wanted - tied:
+        if name in ignored:
+            continue
         book.add(
             "the checkpoint has a tensor that the plan does not know",
             name,

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from autotp_plan.schemas.names import expand, starred
+from autotp_plan.schemas.names import NameSet, starred
 from autotp_plan.schemas.plan import Sources
 
 _T = TypeVar("_T")
@@ -60,7 +60,7 @@ class ToMemory:
         )
         prefix = f"{names.base_model_prefix}." if names.base_model_prefix else ""
         self._missing = "" if any(name.startswith(prefix) for name in on_disk) else prefix
-        self._ignored = {name for pattern in names.ignored for name in expand(pattern)}
+        self._ignored = NameSet(names.ignored)
 
     def part(self, disk: str) -> Part | None:
         """What the tensor called `disk` is; None when it is to be ignored."""

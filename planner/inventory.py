@@ -21,7 +21,7 @@ from autotp_plan.planner.quantised import refuse_quantised
 from autotp_plan.schemas import documents
 from autotp_plan.schemas.checkpoint import CONFIG_NAME, holds_tensors, planned_config, read_checkpoint, read_config
 from autotp_plan.schemas.errors import CheckpointError, Fault
-from autotp_plan.schemas.names import expand, natural_key
+from autotp_plan.schemas.names import NameSet, natural_key
 from autotp_plan.schemas.plan import ModelIdentity, Sources
 from autotp_plan.schemas.safetensors_file import TensorEntry
 
@@ -104,7 +104,7 @@ def inventory_of_module(module: Any, names: DiskNames | None = None) -> Inventor
     first_name: dict[int, str] = {}
     parameters: dict[str, ParameterInfo] = {}
     tied: dict[str, str] = {}
-    ignored = {name for pattern in names.ignored for name in expand(pattern)}
+    ignored = NameSet(names.ignored)
     for name, parameter in parameters_and_buffers(module):
         if name in ignored:
             continue

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -19,6 +19,7 @@ from autotp_plan.planner.disk_names import DiskNames
 from autotp_plan.planner.symbols import SymbolError, Symbols
 from autotp_plan.schemas.documents import did_you_mean
 from autotp_plan.schemas.errors import CompileError, Fault
+from autotp_plan.schemas.names import BELOW, fold
 from autotp_plan.schemas.spec import AttributeSpec, ModuleSpec, Spec, SpecFile
 
 AUTO, NONE = "auto", "none"
@@ -112,6 +113,8 @@ class Rules:
             assembled.update(file.assembled_tensors)
         base = next((file.base_model_prefix for file in self.facts if file.base_model_prefix), None)
         ignored = {name.replace("*", layers) for file in self.facts for name in file.ignored_tensors}
+        for file in self.facts:
+            ignored |= set(_layers_past_the_last(file, symbols, num_layers))
         if base:  # a checkpoint may lack the prefix, whichever way the names are written here
             ignored |= {name.removeprefix(f"{base}.") for name in ignored}
             ignored |= {f"{base}.{name}" for name in ignored if not name.startswith(f"{base}.")}
@@ -127,6 +130,24 @@ class Rules:
                 if tie.when is None or symbols.config_flag(tie.when)
             },
         )
+
+
+def _layers_past_the_last(file: SpecFile, symbols: Symbols, num_layers: int | None) -> Iterator[str]:
+    for parent, count in file.ignored_layers.items():
+        try:
+            extra = symbols.resolve(count)
+        except SymbolError as error:
+            raise CompileError(
+                Fault(
+                    what="the number of layers past the last is not known",
+                    where=f"ignored_layers.{parent}",
+                    got=str(error),
+                    expected="a size that config.json gives, and num_layers beside it",
+                    next="correct the expression, or give the key a default",
+                )
+            ) from None
+        if extra > 0 and num_layers is not None:
+            yield from fold(f"{parent}.{layer}{BELOW}" for layer in range(num_layers, num_layers + extra))
 
 
 def gather(

@@ -28,6 +28,22 @@ def natural_key(name: str) -> tuple[tuple[bool, int, str], ...]:
     return tuple((True, 0, part) if part[0] not in _DIGITS else (False, len(part.lstrip("0")), part) for part in parts)
 
 
+BELOW = ".**"
+"""Ending of a pattern that stands for every name below: `model.layers.61.**`."""
+
+
+class NameSet:
+    """The names that patterns stand for, those with `BELOW` at the end included. Raises DocumentError."""
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        names = [name for pattern in patterns for name in expand(pattern)]
+        self._names = {name for name in names if not name.endswith(BELOW)}
+        self._beginnings = tuple(name.removesuffix("**") for name in names if name.endswith(BELOW))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names or name.startswith(self._beginnings)
+
+
 def is_index(part: str) -> bool:
     """Whether a component of a dotted name is a number that folds: `0`, `12`, but not `007`."""
     return _INDEX.fullmatch(part) is not None

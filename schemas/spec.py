@@ -145,6 +145,7 @@ class SpecFile:
     modules: tuple[ModuleSpec, ...] = ()
     tied: tuple[TieSpec, ...] = ()
     ignored_tensors: tuple[str, ...] = ()
+    ignored_layers: dict[str, Size] = field(default_factory=dict)
     renamed_tensors: dict[str, str] = field(default_factory=dict)
     assembled_tensors: dict[str, tuple[str, ...]] = field(default_factory=dict)
     base_model_prefix: str | None = None
@@ -179,6 +180,7 @@ class SpecFile:
             modules=tuple(ModuleSpec.from_dict(entry) for entry in data.get("modules", ())),
             tied=tuple(TieSpec.from_dict(entry) for entry in data.get("tied", ())),
             ignored_tensors=tuple(data.get("ignored_tensors", ())),
+            ignored_layers=dict(data.get("ignored_layers", {})),
             renamed_tensors=data.get("renamed_tensors", {}),
             assembled_tensors={name: tuple(disk) for name, disk in data.get("assembled_tensors", {}).items()},
             base_model_prefix=data.get("base_model_prefix"),

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from autotp_plan.planner import SpecFile, check_checkpoint, compile_plan
 from autotp_plan.planner.disk_names import DiskNames, ToDisk, ToMemory
 from autotp_plan.planner.inventory import Inventory, inventory_of_folder, inventory_of_module
 from autotp_plan.runtime.weights import open_weights, read_weight
-from autotp_plan.schemas.errors import DocumentError
+from autotp_plan.schemas.errors import CompileError, DocumentError
 from autotp_plan.schemas.plan import Plan, Sources
 from tests.helpers.checkpoints import write_checkpoint
+from tests.helpers.models import save_checkpoint
 
 EXPERTS = {
     "model.layers.*.mlp.experts.gate_up_proj": (
@@ -276,3 +278,21 @@ def test_a_spec_whose_names_do_not_fit(data: dict[str, Any], where: str) -> None
     with pytest.raises(DocumentError) as caught:
         SpecFile.from_dict(data)
     assert [fault.where for fault in caught.value.faults] == [where]
+
+
+def test_layers_past_the_last_are_ignored(tmp_path: Path) -> None:
+    """DeepSeek-V3's checkpoints hold a layer for multi-token prediction that the model does not have."""
+    folder = save_checkpoint(tmp_path / "checkpoint", "deepseek_v3", num_nextn_predict_layers=1)
+    files = sorted(folder.glob("*.safetensors"))
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    for file in [*files, folder / "model.safetensors.index.json"]:
+        file.unlink()
+    extra = {name.replace("layers.1.", "layers.2."): t.clone() for name, t in tensors.items() if "layers.1." in name}
+    save_file({**tensors, **extra}, folder / "model.safetensors", {"format": "pt"})
+    plan = compile_plan(folder, tp_size=2)
+    assert plan.ignored == ("model.layers.2.**",)
+    assert check_checkpoint(plan, folder) == []
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 0}))
+    with pytest.raises(CompileError, match="a layer too many"):
+        compile_plan(folder, tp_size=2)
