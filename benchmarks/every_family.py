@@ -2,7 +2,7 @@
 
     python -m benchmarks.every_family [--tp 2] [--only olmoe,cohere2] [--output docs/families.md]
 
-A family is tried with its default config, and a twin of it is run (see `autotp-plan verify`), those with a preset too.
+A twin of each is run (see `autotp-plan verify`), of the config in `plans/` where there is one, else of the default one.
 Nothing may be wrong, and nothing may be whole where it should be cut.
 """
 
@@ -19,6 +19,11 @@ from pathlib import Path
 from typing import Any
 
 os.environ.update(DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
+
+
+PLANS = Path(__file__).parent.parent / "plans"
+MISSING_DEFAULTS = {"dbrx": {"attn_config": {"rope_theta": 500000.0, "clip_qkv": 8.0}}}
+"""What a default config must have, and has not, for transformers to build its model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,14 +85,19 @@ def attempt(family: str, tp_size: int) -> Outcome:
 
 
 def write_config(family: str, folder: Path) -> None:
-    """The default config of a family, with fewer layers."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """A public model's config where `plans/` has one, else the family's default."""
+    public = [path for path in PLANS.glob("*/config.json") if json.loads(path.read_text())["model_type"] == family]
+    if public:
+        (folder / "config.json").write_text(sorted(public)[0].read_text())
+        return
+    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = AutoConfig.for_model(family)
-    assert AutoModelForCausalLM
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
     values = json.loads(config.to_json_string(use_diff=False))
+    for section, missing in MISSING_DEFAULTS.get(family, {}).items():
+        values[section].update(missing)
     values["architectures"] = [architecture if isinstance(architecture, str) else architecture[0]]
     (folder / "config.json").write_text(json.dumps(values))
 
@@ -98,13 +108,21 @@ def plan_and_prove(family: str, folder: Path, tp_size: int) -> dict[str, Any]:
     from autotp_plan.planner.show import summary
     from autotp_plan.planner.sources import preset_names, read_preset
     from autotp_plan.runtime.verify import try_plan, verify_plan
-    from autotp_plan.schemas.errors import AutoTPError
+    from autotp_plan.schemas.errors import AutoTPError, CheckpointError, CompileError
 
     preset = next((name for name in preset_names() if family in read_preset(name).model_types), None)
     rules = f"preset {preset}" if preset else "tp_plan"
     try:
-        plan = compile_plan(folder, tp_size=tp_size, prove=try_plan)
+        try:
+            plan = compile_plan(folder, tp_size=tp_size, prove=try_plan)
+        except CompileError as error:
+            if "does not divide" not in error.faults[0].what:
+                raise
+            plan = compile_plan(folder, tp_size=tp_size, prove=try_plan, uneven=True)
+            rules += ", uneven"
         proof = verify_plan(plan)
+    except CheckpointError as error:
+        return {"outcome": "not built", "reason": brief(reason(error))}
     except AutoTPError as error:
         return {"outcome": "refused", "rules": rules if preset else "", "reason": brief(reason(error))}
     except Exception as error:  # a bug of ours: the table shows it
@@ -140,9 +158,9 @@ def table(outcomes: list[Outcome], tp_size: int) -> str:
     lines = [
         "# Every causal language model of transformers",
         "",
-        f"Written by `python -m benchmarks.every_family --tp {tp_size}` with transformers {transformers.__version__}: "
-        "each family's default config, planned and, where a plan came out, proven on a twin as `autotp-plan verify` "
-        "does. `share` is the part of the model that a rank holds "
+        f"Written by `python -m benchmarks.every_family --tp {tp_size}` with transformers {transformers.__version__}. Each "
+        "family's config (that in `plans/`, or else the default) is planned and, where a plan came out, proven on a twin, as "
+        "`autotp-plan verify` does. `share` is the part of the model that a rank holds "
         f"(an even cut of everything: {1 / tp_size:.2f}), `error` the largest in float64.",
         "",
         f"{len(outcomes)} families: {counted}.",

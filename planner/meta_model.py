@@ -22,7 +22,6 @@ def model_on_meta(folder: Path) -> Any:
     try:
         import torch
         import transformers
-        from accelerate import init_empty_weights
     except ImportError as error:
         raise MissingDependencyError(
             Fault(
@@ -37,14 +36,14 @@ def model_on_meta(folder: Path) -> Any:
         model_config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         dtype = getattr(model_config, "dtype", None) or torch.float32
         architecture = getattr(transformers, (config.get("architectures") or [""])[0], None)
-        with torch.device("meta"), init_empty_weights():  # the first: for tensors made before they are registered
+        with torch.device("meta"):
             if architecture is not None and hasattr(architecture, "_from_config"):
                 model = architecture._from_config(model_config, dtype=dtype)
             else:
                 model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype)
         model.tie_weights()
         _keep_in_fp32(model, dtype)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError, RuntimeError) as error:
         raise CheckpointError(
             Fault(
                 what="transformers cannot build a model from this config",

@@ -221,7 +221,7 @@ def _write_float64(
     weights: dict[str, Tensor] = {}
     ungraded: set[str] = set()
     for kind in attention:
-        model: Any = build_model(folder / "float64", plan, on_meta=False, **options(kind)).train()
+        model: Any = build_model(folder / "float64", plan, on_meta=False, **options(kind)).train().double()
         randomise(model)
         if not weights:
             weights = {name: tensor.detach().clone() for name, tensor in parameters_and_buffers(model)}
@@ -237,7 +237,7 @@ def _write_float64(
 def _write_float32(
     folder: Path, plan: Plan, scaled: Plan, attention: str, batches: Batches, weights: dict[str, Tensor]
 ) -> None:
-    model: Any = build_model(folder / "float32", plan, on_meta=False, **options(attention)).train()
+    model: Any = build_model(folder / "float32", plan, on_meta=False, **options(attention)).train().float()
     with torch.no_grad():
         for name, tensor in parameters_and_buffers(model):
             tensor.copy_(weights[name])
@@ -282,7 +282,7 @@ def _no_twin(reasons: list[str]) -> Fault:
     return Fault(
         what="no small twin of this model could be made",
         where="model.config",
-        got=reasons[-1] if reasons else "no sizes to try",
+        got="; ".join(dict.fromkeys((reasons[0], reasons[-1]))) if reasons else "no sizes to try",
         expected="a transformers causal language model whose widths can be divided alike",
         next="compare the model with its dense self in a test of your own, as tests/test_parity.py does",
     )

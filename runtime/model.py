@@ -173,16 +173,17 @@ def shard_model(model: nn.Module, plan: Plan, source: WeightSource, ranks: Ranks
     model.ds_autotp_parsed = True  # type: ignore[assignment]
 
 
-def local_shard(model: nn.Module, name: str, *, gradient: bool = False) -> Tensor:
-    """This rank's shard of the plan's parameter `name` in a model from `shard_model`, or the shard's gradient."""
+def local_shard(model: nn.Module, name: str, *, gradient: bool = False) -> Tensor | None:
+    """This rank's shard of the plan's parameter `name` in a model from `shard_model`, or the shard's gradient.
+
+    None for a gradient that is not there.
+    """
     owner, leaf = _owner(model, name)
     shards = _shards_of(owner)
     if shards is not None and leaf in shards.layouts:
-        return shards.shard(owner, leaf, gradient=gradient)
+        return shards.gradient(owner, leaf) if gradient else shards.shard(owner, leaf)
     held = _parameter(model, name) if leaf in owner._parameters else owner._buffers[leaf]
-    found = held.grad if gradient and held is not None else held
-    assert found is not None, f"{name} has no gradient"
-    return found
+    return held.grad if gradient and held is not None else held
 
 
 def _shards_of(module: nn.Module) -> Shards | None:

@@ -6,7 +6,7 @@ A shard of which some indices are on other ranks too and some are not is held as
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -88,11 +88,17 @@ class Shards:
                 part, requires_grad=empty.requires_grad and part.is_floating_point()
             )
 
-    def shard(self, module: nn.Module, name: str, *, gradient: bool = False) -> Tensor:
-        """This rank's shard of `name` (or its gradient), put together from the parameters that hold it."""
+    def gradient(self, module: nn.Module, name: str) -> Tensor | None:
+        """The gradient of this rank's shard of `name`, None when it has none."""
+        found = [getattr(module, piece.name).grad for piece in self.pieces[name]]
+        return None if any(one is None for one in found) else self._together(name, found)
+
+    def shard(self, module: nn.Module, name: str) -> Tensor:
+        """This rank's shard of `name`, put together from the parameters that hold it."""
+        return self._together(name, [getattr(module, piece.name) for piece in self.pieces[name]])
+
+    def _together(self, name: str, found: Sequence[Tensor]) -> Tensor:
         parts = self.pieces[name]
-        held = [getattr(module, piece.name) for piece in parts]
-        found: list[Tensor] = [one.grad for one in held] if gradient else held
         if len(parts) == 1:
             return found[0]
         layout = self.layouts[name]

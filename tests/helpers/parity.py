@@ -54,7 +54,9 @@ def whole_gradients(
     for parameter in plan.document.expanded():
         layout = plan.document.layouts[parameter.layout]
         if layout.dim is not None and ranks.tp_size > 1:
-            local = local_shard(model, parameter.name, gradient=True).reshape(layout.rank_shape(ranks.tp_rank))
+            local = local_shard(model, parameter.name, gradient=True)
+            assert local is not None, f"{parameter.name} has no gradient"
+            local = local.reshape(layout.rank_shape(ranks.tp_rank))
             whole = gather_shards(local, ranks.tp_group, layout.intervals, layout.dim)
             found[parameter.name] = whole.reshape(plan.document.shape_of(parameter))
     return found
