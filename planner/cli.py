@@ -317,6 +317,78 @@ def presplit(plan_file: Path, checkpoint: Path, output: Path, workers: int, quie
         )
 
 
+@main.command()
+@click.argument("plan_file", metavar="PLAN", type=_FILE)
+@click.option("--to", "target", type=click.Choice(["deepspeed"]), required=True, help="What to write it for.")
+@click.option("-o", "--output", type=_FILE, help="File to write; default: standard output.")
+@_reported
+def export(plan_file: Path, target: str, output: Path | None) -> None:
+    """Write a plan as a partition_config for plain DeepSpeed, or say what that cannot express (exit status 1)."""
+    from autotp_plan.planner.export import export_to_deepspeed
+    from autotp_plan.schemas.documents import format_json, write_atomically
+    from autotp_plan.schemas.plan import Plan
+
+    plan = Plan.read(plan_file)
+    exported = export_to_deepspeed(plan)
+    if exported.obstacles:
+        click.echo(f"{plan_file}: plain {target} cannot express this plan; nothing was written", err=True)
+        for obstacle in exported.obstacles:
+            click.echo(f"  {obstacle.where}: {obstacle.reason}", err=True)
+        sys.exit(1)
+    for name in exported.whole:
+        click.echo(f"note: {name} is whole on every rank there, which is right and takes more memory", err=True)
+    section = {"autotp_size": plan.tp_size, "partition_config": exported.partition_config}
+    text = format_json({"tensor_parallel": section})
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    try:
+        write_atomically(output, text)
+    except OSError as error:
+        raise ShardsError(_not_written(output, error)) from None
+    click.echo(f"{output}: a tensor_parallel section for a DeepSpeed config")
+
+
+@main.group()
+def presets() -> None:
+    """The architectures that are known."""
+
+
+@presets.command("list")
+@click.option("--format", "output_format", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@_reported
+def list_presets(output_format: str) -> None:
+    """List the presets."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from autotp_plan.planner.sources import preset_names, read_preset
+
+    found = [read_preset(name) for name in preset_names()]
+    if output_format == "json":
+        rows = [
+            {"name": one.name, "model_types": list(one.model_types), "description": one.description} for one in found
+        ]
+        click.echo(json.dumps(rows, indent=1))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("preset", "model_type", "what it covers"):
+        table.add_column(title, overflow="fold")
+    for one in found:
+        table.add_row(one.name, ", ".join(one.model_types), one.description)
+    Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
+
+
+@presets.command("show")
+@click.argument("name")
+@_reported
+def show_preset(name: str) -> None:
+    """Print a preset: a spec file, to read or to start one's own from."""
+    from autotp_plan.planner.sources import preset_text
+
+    click.echo(preset_text(name), nl=False)
+
+
 def _refused(error: OSError) -> Fault:
     return Fault(
         what="the operating system refused",

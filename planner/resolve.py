@@ -92,6 +92,8 @@ class Resolver:
 
     def _decide(self, name: str, rule: Rule | None, trusted: Sequence[Rule]) -> Decision | None:
         shape = self._shape(name)
+        if rule is None and len(shape) <= 1:  # a preset knows what is special about it even where it does not decide
+            rule = next((one for one in trusted if one.matches(name)), None)
         if rule is None:
             if len(shape) <= 1:
                 return Decision(rule=DEFAULT, style="replicated", layout=pt.whole(shape))

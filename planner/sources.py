@@ -214,8 +214,22 @@ def preset_names() -> list[str]:
 
 def read_preset(name: str) -> SpecFile:
     """The preset called `name`, one of `preset_names()`."""
-    text = resources.files("autotp_plan.planner.presets").joinpath(f"{name}.json").read_text(encoding="utf-8")
-    return SpecFile.from_dict(json.loads(text), f"preset {name}")
+    return SpecFile.from_dict(json.loads(preset_text(name)), f"preset {name}")
+
+
+def preset_text(name: str) -> str:
+    """The file of the preset called `name`. Raises CompileError."""
+    if name not in preset_names():
+        raise CompileError(
+            Fault(
+                what="there is no such preset",
+                where="presets show",
+                got=name,
+                expected=", ".join(preset_names()),
+                next=did_you_mean(name, preset_names()) or "see `autotp-plan presets list`",
+            )
+        )
+    return resources.files("autotp_plan.planner.presets").joinpath(f"{name}.json").read_text(encoding="utf-8")
 
 
 def read_spec_file(path: Path) -> SpecFile:
@@ -237,6 +251,9 @@ def _find_preset(preset: str, model_type: str | None, notes: list[str], where: s
         if model_type in names:
             return read_preset(model_type)
         return next((found for found in map(read_preset, names) if model_type in found.model_types), None)
+    aliased = [found for found in map(read_preset, names) if preset in found.aliases]
+    if aliased and preset not in names:
+        return _by_alias(preset, aliased, model_type, notes, where)
     if preset not in names:
         raise CompileError(
             Fault(
@@ -265,12 +282,38 @@ def _find_preset(preset: str, model_type: str | None, notes: list[str], where: s
     return found
 
 
+def _by_alias(
+    alias: str, presets: Sequence[SpecFile], model_type: str | None, notes: list[str], where: str
+) -> SpecFile:
+    """The preset that `alias` means for a model of `model_type`."""
+    found = next((preset for preset in presets if model_type in preset.model_types), None)
+    names = ", ".join(str(preset.name) for preset in presets)
+    if found is None:
+        raise CompileError(
+            Fault(
+                what="the preset is not for this model",
+                where=where,
+                got=f"{alias}, for model_type {model_type}",
+                expected=f"a model that transformers has: {alias} stands for {names}, not for models of remote code",
+                next="use --preset auto, or write a spec file: the rows of a fused weight must be known, not guessed",
+            )
+        )
+    notes.append(f"Preset {alias} stands for {names}; this model is a {model_type}, planned by preset {found.name}.")
+    return found
+
+
 def _preset_of_deepspeed(preset_model: str, model_type: str | None, notes: list[str]) -> str:
     """The preset that stands for DeepSpeed's `preset_model`: the model's own, wherever there is one."""
     own = _find_preset(AUTO, model_type, notes)
     if own is None or own.name is None:
         return preset_model
-    if own.name != preset_model:
+    wrong = own.deepspeed_presets.get(preset_model)
+    if wrong is not None:
+        notes.append(
+            f"preset_model {preset_model!r} of the DeepSpeed config was replaced by preset {own.name!r}. "
+            f"DeepSpeed's own {wrong}."
+        )
+    elif own.name != preset_model:
         notes.append(
             f"preset_model {preset_model!r} of the DeepSpeed config was replaced by preset {own.name!r}: "
             f"the model is a {model_type}, which differs."

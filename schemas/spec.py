@@ -135,6 +135,7 @@ class SpecFile:
     description: str = ""
     model_types: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
+    deepspeed_presets: dict[str, str] = field(default_factory=dict)
     use_default_specs: bool = True
     defaults: dict[str, Any] = field(default_factory=dict)
     symbols: dict[str, tuple[Size, ...]] = field(default_factory=dict)
@@ -167,6 +168,7 @@ class SpecFile:
             description=data.get("description", ""),
             model_types=tuple(data.get("model_types", ())),
             aliases=tuple(data.get("aliases", ())),
+            deepspeed_presets=dict(data.get("deepspeed_presets", {})),
             use_default_specs=data.get("use_default_specs", True),
             defaults=data.get("defaults", {}),
             symbols={
