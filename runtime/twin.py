@@ -171,30 +171,37 @@ def _views(
 
 
 def _scaled_cut(layout: Layout, view: tuple[int, ...]) -> tuple[Layout | None, bool]:
-    """The cut of `layout` in a tensor of another shape, and whether every edge fell on a whole number."""
+    """The cut of `layout` in a tensor of another shape, and whether every edge fell on a whole number.
+
+    Edges are counted in units and rounded down: what is cut in as many units (gate and up interleaved, and the weight
+    that takes them) stays cut alike.
+    """
     assert layout.dim is not None
     ratio = Fraction(view[layout.dim], layout.shape[layout.dim])
     sizes = [sub.size * ratio for sub in layout.sub_parameters]
     if any(size.denominator > 1 or size < 1 for size in sizes):
         return None, False
+    sub_parameters = []
+    for sub, size in zip(layout.sub_parameters, sizes):
+        unit = sub.unit * ratio
+        kept = int(unit) if unit.denominator == 1 and unit >= 1 else sub.unit
+        sub_parameters.append(SubParameter(size=int(size), unit=kept if int(size) % kept == 0 else 1))
     exact = True
     starts = [0, *itertools.accumulate(sub.size for sub in layout.sub_parameters)]
 
     def edge(old: int) -> int:
         nonlocal exact
         index = max(place for place, start in enumerate(starts) if start <= old)
-        within = (old - starts[index]) * ratio
-        exact = exact and within.denominator == 1
-        return int(starts[index] * ratio) + round(within)
+        if index == len(sub_parameters):
+            return int(starts[index] * ratio)
+        sub, scaled = layout.sub_parameters[index], sub_parameters[index]
+        units = Fraction((old - starts[index]) * scaled.num_units, sub.size)
+        exact = exact and units.denominator == 1
+        return int(starts[index] * ratio) + int(units) * scaled.unit
 
     intervals = tuple(tuple((edge(start), edge(stop)) for start, stop in rank) for rank in layout.intervals)
     if any(start >= stop for rank in intervals for start, stop in rank):
         return None, False
-    sub_parameters = []
-    for sub, size in zip(layout.sub_parameters, sizes):
-        unit = sub.unit * ratio
-        whole = sub.unit > 1 and unit.denominator == 1
-        sub_parameters.append(SubParameter(size=int(size), unit=int(unit) if whole else 1))
     return Layout(shape=view, dim=layout.dim, sub_parameters=tuple(sub_parameters), intervals=intervals), exact
 
 
