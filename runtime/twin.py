@@ -173,7 +173,7 @@ def _views(
 def _scaled_cut(layout: Layout, view: tuple[int, ...]) -> tuple[Layout | None, bool]:
     """The cut of `layout` in a tensor of another shape, and whether every edge fell on a whole number.
 
-    Edges are counted in units and rounded down: what is cut in as many units (gate and up interleaved, and the weight
+    Edges are counted in units and rounded up: what is cut in as many units (gate and up interleaved, and the weight
     that takes them) stays cut alike.
     """
     assert layout.dim is not None
@@ -197,7 +197,7 @@ def _scaled_cut(layout: Layout, view: tuple[int, ...]) -> tuple[Layout | None, b
         sub, scaled = layout.sub_parameters[index], sub_parameters[index]
         units = Fraction((old - starts[index]) * scaled.num_units, sub.size)
         exact = exact and units.denominator == 1
-        return int(starts[index] * ratio) + int(units) * scaled.unit
+        return int(starts[index] * ratio) + math.ceil(units) * scaled.unit
 
     intervals = tuple(tuple((edge(start), edge(stop)) for start, stop in rank) for rank in layout.intervals)
     if any(start >= stop for rank in intervals for start, stop in rank):
