@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo cpu)
 
-.PHONY: help setup demo test quick check format plans clean
+.PHONY: help setup demo test test-all quick check format plans clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(VENV)/ready  ## make .venv with everything
 
@@ -24,16 +24,19 @@ demo: setup  ## plan, pre-split and train a small model at TP=2, beside an unsha
 	$(BIN)/python examples/demo.py
 
 test: setup  ## every test, the distributed ones too
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup  ## every test and the slow ones: every plan and preset proven, at TP 2, 4 and 8 (an hour)
 	$(BIN)/python -m pytest
 
 quick: setup  ## the tests that start no ranks: under two minutes
-	$(BIN)/python -m pytest -m "not distributed"
+	$(BIN)/python -m pytest -m "not distributed and not slow"
 
 check: setup  ## what to run before a commit: lint, types, the quick tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not distributed"
+	$(BIN)/python -m pytest -m "not distributed and not slow"
 
 format: setup  ## format the code
 	$(BIN)/ruff check --fix .
