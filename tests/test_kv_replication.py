@@ -13,6 +13,8 @@ from tests.helpers.launch import launch
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 CASES = {"two heads": ("llama", 2), "two heads and biases": ("qwen2", 2), "one head and head norms": ("qwen3", 1)}
+MORE = ("phi3", "glm", "starcoder2", "cohere_qk_norm", "olmo2", "mixtral", "gpt_oss", "llama4_text")
+"""Families with two KV heads on four ranks: fused, norms per head and over the whole width, experts, sinks."""
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from autotp_plan.planner import compile_plan
     from tests.helpers import parity
-    from tests.helpers.models import load_dense, save_checkpoint
+    from tests.helpers.models import eager_experts, load_dense, save_checkpoint
 
     work = tmp_path_factory.mktemp("kv")
     for name, (variant, num_kv_heads) in CASES.items():
@@ -32,6 +34,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
             dense = load_dense(folder, torch.float64, attn_implementation=attention)
             torch.save(parity.gradients(dense), work / f"{name}.{attention}")
         (work / f"{name}.steps").write_text(json.dumps(parity.dense_steps(load_dense(folder), 1)))
+    for variant in MORE:
+        folder = save_checkpoint(work / variant, variant, num_key_value_heads=2)
+        (work / f"{variant}.tp4.json").write_text(compile_plan(folder, tp_size=4).to_json())
+        torch.save(
+            parity.gradients(load_dense(folder, torch.float64, **eager_experts(torch.float64))), work / f"{variant}.f64"
+        )
+        (work / f"{variant}.steps").write_text(json.dumps(parity.dense_steps(load_dense(folder), 1)))
     return work
 
 
@@ -42,6 +51,11 @@ def in_ranks(work: Path, tp_size: int, stages: tuple[int, ...]) -> dict[str, Any
     from tests.helpers import parity
 
     found: dict[str, Any] = {}
+    for variant in MORE if tp_size == 4 else ():
+        file = work / f"{variant}.tp4.json"
+        found[variant] = max(parity.compare_sharded(file, work / variant, work / f"{variant}.f64").values())
+        plan = load_plan(file)
+        found[f"{variant} zero1"] = parity.engine_steps(plan, plan.load_model(work / variant).train(), 1)
     for name in CASES:
         plan = load_plan(work / f"{name}.tp{tp_size}.json")
         for attention in ("eager", "sdpa"):
@@ -67,7 +81,13 @@ def check(work: Path, found: dict[str, Any], stages: tuple[int, ...]) -> None:
 
 def test_four_ranks(work: Path) -> None:
     stages = (0, 1, 2, 3)
-    check(work, launch(in_ranks, 4, work, 4, stages, timeout=400)[0], stages)
+    found = launch(in_ranks, 4, work, 4, stages, timeout=400)[0]
+    check(work, found, stages)
+    for variant in MORE:
+        assert found[variant] < 1e-9, variant
+        dense = json.loads((work / f"{variant}.steps").read_text())
+        for ours, reference in zip(found[f"{variant} zero1"], dense, strict=True):
+            assert ours == pytest.approx(reference, rel=1e-5), variant
 
 
 def test_eight_ranks(work: Path) -> None:

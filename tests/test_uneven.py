@@ -1,4 +1,4 @@
-"""Head counts and widths that the TP size does not divide: whole KV groups to each rank, by rules of one's own."""
+"""Head counts and widths that the TP size does not divide: whole KV groups to each rank, by a flag or by rules."""
 
 from __future__ import annotations
 
@@ -59,3 +59,43 @@ def test_three_ranks(tmp_path: Path) -> None:
     for stage in (0, 3):
         for ours, reference in zip(found[f"zero{stage}"], dense, strict=True):
             assert ours == pytest.approx(reference, rel=1e-5)
+
+
+ON_THREE = (
+    "llama", "phi3", "gemma2", "gpt_neox", "bloom", "falcon_multi_query", "falcon_grouped", "falcon_alibi", "gpt2",
+    "gpt_bigcode_multi_query", "opt", "mpt", "dbrx", "olmo2", "cohere_qk_norm", "mixtral", "gpt_oss", "deepseek_v2",
+)  # fmt: skip
+ON_SIX = {"llama": {"num_key_value_heads": 8}, "gpt_neox": {}, "bloom": {}, "mixtral": {"num_key_value_heads": 8}}
+
+
+def flagged(work: Path, variants: tuple[str, ...]) -> dict[str, float]:
+    """Inside a rank: the largest error of each."""
+    from tests.helpers import parity
+
+    return {
+        variant: max(
+            parity.compare_sharded(work / f"{variant}.json", work / variant, work / f"{variant}.dense").values()
+        )
+        for variant in variants
+    }
+
+
+@pytest.mark.parametrize("tp_size", [3, 6])
+def test_by_a_flag(tmp_path: Path, tp_size: int) -> None:
+    import torch
+
+    from autotp_plan.planner import compile_plan
+    from autotp_plan.schemas.errors import CompileError
+    from tests.helpers import parity
+    from tests.helpers.models import eager_experts, load_dense, save_checkpoint
+
+    variants = ON_THREE if tp_size == 3 else tuple(ON_SIX)
+    for variant in variants:
+        folder = save_checkpoint(tmp_path / variant, variant, **(ON_SIX[variant] if tp_size == 6 else {}))
+        with pytest.raises(CompileError, match="--uneven"):
+            compile_plan(folder, tp_size=tp_size)
+        (tmp_path / f"{variant}.json").write_text(compile_plan(folder, tp_size=tp_size, uneven=True).to_json())
+        dense = load_dense(folder, torch.float64, **eager_experts(torch.float64))
+        torch.save(parity.gradients(dense), tmp_path / f"{variant}.dense")
+    for found in launch(flagged, tp_size, tmp_path, variants, timeout=250):
+        assert all(error < 1e-9 for error in found.values()), found
