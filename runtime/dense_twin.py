@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autotp_plan.runtime import twin_config
-from autotp_plan.runtime.model import build_model, check_model
+from autotp_plan.runtime.build import build_model
+from autotp_plan.runtime.fit import check_model
 from autotp_plan.runtime.numbers import Batches, dense_reader, dense_steps, float64_numbers
 from autotp_plan.runtime.twin import TwinError, num_layers_needed, parameters_and_buffers, twin_plan
 from autotp_plan.schemas.checkpoint import CONFIG_NAME, SINGLE_NAME, planned_config, read_checkpoint, read_config

@@ -15,9 +15,11 @@ from deepspeed.utils import groups
 from torch import nn
 from torch.utils.data.distributed import DistributedSampler
 
+from autotp_plan.runtime.build import build_model
 from autotp_plan.runtime.data import tp_sampler
 from autotp_plan.runtime.engine_config import engine_config
-from autotp_plan.runtime.model import build_model, check_model, shard_model
+from autotp_plan.runtime.fit import check_model
+from autotp_plan.runtime.model import shard_model
 from autotp_plan.runtime.ranks import Ranks, check_world_size, init_ranks
 from autotp_plan.runtime.weights import open_weights
 from autotp_plan.schemas.plan import Plan

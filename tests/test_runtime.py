@@ -109,7 +109,8 @@ def test_modules_that_no_layer_of_ours_runs(work: Path) -> None:
     import torch
     from torch import nn
 
-    from autotp_plan.runtime.model import build_model, check_model
+    from autotp_plan.runtime.build import build_model
+    from autotp_plan.runtime.fit import check_model
     from autotp_plan.schemas.plan import Plan
 
     plan = Plan.read(work / "llama.tp2.json")
@@ -130,7 +131,8 @@ def test_modules_that_no_layer_of_ours_runs(work: Path) -> None:
 
 
 def test_parts_shared_in_part_are_refused(work: Path) -> None:
-    from autotp_plan.runtime.model import build_model, check_model
+    from autotp_plan.runtime.build import build_model
+    from autotp_plan.runtime.fit import check_model
     from autotp_plan.schemas.plan import Plan
 
     plan = Plan.read(work / "llama.tp2.json")
