@@ -22,15 +22,13 @@ class Findings(Protocol):
     """What trying a plan on a twin showed.
 
     `partial_gradients` are patterns of parameters that are whole on every rank while each computes part of their
-    gradient; `problem` says what else is wrong, None when nothing is; `error` is the largest error found.
+    gradient; `problem` says what else is wrong, None when nothing is.
     """
 
     @property
     def partial_gradients(self) -> Sequence[str]: ...
     @property
     def problem(self) -> str | None: ...
-    @property
-    def error(self) -> float: ...
 
 
 Prover = Callable[[Plan], Findings]
@@ -79,7 +77,7 @@ def proven(compile_with: Callable[[SpecFile], Plan], rules: SpecFile, prove: Pro
             )
         )
     note = (
-        "There is no preset for this model: its rules are transformers' own tp_plan, tried on a twin of the model "
-        f"(largest error {findings.error:.1e})."
+        "There is no preset for this model: its rules are transformers' own tp_plan, and a twin of the model computed by "
+        "them what the whole one does."
     )
     return dataclasses.replace(plan, notes=(note, *plan.notes))

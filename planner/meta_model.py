@@ -43,7 +43,16 @@ def model_on_meta(folder: Path) -> Any:
                 model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype)
         model.tie_weights()
         _keep_in_fp32(model, dtype)
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, ImportError, OSError, RuntimeError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        ImportError,
+        OSError,
+        RuntimeError,
+    ) as error:
         raise CheckpointError(
             Fault(
                 what="transformers cannot build a model from this config",

@@ -9,7 +9,7 @@ from typing import Any
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.layout import Layout
 from autotp_plan.schemas.names import expand
-from autotp_plan.schemas.plan import Parameter, Plan
+from autotp_plan.schemas.plan import Parameter, Plan, PlannedModule
 from autotp_plan.schemas.safetensors_file import num_bytes
 
 _LAYER = re.compile(r"([^.{]+\.)*?(\{[^}]*\}|\d+)\.")
@@ -112,9 +112,24 @@ def human_bytes(count: int) -> str:
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
 
 
+def _meets(module: PlannedModule) -> str:
+    """What a module does with the other ranks, in words."""
+    words = {"copy": "gradient of {} summed", "split": "{} split", "reduce": "{} summed"}
+    crossings = {**module.inputs, **({"output": module.output} if module.output is not None else {})}
+    said = []
+    for name, crossing in crossings.items():
+        part = f" {list(crossing.interval)}" if crossing.interval is not None else ""
+        said.append(words[crossing.operation].format(name + part))
+    return ", ".join(said + ["means over all ranks"] * module.mean_over_ranks)
+
+
 def _style(entry: Parameter) -> str:
     if entry.gather_output:
         return f"{entry.style}, gathered"
+    if entry.split_input:
+        return f"{entry.style}, input split"
+    if entry.add_once:
+        return f"{entry.style}, added once"
     return f"{entry.style}, gradient summed" if entry.partial_gradient else entry.style
 
 
@@ -172,5 +187,6 @@ def describe(plan: Plan) -> list[str]:
         same = len(set(attribute.values)) == 1
         value = attribute.values[0] if same else list(attribute.values)
         lines.append(f"set on each rank: {attribute.module}.{attribute.attribute} = {value}")
+    lines += [f"{module.module}: {_meets(module)}" for module in plan.modules]
     lines += [f"note: {note}" for note in plan.notes]
     return [*lines, f"verified: {plan.verified}" if plan.verified else "not verified: run `autotp-plan verify`"]

@@ -7,6 +7,7 @@ and what is compiled from it must be proven before it is used.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +42,7 @@ def rules_of_model(model: Any, tp_size: int, where: str) -> SpecFile:
     undecided = translation.undecided
     unknown = sorted({style for style in plan.values() if style not in _KNOWN})
     if not plan or unknown or undecided:
-        raise CompileError(_refusal(model, plan, unknown, undecided, where))
+        raise CompileError(_refusal(translation, unknown, where))
     renamed, assembled, odd = _disk_names(model)
     if odd:
         raise CompileError(
@@ -266,30 +267,39 @@ _BYTE_CONCATENATIONS: list[list[tuple[str, int | None]]] = [
 """Conversions whose result has the bytes of its sources one after the other."""
 
 
-def _refusal(
-    model: Any, plan: Mapping[str, str], unknown: Sequence[str], undecided: Sequence[str], where: str
-) -> list[Fault]:
-    model_type = model.config.model_type
-    names = undecided or [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
-    weights = list(dict.fromkeys(starred(name) for name in names))
+def _refusal(translation: _Translation, unknown: Sequence[str], where: str) -> list[Fault]:
     reasons = []
-    if not plan:
+    if not translation.plan:
         reasons.append("transformers has no tp_plan for it")
     if unknown:
         reasons.append(f"its tp_plan has styles that are not understood: {', '.join(unknown)}")
-    if plan and undecided:
+    if translation.plan and translation.undecided:
         reasons.append("its tp_plan is silent about weights that are cut elsewhere")
-    rules = ",\n    ".join(
-        f'{{"patterns": ["{_pattern(weight)}"], "partition_type": "column | row | skip"}}'.replace("\\", "\\\\")
-        for weight in weights
-    )
+    undecided = ", ".join(dict.fromkeys(starred(name) for name in translation.undecided))
     return [
         Fault(
             what="there is no preset for this model, and it cannot be planned without one",
             where=where,
-            got=f"model_type {model_type}: {'; '.join(reasons)}; undecided: {', '.join(weights)}",
+            got=f"model_type {translation.config.model_type}: {'; '.join(reasons)}; undecided: {undecided}",
             expected="a preset, a complete tp_plan, or a spec file",
             next="fill in a spec file, give it with --spec, and prove the plan with `autotp-plan verify`:\n"
-            '  {"layer_specs": [\n    ' + rules + "\n  ]}",
+            '  {"layer_specs": [\n    ' + ",\n    ".join(_skeleton(translation)) + "\n  ]}",
         )
     ]
+
+
+def _skeleton(translation: _Translation) -> Iterator[str]:
+    """A rule, as JSON, for each weight: those that are plain filled in, those that are cut in layers left open."""
+    done: set[str] = set()
+    for name, parameter in translation.parameters.items():
+        template = starred(name)
+        if parameter.dim() < 2 or template in done:
+            continue
+        done.add(template)
+        rule: dict[str, Any] = {"patterns": [_pattern(template)], "partition_type": "column | row | skip"}
+        found = translation.found.get(name)
+        if found is not None and (found.partition_type in ("vocab", "skip") or found.gather_output):
+            rule["partition_type"] = found.partition_type
+            rule |= {"gather_output": True} if found.gather_output else {}
+            rule |= {"indivisible": "uneven"} if found.indivisible == "uneven" else {}
+        yield json.dumps(rule)

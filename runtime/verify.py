@@ -35,7 +35,6 @@ class Trial:
 
     partial_gradients: tuple[str, ...]
     problem: str | None
-    error: float
 
 
 def verify_plan(
@@ -90,7 +89,7 @@ def try_plan(plan: Plan) -> Trial:
     if problem is None and not partial and not proof.proven:
         problem = f"off by {proof.float64_error:.1e} in float64, {proof.engine_error:.1e} in the DeepSpeed engine"
     patterns = sorted({re.escape(starred(name)).replace(r"\*", r"\d+") + "$" for name in partial})
-    return Trial(partial_gradients=tuple(patterns), problem=problem, error=proof.float64_error)
+    return Trial(partial_gradients=tuple(patterns), problem=problem)
 
 
 def _write_twin(plan: Plan, folder: Path, attention: tuple[str, ...]) -> None:

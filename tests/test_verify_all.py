@@ -56,3 +56,41 @@ def test_a_preset(tmp_path: Path, variant: str, tp_size: int) -> None:
         assert tp_size == 8 and "does not divide" in error.faults[0].what, heads
         pytest.skip("the heads do not allow this TP size")
     prove(plan)
+
+
+def stable_lm(folder: Path) -> Path:
+    """A family without a preset and without a tp_plan."""
+    values = {
+        "architectures": ["StableLmForCausalLM"], "model_type": "stablelm", "hidden_size": 128,
+        "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 2,
+        "vocab_size": 300, "use_qkv_bias": True,
+    }  # fmt: skip
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_a_spec_file_of_ones_own(tmp_path: Path) -> None:
+    """The skeleton that `compile` shows, filled in right and wrong."""
+    from autotp_plan.planner import SpecFile, compile_plan
+    from autotp_plan.runtime import verify_plan
+    from autotp_plan.schemas.errors import CompileError
+
+    folder = stable_lm(tmp_path / "model")
+    with pytest.raises(CompileError) as refused:
+        compile_plan(folder, tp_size=2)
+    skeleton = refused.value.faults[0].next
+    rows = json.loads(skeleton[skeleton.index("{") :])["layer_specs"]
+    assert len(rows) == 9, "embedding and head too"
+    for row in rows:
+        (pattern,) = row["patterns"]
+        if row["partition_type"] == "column | row | skip":
+            row["partition_type"] = "row" if "o_proj" in pattern or "down_proj" in pattern else "column"
+        if "self_attn" in pattern:
+            row["unit"] = 16
+    forgotten = verify_plan(compile_plan(folder, tp_size=2, specs=[SpecFile.from_dict({"layer_specs": rows})]))
+    assert not forgotten.proven and "invalid for input of size" in str(forgotten.failure), "the head counts are whole"
+    counts = {"num_heads": "share(num_attention_heads)", "num_key_value_heads": "share(num_key_value_heads)"}
+    attributes = [{"patterns": [r".*\.self_attn$"], "attributes": counts}]
+    rules = {"layer_specs": rows, "module_attributes": attributes}
+    prove(compile_plan(folder, tp_size=2, specs=[SpecFile.from_dict(rules)]))
