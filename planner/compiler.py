@@ -15,11 +15,11 @@ from autotp_plan.planner.disk_names import DiskNames
 from autotp_plan.planner.fallback import Prover, fallback_rules, proven
 from autotp_plan.planner.faults import FaultBook
 from autotp_plan.planner.inventory import Inventory, inventory_of_folder, inventory_of_module
-from autotp_plan.planner.knowledge import notes_on_gradients
+from autotp_plan.planner.knowledge import notes_on_gradients, refuse_undecided, undecided_among_cut
 from autotp_plan.planner.modules import module_attributes, planned_modules
 from autotp_plan.planner.resolve import UNDECIDED, Resolver
 from autotp_plan.planner.rules import Decision
-from autotp_plan.planner.sources import AUTO, Rules, gather
+from autotp_plan.planner.sources import AUTO, Rules, gather, preset_names
 from autotp_plan.schemas.checkpoint import read_config
 from autotp_plan.schemas.errors import AutoTPError, CompileError, Fault
 from autotp_plan.schemas.layout import Layout
@@ -104,6 +104,8 @@ def _compile(
         _check_layers(inventory, num_layers, resolver.faults, resolver.optional(rules.sources))
     decisions = resolver.resolve(rules.sources)
     _check_ties(inventory, decisions, resolver.faults)
+    if rules.preset is not None and rules.preset.name in preset_names():
+        refuse_undecided(undecided_among_cut(decisions), str(rules.preset.name), resolver.faults)
     attributes = list(module_attributes(rules.sources, decisions, symbols, tp_size, resolver.faults))
     modules = list(planned_modules(rules.sources, decisions, symbols, tp_size, resolver.faults))
     resolver.faults.raise_if_any(CompileError)
@@ -264,7 +266,7 @@ def _plan(
             dtype=deepspeed.dtype if deepspeed else None,
             tp_overlap_comm=deepspeed.tp_overlap_comm if deepspeed else False,
         ),
-        notes=(*rules.notes, *inventory.notes, *notes_on_gradients(decisions)),
+        notes=(*rules.notes, *inventory.notes, *notes_on_gradients(undecided_among_cut(decisions))),
     )
 
 

@@ -77,7 +77,7 @@ def proven(compile_with: Callable[[SpecFile], Plan], rules: SpecFile, prove: Pro
             )
         )
     note = (
-        "There is no preset for this model: its rules are transformers' own tp_plan, and a twin of the model computed by "
-        "them what the whole one does."
+        "There is no preset for this model: its rules are transformers' own tp_plan, and a twin of the model computed "
+        "by them what the whole one does."
     )
     return dataclasses.replace(plan, notes=(note, *plan.notes))

@@ -95,15 +95,32 @@ def settle_partial_gradients(
     return settled
 
 
-def notes_on_gradients(decisions: Mapping[str, Decision]) -> list[str]:
-    """What the user must know better than us: parameters that no rule decides, beside weights that are cut."""
+def undecided_among_cut(decisions: Mapping[str, Decision]) -> list[str]:
+    """The parameters that no rule decides, in modules whose weights are cut: their gradients may be partial."""
     cut = _cut_modules(decisions)
-    names = [name for name, one in decisions.items() if one.rule == DEFAULT and parent_module(name) in cut]
+    return fold(name for name, one in decisions.items() if one.rule == DEFAULT and parent_module(name) in cut)
+
+
+def notes_on_gradients(names: Sequence[str]) -> list[str]:
+    """What the user must know better than us of parameters that rules of one's own leave open."""
     return [
         f"{name} is whole on every rank, in a module whose weights are cut. If it acts on cut activations, as a norm "
         'of each head does, its gradient is partial: say "grad_allreduce": true in a skip rule.'
-        for name in fold(names)
+        for name in names
     ]
+
+
+def refuse_undecided(names: Sequence[str], preset: str, faults: FaultBook) -> None:
+    """A preset knows all parameters of its family; one that it does not know is of a variant that it is not for."""
+    for name in names:
+        faults.add(
+            "the preset does not know a parameter among weights that are cut",
+            name,
+            got=f"preset {preset} has no rule for it",
+            expected="to know whether it acts on cut activations, and so has a partial gradient",
+            next='decide it in a spec file: {"patterns": ["..."], "partition_type": "skip", "grad_allreduce": true}, '
+            "or false; `autotp-plan verify` shows which is right",
+        )
 
 
 def _cut_modules(decisions: Mapping[str, Decision]) -> set[str]:

@@ -13,7 +13,7 @@ import pytest
 from autotp_plan.planner import SpecFile, compile_plan
 from autotp_plan.planner.deepspeed_config import TensorParallelSection, parse_section
 from autotp_plan.planner.show import as_json
-from autotp_plan.planner.sources import preset_names
+from autotp_plan.planner.sources import preset_names, read_preset
 from autotp_plan.schemas.errors import AutoTPError, CompileError, Fault
 from autotp_plan.schemas.plan import Plan
 from tests.helpers.checkpoints import LLAMA_CONFIG, llama_shapes, write_checkpoint, write_llama
@@ -573,12 +573,17 @@ def test_a_partial_gradient_stays_one_beside_cut_weights_only(make: Make) -> Non
     assert fault.what == "a gradient is summed where every rank has all of it"
 
 
-def test_a_norm_that_no_rule_decides_is_noted(make: Make) -> None:
+def test_a_norm_that_no_rule_decides(make: Make) -> None:
     config = {**LLAMA_CONFIG, "model_type": "llama_of_mine"}
     norms = {f"model.layers.{n}.self_attn.q_norm.weight": (4,) for n in range(2)}
-    plan = compile_plan(make({**llama_shapes(), **norms}, config), tp_size=2, preset="llama")
+    folder = make({**llama_shapes(), **norms}, config)
+    (fault,) = faults_of(folder, 2, preset="llama")
+    assert fault.what == "the preset does not know a parameter among weights that are cut"
+    assert fault.where == "model.layers.{0..1}.self_attn.q_norm.weight"
+    plan = compile_plan(folder, tp_size=2, preset="none", specs=[read_preset("llama")])
     assert any(note.startswith("model.layers.{0..1}.self_attn.q_norm.weight is whole") for note in plan.notes)
-    assert any("this model is llama_of_mine" in note for note in plan.notes)
+    noted = compile_plan(make(llama_shapes(), config), tp_size=2, preset="llama").notes
+    assert any("this model is llama_of_mine" in note for note in noted)
     assert compile_plan(make(), tp_size=2).notes == ()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from autotp_plan.planner import compile_plan
+from autotp_plan.planner import SpecFile, compile_plan
 from autotp_plan.schemas.errors import CompileError
 from tests.helpers.models import make_config
 
@@ -41,3 +41,20 @@ def test_a_model_without_a_preset_is_refused_with_the_rules_to_write(tmp_path: P
     assert "transformers has no tp_plan for it" in fault.got
     skeleton = fault.next[fault.next.index("{") :].replace("column | row | skip", "column")
     assert any("down_proj" in rule["patterns"][0] for rule in json.loads(skeleton)["layer_specs"])
+
+
+def test_parameters_that_a_preset_does_not_know_are_refused(tmp_path: Path) -> None:
+    """An activation function with parameters of its own acts on cut activations: its gradients are partial."""
+    folder = config_folder(tmp_path, "llama", "LlamaForCausalLM", hidden_act="xielu")
+    with pytest.raises(CompileError) as caught:
+        compile_plan(folder, tp_size=2)
+    assert {fault.what for fault in caught.value.faults} == {
+        "the preset does not know a parameter among weights that are cut"
+    }
+    assert "model.layers.{0..1}.mlp.act_fn.alpha_p" in {fault.where for fault in caught.value.faults}
+    rules = [
+        {"patterns": [r".*\.act_fn\.alpha_[np]$"], "partition_type": "skip", "grad_allreduce": True},
+        {"patterns": [r".*\.act_fn\.(beta|eps)$"], "partition_type": "skip"},
+    ]
+    plan = compile_plan(folder, tp_size=2, specs=[SpecFile.from_dict({"layer_specs": rules})])
+    assert sum(entry.partial_gradient for entry in plan.expanded()) == 4
