@@ -268,7 +268,9 @@ def test_training_program_with_bad_input(work: Path) -> None:
     program = ["-m", "autotp_plan.runtime.train", "--plan", work / "llama.tp2.json", "--shards"]
     result = run_training(*program, work / "qwen2.tp1", ranks=2)
     assert result.returncode != 0
-    assert result.stderr.count("error: the shards were cut by another plan") == 2, "once by each rank"
+    assert result.stderr.count("error: the shards were cut by another plan") in (1, 2), (
+        "by each rank, unless torchrun ended it before"
+    )
     assert 'File "' not in result.stderr.split("ChildFailedError")[0].split("E1")[0]
     result = run_training(*program, work / "llama.tp2", "--data", ROOT / "README.md", ranks=2)
     assert "there is no tokenizer to read the text with" in result.stderr
