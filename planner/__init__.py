@@ -10,7 +10,10 @@ if __name__ != "autotp_plan.planner":
 from autotp_plan.planner.check import check_checkpoint, check_plan
 from autotp_plan.planner.compiler import compile_plan
 from autotp_plan.planner.inventory import Inventory, inventory_of_folder, inventory_of_module
+from autotp_plan.planner.merge import check_whole as check_shards
+from autotp_plan.planner.merge import merge
 from autotp_plan.planner.presplit import presplit
+from autotp_plan.planner.reshard import reshard
 from autotp_plan.schemas.plan import Plan
 from autotp_plan.schemas.spec import SpecFile
 
@@ -20,8 +23,11 @@ __all__ = [
     "SpecFile",
     "check_checkpoint",
     "check_plan",
+    "check_shards",
     "compile_plan",
     "inventory_of_folder",
     "inventory_of_module",
+    "merge",
     "presplit",
+    "reshard",
 ]

@@ -1,23 +1,24 @@
 """The `autotp-plan` command: typed arguments, plain library calls, and the only place that prints or exits.
 
-Exit status: 0 when all is well, 1 for a plan that `verify` does not prove, 2 for any fault in what the user gave us.
+Exit status: 0 when all is well, 1 for a plan that `verify` does not prove or `export` cannot express, 2 for any fault
+in what the user gave us.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import os
 import sys
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from autotp_plan.planner.cli_export import export, presets
+from autotp_plan.planner.cli_report import not_written, reported
+from autotp_plan.planner.cli_shards import check_shards, merge, presplit, reshard
 from autotp_plan.schemas.errors import AutoTPError, Fault, ShardsError
+from autotp_plan.schemas.manifest import MANIFEST_NAME, PLAN_NAME
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,34 +26,7 @@ if TYPE_CHECKING:
     from autotp_plan.runtime.proof import Proof
     from autotp_plan.schemas.plan import Plan
 
-_F = TypeVar("_F", bound=Callable[..., None])
 _FILE = click.Path(path_type=Path)
-
-
-def _reported(function: _F) -> _F:
-    """Turn known errors into a message on stderr and exit status 2."""
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            function(*args, **kwargs)
-        except AutoTPError as error:
-            _fail(error.faults)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
-        except OSError as error:
-            _fail([_refused(error)])
-
-    return run  # type: ignore[return-value]
-
-
-def _fail(faults: Sequence[Fault]) -> None:
-    for fault in faults:
-        click.echo(click.style("error: ", fg="red", bold=True, reset=True) + str(fault), err=True)
-    if len(faults) > 1:
-        click.echo(f"{len(faults)} errors; nothing was written", err=True)
-    sys.exit(2)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -65,6 +39,9 @@ def main() -> None:
     autotp-plan show plan.json
     autotp-plan verify plan.json
     autotp-plan presplit plan.json --checkpoint CHECKPOINT -o SHARDS
+    autotp-plan check SHARDS
+    autotp-plan merge SHARDS -o CHECKPOINT
+    autotp-plan reshard SHARDS --tp 8 -o SHARDS_OF_8
     """
 
 
@@ -76,7 +53,7 @@ def main() -> None:
 @click.option("--spec", "specs", type=_FILE, multiple=True, help="Spec file; may be repeated, the first counts most.")
 @click.option("--uneven", is_flag=True, help="Give ranks shares of unequal size where the TP size does not divide.")
 @click.option("--ds-config", type=_FILE, help="DeepSpeed config; its tensor_parallel section is honoured.")
-@_reported
+@reported
 def compile(
     model: Path,
     tp_size: int | None,
@@ -115,7 +92,7 @@ def compile(
     try:
         write_atomically(output, plan.to_json())
     except OSError as error:
-        raise ShardsError(_not_written(output, error)) from None
+        raise ShardsError(not_written(output, error)) from None
     _report_compiled(plan, output)
 
 
@@ -142,14 +119,23 @@ def _report_compiled(plan: Plan, output: Path) -> None:
 
 
 @main.command()
-@click.argument("plan_file", metavar="PLAN", type=_FILE)
+@click.argument("plan_file", metavar="PLAN_OR_SHARDS", type=_FILE)
 @click.option("--checkpoint", type=_FILE, help="Check that this checkpoint holds what the plan says, too.")
-@_reported
+@reported
 def check(plan_file: Path, checkpoint: Path | None) -> None:
-    """Check a plan: schema, fingerprint, coverage, units, column-row pairing, ties, and the checkpoint."""
+    """Check a plan: schema, fingerprint, coverage, units, column-row pairing, ties, and the checkpoint.
+
+    Or a folder of shards: that every byte is what was written, and that it all belongs together.
+    """
     from autotp_plan.planner.check import check_checkpoint, check_plan
     from autotp_plan.schemas.plan import Plan
+    from autotp_plan.schemas.shards import is_unfinished
 
+    if is_unfinished(plan_file) or (plan_file / MANIFEST_NAME).exists():
+        check_shards(plan_file)
+        if checkpoint is None:
+            return
+        plan_file = plan_file / PLAN_NAME
     plan = Plan.read(plan_file)
     faults = check_plan(plan)
     if checkpoint is not None:
@@ -163,7 +149,7 @@ def check(plan_file: Path, checkpoint: Path | None) -> None:
 @main.command()
 @click.argument("plan_file", metavar="PLAN", type=_FILE)
 @click.option("--format", "output_format", type=click.Choice(["table", "json"]), default="table", show_default=True)
-@_reported
+@reported
 def show(plan_file: Path, output_format: str) -> None:
     """Show a plan as a table, or expanded as JSON."""
     from autotp_plan.planner.show import as_json
@@ -214,7 +200,7 @@ def _print_table(plan: Plan) -> None:
 @click.option("--format", "output_format", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @click.option("--no-stamp", is_flag=True, help="Leave the plan file as it is.")
 @click.option("--attention", multiple=True, type=click.Choice(["eager", "sdpa"]), help="Only this one; repeatable.")
-@_reported
+@reported
 def verify(plan_file: Path, output_format: str, no_stamp: bool, attention: tuple[str, ...]) -> None:
     """Prove a plan: a small twin of its model, dense and sharded, compared number for number on this machine's CPU.
 
@@ -236,7 +222,7 @@ def verify(plan_file: Path, output_format: str, no_stamp: bool, attention: tuple
         try:
             write_atomically(plan_file, dataclasses.replace(plan, verified=proof.stamp()).to_json())
         except OSError as error:
-            raise ShardsError(_not_written(plan_file, error)) from None
+            raise ShardsError(not_written(plan_file, error)) from None
 
 
 def _verified(plan: Plan, attention: tuple[str, ...]) -> Proof:
@@ -272,141 +258,11 @@ def _print_proof(proof: Proof) -> None:
         console.print(line)
 
 
-@main.command()
-@click.argument("plan_file", metavar="PLAN", type=_FILE)
-@click.option("--checkpoint", type=_FILE, required=True, help="The checkpoint to cut.")
-@click.option("-o", "--output", type=_FILE, required=True, help="New folder for the shards.")
-@click.option("--workers", type=int, default=4, show_default=True, help="Tensors cut at the same time.")
-@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
-@_reported
-def presplit(plan_file: Path, checkpoint: Path, output: Path, workers: int, quiet: bool) -> None:
-    """Cut a checkpoint into a folder of per-rank shards that needs nothing else to train from."""
-    from autotp_plan.planner.presplit import presplit as run
-    from autotp_plan.planner.show import human_bytes
-    from autotp_plan.schemas.plan import Plan
-
-    plan = Plan.read(plan_file)
-    started = time.monotonic()
-    if quiet or not sys.stderr.isatty():
-        manifest = run(plan, checkpoint, output, workers=workers)
-    else:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-        columns = (
-            "{task.description}",
-            BarColumn(),
-            DownloadColumn(True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("presplit", total=None)
-            manifest = run(
-                plan,
-                checkpoint,
-                output,
-                workers=workers,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
-            )
-    if not quiet:
-        seconds = time.monotonic() - started
-        size = sum(file.size for file in manifest.files)
-        click.echo(
-            f"{output}: {len(manifest.files)} files, {human_bytes(size)} for {plan.tp_size} ranks in {seconds:.1f} s"
-        )
-
-
-@main.command()
-@click.argument("plan_file", metavar="PLAN", type=_FILE)
-@click.option("--to", "target", type=click.Choice(["deepspeed"]), required=True, help="What to write it for.")
-@click.option("-o", "--output", type=_FILE, help="File to write; default: standard output.")
-@_reported
-def export(plan_file: Path, target: str, output: Path | None) -> None:
-    """Write a plan as a partition_config for plain DeepSpeed, or say what that cannot express (exit status 1)."""
-    from autotp_plan.planner.export import export_to_deepspeed
-    from autotp_plan.schemas.documents import format_json, write_atomically
-    from autotp_plan.schemas.plan import Plan
-
-    plan = Plan.read(plan_file)
-    exported = export_to_deepspeed(plan)
-    if exported.obstacles:
-        click.echo(f"{plan_file}: plain {target} cannot express this plan; nothing was written", err=True)
-        for obstacle in exported.obstacles:
-            click.echo(f"  {obstacle.where}: {obstacle.reason}", err=True)
-        sys.exit(1)
-    for name in exported.whole:
-        click.echo(f"note: {name} is whole on every rank there, which is right and takes more memory", err=True)
-    section = {"autotp_size": plan.tp_size, "partition_config": exported.partition_config}
-    text = format_json({"tensor_parallel": section})
-    if output is None:
-        click.echo(text, nl=False)
-        return
-    try:
-        write_atomically(output, text)
-    except OSError as error:
-        raise ShardsError(_not_written(output, error)) from None
-    click.echo(f"{output}: a tensor_parallel section for a DeepSpeed config")
-
-
-@main.group()
-def presets() -> None:
-    """The architectures that are known."""
-
-
-@presets.command("list")
-@click.option("--format", "output_format", type=click.Choice(["table", "json"]), default="table", show_default=True)
-@_reported
-def list_presets(output_format: str) -> None:
-    """List the presets."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from autotp_plan.planner.sources import preset_names, read_preset
-
-    found = [read_preset(name) for name in preset_names()]
-    if output_format == "json":
-        rows = [
-            {"name": one.name, "model_types": list(one.model_types), "description": one.description} for one in found
-        ]
-        click.echo(json.dumps(rows, indent=1))
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("preset", "model_type", "what it covers"):
-        table.add_column(title, overflow="fold")
-    for one in found:
-        table.add_row(one.name, ", ".join(one.model_types), one.description)
-    Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
-
-
-@presets.command("show")
-@click.argument("name")
-@_reported
-def show_preset(name: str) -> None:
-    """Print a preset: a spec file, to read or to start one's own from."""
-    from autotp_plan.planner.sources import preset_text
-
-    click.echo(preset_text(name), nl=False)
-
-
-def _refused(error: OSError) -> Fault:
-    return Fault(
-        what="the operating system refused",
-        where=str(error.filename or "a file"),
-        got=error.strerror or str(error),
-        expected="paths that can be read and written",
-        next="check the path and its permissions",
-    )
-
-
-def _not_written(path: Path, error: OSError) -> Fault:
-    return Fault(
-        what="the plan cannot be written",
-        where=str(path),
-        got=error.strerror or str(error),
-        expected="a file in a folder that exists and can be written to",
-        next="make the folder, or give another path",
-    )
+main.add_command(export)
+main.add_command(presets)
+main.add_command(presplit)
+main.add_command(merge)
+main.add_command(reshard)
 
 
 if __name__ == "__main__":

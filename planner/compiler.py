@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from autotp_plan.planner.check import check_plan
+from autotp_plan.planner.corrections import noted
 from autotp_plan.planner.deepspeed_config import TensorParallelSection
 from autotp_plan.planner.disk_names import DiskNames
 from autotp_plan.planner.fallback import Prover, fallback_rules, proven
@@ -110,6 +111,8 @@ def _compile(
     modules = list(planned_modules(rules.sources, decisions, symbols, tp_size, resolver.faults))
     resolver.faults.raise_if_any(CompileError)
     plan = _plan(inventory, rules, names, decisions, attributes, modules, tp_size, deepspeed)
+    if deepspeed is not None and deepspeed.partition_config is not None and rules.preset is not None:
+        plan = noted(plan, str(rules.preset.name))
     faults = check_plan(plan)
     if faults:
         raise CompileError(faults)

@@ -298,12 +298,15 @@ def _by_alias(
                 next="use --preset auto, or write a spec file: the rows of a fused weight must be known, not guessed",
             )
         )
-    notes.append(f"Preset {alias} stands for {names}; this model is a {model_type}, planned by preset {found.name}.")
+    note = f"Preset {alias} stands for {names}; this model is a {model_type}, planned by preset {found.name}."
+    wrong = found.deepspeed_presets.get(alias)
+    notes.append(f"{note} DeepSpeed's own {alias} {wrong}." if wrong else note)
     return found
 
 
 def _preset_of_deepspeed(preset_model: str, model_type: str | None, notes: list[str]) -> str:
     """The preset that stands for DeepSpeed's `preset_model`: the model's own, wherever there is one."""
+    preset_model = preset_model.lower()  # as DeepSpeed does
     own = _find_preset(AUTO, model_type, notes)
     if own is None or own.name is None:
         return preset_model

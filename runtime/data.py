@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +39,38 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
         return {"input_ids": self.windows[index], "labels": self.windows[index]}
 
 
-def tp_sampler(dataset: Any, ranks: Ranks, *, shuffle: bool = True, seed: int = 0) -> DistributedSampler[Any]:
+class ResumableSampler(DistributedSampler[Any]):
+    """torch's `DistributedSampler`, that can begin in the middle of an epoch."""
+
+    start = 0
+    begin: Callable[[], None] | None = None
+
+    def set_position(self, epoch: int, start: int, begin: Callable[[], None]) -> None:
+        """Begin the next iteration at sample `start` of `epoch`; those after it begin at 0.
+
+        `begin` is called at its first sample: a loader that begins an iteration draws a random number before.
+        """
+        self.set_epoch(epoch)
+        self.start, self.begin = start, begin
+
+    def __iter__(self) -> Iterator[Any]:
+        start, begin = self.start, self.begin
+        self.start, self.begin = 0, None
+        return self._from(itertools.islice(super().__iter__(), start, None), begin)
+
+    @staticmethod
+    def _from(samples: Iterator[Any], begin: Callable[[], None] | None) -> Iterator[Any]:
+        if begin is not None:
+            begin()
+        yield from samples
+
+
+def tp_sampler(dataset: Any, ranks: Ranks, *, shuffle: bool = True, seed: int = 0) -> ResumableSampler:
     """A sampler over `dataset` by DP rank, the same for all TP ranks of a data-parallel group.
 
-    Call its `set_epoch` each epoch for another order.
+    Call its `set_epoch` each epoch for another order. A job that resumes begins with its `epoch`, not with 0.
     """
-    return DistributedSampler(dataset, num_replicas=ranks.dp_size, rank=ranks.dp_rank, shuffle=shuffle, seed=seed)
+    return ResumableSampler(dataset, num_replicas=ranks.dp_size, rank=ranks.dp_rank, shuffle=shuffle, seed=seed)
 
 
 def text_tokens(path: Path, tokenizer: Any, limit: int | None = None) -> Tensor:

@@ -13,10 +13,10 @@ import torch
 from accelerate import init_empty_weights
 from deepspeed.utils import groups
 from torch import nn
-from torch.utils.data.distributed import DistributedSampler
 
 from autotp_plan.runtime.build import build_model
-from autotp_plan.runtime.data import tp_sampler
+from autotp_plan.runtime.checkpoints import load_checkpoint, save_checkpoint
+from autotp_plan.runtime.data import ResumableSampler, tp_sampler
 from autotp_plan.runtime.engine_config import engine_config
 from autotp_plan.runtime.fit import check_model
 from autotp_plan.runtime.model import shard_model
@@ -52,6 +52,7 @@ class TrainingPlan:
         *,
         model: nn.Module | Callable[[], nn.Module] | None = None,
         dtype: torch.dtype | None = None,
+        verify_checksums: bool = False,
         **options: Any,
     ) -> nn.Module:
         """This rank's part of the model, ready for `initialize`.
@@ -61,13 +62,15 @@ class TrainingPlan:
             model: a module of your own, built on meta, or a function that builds it; None builds the transformers
                 model that the folder's config.json describes.
             dtype: floating-point dtype to convert to; None keeps the checkpoint's (or what the plan says).
+            verify_checksums: read every shard file once more and compare its checksum (sizes, headers and fingerprints
+                are always compared).
             options: for transformers, such as `attn_implementation`.
 
         Every mismatch between plan, folder, model and world size raises before any communication, on every rank alike:
         MismatchError, ShardsError, CheckpointError or DocumentError.
         """
         check_world_size(self.tp_size)
-        source = open_weights(Path(path), self.document)
+        source = open_weights(Path(path), self.document, verify_checksums=verify_checksums)
         if model is None:
             built = build_model(Path(path), self.document, **options)
         elif isinstance(model, nn.Module):
@@ -109,13 +112,34 @@ class TrainingPlan:
                 if isinstance(training_data, torch.utils.data.IterableDataset)
                 else tp_sampler(training_data, ranks)
             )
-            pin_memory = ranks.device.type != "cpu"
+            on_cpu = ranks.device.type == "cpu"  # then processes that load data take what the model computes with
             loader = engine.deepspeed_io(
-                training_data, data_sampler=sampler, collate_fn=collate_fn, pin_memory=pin_memory
+                training_data,
+                data_sampler=sampler,
+                collate_fn=collate_fn,
+                pin_memory=not on_cpu,
+                num_local_io_workers=0 if on_cpu else None,
             )
             engine.training_dataloader = loader
         return engine, optimizer, loader, scheduler
 
-    def sampler(self, dataset: Any, *, shuffle: bool = True, seed: int = 0) -> DistributedSampler[Any]:
+    def save_checkpoint(
+        self, engine: Any, folder: str | os.PathLike[str], tag: str | None = None, client_state: Any = None
+    ) -> str:
+        """Save a job to resume it: weights, optimizer, scheduler, random streams, data position. Returns the tag.
+
+        Every rank calls it, right after an optimizer step. `client_state` is a dict of your own. The default tag is the
+        step. A save that dies leaves the checkpoint before it chosen.
+        """
+        return save_checkpoint(engine, Path(folder), self.document, self.ranks, tag, dict(client_state or {}))
+
+    def load_checkpoint(self, engine: Any, folder: str | os.PathLike[str], tag: str | None = None) -> dict[str, Any]:
+        """Resume a job on the plan, mesh and ZeRO stage it was saved with; default: the latest. The client state.
+
+        Every rank calls it, after `initialize`. Raises CheckpointError or MismatchError before anything is changed.
+        """
+        return load_checkpoint(engine, Path(folder), self.document, self.ranks, tag)
+
+    def sampler(self, dataset: Any, *, shuffle: bool = True, seed: int = 0) -> ResumableSampler:
         """A sampler that gives all TP ranks of a data-parallel group the same samples and each DP rank its own."""
         return tp_sampler(dataset, self.ranks, shuffle=shuffle, seed=seed)

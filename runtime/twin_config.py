@@ -49,11 +49,12 @@ def num_layers(config: Mapping[str, Any]) -> int | None:
 
 
 def per_layer(config: Mapping[str, Any], layer: int) -> tuple[tuple[str, str], ...]:
-    """What the lists with an entry for each layer say of one of them."""
+    """What the lists with an entry for each layer say of one of them; a list of all layers' numbers says nothing."""
+    depth = num_layers(config) or 0
     return tuple(
         (key, repr(value[layer]))
         for key, value in _all(config)
-        if isinstance(value, list) and len(value) == num_layers(config) and key not in _PER_FREQUENCY
+        if isinstance(value, list) and len(value) == depth and key not in _PER_FREQUENCY and value != [*range(depth)]
     )
 
 

@@ -7,8 +7,7 @@ tensor at hand. Everything that can be wrong with the files is found, on every r
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,10 +17,11 @@ from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.checkpoint import config_hash, read_checkpoint, read_config
 from autotp_plan.schemas.errors import CheckpointError, Fault, MismatchError, ShardsError
 from autotp_plan.schemas.layout import Layout, parameter_shape
-from autotp_plan.schemas.manifest import MANIFEST_NAME, Manifest, ShardFile
+from autotp_plan.schemas.manifest import MANIFEST_NAME
 from autotp_plan.schemas.plan import Parameter, Plan
-from autotp_plan.schemas.safetensors_file import TensorEntry, read_header, runs
+from autotp_plan.schemas.safetensors_file import TensorEntry, runs
 from autotp_plan.schemas.segments import SegmentReader, Segments, problems
+from autotp_plan.schemas.shards import is_unfinished, read_shards
 
 CHUNK_BYTES = 16 * 1024 * 1024
 
@@ -63,16 +63,21 @@ class WeightSource:
             yield Weight(name=parameter.name, source=source, layout=held, wanted=wanted, shape=shape)
 
 
-def open_weights(folder: Path, plan: Plan) -> WeightSource:
+def open_weights(folder: Path, plan: Plan, *, verify_checksums: bool = False) -> WeightSource:
     """Find out whether `folder` holds the plan's parameters, as shards or as the original checkpoint.
 
-    Raises ShardsError, CheckpointError, DocumentError or MismatchError, the same on every rank.
+    `verify_checksums` reads every byte of a shards folder; a checkpoint has no checksums. Raises ShardsError,
+    CheckpointError, DocumentError or MismatchError, the same on every rank.
     """
-    if (folder / MANIFEST_NAME).exists():
-        return WeightSource(folder=folder, plan=plan, sources=_shards(folder, plan), presplit=True)
-    unfinished = folder.is_dir() and any(path.name.startswith("tp-") for path in folder.iterdir())
-    if unfinished:
-        raise ShardsError(_shards_fault(str(folder), f"shards without {MANIFEST_NAME}", "a finished presplit"))
+    if is_unfinished(folder) or (folder / MANIFEST_NAME).exists():
+        shards = read_shards(folder, plan)
+        faults = [fault for parameter in plan.expanded() for fault in _dtype_faults(parameter)]
+        if faults:
+            raise ShardsError(faults)
+        if verify_checksums:
+            shards.verify()
+        sources = {key: Segments.of(key[0], [entry]) for key, entry in shards.tensors.items()}
+        return WeightSource(folder=folder, plan=plan, sources=sources, presplit=True)
     return WeightSource(folder=folder, plan=plan, sources=_checkpoint(folder, plan), presplit=False)
 
 
@@ -119,42 +124,6 @@ class _Reader:
             filled, self.position, self.left = filled + count, self.position + count, self.left - count
 
 
-def _shards(folder: Path, plan: Plan) -> dict[tuple[str, int], Segments]:
-    manifest = Manifest.read(folder)
-    if manifest.plan != plan.fingerprint or manifest.tp_size != plan.tp_size:
-        raise MismatchError(
-            Fault(
-                what="the shards were cut by another plan",
-                where=str(folder / MANIFEST_NAME),
-                got=f"{manifest.plan} at TP={manifest.tp_size}",
-                expected=f"{plan.fingerprint} at TP={plan.tp_size}",
-                next="load the plan in the shards folder (autotp_plan.json), or pre-split with this one",
-            )
-        )
-    faults = [fault for file in manifest.files if (fault := _size_fault(folder, file))]
-    if faults:
-        raise ShardsError(faults)
-    entries: dict[tuple[str, int], TensorEntry] = {}
-    weights = [file for file in manifest.files if file.rank != -1]
-    with ThreadPoolExecutor(8) as pool:
-        headers = list(pool.map(lambda file: read_header(folder / file.name), weights))
-    for file, header in zip(weights, headers):
-        if (header.metadata or {}).get("autotp_plan") != plan.fingerprint:
-            faults.append(_shards_fault(str(header.path), "a file cut by another plan", plan.fingerprint))
-        for rank in range(plan.tp_size) if file.rank is None else [file.rank]:
-            entries.update({(tensor.name, rank): tensor for tensor in header.tensors})
-    for parameter in plan.expanded():
-        layout = plan.layouts[parameter.layout]
-        for rank in range(plan.tp_size):
-            shape = parameter_shape(plan.shape_of(parameter), layout.shape, layout.rank_shape(rank))
-            held = {parameter.name: entries[parameter.name, rank]} if (parameter.name, rank) in entries else {}
-            whole = replace(parameter, source=None, sources=None)
-            faults.extend(_parameter_faults(whole, shape, held, f"rank {rank}: "))
-    if faults:
-        raise ShardsError(faults)
-    return {key: Segments.of(key[0], [entry]) for key, entry in entries.items()}
-
-
 def _checkpoint(folder: Path, plan: Plan) -> dict[tuple[str, int], Segments]:
     tensors = read_checkpoint(folder).tensors
     faults: list[Fault] = []
@@ -182,44 +151,28 @@ def _checkpoint(folder: Path, plan: Plan) -> dict[tuple[str, int], Segments]:
 
 
 def _parameter_faults(
-    parameter: Parameter, shape: tuple[int, ...], tensors: Mapping[str, TensorEntry], where: str = ""
+    parameter: Parameter, shape: tuple[int, ...], tensors: Mapping[str, TensorEntry]
 ) -> Iterator[Fault]:
     for problem in problems(parameter, shape, tensors):
         yield Fault(
             what="a tensor is not what the plan says" if problem.got else "a tensor of the plan is missing",
-            where=f"{where}{problem.name}",
+            where=problem.name,
             got=problem.got,
             expected=problem.expected,
             next="give the folder that belongs to this plan",
         )
+    yield from _dtype_faults(parameter)
+
+
+def _dtype_faults(parameter: Parameter) -> Iterator[Fault]:
     if parameter.dtype not in DTYPES:
         yield Fault(
             what="torch has no such dtype",
-            where=f"{where}{parameter.name}",
+            where=parameter.name,
             got=parameter.dtype,
             expected=", ".join(sorted(DTYPES)),
             next="use a checkpoint in a dtype that training uses, such as BF16",
         )
-
-
-def _size_fault(folder: Path, file: ShardFile) -> Fault | None:
-    try:
-        size = (folder / file.name).stat().st_size
-    except OSError as error:
-        return _shards_fault(str(folder / file.name), error.strerror or str(error), f"{file.size} bytes")
-    if size == file.size:
-        return None
-    return _shards_fault(str(folder / file.name), f"{size} bytes", f"{file.size} bytes")
-
-
-def _shards_fault(where: str, got: str, expected: str) -> Fault:
-    return Fault(
-        what="the shards folder is not what its manifest says",
-        where=where,
-        got=got,
-        expected=expected,
-        next="copy the folder again, or pre-split again",
-    )
 
 
 def _short_read(weight: Weight, got: str) -> Fault:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,20 +45,23 @@ class TensorEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SafetensorsFile:
-    """The header of one file: its tensors in the order of their bytes, and its metadata."""
+    """The header of one file: its tensors in the order of their bytes, its metadata, and the text it was read from."""
 
     path: Path
     tensors: tuple[TensorEntry, ...]
     metadata: dict[str, str] | None
     size: int
+    header: str
 
 
 def read_header(path: Path) -> SafetensorsFile:
     """Read the header of `path`. Raises CheckpointError when it is not a sound safetensors file."""
     try:
-        with open(path, "rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0)
+        with open(path, "rb", opener=_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise _broken(path, "no regular file")
+            size = status.st_size
             prefix = file.read(8)
             header_size = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or header_size > min(size - 8, MAX_HEADER_BYTES):
@@ -65,7 +70,20 @@ def read_header(path: Path) -> SafetensorsFile:
     except OSError as error:
         raise _broken(path, error.strerror or str(error)) from None
     try:
-        header = documents.loads(raw.decode("utf-8"))
+        header = raw.decode("utf-8")
+    except ValueError as error:
+        raise _broken(path, f"a header that is not JSON: {error}") from None
+    found = parse_header(path, header)
+    if found.size != size:
+        raise _broken(path, f"{size} bytes where the header accounts for {found.size}")
+    return found
+
+
+def parse_header(path: Path, text: str) -> SafetensorsFile:
+    """What the header `text` of a file `path` says, which need not be there. Raises CheckpointError."""
+    try:
+        header = documents.loads(text)
+        begin = 8 + len(text.encode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise _broken(path, f"a header that is not JSON: {error}") from None
     if not isinstance(header, dict):
@@ -73,7 +91,6 @@ def read_header(path: Path) -> SafetensorsFile:
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         raise _broken(path, "__metadata__ that is not strings by name")
-    begin = 8 + header_size
     tensors = [_entry(path, name, value, begin) for name, value in header.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
     reached = begin
@@ -81,9 +98,7 @@ def read_header(path: Path) -> SafetensorsFile:
         if tensor.start != reached:
             raise _broken(path, f"{tensor.name} begins at byte {tensor.start} where {reached} bytes are accounted for")
         reached = tensor.stop
-    if reached != size:
-        raise _broken(path, f"{size} bytes where the header accounts for {reached}")
-    return SafetensorsFile(path=path, tensors=tuple(tensors), metadata=metadata, size=size)
+    return SafetensorsFile(path=path, tensors=tuple(tensors), metadata=metadata, size=reached, header=text)
 
 
 def header_bytes(tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
@@ -96,7 +111,12 @@ def header_bytes(tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: Ma
         at = stop
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     raw += b" " * (-len(raw) % 8)
-    return len(raw).to_bytes(8, "little") + raw
+    return prefixed(raw)
+
+
+def prefixed(header: bytes) -> bytes:
+    """A header with its length before it, as it stands at the beginning of a file."""
+    return len(header).to_bytes(8, "little") + header
 
 
 def num_bytes(dtype: str, shape: Sequence[int]) -> int:
@@ -125,6 +145,10 @@ def runs(layout: Layout, wanted: Sequence[iv.Interval], dtype: str) -> Iterator[
     for block in range(outer):
         for offset, count in joined:
             yield (block * stride + offset, count)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe is opened too, and then refused
 
 
 def _entry(path: Path, name: str, value: Any, begin: int) -> TensorEntry:

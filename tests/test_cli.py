@@ -151,8 +151,8 @@ LONG = "x" * 5000
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["compile", "--model", "{llama}", "--tp", "2", "-o", "{tmp}/no/plan.json"], "the plan cannot be written"),
-        (["compile", "--model", "{llama}", "--tp", "2", "-o", "{llama}"], "the plan cannot be written"),
+        (["compile", "--model", "{llama}", "--tp", "2", "-o", "{tmp}/no/plan.json"], "the file cannot be written"),
+        (["compile", "--model", "{llama}", "--tp", "2", "-o", "{llama}"], "the file cannot be written"),
         (["compile", "--model", "{llama}", "--tp", "2", "-o", f"{{tmp}}/{LONG}"], "File name too long"),
         (["compile", "--model", f"{{tmp}}/{LONG}", "--tp", "2", "-o", "{tmp}/x"], "File name too long"),
         (["compile", "--model", "{llama}", "--tp", "2", "-o", "{tmp}/x", "--spec", LONG], "File name too long"),

@@ -17,7 +17,7 @@ from autotp_plan.planner import compile_plan
 from autotp_plan.schemas import documents
 from autotp_plan.schemas.errors import AutoTPError, DocumentError, Fault
 from autotp_plan.schemas.layout import Layout, SubParameter, group_view, parameter_shape
-from autotp_plan.schemas.manifest import Manifest, ShardFile, SourceFile, rank_file_name
+from autotp_plan.schemas.manifest import Manifest, ShardFile, Source, SourceFile, owner_name, shard_file_name
 from autotp_plan.schemas.plan import Plan
 from autotp_plan.schemas.safetensors_file import BITS
 from autotp_plan.schemas.spec import SpecFile
@@ -338,21 +338,27 @@ def test_manifest_reads_back() -> None:
     manifest = Manifest(
         plan="sha256:" + "0" * 64, tp_size=2,
         files=(
-            ShardFile(name="chat template (old).jinja", size=3, sha256="1" * 64),
-            ShardFile(name="shared.00001-of-00001.safetensors", size=0, sha256="2" * 64, rank=None),
-            ShardFile(name="tp-00-of-02.00001-of-00001.safetensors", size=7, sha256="3" * 64, rank=0),
+            ShardFile(name="chat template (old).jinja", size=3, crc32="1" * 8),
+            ShardFile(name="shared.00001-of-00001.safetensors", size=0, crc32="2" * 8, rank=None),
+            ShardFile(name="tp-00-of-02.00001-of-00001.safetensors", size=7, crc32="3" * 8, rank=0),
         ),
-        source=(SourceFile(name="model.safetensors", tensors=("a", "b"), metadata={"format": "pt"}),),
+        source=Source(
+            fingerprint="sha256:" + "4" * 64,
+            files=(SourceFile(name="model.safetensors", header='{"a":{"dtype":"U8","shape":[0]}}  '),),
+        ),
     )  # fmt: skip
     assert Manifest.from_dict(json.loads(manifest.to_json())) == manifest
-    assert rank_file_name(None, 2, 0, 1) == "shared.00001-of-00001.safetensors"
-    assert rank_file_name(3, 16, 1, 12) == "tp-03-of-16.00002-of-00012.safetensors"
+    assert shard_file_name(owner_name(None, 2), 0, 1) == "shared.00001-of-00001.safetensors"
+    assert shard_file_name(owner_name(3, 16), 1, 12) == "tp-03-of-16.00002-of-00012.safetensors"
 
 
 @pytest.mark.parametrize("name", ["../a", "/etc/passwd", "..", ".hidden", "a/b", "a\\b", "", "a\nb", "a\0"])
 def test_manifests_name_files_of_their_folder_only(name: str) -> None:
-    files = [{"name": name, "size": 1, "sha256": "0" * 64}]
-    data = {"format": "autotp-shards", "version": "1.0", "plan": "sha256:" + "0" * 64, "tp_size": 1, "files": files}
+    files = [{"name": name, "size": 1, "crc32": "0" * 8}]
+    zero = "sha256:" + "0" * 64
+    data: dict[str, Any] = {"format": "autotp-shards", "version": "2.0", "plan": zero, "tp_size": 1, "files": files}
+    data["source"] = {"fingerprint": zero, "files": []}
+    data["fingerprint"] = documents.fingerprint(data)
     with pytest.raises(DocumentError, match=r"files\[0\].name"):
         Manifest.from_dict(data)
     with pytest.raises(DocumentError, match="another format version"):

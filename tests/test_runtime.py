@@ -79,7 +79,7 @@ def test_missing_and_short_and_unfinished_shards(work: Path, tmp_path: Path) -> 
     assert "No such file" in message(plan, folder)
     victim.write_bytes(content[:-9] + b"        !")
     (folder / "autotp_shards.json").unlink()
-    assert "a finished presplit" in message(plan, folder)
+    assert "a finished shards folder" in message(plan, folder)
 
 
 def test_a_shard_of_another_run_is_noticed(work: Path, tmp_path: Path) -> None:

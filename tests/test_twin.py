@@ -91,6 +91,8 @@ def test_every_kind_of_layer_is_in_the_twin() -> None:
     assert num_layers_needed(alike, {"num_hidden_layers": 32}) == 2
     pattern = ["sliding_attention"] * 5 + ["full_attention"]
     assert num_layers_needed(alike, {"num_hidden_layers": 32, "layer_types": pattern * 5 + pattern[:2]}) == 6
+    every_layer = {"num_hidden_layers": 32, "moe_layers": [*range(32)], "no_rope_layers": [1, 1, 1, 0] * 8}
+    assert num_layers_needed(alike, every_layer) == 4
     assert num_layers_needed(alike, {"num_hidden_layers": 40}) is None
     attribute = ModuleAttribute(module="model.layers.2.attn", attribute="num_heads", values=(4, 4))
     assert num_layers_needed(plan_of({"h.{0..7}.w": "F32"}), {"n_layer": 8}) == 2

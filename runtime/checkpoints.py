@@ -1,0 +1,165 @@
+"""Checkpoints of a running job: DeepSpeed's own, and what it leaves out.
+
+DeepSpeed saves weights, optimizer and scheduler. Beside them lie the random streams of every rank, how much data was
+consumed, and which plan and mesh it was: a checkpoint of another one is refused before anything is read. The file
+`latest` names the checkpoint to resume from; it is written when all ranks are done, so a save that dies is not chosen.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from autotp_plan.runtime.data import ResumableSampler
+from autotp_plan.runtime.ranks import Ranks
+from autotp_plan.schemas.documents import format_json, read_json, write_atomically
+from autotp_plan.schemas.errors import CheckpointError, Fault, MismatchError
+from autotp_plan.schemas.plan import Plan
+
+ABOUT_NAME = "autotp_checkpoint.json"
+LATEST_NAME = "latest"
+
+
+def save_checkpoint(
+    engine: Any, folder: Path, plan: Plan, ranks: Ranks, tag: str | None, client_state: dict[str, Any]
+) -> str:
+    """Save `engine` to `folder/tag` and make it the latest; every rank calls it. Returns the tag.
+
+    Raises MismatchError between two optimizer steps, and CheckpointError when the tag is that of the latest.
+    """
+    tag = tag if tag is not None else f"step{engine.global_steps}"
+    about = {**_about(engine, plan, ranks), "client_state": sorted(client_state)}
+    if engine.micro_steps % engine.gradient_accumulation_steps():
+        raise MismatchError(
+            Fault(
+                what="gradients that are half accumulated cannot be saved",
+                where=str(folder / tag),
+                got=f"{engine.micro_steps % engine.gradient_accumulation_steps()} backward passes since the last step",
+                expected="to be called right after an optimizer step",
+                next="save where engine.is_gradient_accumulation_boundary() was true",
+            )
+        )
+    if _latest(folder) == tag or Path(tag).name != tag:
+        raise CheckpointError(
+            Fault(
+                what="a checkpoint would be overwritten",
+                where=str(folder / tag),
+                got=f"{LATEST_NAME} names it" if Path(tag).name == tag else "a tag that is a path",
+                expected="a tag of its own for each checkpoint",
+                next="leave out the tag: it is then the number of the step",
+            )
+        )
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder / tag, ignore_errors=True)  # what a save that died has left
+        (folder / tag).mkdir(parents=True)
+    dist.barrier()
+    engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
+    _save_streams(folder / tag / f"random-{dist.get_rank()}.safetensors")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        write_atomically(folder / tag / ABOUT_NAME, format_json(about))
+        write_atomically(folder / LATEST_NAME, tag)
+    dist.barrier()
+    return tag
+
+
+def load_checkpoint(engine: Any, folder: Path, plan: Plan, ranks: Ranks, tag: str | None) -> dict[str, Any]:
+    """Resume `engine` from `folder/tag` (default: the latest); every rank calls it. Returns the client state.
+
+    Also puts back the random streams, and the position of the loader that `initialize` made. Raises CheckpointError
+    when there is none, MismatchError when it is of another plan or mesh.
+    """
+    tag = tag if tag is not None else _latest(folder)
+    if tag is None or not (folder / tag / ABOUT_NAME).exists():
+        raise CheckpointError(
+            Fault(
+                what="there is no complete checkpoint",
+                where=str(folder if tag is None else folder / tag),
+                got="no file " + (LATEST_NAME if tag is None else ABOUT_NAME),
+                expected="a folder that save_checkpoint wrote",
+                next="give the folder, or start from the shards",
+            )
+        )
+    about = read_json(folder / tag / ABOUT_NAME, "checkpoint")
+    _check(about, _about(engine, plan, ranks), folder / tag)
+    _, client_state = engine.load_checkpoint(str(folder), tag=tag)
+    restore = partial(_load_streams, folder / tag / f"random-{dist.get_rank()}.safetensors")
+    restore()
+    loader = getattr(engine, "training_dataloader", None)
+    sampler = getattr(loader, "data_sampler", None)
+    if isinstance(sampler, ResumableSampler):
+        size = engine.train_micro_batch_size_per_gpu()
+        last = 0 if engine.dataloader_drop_last() else size - 1  # the last batch of an epoch may be a smaller one
+        epoch, batch = divmod(about["samples_per_dp_rank"] // size, (len(sampler) + last) // size)
+        sampler.set_position(epoch, batch * size, restore)
+    return {key: value for key, value in client_state.items() if key in about["client_state"]}
+
+
+def _about(engine: Any, plan: Plan, ranks: Ranks) -> dict[str, Any]:
+    return {
+        "plan": plan.fingerprint,
+        "tp_size": ranks.tp_size,
+        "dp_size": ranks.dp_size,
+        "zero_stage": engine.zero_optimization_stage(),
+        "samples_per_dp_rank": engine.global_samples // ranks.dp_size,
+        "step": engine.global_steps,
+    }
+
+
+def _check(saved: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
+    faults = [
+        Fault(
+            what="the checkpoint is of another job",
+            where=f"{where}: {key}",
+            got=str(saved.get(key)),
+            expected=str(wanted[key]),
+            next="resume with the plan, mesh and ZeRO stage that it was saved with",
+        )
+        for key in ("plan", "tp_size", "dp_size", "zero_stage")
+        if saved.get(key) != wanted[key]
+    ]
+    if faults:
+        raise MismatchError(faults)
+
+
+def _latest(folder: Path) -> str | None:
+    path = folder / LATEST_NAME
+    return path.read_text(encoding="utf-8").strip() if path.exists() else None
+
+
+def _save_streams(path: Path) -> None:
+    """The random streams of this process: torch's (CPU and accelerator), numpy's and Python's."""
+    of_numpy: Any = np.random.get_state(legacy=False)
+    words = torch.from_numpy(of_numpy["state"]["key"].astype(np.int64))
+    tensors = {"torch": torch.get_rng_state(), "numpy": words}
+    if get_accelerator().device_name() != "cpu":
+        tensors["accelerator"] = get_accelerator().get_rng_state()
+    rest = {
+        "numpy": [of_numpy["state"]["pos"], of_numpy["has_gauss"], of_numpy["gauss"]],
+        "python": random.getstate(),
+    }
+    save_file(tensors, path, {"streams": json.dumps(rest)})
+
+
+def _load_streams(path: Path) -> None:
+    with safe_open(path, "pt") as file:
+        rest = json.loads(file.metadata()["streams"])
+        torch.set_rng_state(file.get_tensor("torch"))
+        if "accelerator" in file.keys():  # noqa: SIM118 - not a mapping
+            get_accelerator().set_rng_state(file.get_tensor("accelerator"))
+        position, has_gauss, gauss = rest["numpy"]
+        words = file.get_tensor("numpy").numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", words, position, has_gauss, gauss))
+    version, state, gauss_next = rest["python"]
+    random.setstate((version, tuple(state), gauss_next))

@@ -1,0 +1,131 @@
+"""A job that is killed and resumed has the losses of the undisturbed one."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.launch import launch
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(500)]
+
+VARIANTS = {
+    "fused and grouped": ("phi3", {"attention_dropout": 0.1}, False),
+    "experts": ("mixtral", {}, False),
+    "uneven": (
+        "llama",
+        {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48, "vocab_size": 257},
+        True,
+    ),
+    "shared rows": ("falcon_multi_query", {}, False),
+}
+RUNS = [("fused and grouped", 1), ("fused and grouped", 3), ("experts", 2), ("uneven", 0), ("shared rows", 1)]
+NUM_STEPS, SAVED_AT, KILLED_AT = 6, 3, 5
+
+
+def dataset() -> Any:
+    from autotp_plan.runtime.data import TokenDataset, synthetic_tokens
+
+    return TokenDataset(synthetic_tokens(250, 16 * 12 + 12), 12)  # 17 windows: epochs end inside the run
+
+
+def start(work: Path, name: str, stage: int) -> tuple[Any, Any, Any]:
+    import torch
+
+    from autotp_plan.runtime import load_plan
+    from tests.helpers import parity
+
+    plan = load_plan(work / f"{name}.json")
+    torch.manual_seed(11)
+    settings = parity.engine_settings(stage, accumulation=2)
+    settings["scheduler"] = {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_max_lr": 2e-3}}
+    model = plan.load_model(work / name).train()
+    engine, _, loader, _ = plan.initialize(model, config=settings, training_data=dataset())
+    return plan, engine, loader
+
+
+def steps(plan: Any, engine: Any, loader: Any, first: int, last: int, save: Any = None) -> list[float]:
+    losses = []
+
+    def batches() -> Any:
+        epoch = loader.data_sampler.epoch
+        while True:
+            loader.data_sampler.set_epoch(epoch)
+            yield from loader
+            epoch += 1
+
+    source = batches()
+    for step in range(first, last):
+        for _ in range(2):
+            loss = engine(**next(source), use_cache=False).loss
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        if save is not None and step + 1 == SAVED_AT:
+            plan.save_checkpoint(engine, save, client_state={"mine": step})
+    return losses
+
+
+def undisturbed(work: Path) -> dict[str, Any]:
+    found = {}
+    for name, stage in RUNS:
+        plan, engine, loader = start(work, name, stage)
+        found[f"{name} zero{stage}"] = steps(plan, engine, loader, 0, NUM_STEPS)
+        engine.destroy()
+    return found
+
+
+def killed(work: Path) -> None:
+    """Saves, goes on, and dies without a word."""
+    import os
+
+    from autotp_plan.runtime import checkpoints
+
+    for name, stage in RUNS:
+        plan, engine, loader = start(work, name, stage)
+        folder = work / f"{name} zero{stage}"
+        steps(plan, engine, loader, 0, KILLED_AT, folder)
+        save, checkpoints._save_streams = checkpoints._save_streams, died
+        with contextlib.suppress(InterruptedError):
+            plan.save_checkpoint(engine, folder)
+        checkpoints._save_streams = save
+        engine.destroy()
+    os._exit(0)
+
+
+def died(*_: Any) -> None:
+    raise InterruptedError("killed half-way through a save")
+
+
+def resumed(work: Path) -> dict[str, Any]:
+    from autotp_plan.schemas.errors import MismatchError
+
+    found: dict[str, Any] = {}
+    for name, stage in RUNS:
+        plan, engine, loader = start(work, name, stage)
+        folder = work / f"{name} zero{stage}"
+        assert plan.load_checkpoint(engine, folder) == {"mine": SAVED_AT - 1}
+        found[folder.name] = steps(plan, engine, loader, SAVED_AT, NUM_STEPS)
+        other = next(run for run in RUNS if run[0] != name)
+        with pytest.raises(MismatchError, match="of another job"):
+            plan.load_checkpoint(engine, work / f"{other[0]} zero{other[1]}")
+        engine.destroy()
+    return found
+
+
+def test_a_killed_job_resumes(tmp_path: Path) -> None:
+    from autotp_plan.planner import compile_plan
+    from tests.helpers.models import save_checkpoint
+
+    for name, (variant, changes, uneven) in VARIANTS.items():
+        folder = save_checkpoint(tmp_path / name, variant, **changes)
+        (tmp_path / f"{name}.json").write_text(compile_plan(folder, tp_size=2, uneven=uneven).to_json())
+    whole = launch(undisturbed, 4, tmp_path, timeout=150)
+    with pytest.raises(FileNotFoundError, match="result-0"):
+        launch(killed, 4, tmp_path, timeout=150)
+    for rank, found in enumerate(launch(resumed, 4, tmp_path, timeout=150)):
+        for run, losses in found.items():
+            assert losses == pytest.approx(whole[rank][run][2 * SAVED_AT :], rel=1e-6), run
