@@ -96,9 +96,7 @@ def export_to_deepspeed(plan: Plan) -> Export:
     )
 
 
-_EXPERTS = (
-    "fused experts are no linear layers: DeepSpeed leaves them whole, and does not sum their routing weights' gradients"
-)
+_EXPERTS = "fused experts are no linear layers: DeepSpeed leaves them whole on every rank"
 
 
 def _obstacle(entry: Parameter, layout: Layout, plan: Plan, tied: bool) -> str | None:
