@@ -28,6 +28,8 @@ from autotp_plan.schemas.errors import CheckpointError, Fault, MismatchError
 from autotp_plan.schemas.plan import Plan
 
 ABOUT_NAME = "autotp_checkpoint.json"
+UNFINISHED_NAME = "autotp_unfinished"
+"""A file that a save makes first and removes last: only a folder that holds it may be removed."""
 LATEST_NAME = "latest"
 
 
@@ -36,7 +38,8 @@ def save_checkpoint(
 ) -> str:
     """Save `engine` to `folder/tag` and make it the latest; every rank calls it. Returns the tag.
 
-    Raises MismatchError between two optimizer steps, and CheckpointError when the tag is that of the latest.
+    Raises MismatchError between two optimizer steps, and CheckpointError when there is anything under the tag but
+    what a save that died has left.
     """
     tag = tag if tag is not None else f"step{engine.global_steps}"
     about = {**_about(engine, plan, ranks), "client_state": sorted(client_state)}
@@ -50,25 +53,31 @@ def save_checkpoint(
                 next="save where engine.is_gradient_accumulation_boundary() was true",
             )
         )
-    if _latest(folder) == tag or Path(tag).name != tag:
+    _check_tag(tag, folder)
+    target = folder / tag
+    if target.exists() and not (target / UNFINISHED_NAME).exists():
         raise CheckpointError(
             Fault(
-                what="a checkpoint would be overwritten",
-                where=str(folder / tag),
-                got=f"{LATEST_NAME} names it" if Path(tag).name == tag else "a tag that is a path",
+                what="something would be overwritten",
+                where=str(target),
+                got="a folder or file that no unfinished save has left",
                 expected="a tag of its own for each checkpoint",
-                next="leave out the tag: it is then the number of the step",
+                next="give another tag, or remove it yourself",
             )
         )
+    dist.barrier()  # all ranks have looked before the first one changes anything
     if dist.get_rank() == 0:
-        shutil.rmtree(folder / tag, ignore_errors=True)  # what a save that died has left
-        (folder / tag).mkdir(parents=True)
+        if target.exists():
+            shutil.rmtree(target)
+        target.mkdir(parents=True)
+        (target / UNFINISHED_NAME).touch()
     dist.barrier()
     engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
     _save_streams(folder / tag / f"random-{dist.get_rank()}.safetensors")
     dist.barrier()
     if dist.get_rank() == 0:
-        write_atomically(folder / tag / ABOUT_NAME, format_json(about))
+        write_atomically(target / ABOUT_NAME, format_json(about))
+        (target / UNFINISHED_NAME).unlink()
         write_atomically(folder / LATEST_NAME, tag)
     dist.barrier()
     return tag
@@ -81,7 +90,9 @@ def load_checkpoint(engine: Any, folder: Path, plan: Plan, ranks: Ranks, tag: st
     when there is none, MismatchError when it is of another plan or mesh.
     """
     tag = tag if tag is not None else _latest(folder)
-    if tag is None or not (folder / tag / ABOUT_NAME).exists():
+    if tag is not None:
+        _check_tag(tag, folder)
+    if tag is None or not (folder / tag / ABOUT_NAME).exists() or (folder / tag / UNFINISHED_NAME).exists():
         raise CheckpointError(
             Fault(
                 what="there is no complete checkpoint",
@@ -104,6 +115,20 @@ def load_checkpoint(engine: Any, folder: Path, plan: Plan, ranks: Ranks, tag: st
         epoch, batch = divmod(about["samples_per_dp_rank"] // size, (len(sampler) + last) // size)
         sampler.set_position(epoch, batch * size, restore)
     return {key: value for key, value in client_state.items() if key in about["client_state"]}
+
+
+def _check_tag(tag: str, folder: Path) -> None:
+    """A tag names a folder inside `folder`, and nothing else."""
+    if tag in ("", ".", "..") or "/" in tag or "\\" in tag or "\0" in tag or tag == LATEST_NAME:
+        raise CheckpointError(
+            Fault(
+                what="a tag is not the name of a folder",
+                where=str(folder),
+                got=repr(tag),
+                expected="a plain name, such as step100",
+                next="leave out the tag: it is then the number of the step",
+            )
+        )
 
 
 def _about(engine: Any, plan: Plan, ranks: Ranks) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def run_processes(
                 time.sleep(0.5)  # for the others to say what they know: the first to end is not always the cause
                 break
             if time.monotonic() > deadline:
-                raise ProcessError(f"{world_size} processes took more than {timeout:.0f} s")
+                raise ProcessError(f"{world_size} processes took more than {timeout:.0f} s{_held_locks()}")
             time.sleep(0.02)
         codes = [process.exitcode for process in processes]
     finally:
@@ -63,6 +63,14 @@ def run_processes(
                 process.join()
     if any(code != 0 for code in codes):
         raise _first_error(folder, name, codes)
+
+
+def _held_locks() -> str:
+    """What torch may have waited for: the lock file of a build outlives a build that was killed."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
+    locks = ", ".join(str(lock) for lock in sorted(root.rglob("lock")))
+    return f"; a build that was killed may have left its lock, remove it: {locks}" if locks else ""
 
 
 def _first_error(folder: Path, name: str, codes: list[int | None]) -> Exception:

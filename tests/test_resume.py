@@ -129,3 +129,46 @@ def test_a_killed_job_resumes(tmp_path: Path) -> None:
     for rank, found in enumerate(launch(resumed, 4, tmp_path, timeout=150)):
         for run, losses in found.items():
             assert losses == pytest.approx(whole[rank][run][2 * SAVED_AT :], rel=1e-6), run
+
+
+@pytest.mark.parametrize("tag", ["..", ".", "", "a/b", "/abs", "a\\b", "latest"])
+def test_a_tag_is_a_plain_name(tmp_path: Path, tag: str) -> None:
+    from autotp_plan.runtime.checkpoints import _check_tag
+    from autotp_plan.schemas.errors import CheckpointError
+
+    with pytest.raises(CheckpointError, match="not the name of a folder"):
+        _check_tag(tag, tmp_path)
+
+
+def saves_over(work: Path) -> list[str]:
+    """Inside a rank: what saving over things that are not an unfinished save says, and that they are still there."""
+    from autotp_plan.schemas.errors import CheckpointError
+
+    plan, engine, _ = start(work, "fused and grouped", 1)
+    folder, said = work / "saves", []
+    plan.save_checkpoint(engine, folder, "first")
+    plan.save_checkpoint(engine, folder, "second")
+    (folder / "mine").mkdir(exist_ok=True)
+    (folder / "mine" / "thesis.txt").write_text("years of work")
+    for tag in ("first", "second", "mine", ".."):
+        try:
+            plan.save_checkpoint(engine, folder, tag)
+        except CheckpointError as error:
+            said.append(error.faults[0].what)
+    assert (folder / "mine" / "thesis.txt").exists() and (work / "fused and grouped" / "config.json").exists()
+    assert plan.load_checkpoint(engine, folder, "first") == {}
+    (folder / "died").mkdir(exist_ok=True)
+    (folder / "died" / "autotp_unfinished").touch()
+    plan.save_checkpoint(engine, folder, "died")
+    return said
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    from autotp_plan.planner import compile_plan
+    from tests.helpers.models import save_checkpoint
+
+    folder = save_checkpoint(tmp_path / "fused and grouped", "phi3")
+    (tmp_path / "fused and grouped.json").write_text(compile_plan(folder, tp_size=2).to_json())
+    overwritten = "something would be overwritten"
+    for said in launch(saves_over, 2, tmp_path, timeout=100):
+        assert said == [overwritten, overwritten, overwritten, "a tag is not the name of a folder"]
