@@ -1,13 +1,8 @@
-"""What a module's shards need to be, to DeepSpeed and to their replicas: marked, counted once, gathered, cut again.
-
-A shard of which some indices are on other ranks too and some are not is held as two parameters, `weight` and
-`weight_shared`: DeepSpeed counts a parameter in the gradient norm on every rank or on the first one only.
-"""
+"""What a module's shards need to be, to DeepSpeed and to their replicas: marked, counted once, gathered, cut again."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,24 +17,9 @@ from deepspeed.module_inject.layers import (
 from torch import Tensor, nn
 
 from autotp_plan.runtime.collectives import gather_shards, take
+from autotp_plan.runtime.pieces import Piece, cut_piece, join_pieces, split_shared
 from autotp_plan.schemas import intervals as iv
-from autotp_plan.schemas.layout import Layout, SubParameter, parameter_shape
-
-SHARED = "_shared"
-"""Ending of the name of the parameter that holds what other ranks hold too."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
-    """A parameter of a module that holds a shard or part of one, as a layout of its own.
-
-    `runs` are the `(position in the shard, position in the piece, length)` along the cut dimension.
-    """
-
-    name: str
-    layout: Layout
-    shape: tuple[int, ...]
-    runs: tuple[tuple[int, int, int], ...]
+from autotp_plan.schemas.layout import Layout, parameter_shape
 
 
 class Shards:
@@ -82,7 +62,7 @@ class Shards:
         for piece in self.pieces[name]:
             empty = module._parameters[piece.name]
             assert empty is not None
-            part = shard if len(self.pieces[name]) == 1 else self._part(name, piece, shard)
+            part = shard if len(self.pieces[name]) == 1 else cut_piece(piece, shard, self.layouts[name], self.tp_rank)
             assert part.shape == empty.shape, f"{piece.name}: {part.shape} for {empty.shape}"
             module._parameters[piece.name] = nn.Parameter(
                 part, requires_grad=empty.requires_grad and part.is_floating_point()
@@ -91,34 +71,14 @@ class Shards:
     def gradient(self, module: nn.Module, name: str) -> Tensor | None:
         """The gradient of this rank's shard of `name`, None when it has none."""
         found = [getattr(module, piece.name).grad for piece in self.pieces[name]]
-        return None if any(one is None for one in found) else self._together(name, found)
+        return None if any(one is None for one in found) else self._joined(name, found)
 
     def shard(self, module: nn.Module, name: str) -> Tensor:
         """This rank's shard of `name`, put together from the parameters that hold it."""
-        return self._together(name, [getattr(module, piece.name) for piece in self.pieces[name]])
+        return self._joined(name, [getattr(module, piece.name) for piece in self.pieces[name]])
 
-    def _together(self, name: str, found: Sequence[Tensor]) -> Tensor:
-        parts = self.pieces[name]
-        if len(parts) == 1:
-            return found[0]
-        layout = self.layouts[name]
-        assert layout.dim is not None
-        in_order = [
-            (at, tensor.reshape(piece.layout.rank_shape(self.tp_rank)).narrow(layout.dim, start, count))
-            for piece, tensor in zip(parts, found)
-            for at, start, count in piece.runs
-        ]
-        in_order.sort(key=lambda one: one[0])
-        whole = torch.cat([tensor for _, tensor in in_order], dim=layout.dim)
-        return whole.reshape(parameter_shape(self.shapes[name], layout.shape, whole.shape))
-
-    def _part(self, name: str, piece: Piece, shard: Tensor) -> Tensor:
-        layout = self.layouts[name]
-        assert layout.dim is not None
-        local = shard.reshape(layout.rank_shape(self.tp_rank))
-        taken = [local.narrow(layout.dim, at, count) for at, _, count in piece.runs]
-        part = torch.cat(taken, dim=layout.dim)
-        return part.reshape(parameter_shape(piece.shape, piece.layout.shape, part.shape)).contiguous()
+    def _joined(self, name: str, found: Sequence[Tensor]) -> Tensor:
+        return join_pieces(self.pieces[name], found, self.layouts[name], self.shapes[name], self.tp_rank)
 
     def finish(self, module: nn.Module) -> None:
         """Mark the loaded parameters for DeepSpeed: which are shards, how to gather and cut them again."""
@@ -192,39 +152,6 @@ class Shards:
             piece = mine.get(id(parameter))
             if piece is not None and piece.layout.dim is not None:
                 yield parameter, piece, piece.layout.dim
-
-
-def split_shared(name: str, layout: Layout, shape: tuple[int, ...], tp_rank: int) -> tuple[Piece, ...]:
-    """The pieces that a rank holds a parameter in: one, or two where it shares part of its shard with other ranks."""
-    size = iv.length(layout.rank_intervals(tp_rank)) if layout.dim is not None else 0
-    if layout.dim is None or iv.replica_groups(layout.intervals) is not None:
-        return (Piece(name=name, layout=layout, shape=shape, runs=((0, 0, size),)),)
-    pieces = []
-    for shared, ending in ((False, ""), (True, SHARED)):
-        runs = [run for run, ranks in iv.holders(layout.intervals) if (len(ranks) > 1) is shared]
-        own = Layout(
-            shape=(*layout.shape[: layout.dim], iv.length(runs), *layout.shape[layout.dim + 1 :]),
-            dim=layout.dim,
-            sub_parameters=(SubParameter(size=iv.length(runs), unit=1),),
-            intervals=tuple(
-                iv.join_touching([(to, to + count) for _, to, count in _renumbered(held, runs)])
-                for held in layout.intervals
-            ),
-        )
-        held = iv.pieces(layout.intervals[tp_rank], runs)
-        compact = own.intervals[tp_rank]
-        found = []
-        for at, to, count in held:  # position in the shard, index in the compact numbering
-            for start, in_piece, length in iv.pieces(((to, to + count),), compact):
-                found.append((at + start, in_piece, length))
-        piece_shape = parameter_shape(shape, layout.shape, own.shape)
-        pieces.append(Piece(name=name + ending, layout=own, shape=piece_shape, runs=tuple(found)))
-    return tuple(pieces)
-
-
-def _renumbered(held: iv.Intervals, runs: list[iv.Interval]) -> list[tuple[int, int, int]]:
-    """Where `held` lies in the concatenation of `runs`, in the order of `held`."""
-    return sorted(iv.pieces(held, runs), key=lambda one: one[0])
 
 
 def _sum_over_replicas(gradient: Tensor, layout: Layout, tp_rank: int, group: Any) -> Tensor:
