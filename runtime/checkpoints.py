@@ -1,8 +1,9 @@
 """Checkpoints of a running job: DeepSpeed's own, and what it leaves out.
 
 DeepSpeed saves weights, optimizer and scheduler. Beside them lie the random streams of every rank, how much data was
-consumed, and which plan and mesh it was: a checkpoint of another one is refused before anything is read. The file
-`latest` names the checkpoint to resume from; it is written when all ranks are done, so a save that dies is not chosen.
+consumed, and which plan and mesh it was. On the same mesh a job goes on exactly as it would have; on another one
+(`remesh.py`) its random streams begin anew. The file `latest` names the checkpoint to resume from; it is written when
+all ranks are done, so a save that dies is not chosen.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,14 @@ from safetensors.torch import save_file
 
 from autotp_plan.runtime.data import ResumableSampler
 from autotp_plan.runtime.ranks import Ranks
+from autotp_plan.runtime.remesh import load_elsewhere, unlike, why_not
+from autotp_plan.runtime.saved_job import SavedJob
 from autotp_plan.schemas.documents import format_json, read_json, write_atomically
 from autotp_plan.schemas.errors import CheckpointError, Fault, MismatchError
 from autotp_plan.schemas.plan import Plan
 
 ABOUT_NAME = "autotp_checkpoint.json"
+PLAN_NAME = "autotp_plan.json"
 UNFINISHED_NAME = "autotp_unfinished"
 """A file that a save makes first and removes last: only a folder that holds it may be removed."""
 LATEST_NAME = "latest"
@@ -76,6 +81,7 @@ def save_checkpoint(
     _save_streams(folder / tag / f"random-{dist.get_rank()}.safetensors")
     dist.barrier()
     if dist.get_rank() == 0:
+        write_atomically(target / PLAN_NAME, plan.to_json())
         write_atomically(target / ABOUT_NAME, format_json(about))
         (target / UNFINISHED_NAME).unlink()
         write_atomically(folder / LATEST_NAME, tag)
@@ -86,8 +92,9 @@ def save_checkpoint(
 def load_checkpoint(engine: Any, folder: Path, plan: Plan, ranks: Ranks, tag: str | None) -> dict[str, Any]:
     """Resume `engine` from `folder/tag` (default: the latest); every rank calls it. Returns the client state.
 
-    Also puts back the random streams, and the position of the loader that `initialize` made. Raises CheckpointError
-    when there is none, MismatchError when it is of another plan or mesh.
+    Also puts back the random streams, and the position of the loader that `initialize` made. On another mesh, or by
+    another plan of the same model, the random streams begin anew. Raises CheckpointError when there is none,
+    MismatchError when it is of another model, or of another mesh and cannot be cut anew.
     """
     tag = tag if tag is not None else _latest(folder)
     if tag is not None:
@@ -103,18 +110,45 @@ def load_checkpoint(engine: Any, folder: Path, plan: Plan, ranks: Ranks, tag: st
             )
         )
     about = read_json(folder / tag / ABOUT_NAME, "checkpoint")
-    _check(about, _about(engine, plan, ranks), folder / tag)
-    _, client_state = engine.load_checkpoint(str(folder), tag=tag)
-    restore = partial(_load_streams, folder / tag / f"random-{dist.get_rank()}.safetensors")
+    if _differences(about, _about(engine, plan, ranks)):
+        saved = _saved_job(engine, folder / tag, about, plan, ranks)
+        client_state = load_elsewhere(engine, saved, plan, ranks)
+        restore = partial(_begin_streams, folder / tag / "random-0.safetensors", ranks.dp_rank)
+    else:
+        _, client_state = engine.load_checkpoint(str(folder), tag=tag)
+        restore = partial(_load_streams, folder / tag / f"random-{dist.get_rank()}.safetensors")
     restore()
-    loader = getattr(engine, "training_dataloader", None)
-    sampler = getattr(loader, "data_sampler", None)
-    if isinstance(sampler, ResumableSampler):
-        size = engine.train_micro_batch_size_per_gpu()
-        last = 0 if engine.dataloader_drop_last() else size - 1  # the last batch of an epoch may be a smaller one
-        epoch, batch = divmod(about["samples_per_dp_rank"] // size, (len(sampler) + last) // size)
-        sampler.set_position(epoch, batch * size, restore)
+    _set_position(engine, about, ranks, restore)
     return {key: value for key, value in client_state.items() if key in about["client_state"]}
+
+
+def _set_position(engine: Any, about: dict[str, Any], ranks: Ranks, restore: Callable[[], None]) -> None:
+    """Let the loader that `initialize` made go on with the sample after the last that was trained on."""
+    sampler = _sampler(engine)
+    if sampler is not None and about["position"] is not None:
+        epoch, samples = about["position"]
+        sampler.set_position(epoch, samples // ranks.dp_size, restore, _batches(engine, ranks))
+
+
+def _position(engine: Any, ranks: Ranks) -> list[int] | None:
+    """The epoch of the loader that `initialize` made, and the samples of it that all DP ranks together have seen."""
+    sampler = _sampler(engine)
+    if sampler is None:
+        return None
+    size, drop_last = engine.train_micro_batch_size_per_gpu(), engine.dataloader_drop_last()
+    epoch, start = sampler.position(_batches(engine, ranks), size, drop_last)
+    return [epoch, start * ranks.dp_size]
+
+
+def _batches(engine: Any, ranks: Ranks) -> int:
+    """The batches that each DP rank would have had in all, had the job always run on this mesh."""
+    batches: int = engine.global_samples // ranks.dp_size // engine.train_micro_batch_size_per_gpu()
+    return batches
+
+
+def _sampler(engine: Any) -> ResumableSampler | None:
+    sampler = getattr(getattr(engine, "training_dataloader", None), "data_sampler", None)
+    return sampler if isinstance(sampler, ResumableSampler) else None
 
 
 def _check_tag(tag: str, folder: Path) -> None:
@@ -137,25 +171,36 @@ def _about(engine: Any, plan: Plan, ranks: Ranks) -> dict[str, Any]:
         "tp_size": ranks.tp_size,
         "dp_size": ranks.dp_size,
         "zero_stage": engine.zero_optimization_stage(),
-        "samples_per_dp_rank": engine.global_samples // ranks.dp_size,
+        "position": _position(engine, ranks),
         "step": engine.global_steps,
+        "this_mesh_only": why_not(engine),
     }
 
 
-def _check(saved: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
-    faults = [
-        Fault(
-            what="the checkpoint is of another job",
-            where=f"{where}: {key}",
-            got=str(saved.get(key)),
-            expected=str(wanted[key]),
-            next="resume with the plan, mesh and ZeRO stage that it was saved with",
-        )
-        for key in ("plan", "tp_size", "dp_size", "zero_stage")
-        if saved.get(key) != wanted[key]
-    ]
+def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    return [key for key in ("plan", "tp_size", "dp_size", "zero_stage") if saved.get(key) != wanted[key]]
+
+
+def _saved_job(engine: Any, folder: Path, about: dict[str, Any], plan: Plan, ranks: Ranks) -> SavedJob:
+    """What was saved, to be cut anew. Raises MismatchError when it cannot be, before anything is changed."""
+    wanted = _about(engine, plan, ranks)
+    saved_plan = Plan.read(folder / PLAN_NAME)
+    faults = unlike(saved_plan, plan)
+    reason = about["this_mesh_only"] or wanted["this_mesh_only"]
+    if not faults and reason:
+        faults = [
+            Fault(
+                what="the checkpoint is of another mesh, and cannot be cut anew",
+                where=f"{folder}: {key}",
+                got=str(about.get(key)),
+                expected=str(wanted[key]),
+                next=f"resume on the mesh it was saved on: {reason}",
+            )
+            for key in _differences(about, wanted)
+        ]
     if faults:
         raise MismatchError(faults)
+    return SavedJob(folder, saved_plan, about["dp_size"], about["zero_stage"])
 
 
 def _latest(folder: Path) -> str | None:
@@ -175,6 +220,15 @@ def _save_streams(path: Path) -> None:
         "python": random.getstate(),
     }
     save_file(tensors, path, {"streams": json.dumps(rest)})
+
+
+def _begin_streams(path: Path, dp_rank: int) -> None:
+    """New random streams, one for each DP rank, that follow from the saved ones."""
+    _load_streams(path)
+    seed = int(torch.randint(2**31, ())) + dp_rank
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
 
 
 def _load_streams(path: Path) -> None:

@@ -44,14 +44,26 @@ class ResumableSampler(DistributedSampler[Any]):
 
     start = 0
     begin: Callable[[], None] | None = None
+    origin = (0, 0, 0)
 
-    def set_position(self, epoch: int, start: int, begin: Callable[[], None]) -> None:
-        """Begin the next iteration at sample `start` of `epoch`; those after it begin at 0.
+    def set_position(self, epoch: int, start: int, begin: Callable[[], None], batches: int) -> None:
+        """Begin the next iteration at sample `start` of `epoch`, after `batches` batches; those after it begin at 0.
 
         `begin` is called at its first sample: a loader that begins an iteration draws a random number before.
         """
         self.set_epoch(epoch)
         self.start, self.begin = start, begin
+        self.origin = (epoch, start, batches)
+
+    def position(self, batches: int, batch_size: int, drop_last: bool) -> tuple[int, int]:
+        """The epoch, and the sample of it that comes next, when this rank has had `batches` batches in all."""
+        epoch, start, before = self.origin
+        last = 0 if drop_last else batch_size - 1  # the last batch of an epoch may be a smaller one
+        left = (len(self) - start + last) // batch_size
+        if batches - before < left:
+            return epoch, start + (batches - before) * batch_size
+        further, batch = divmod(batches - before - left, (len(self) + last) // batch_size)
+        return epoch + 1 + further, batch * batch_size
 
     def __iter__(self) -> Iterator[Any]:
         start, begin = self.start, self.begin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import deepspeed
 import torch
 from accelerate import init_empty_weights
-from deepspeed.utils import groups
+from deepspeed.utils import groups, log_dist
 from torch import nn
 
 from autotp_plan.runtime.build import build_model
@@ -21,6 +22,7 @@ from autotp_plan.runtime.engine_config import engine_config
 from autotp_plan.runtime.fit import check_model
 from autotp_plan.runtime.model import shard_model
 from autotp_plan.runtime.ranks import Ranks, check_world_size, init_ranks
+from autotp_plan.runtime.remesh import why_not
 from autotp_plan.runtime.weights import open_weights
 from autotp_plan.schemas.plan import Plan
 
@@ -105,6 +107,9 @@ class TrainingPlan:
         kwargs.setdefault("model_parameters", [p for p in model.parameters() if p.requires_grad])
         kwargs.setdefault("mpu", groups)
         engine, optimizer, _, scheduler = deepspeed.initialize(model=model, config=settings, **kwargs)
+        if reason := why_not(engine):
+            mesh = f"TP={ranks.tp_size} x DP={ranks.dp_size}"
+            log_dist(f"Checkpoints of this job can be resumed on {mesh} only: {reason}", [0], logging.WARNING)
         loader = None
         if training_data is not None:
             sampler = (
@@ -134,9 +139,12 @@ class TrainingPlan:
         return save_checkpoint(engine, Path(folder), self.document, self.ranks, tag, dict(client_state or {}))
 
     def load_checkpoint(self, engine: Any, folder: str | os.PathLike[str], tag: str | None = None) -> dict[str, Any]:
-        """Resume a job on the plan, mesh and ZeRO stage it was saved with; default: the latest. The client state.
+        """Resume a job from `tag`, the latest by default. Returns the client state.
 
-        Every rank calls it, after `initialize`. Raises CheckpointError or MismatchError before anything is changed.
+        Every rank calls it, after `initialize`. On the plan, mesh and ZeRO stage it was saved with, a job goes on
+        exactly as it would have. It may also be another plan of the same model, another number of DP ranks, or
+        another of the ZeRO stages 1, 2 and 3: then only the random streams (dropout) are others. Raises
+        CheckpointError or MismatchError before anything is changed.
         """
         return load_checkpoint(engine, Path(folder), self.document, self.ranks, tag)
 
