@@ -110,7 +110,7 @@ def resumed(work: Path) -> dict[str, Any]:
         assert plan.load_checkpoint(engine, folder) == {"mine": SAVED_AT - 1}
         found[folder.name] = steps(plan, engine, loader, SAVED_AT, NUM_STEPS)
         other = next(run for run in RUNS if run[0] != name)
-        with pytest.raises(MismatchError, match="of another job"):
+        with pytest.raises(MismatchError, match="the saved job is of another model"):
             plan.load_checkpoint(engine, work / f"{other[0]} zero{other[1]}")
         engine.destroy()
     return found
