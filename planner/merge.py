@@ -14,12 +14,12 @@ from pathlib import Path
 
 from autotp_plan.planner.byte_runs import Move, Part, each_byte_once, part, whole
 from autotp_plan.planner.copying import Batch, write_batches
-from autotp_plan.planner.original import source_of
 from autotp_plan.planner.output_folder import OutputFile, OutputFolder, Progress
 from autotp_plan.planner.shard_files import check_workers, copy_of, stopped
-from autotp_plan.schemas.checkpoint import CONFIG_NAME, INDEX_NAME, read_checkpoint
+from autotp_plan.schemas.checkpoint import INDEX_NAME, read_checkpoint
 from autotp_plan.schemas.errors import AutoTPError, Fault, ShardsError
-from autotp_plan.schemas.manifest import INDEX_COPY_NAME, PLAN_NAME, ShardFile
+from autotp_plan.schemas.manifest import INDEX_COPY_NAME, ShardFile
+from autotp_plan.schemas.original import copied_files, source_of
 from autotp_plan.schemas.plan import Parameter
 from autotp_plan.schemas.safetensors_file import SafetensorsFile, TensorEntry, parse_header, prefixed
 from autotp_plan.schemas.segments import Segments, problems
@@ -83,12 +83,6 @@ def parts_of(parameter: Parameter, shards: Shards) -> tuple[Part, ...]:
         segments = Segments.of(parameter.name, [shards.tensors[parameter.name, rank]])
         held.append(part(layout, layout.rank_intervals(rank), segments))
     return each_byte_once(held)
-
-
-def copied_files(shards: Shards) -> list[ShardFile]:
-    """The files of the original that were copied as they are, config.json and the index last."""
-    files = [file for file in shards.manifest.files if file.rank == -1 and not file.unused and file.name != PLAN_NAME]
-    return sorted(files, key=lambda file: (file.name in (CONFIG_NAME, INDEX_COPY_NAME), file.name))
 
 
 def _copied(shards: Shards) -> list[tuple[str, ShardFile]]:

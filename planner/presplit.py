@@ -6,28 +6,19 @@ parameters) are kept apart, so that `merge` gives the checkpoint back to the byt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from autotp_plan.planner.byte_runs import whole
 from autotp_plan.planner.check import check_checkpoint, check_plan
-from autotp_plan.planner.original import source_of
 from autotp_plan.planner.output_folder import Progress
-from autotp_plan.planner.shard_files import MAX_FILE_BYTES, Contents, Unused, stopped, write_shards
-from autotp_plan.schemas.checkpoint import INDEX_NAME, Checkpoint, read_checkpoint
+from autotp_plan.planner.shard_files import Contents, stopped, write_shards
+from autotp_plan.schemas.checkpoint import Checkpoint, read_checkpoint
 from autotp_plan.schemas.errors import MismatchError, ShardsError
-from autotp_plan.schemas.manifest import (
-    INDEX_COPY_NAME,
-    MANIFEST_NAME,
-    PLAN_NAME,
-    Manifest,
-)
+from autotp_plan.schemas.manifest import Manifest
+from autotp_plan.schemas.original import original_of_checkpoint
 from autotp_plan.schemas.plan import Parameter, Plan
 from autotp_plan.schemas.segments import Segments
-
-MAX_COPIED_BYTES = 256 * 1024 * 1024
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt", ".pkl", ".pickle", ".joblib")
-_OURS = (MANIFEST_NAME, PLAN_NAME, INDEX_COPY_NAME)
+from autotp_plan.schemas.shard_layout import MAX_FILE_BYTES
 
 
 def presplit(
@@ -56,10 +47,8 @@ def presplit(
     checkpoint = read_checkpoint(checkpoint_folder)
     try:
         contents = Contents(
-            source=source_of(checkpoint),
+            original=original_of_checkpoint(checkpoint, plan),
             read_from=lambda parameter: (whole(_segments(parameter, checkpoint)),),
-            unused=_unused(plan, checkpoint),
-            copied=list(_copied(checkpoint_folder)),
         )
     except OSError as error:
         raise ShardsError(stopped(checkpoint_folder, "presplit", error)) from error
@@ -70,24 +59,3 @@ def presplit(
 
 def _segments(parameter: Parameter, checkpoint: Checkpoint) -> Segments:
     return Segments.of(parameter.name, [checkpoint.tensors[name] for name in parameter.names_on_disk()])
-
-
-def _unused(plan: Plan, checkpoint: Checkpoint) -> list[Unused]:
-    used = {name for parameter in plan.expanded() for name in parameter.names_on_disk()}
-    return [
-        Unused(shape=tensor.shape, source=Segments.of(tensor.name, [tensor]))
-        for file in checkpoint.files
-        for tensor in file.tensors
-        if tensor.name not in used
-    ]
-
-
-def _copied(folder: Path) -> Iterator[tuple[str, Path, int]]:
-    """Config, tokenizer and generation files: all small files beside the weights, in name order; and the index."""
-    if (folder / INDEX_NAME).exists():
-        yield INDEX_COPY_NAME, folder / INDEX_NAME, (folder / INDEX_NAME).stat().st_size
-    for path in sorted(folder.iterdir()):
-        left_out = path.suffix in _WEIGHTS or path.name.endswith(".index.json") or path.name in _OURS
-        hidden = path.name.startswith(".") or not path.name.isprintable() or "\\" in path.name
-        if not left_out and not hidden and path.is_file() and path.stat().st_size <= MAX_COPIED_BYTES:
-            yield path.name, path, path.stat().st_size

@@ -12,16 +12,17 @@ from pathlib import Path
 
 from autotp_plan.planner.check import check_checkpoint, check_plan
 from autotp_plan.planner.compiler import compile_plan
-from autotp_plan.planner.merge import copied_files, parts_of
+from autotp_plan.planner.merge import parts_of
 from autotp_plan.planner.output_folder import Progress
-from autotp_plan.planner.shard_files import MAX_FILE_BYTES, Contents, Unused, write_shards
+from autotp_plan.planner.shard_files import Contents, write_shards
 from autotp_plan.planner.sources import AUTO
 from autotp_plan.schemas.checkpoint import CONFIG_NAME, INDEX_NAME
 from autotp_plan.schemas.errors import AutoTPError, Fault, MismatchError
 from autotp_plan.schemas.manifest import INDEX_COPY_NAME, Manifest
+from autotp_plan.schemas.original import original_of_shards
 from autotp_plan.schemas.plan import Parameter, Plan
 from autotp_plan.schemas.safetensors_file import parse_header, prefixed
-from autotp_plan.schemas.segments import Segments
+from autotp_plan.schemas.shard_layout import MAX_FILE_BYTES
 from autotp_plan.schemas.shards import Shards, read_shards
 
 _PRESET = re.compile(r"preset (\S+)( vocabulary)? #\d+")
@@ -59,10 +60,7 @@ def reshard(
     if faults:
         raise MismatchError(faults)
     contents = Contents(
-        source=shards.manifest.source,
-        read_from=lambda parameter: parts_of(old[parameter.name], shards),
-        unused=_unused(shards),
-        copied=[(file.name, shards.folder / file.name, file.size) for file in copied_files(shards)],
+        original=original_of_shards(shards), read_from=lambda parameter: parts_of(old[parameter.name], shards)
     )
     return write_shards(
         plan, contents, output, "reshard", max_file_bytes=max_file_bytes, workers=workers, progress=progress
@@ -130,13 +128,3 @@ def _described(parameter: Parameter | None, plan: Plan) -> str:
     names = parameter.names_on_disk()
     shown = ", ".join(names) if len(names) < 4 else f"{names[0]} to {names[-1]}, {len(names)} tensors"
     return f"{parameter.dtype} of {list(plan.shape_of(parameter))}, on disk {shown}"
-
-
-def _unused(shards: Shards) -> list[Unused]:
-    """The tensors that no rank reads, in the order of the original checkpoint."""
-    return [
-        Unused(shape=tensor.shape, source=Segments.of(tensor.name, [shards.unused[tensor.name]]))
-        for file in shards.manifest.source.files
-        for tensor in parse_header(shards.folder / file.name, file.header).tensors
-        if tensor.name in shards.unused
-    ]

@@ -130,13 +130,13 @@ def _metadata_faults(file: ShardFile, header: SafetensorsFile, manifest: Manifes
         yield _fault(header.path, "a file cut by another plan", manifest.plan)
     elif found.get("autotp_source") != manifest.source.fingerprint:
         yield _fault(header.path, "a file cut from another checkpoint", manifest.source.fingerprint)
-    elif found.get("tp_rank") != rank_text(file):
-        yield _fault(header.path, f"a file of rank {found.get('tp_rank')}", f"rank {rank_text(file)}")
+    elif found.get("tp_rank") != (expected := rank_text(file.rank, file.unused)):
+        yield _fault(header.path, f"a file of rank {found.get('tp_rank')}", f"rank {expected}")
 
 
-def rank_text(file: ShardFile) -> str:
+def rank_text(rank: int | None, unused: bool) -> str:
     """What the header of a file says of its rank."""
-    return "none" if file.unused else "all" if file.rank is None else str(file.rank)
+    return "none" if unused else "all" if rank is None else str(rank)
 
 
 def _tensor_faults(tensors: dict[tuple[str, int], TensorEntry], plan: Plan) -> Iterator[Fault]:
