@@ -23,6 +23,7 @@ from autotp_plan.runtime.fit import check_model
 from autotp_plan.runtime.model import shard_model
 from autotp_plan.runtime.ranks import Ranks, check_world_size, init_ranks
 from autotp_plan.runtime.remesh import why_not
+from autotp_plan.runtime.save_shards import save_shards
 from autotp_plan.runtime.weights import open_weights
 from autotp_plan.schemas.plan import Plan
 
@@ -84,6 +85,7 @@ class TrainingPlan:
         if dtype is None and self.document.runtime.dtype is not None:
             dtype = getattr(torch, self.document.runtime.dtype)
         shard_model(built, self.document, source, self.ranks, dtype)
+        built.autotp_loaded_from = Path(path).absolute()  # type: ignore[assignment]
         return built
 
     def initialize(
@@ -147,6 +149,19 @@ class TrainingPlan:
         CheckpointError or MismatchError before anything is changed.
         """
         return load_checkpoint(engine, Path(folder), self.document, self.ranks, tag)
+
+    def save_shards(
+        self, engine: Any, folder: str | os.PathLike[str], *, like: str | os.PathLike[str] | None = None
+    ) -> None:
+        """Save the weights as a shards folder, every rank its own bytes; `autotp-plan merge` makes a checkpoint of it.
+
+        Every rank calls it; `engine` may be a model too. The weights are written in the checkpoint's dtypes. What is
+        not trained (tensor names, file split, config, tokenizer) is taken from `like`, a checkpoint or shards folder;
+        by default the one that the model was loaded from. Raises ShardsError when `folder` is not a new one.
+        """
+        model = getattr(engine, "module", engine)
+        source = Path(like) if like is not None else model.autotp_loaded_from
+        save_shards(model, Path(folder), self.document, self.ranks, source)
 
     def sampler(self, dataset: Any, *, shuffle: bool = True, seed: int = 0) -> ResumableSampler:
         """A sampler that gives all TP ranks of a data-parallel group the same samples and each DP rank its own."""
