@@ -205,7 +205,7 @@ def _count(config: Any, key: str) -> int | None:
     """An integer of the config that holds for all layers."""
     try:
         found = getattr(config, key, None)
-    except Exception:  # transformers refuses what differs between layers, with an error of its own
+    except RuntimeError:  # what differs between layers: transformers' AmbiguousGlobalPerLayerAttributeError
         return None
     return found if type(found) is int and found > 0 else None
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.jobs import batches
 from tests.helpers.launch import launch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -51,14 +52,7 @@ def steps(plan: Any, engine: Any, loader: Any, first: int, last: int, save: Any 
     """The loss of each optimizer step, averaged over its whole batch."""
     import torch
 
-    def batches() -> Any:
-        epoch = loader.data_sampler.epoch
-        while True:
-            loader.data_sampler.set_epoch(epoch)
-            yield from loader
-            epoch += 1
-
-    source, found = batches(), []
+    source, found = batches(loader), []
     for step in range(first, last):
         total = torch.zeros(())
         for _ in range(engine.gradient_accumulation_steps()):

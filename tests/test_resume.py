@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.jobs import batches
 from tests.helpers.launch import launch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(500)]
@@ -50,14 +51,7 @@ def start(work: Path, name: str, stage: int) -> tuple[Any, Any, Any]:
 def steps(plan: Any, engine: Any, loader: Any, first: int, last: int, save: Any = None) -> list[float]:
     losses = []
 
-    def batches() -> Any:
-        epoch = loader.data_sampler.epoch
-        while True:
-            loader.data_sampler.set_epoch(epoch)
-            yield from loader
-            epoch += 1
-
-    source = batches()
+    source = batches(loader)
     for step in range(first, last):
         for _ in range(2):
             loss = engine(**next(source), use_cache=False).loss
