@@ -34,7 +34,10 @@ from autotp_plan.schemas.plan import Plan
 ABOUT_NAME = "autotp_checkpoint.json"
 PLAN_NAME = "autotp_plan.json"
 UNFINISHED_NAME = "autotp_unfinished"
-"""A file that a save makes first and removes last: only a folder that holds it may be removed."""
+"""A file that a save makes first and removes last: a folder that holds it, and that is not the latest, may be removed.
+
+The folder is complete when it holds `ABOUT_NAME`, which is written when all ranks are done.
+"""
 LATEST_NAME = "latest"
 
 
@@ -60,7 +63,7 @@ def save_checkpoint(
         )
     _check_tag(tag, folder)
     target = folder / tag
-    if target.exists() and not (target / UNFINISHED_NAME).exists():
+    if target.exists() and (_latest(folder) == tag or not (target / UNFINISHED_NAME).exists()):
         raise CheckpointError(
             Fault(
                 what="something would be overwritten",
@@ -83,8 +86,8 @@ def save_checkpoint(
     if dist.get_rank() == 0:
         write_atomically(target / PLAN_NAME, plan.to_json())
         write_atomically(target / ABOUT_NAME, format_json(about))
-        (target / UNFINISHED_NAME).unlink()
         write_atomically(folder / LATEST_NAME, tag)
+        (target / UNFINISHED_NAME).unlink()
     dist.barrier()
     return tag
 
@@ -99,7 +102,7 @@ def load_checkpoint(engine: Any, folder: Path, plan: Plan, ranks: Ranks, tag: st
     tag = tag if tag is not None else _latest(folder)
     if tag is not None:
         _check_tag(tag, folder)
-    if tag is None or not (folder / tag / ABOUT_NAME).exists() or (folder / tag / UNFINISHED_NAME).exists():
+    if tag is None or not (folder / tag / ABOUT_NAME).exists():
         raise CheckpointError(
             Fault(
                 what="there is no complete checkpoint",

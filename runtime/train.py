@@ -16,13 +16,16 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import torch
 
 from autotp_plan.schemas import documents
 from autotp_plan.schemas.errors import AutoTPError, Fault, MismatchError
+
+if TYPE_CHECKING:
+    from autotp_plan.runtime.data import TokenDataset
 
 _PATH = click.Path(path_type=Path)
 
@@ -42,8 +45,13 @@ _PATH = click.Path(path_type=Path)
               help="auto: bf16 for a BF16 checkpoint, else fp32.")  # fmt: skip
 @click.option("--data", type=_PATH, help="Text file, or a folder of them; synthetic tokens when left out.")
 @click.option("--ds-config", type=_PATH, help="DeepSpeed config to start from; the options above win over it.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of data order and synthetic tokens.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of data order, dropout and synthetic tokens."
+)
 @click.option("--metrics", type=_PATH, help="File for one JSON line per step.")
+@click.option("--checkpoints", type=_PATH, help="Folder to save the job in, and to go on from when it holds one.")
+@click.option("--save-every", type=click.IntRange(1), help="Steps between saves; at the end only when left out.")
+@click.option("--save-shards", type=_PATH, help="New folder for the trained weights, for `autotp-plan merge`.")
 def main(**options: Any) -> None:
     """Train a pre-split model under DeepSpeed, with the plan's tensor parallelism and ZeRO."""
     _be_quiet()
@@ -59,9 +67,10 @@ def main(**options: Any) -> None:
 
 def _train(
     plan_file: Path, shards: Path, dp_size: int | None, seq_length: int, num_steps: int, data: Path | None, seed: int,
-    metrics: Path | None, **options: Any,
+    metrics: Path | None, checkpoints: Path | None, save_every: int | None, save_shards: Path | None, **options: Any,
 ) -> None:  # fmt: skip
     from autotp_plan.runtime import load_plan
+    from autotp_plan.runtime.checkpoints import LATEST_NAME
 
     plan = load_plan(plan_file)
     _check_world(plan.tp_size, dp_size)
@@ -69,15 +78,20 @@ def _train(
     dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
     started = time.monotonic()
     model = plan.load_model(shards, dtype=dtype)
-    report = _Report(metrics if plan.ranks.tp_rank == plan.ranks.dp_rank == 0 else None, _is_first())
+    report = _Report(metrics if _is_first() else None, _is_first())
     report.say(f"loaded rank 0 of {plan.tp_size} from {shards} in {time.monotonic() - started:.1f} s")
     needed = num_steps * plan.ranks.dp_size * config["train_micro_batch_size_per_gpu"]
     needed *= config.get("gradient_accumulation_steps", 1) * seq_length
     dataset = _dataset(data, shards, model, seq_length, needed, seed)
-    engine, _, loader, _ = plan.initialize(model, config=config, training_data=dataset)
+    torch.manual_seed(seed + plan.ranks.dp_rank)  # of dropout: the same on all TP ranks of a group
+    engine, _, loader, _ = plan.initialize(model, config=config, training_data=dataset, seed=seed)
     engine.train()
+    if checkpoints is not None and (checkpoints / LATEST_NAME).exists():
+        _resume(plan, engine, checkpoints, len(dataset))
+        report.say(f"going on after step {engine.global_steps} of {checkpoints}")
+    report.begin(engine.global_steps)
     batches = _endless(loader)
-    for step in range(1, num_steps + 1):
+    for step in range(engine.global_steps + 1, num_steps + 1):
         began = time.monotonic()
         loss_sum, tokens = torch.zeros(()), 0
         for _ in range(engine.gradient_accumulation_steps()):
@@ -90,16 +104,39 @@ def _train(
         mean = loss_sum.to(plan.ranks.device) / engine.gradient_accumulation_steps() / plan.ranks.dp_size
         torch.distributed.all_reduce(mean, group=plan.ranks.dp_group)
         report.step(step, num_steps, mean.item(), tokens / (time.monotonic() - began), plan.ranks.device)
+        if checkpoints is not None and (step == num_steps or (save_every and step % save_every == 0)):
+            plan.save_checkpoint(engine, checkpoints, client_state={"windows": len(dataset)})
+    if save_shards is not None:
+        plan.save_shards(engine, save_shards)
+        report.say(f"saved the weights in {save_shards}; `autotp-plan merge` makes a checkpoint of them")
+
+
+def _resume(plan: Any, engine: Any, checkpoints: Path, windows: int) -> None:
+    saved = plan.load_checkpoint(engine, checkpoints).get("windows")
+    if saved != windows:
+        raise MismatchError(
+            Fault(
+                what="the data is not that of the saved job",
+                where=str(checkpoints),
+                got=f"{windows} sequences",
+                expected=f"{saved} sequences",
+                next="give the --data, --seq-length, --batch-size and --num-steps that the job was begun with",
+            )
+        )
 
 
 class _Report:
     """What rank 0 shows of each step, and the metrics file."""
 
     def __init__(self, metrics: Path | None, speaks: bool) -> None:
-        self.speaks = speaks
-        self.metrics = metrics
-        if metrics:
-            metrics.write_text("", encoding="utf-8")
+        self.metrics, self.speaks = metrics, speaks
+
+    def begin(self, last_step: int) -> None:
+        """Keep the metrics of the steps that a resumed job has done, and no others."""
+        if self.metrics:
+            lines = self.metrics.read_text(encoding="utf-8").splitlines(True) if self.metrics.exists() else []
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+            documents.write_atomically(self.metrics, "".join(kept))
 
     def say(self, text: str) -> None:
         if self.speaks:
@@ -183,7 +220,7 @@ def _deepspeed_config(
 
 def _dataset(
     data: Path | None, shards: Path, model: torch.nn.Module, seq_length: int, needed: int, seed: int
-) -> torch.utils.data.Dataset[Any]:
+) -> TokenDataset:
     from autotp_plan.runtime.data import TokenDataset, synthetic_tokens, text_tokens
 
     if data is None:
@@ -207,7 +244,7 @@ def _dataset(
 
 
 def _endless(loader: Any) -> Iterator[Any]:
-    epoch = 0
+    epoch = loader.data_sampler.epoch
     while True:
         loader.data_sampler.set_epoch(epoch)
         yield from loader

@@ -95,13 +95,15 @@ class TrainingPlan:
         config: str | os.PathLike[str] | dict[str, Any],
         training_data: Any = None,
         collate_fn: Callable[[Any], Any] | None = None,
+        seed: int = 0,
         **kwargs: Any,
     ) -> tuple[Any, Any, Any, Any]:
         """`deepspeed.initialize` for a model from `load_model`: `(engine, optimizer, loader, scheduler)`.
 
         `config` is a DeepSpeed config file or dict; its batch sizes count data-parallel ranks, and its
         `tensor_parallel` section, where it has one, must be of the plan's TP size. `kwargs` go to
-        `deepspeed.initialize` unchanged. The loader gives all TP ranks of a data-parallel group the same batches.
+        `deepspeed.initialize` unchanged. The loader gives all TP ranks of a data-parallel group the same batches, in an
+        order that `seed` and the epoch decide.
         Raises MismatchError.
         """
         settings = engine_config(config, self.document)
@@ -117,7 +119,7 @@ class TrainingPlan:
             sampler = (
                 None
                 if isinstance(training_data, torch.utils.data.IterableDataset)
-                else tp_sampler(training_data, ranks)
+                else tp_sampler(training_data, ranks, seed=seed)
             )
             on_cpu = ranks.device.type == "cpu"  # then processes that load data take what the model computes with
             loader = engine.deepspeed_io(

@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +31,8 @@ VARIANTS = {
     ),
     "shared rows": ("falcon_multi_query", {}, False),
 }
-RUNS = [("fused and grouped", 1), ("fused and grouped", 3), ("experts", 2), ("uneven", 0), ("shared rows", 1)]
+RUNS = [(name, stage) for name in ("fused and grouped", "experts", "uneven") for stage in (1, 2, 3)]
+RUNS += [("uneven", 0), ("shared rows", 1)]
 NUM_STEPS, SAVED_AT, KILLED_AT = 6, 3, 5
 
 
@@ -123,6 +132,60 @@ def test_a_killed_job_resumes(tmp_path: Path) -> None:
     for rank, found in enumerate(launch(resumed, 4, tmp_path, timeout=150)):
         for run, losses in found.items():
             assert losses == pytest.approx(whole[rank][run][2 * SAVED_AT :], rel=1e-6), run
+
+
+TRAINED = {"fused and grouped": 1, "experts": 2, "uneven": 3}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_training_program_killed_at_a_random_step(name: str, tmp_path: Path) -> None:
+    from autotp_plan.planner import compile_plan, merge
+    from tests.helpers.models import save_checkpoint
+
+    variant, changes, uneven = VARIANTS[name]
+    folder = save_checkpoint(tmp_path / "model", variant, **{**changes, "attention_dropout": 0.1})
+    (tmp_path / "plan.json").write_text(compile_plan(folder, tp_size=2, uneven=uneven).to_json())
+    whole, resumed = tmp_path / "whole.jsonl", tmp_path / "resumed.jsonl"
+    with training(tmp_path, TRAINED[name], whole) as job:
+        assert job.wait(120) == 0
+    saves = ["--checkpoints", tmp_path / "saved"]
+    kill = random.Random(name)
+    with training(tmp_path, TRAINED[name], resumed, *saves, "--save-every", "1") as job:
+        last = kill.randint(2, 8)
+        while len(losses(resumed)) < last:
+            assert job.poll() is None, f"it ended before it was killed after {last} steps"
+            time.sleep(0.02)
+        time.sleep(kill.random() / 4)
+    with training(tmp_path, TRAINED[name], resumed, *saves, "--save-shards", tmp_path / "trained") as job:
+        assert job.wait(120) == 0
+    assert len(losses(whole)) == 12
+    assert losses(resumed) == pytest.approx(losses(whole), rel=1e-6)
+    merge(tmp_path / "trained", tmp_path / "merged")
+
+
+def losses(metrics: Path) -> list[float]:
+    lines = metrics.read_text().splitlines(True) if metrics.exists() else []
+    return [json.loads(line)["loss"] for line in lines if line.endswith("\n")]
+
+
+@contextlib.contextmanager
+def training(work: Path, stage: int, metrics: Path, *more: object) -> Iterator[subprocess.Popen[bytes]]:
+    """A training job of two ranks, killed with all of its processes, without a word, at the end of the block."""
+    mark = f"{work}/{metrics.name}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               "-m", "autotp_plan.runtime.train", "--plan", work / "plan.json", "--shards", work / "model",
+               "--seq-length", "12", "--num-steps", "12", "--learning-rate", "1e-3", "--zero-stage", stage,
+               "--metrics", metrics, *more]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "AUTOTP_TEST_JOB": mark}
+    job = subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.DEVNULL)
+    try:
+        yield job
+    finally:
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if f"AUTOTP_TEST_JOB={mark}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(process.name), signal.SIGKILL)
+        job.wait()
 
 
 @pytest.mark.parametrize("tag", ["..", ".", "", "a/b", "/abs", "a\\b", "latest"])
