@@ -113,12 +113,14 @@ def load_checkpoint(engine: Any, folder: Path, plan: Plan, ranks: Ranks, tag: st
             )
         )
     about = read_json(folder / tag / ABOUT_NAME, "checkpoint")
-    if _differences(about, _about(engine, plan, ranks)):
-        saved = _saved_job(engine, folder / tag, about, plan, ranks)
-        client_state = load_elsewhere(engine, saved, plan, ranks)
+    differences = _differences(about, _about(engine, plan, ranks))
+    if differences and (differences != ["dp_size"] or engine.zero_optimization_stage() > 0):
+        client_state = load_elsewhere(engine, _saved_job(engine, folder / tag, about, plan, ranks), plan, ranks)
+    else:  # without ZeRO, what DeepSpeed saves does not depend on the number of DP ranks
+        _, client_state = engine.load_checkpoint(str(folder), tag=tag)
+    if differences:
         restore = partial(_begin_streams, folder / tag / "random-0.safetensors", ranks.dp_rank)
     else:
-        _, client_state = engine.load_checkpoint(str(folder), tag=tag)
         restore = partial(_load_streams, folder / tag / f"random-{dist.get_rank()}.safetensors")
     restore()
     _set_position(engine, about, ranks, restore)

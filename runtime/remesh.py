@@ -35,10 +35,10 @@ class Place:
 
 
 def why_not(engine: Any) -> str:
-    """Why a job of `engine` can be resumed on its own mesh only; empty when it can be on any."""
+    """Why a job of `engine` cannot be resumed on every mesh; empty when it can be."""
     stage = engine.zero_optimization_stage()
     if stage == 0:
-        return "ZeRO stage 0 saves no parameter's optimizer state by its name; use stage 1, 2 or 3"
+        return "under ZeRO stage 0 only the number of DP ranks may change; use stage 1, 2 or 3"
     if stage == 3 and not all(parameter.requires_grad for parameter in engine.module.parameters()):
         return "ZeRO stage 3 saves frozen parameters in a form of its own; use stage 1 or 2"
     if getattr(engine.optimizer, "swap_optimizer", False):
@@ -77,8 +77,13 @@ def unlike(saved: Plan, plan: Plan) -> list[Fault]:
 @torch.no_grad()
 def load_elsewhere(engine: Any, saved: SavedJob, plan: Plan, ranks: Ranks) -> dict[str, Any]:
     """Load weights, optimizer, scheduler and counters of `saved` into `engine`. Returns the client state."""
+    in_parts = engine.zero_optimization_stage() == 3
+    if in_parts:
+        engine.optimizer.checkpoint_event_prologue()
     _load_unoptimized(engine, saved, plan, ranks)
     _load_optimizer(engine, saved, plan, ranks)
+    if in_parts:
+        engine.optimizer.checkpoint_event_epilogue()
     state = saved.engine_state
     if engine.lr_scheduler is not None and state["lr_scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(state["lr_scheduler"])

@@ -112,8 +112,7 @@ class TrainingPlan:
         kwargs.setdefault("mpu", groups)
         engine, optimizer, _, scheduler = deepspeed.initialize(model=model, config=settings, **kwargs)
         if reason := why_not(engine):
-            mesh = f"TP={ranks.tp_size} x DP={ranks.dp_size}"
-            log_dist(f"Checkpoints of this job can be resumed on {mesh} only: {reason}", [0], logging.WARNING)
+            log_dist(f"Checkpoints of this job cannot be resumed on every mesh: {reason}", [0], logging.WARNING)
         loader = None
         if training_data is not None:
             sampler = (

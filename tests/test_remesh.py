@@ -37,7 +37,7 @@ def start(
 
     plan = load_plan(work / f"{name} {tp_size}.json")
     torch.manual_seed(11)
-    settings = parity.engine_settings(stage, accumulation=tp_size // 2, **changes)
+    settings = parity.engine_settings(stage, **{"accumulation": tp_size // 2, **changes})
     settings["scheduler"] = {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_max_lr": 2e-3}}
     model = plan.load_model(work / name, dtype=torch.bfloat16 if "bf16" in changes else None).train()
     for key, parameter in model.named_parameters():
@@ -189,6 +189,29 @@ def test_every_number_arrives(work: Path) -> None:
                 one, other = (job.shard(parameter.name, key, whole, 0) for job in jobs)
                 assert one.abs().max() > 0 and torch.equal(one, other), f"{name}: {key} of {parameter.name}"
             assert jobs[0].scalars(parameter.name) == jobs[1].scalars(parameter.name)
+
+
+def without_zero(work: Path, saved_on: str | None) -> list[float]:
+    from autotp_plan.schemas.errors import MismatchError
+
+    plan, engine, loader = start(work, "experts", 2, 0, accumulation=1 if saved_on is None else 2)
+    if saved_on is None:
+        losses = steps(plan, engine, loader, 0, NUM_STEPS, work / "zero0")
+        engine.destroy()
+        plan, engine, _ = start(work, "experts", 2, 1)
+        plan.save_checkpoint(engine, work / "experts zero1")
+        return losses
+    plan.load_checkpoint(engine, work / "zero0")
+    found = steps(plan, engine, loader, SAVED_AT, NUM_STEPS)
+    with pytest.raises(MismatchError, match="only the number of DP ranks may change"):
+        plan.load_checkpoint(engine, work / "experts zero1")
+    return found
+
+
+def test_without_zero_the_number_of_dp_ranks_may_change(work: Path) -> None:
+    whole = launch(without_zero, 4, work, None, timeout=100)
+    for rank, losses in enumerate(launch(without_zero, 2, work, "2x2", timeout=100)):
+        assert losses == pytest.approx(whole[rank][SAVED_AT:], rel=1e-6)
 
 
 def faults_of(found: dict[str, list[float]]) -> list[tuple[str, list[float]]]:
