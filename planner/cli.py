@@ -208,6 +208,7 @@ def verify(plan_file: Path, output_format: str, no_stamp: bool, attention: tuple
     over the largest magnitude in a tensor where that is above 1.
     """
     from autotp_plan.schemas.documents import write_atomically
+    from autotp_plan.schemas.manifest import MANIFEST_NAME, PLAN_NAME
     from autotp_plan.schemas.plan import Plan
 
     plan = Plan.read(plan_file)
@@ -218,7 +219,11 @@ def verify(plan_file: Path, output_format: str, no_stamp: bool, attention: tuple
         _print_proof(proof)
     if not proof.proven:
         sys.exit(1)
-    if not no_stamp:
+    if no_stamp:
+        return
+    if plan_file.name == PLAN_NAME and (plan_file.parent / MANIFEST_NAME).exists():
+        click.echo("not stamped: the plan is part of a shards folder, whose checksums hold it as it is", err=True)
+    else:
         try:
             write_atomically(plan_file, dataclasses.replace(plan, verified=proof.stamp()).to_json())
         except OSError as error:

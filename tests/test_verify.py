@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from autotp_plan.planner import Plan, SpecFile, compile_plan
+from autotp_plan.planner import Plan, SpecFile, check_shards, compile_plan, presplit
 from autotp_plan.planner.cli import main
 from autotp_plan.runtime.proof import ENGINE_TOLERANCE, FLOAT64_TOLERANCE, Proof
 from autotp_plan.runtime.verify import verify_plan
 from autotp_plan.schemas.errors import DocumentError, MissingDependencyError
 from autotp_plan.schemas.stamp import Stamp
+from tests.helpers.models import save_checkpoint
 
 COMMON = {"vocab_size": 257, "bos_token_id": 1, "eos_token_id": 2}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -175,6 +176,12 @@ def test_the_command(tmp_path: Path) -> None:
     assert stamped.fingerprint == plan.fingerprint and dataclasses.replace(stamped, verified=None) == plan
     assert stamped.verified is not None and stamped.verified.float64_error < FLOAT64_TOLERANCE
     assert "verified: eager and sdpa attention, errors up to" in run("show", file).stdout
+
+    folder = save_checkpoint(tmp_path / "checkpoint", "llama")
+    shards = tmp_path / "shards"
+    presplit(compile_plan(folder, tp_size=2), folder, shards)
+    assert "not stamped: the plan is part of a shards folder" in run("verify", shards / "autotp_plan.json").stderr
+    check_shards(shards)
 
 
 @pytest.mark.distributed
