@@ -44,6 +44,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--ds-config", type=_PATH, help="DeepSpeed config to start from; the options above win over it.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of data order and synthetic tokens.")
 @click.option("--metrics", type=_PATH, help="File for one JSON line per step.")
+@click.option("--local_rank", type=int, hidden=True, expose_value=False, help="The deepspeed launcher gives it.")
 def main(**options: Any) -> None:
     """Train a pre-split model under DeepSpeed, with the plan's tensor parallelism and ZeRO."""
     _be_quiet()

@@ -20,6 +20,7 @@ from autotp_plan.runtime.data import ResumableSampler, tp_sampler
 from autotp_plan.runtime.engine_config import engine_config
 from autotp_plan.runtime.fit import check_model
 from autotp_plan.runtime.model import shard_model
+from autotp_plan.runtime.old_calls import check_old_calls
 from autotp_plan.runtime.ranks import Ranks, check_world_size, init_ranks
 from autotp_plan.runtime.weights import open_weights
 from autotp_plan.schemas.plan import Plan
@@ -98,13 +99,14 @@ class TrainingPlan:
         `config` is a DeepSpeed config file or dict; its batch sizes count data-parallel ranks, and its
         `tensor_parallel` section, where it has one, must be of the plan's TP size. `kwargs` go to
         `deepspeed.initialize` unchanged. The loader gives all TP ranks of a data-parallel group the same batches.
-        Raises MismatchError.
+        An `mpu` of an older script is compared with the plan's ranks and not used. Raises MismatchError.
         """
         settings = engine_config(config, self.document)
         ranks = self.ranks
-        kwargs.setdefault("model_parameters", [p for p in model.parameters() if p.requires_grad])
-        kwargs.setdefault("mpu", groups)
-        engine, optimizer, _, scheduler = deepspeed.initialize(model=model, config=settings, **kwargs)
+        check_old_calls(kwargs.pop("mpu", None), ranks)
+        if kwargs.get("model_parameters") is None:
+            kwargs["model_parameters"] = [p for p in model.parameters() if p.requires_grad]
+        engine, optimizer, _, scheduler = deepspeed.initialize(model=model, config=settings, mpu=groups, **kwargs)
         loader = None
         if training_data is not None:
             sampler = (
@@ -139,6 +141,15 @@ class TrainingPlan:
         Every rank calls it, after `initialize`. Raises CheckpointError or MismatchError before anything is changed.
         """
         return load_checkpoint(engine, Path(folder), self.document, self.ranks, tag)
+
+    def adapt_trainer(self, trainer: Any) -> None:
+        """Make a transformers Trainer with a model from `load_model` count by data-parallel ranks; before it is run.
+
+        Raises MismatchError when it does not run under DeepSpeed, is of another TP size, or its model is another one.
+        """
+        from autotp_plan.runtime.huggingface import adapt_trainer
+
+        adapt_trainer(trainer, self)
 
     def sampler(self, dataset: Any, *, shuffle: bool = True, seed: int = 0) -> ResumableSampler:
         """A sampler that gives all TP ranks of a data-parallel group the same samples and each DP rank its own."""
