@@ -34,7 +34,7 @@ def adapt_trainer(trainer: Any, plan: TrainingPlan) -> None:
     Raises MismatchError when it does not run under DeepSpeed, is of another TP size, or its model is not the plan's.
     """
     accelerator = trainer.accelerator
-    _check(trainer, accelerator)
+    _check(trainer, accelerator, plan.ranks)
     plugin = accelerator.state.deepspeed_plugin
     wanted = engine_config(plugin.deepspeed_config, plan.document)
     for config in (plugin.deepspeed_config, trainer.args.hf_deepspeed_config.config):
@@ -49,7 +49,7 @@ def adapt_trainer(trainer: Any, plan: TrainingPlan) -> None:
     )
 
 
-def _check(trainer: Any, accelerator: Any) -> None:
+def _check(trainer: Any, accelerator: Any, ranks: Ranks) -> None:
     if not getattr(trainer.model, "ds_autotp_parsed", False):
         raise MismatchError(
             Fault(
@@ -68,6 +68,16 @@ def _check(trainer: Any, accelerator: Any) -> None:
                 got=f"distributed type {accelerator.distributed_type.value}",
                 expected="a DeepSpeed config: anything else would average shards of different parts of the model",
                 next='give TrainingArguments deepspeed="ds_config.json", or a dict',
+            )
+        )
+    if accelerator.num_processes != ranks.tp_size * ranks.dp_size:
+        raise MismatchError(
+            Fault(
+                what="Accelerate does not see the other processes",
+                where="accelerator.num_processes",
+                got=str(accelerator.num_processes),
+                expected=str(ranks.tp_size * ranks.dp_size),
+                next="TrainingArguments(use_cpu=True) on a machine without accelerators",
             )
         )
 
