@@ -3,8 +3,8 @@
     .venv/bin/torchrun --nproc-per-node 4 examples/trainer.py --model_name tiny-llama --tp_size 2 --num_steps 6
 
 Two lines differ from a script without tensor parallelism: `plan.load_model` in place of `from_pretrained`, and
-`plan.adapt_trainer(trainer)`. `--dense` is that script: run with plain python and twice the `--batch_size`, it takes the
-same steps. `--output_dir` gets Trainer's checkpoints, from which `--resume FOLDER` goes on, and `final/`, a plain
+`plan.adapt_trainer(trainer)`. `--dense` is that script: run with plain python and twice the `--batch_size`, it takes
+the same steps. `--output_dir` gets Trainer's checkpoints, from which `--resume FOLDER` goes on, and `final/`, a plain
 checkpoint that `from_pretrained` reads.
 """
 

@@ -151,6 +151,18 @@ class TrainingPlan:
 
         adapt_trainer(trainer, self)
 
+    def add_lora(self, model: nn.Module, config: Any) -> Any:
+        """`peft.get_peft_model` for a model from `load_model`, before `initialize`. Raises MismatchError."""
+        from autotp_plan.runtime.lora import add_lora
+
+        return add_lora(model, config, self.document)
+
+    def save_adapter(self, engine: Any, folder: str | os.PathLike[str]) -> None:
+        """Write the adapter of a model from `add_lora`, to load on the whole model; every rank calls it."""
+        from autotp_plan.runtime.lora import save_adapter
+
+        save_adapter(engine, Path(folder))
+
     def sampler(self, dataset: Any, *, shuffle: bool = True, seed: int = 0) -> ResumableSampler:
         """A sampler that gives all TP ranks of a data-parallel group the same samples and each DP rank its own."""
         return tp_sampler(dataset, self.ranks, shuffle=shuffle, seed=seed)
