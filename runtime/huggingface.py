@@ -60,12 +60,13 @@ def _check(trainer: Any, accelerator: Any, ranks: Ranks) -> None:
                 next="Trainer(model=plan.load_model(path), ...)",
             )
         )
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+    has_config = getattr(trainer.args, "hf_deepspeed_config", None) is not None
+    if not has_config or accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise MismatchError(
             Fault(
                 what="the Trainer does not run under DeepSpeed",
                 where="TrainingArguments(deepspeed=...)",
-                got=f"distributed type {accelerator.distributed_type.value}",
+                got=accelerator.distributed_type.value if has_config else "no DeepSpeed config",
                 expected="a DeepSpeed config: anything else would average shards of different parts of the model",
                 next='give TrainingArguments deepspeed="ds_config.json", or a dict',
             )
