@@ -245,7 +245,7 @@ def old_calls(folder: Path) -> dict[str, Any]:
     found["deepspeed.initialize"] = steps(deepspeed.initialize, mpu=mpu_of(rank, 0))
     found["dp rank first"] = refused(mpu=mpu_of(0, rank, 1, 2))
     recorded = init_utils._TP_MODEL_INIT_ARGS
-    init_utils._TP_MODEL_INIT_ARGS = {"tp_size": 4, "dtype": torch.float32, "tp_group": None}
+    init_utils._TP_MODEL_INIT_ARGS = {"tp_size": 4, "dtype": torch.float32, "tp_group": object()}
     model = plan.load_model(folder)
     try:
         plan.initialize(model, config=config)
@@ -266,7 +266,8 @@ def test_old_calls(examples: Path) -> None:
         assert found["deepspeed.initialize"] == pytest.approx(expected, rel=1e-5)
         assert set(found["dp rank first"]) == {"delete mpu=... and the lines that build it: the plan makes the groups"}
         assert found["tp_model_init"] == [
-            ("tp_model_init(tp_size=...)", "delete the call of deepspeed.tp_model_init: load_model has done it")
+            (f"tp_model_init({key}=...)", "delete the call of deepspeed.tp_model_init: load_model has done it")
+            for key in ("tp_group", "tp_size")
         ]
 
 
@@ -329,6 +330,8 @@ def trainer_saves(folder: Path, out: Path) -> dict[str, Any]:
         plan.adapt_trainer(trainer)
         trainer.train()
         trainer.save_model(str(out / str(stage)))
+        if stage == 2:
+            found["predictions"] = trainer.predict(torch.utils.data.Subset(data, range(11))).predictions.shape
         with GatheredParameters(list(model.parameters())):
             found[str(stage)] = {
                 parameter.name: local_shard(model, parameter.name).detach().clone()  # type: ignore[union-attr]
@@ -359,6 +362,7 @@ def test_trainer_saves_what_it_trained(tmp_path: Path, variant: str) -> None:
     before = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     for rank, found in enumerate(launch(trainer_saves, 2, folder, tmp_path / "out", timeout=TIMEOUT)):
         assert "the Trainer does not run under DeepSpeed" in found.pop("refused")
+        assert found.pop("predictions") == (11, 12, 256), "each sample once"
         for stage, shards in found.items():
             saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / stage).state_dict()
             for parameter in plan.expanded():
