@@ -48,4 +48,4 @@ plans: setup  ## compile every plan of plans/ again
 	$(BIN)/python -m tests.test_golden_plans
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) demo-run build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) demo-run example-run build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

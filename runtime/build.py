@@ -29,7 +29,7 @@ def build_model(folder: Path, plan: Plan, *, on_meta: bool = True, **options: An
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         architecture = getattr(transformers, plan.model.architecture or "", None)
-        with _parameters_on_meta() if on_meta else contextlib.nullcontext():
+        with _parameters_on_meta() if on_meta else contextlib.nullcontext(), _without_zero_init():
             if isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel):
                 model = architecture._from_config(config, **options)  # type: ignore[attr-defined]
             else:
@@ -71,3 +71,19 @@ class _LargeOnMeta(TorchFunctionMode):
 def _parameters_on_meta() -> Iterator[None]:
     with init_empty_weights(include_buffers=False), _LargeOnMeta():
         yield
+
+
+@contextlib.contextmanager
+def _without_zero_init() -> Iterator[None]:
+    """While active, transformers does not partition a model as it builds it.
+
+    It would, once TrainingArguments with ZeRO 3 exist; here the engine partitions what the plan has cut.
+    """
+    from transformers.integrations import deepspeed as settings
+
+    kept = settings._hf_deepspeed_config_weak_ref
+    settings.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        settings._hf_deepspeed_config_weak_ref = kept

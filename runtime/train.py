@@ -52,6 +52,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--checkpoints", type=_PATH, help="Folder to save the job in, and to go on from when it holds one.")
 @click.option("--save-every", type=click.IntRange(1), help="Steps between saves; at the end only when left out.")
 @click.option("--save-shards", type=_PATH, help="New folder for the trained weights, for `autotp-plan merge`.")
+@click.option("--local_rank", type=int, hidden=True, expose_value=False, help="The deepspeed launcher gives it.")
 def main(**options: Any) -> None:
     """Train a pre-split model under DeepSpeed, with the plan's tensor parallelism and ZeRO."""
     _be_quiet()

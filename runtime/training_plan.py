@@ -21,6 +21,7 @@ from autotp_plan.runtime.data import ResumableSampler, tp_sampler
 from autotp_plan.runtime.engine_config import engine_config
 from autotp_plan.runtime.fit import check_model
 from autotp_plan.runtime.model import shard_model
+from autotp_plan.runtime.old_calls import check_old_calls
 from autotp_plan.runtime.ranks import Ranks, check_world_size, init_ranks
 from autotp_plan.runtime.remesh import why_not
 from autotp_plan.runtime.save_shards import save_shards
@@ -103,14 +104,15 @@ class TrainingPlan:
         `config` is a DeepSpeed config file or dict; its batch sizes count data-parallel ranks, and its
         `tensor_parallel` section, where it has one, must be of the plan's TP size. `kwargs` go to
         `deepspeed.initialize` unchanged. The loader gives all TP ranks of a data-parallel group the same batches, in an
-        order that `seed` and the epoch decide.
-        Raises MismatchError.
+        order that `seed` and the epoch decide. An `mpu` of an older script is compared with the plan's ranks and not
+        used. Raises MismatchError.
         """
         settings = engine_config(config, self.document)
         ranks = self.ranks
-        kwargs.setdefault("model_parameters", [p for p in model.parameters() if p.requires_grad])
-        kwargs.setdefault("mpu", groups)
-        engine, optimizer, _, scheduler = deepspeed.initialize(model=model, config=settings, **kwargs)
+        check_old_calls(kwargs.pop("mpu", None), ranks)
+        if kwargs.get("model_parameters") is None:
+            kwargs["model_parameters"] = [p for p in model.parameters() if p.requires_grad]
+        engine, optimizer, _, scheduler = deepspeed.initialize(model=model, config=settings, mpu=groups, **kwargs)
         if reason := why_not(engine):
             log_dist(f"Checkpoints of this job cannot be resumed on every mesh: {reason}", [0], logging.WARNING)
         loader = None
@@ -163,6 +165,27 @@ class TrainingPlan:
         model = getattr(engine, "module", engine)
         source = Path(like) if like is not None else model.autotp_loaded_from
         save_shards(model, Path(folder), self.document, self.ranks, source)
+
+    def adapt_trainer(self, trainer: Any) -> None:
+        """Make a transformers Trainer with a model from `load_model` count by data-parallel ranks; before it is run.
+
+        Raises MismatchError when it does not run under DeepSpeed, is of another TP size, or its model is another one.
+        """
+        from autotp_plan.runtime.huggingface import adapt_trainer
+
+        adapt_trainer(trainer, self)
+
+    def add_lora(self, model: nn.Module, config: Any) -> Any:
+        """`peft.get_peft_model` for a model from `load_model`, before `initialize`. Raises MismatchError."""
+        from autotp_plan.runtime.lora import add_lora
+
+        return add_lora(model, config, self.document)
+
+    def save_adapter(self, engine: Any, folder: str | os.PathLike[str]) -> None:
+        """Write the adapter of a model from `add_lora`, to load on the whole model; every rank calls it."""
+        from autotp_plan.runtime.lora import save_adapter
+
+        save_adapter(engine, Path(folder))
 
     def sampler(self, dataset: Any, *, shuffle: bool = True, seed: int = 0) -> ResumableSampler:
         """A sampler that gives all TP ranks of a data-parallel group the same samples and each DP rank its own."""

@@ -23,7 +23,7 @@ else:  # the tests that read pyproject.toml need 3.11
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("schemas", "planner", "runtime", "plans")
-HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "safetensors", "numpy", "ray"}
+HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "safetensors", "numpy", "ray", "peft"}
 
 
 def imports(path: Path, module_level: bool) -> Iterator[str]:
