@@ -147,7 +147,9 @@ def _before_forward(model: nn.Module, args: Any, kwargs: Any) -> None:
     if head is not None:
         positional = list(inspect.signature(type(model).forward).parameters)[1:]
         labels = {**dict(zip(positional, args)), **kwargs}.get("labels")
-        head.gather_when_used = model.training and labels is not None
+        ours = model.loss_function is causal_lm_loss  # until someone sets another
+        traced = torch.compiler.is_compiling()  # torch.compile guards sizes that a part only seems to have
+        head.gather_when_used = ours and model.training and labels is not None and not traced
 
 
 def _after_forward(model: nn.Module, *_: Any) -> None:
