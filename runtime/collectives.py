@@ -7,19 +7,29 @@ non-contiguous gradient (`dist.all_reduce(x.contiguous())`), and return a view t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+import weakref
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from autotp_plan.schemas import intervals as iv
 
 
-def copy_to_ranks(input: Tensor, group: Any) -> Tensor:
-    """`input` as it is; its gradient is summed over the ranks, each of which computes part of it."""
-    result: Tensor = _CopyToRanks.apply(input, group)  # type: ignore[no-untyped-call]
+def copy_to_ranks(input: Tensor, group: Any, *, shared: bool = False) -> Tensor:
+    """`input` as it is; its gradient is summed over the ranks, each of which computes part of it.
+
+    The copies of one tensor that are `shared` add their gradients up first, and sum them over the ranks once: those
+    made in one thread, of the same tensor object, while nothing has changed it and a graph of one of them is alive.
+    """
+    if not (torch.is_grad_enabled() and input.requires_grad):
+        return input.view_as(input)
+    meeting = _shared_meeting(input, group) if shared else _meeting(input, group)
+    result: Tensor = _Copy.apply(input.detach(), meeting)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -51,12 +61,13 @@ def gather_shards(shard: Tensor, group: Any, intervals: Sequence[iv.Intervals], 
     parts = padded.new_empty((len(lengths) * max(lengths), *local.shape[1:]))
     dist.all_gather_into_tensor(parts, padded, group=group)
     size = max(stop for rank in intervals for _, stop in rank)
-    whole = padded.new_empty((size, *local.shape[1:]))
+    whole = shard.new_empty((*shard.shape[:dim], size, *shard.shape[dim + 1 :]))
+    along = whole.movedim(dim, 0)
     for rank, held in enumerate(intervals):
         for held_at, at, count in iv.pieces(held, ((0, size),)):
             start = rank * max(lengths) + held_at
-            whole[at : at + count] = parts[start : start + count]
-    return whole.movedim(0, dim)
+            along[at : at + count] = parts[start : start + count]
+    return whole
 
 
 def take(whole: Tensor, intervals: iv.Intervals, dim: int) -> Tensor:
@@ -65,11 +76,50 @@ def take(whole: Tensor, intervals: iv.Intervals, dim: int) -> Tensor:
     return torch.cat(parts, dim=dim).contiguous()
 
 
-class _CopyToRanks(torch.autograd.Function):
+class _Meetings(threading.local):
+    """Where the gradients of each tensor's shared copies meet: `(version of the tensor, group, meeting)`.
+
+    Keeps neither alive: a meeting lives as long as a graph with one of the copies.
+    """
+
+    def __init__(self) -> None:
+        self.of: MutableMapping[Tensor, tuple[int, Any, weakref.ref[Tensor]]] = WeakTensorKeyDictionary()
+
+
+_meetings = _Meetings()
+
+
+def _meeting(input: Tensor, group: Any) -> Tensor:
+    """A tensor of `input`'s shape without data of its own, whose gradient is that of all copies made with it."""
+    result: Tensor = _SumOfGradients.apply(input, group)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _shared_meeting(input: Tensor, group: Any) -> Tensor:
+    version, of_group, found = _meetings.of.get(input, (None, None, None))
+    meeting = found() if found is not None else None
+    if meeting is None or version != input._version or of_group is not group:
+        meeting = _meeting(input, group)
+        _meetings.of[input] = (input._version, group, weakref.ref(meeting))
+    return meeting
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, meeting: Tensor) -> Tensor:
+        ctx.meeting = meeting
+        return input.view_as(input)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor]:
+        return None, grad_output
+
+
+class _SumOfGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        return input.view_as(input)
+        return input.new_empty(()).expand(input.shape)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:

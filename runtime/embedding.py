@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from autotp_plan.runtime.collectives import sum_over_ranks
 from autotp_plan.runtime.layers import PlannedLayer
+from autotp_plan.schemas import intervals as iv
 
 
 class _Bare(nn.Embedding):
@@ -39,19 +40,26 @@ class VocabParallelEmbedding(PlannedLayer, _Bare):
         """Token ids `(...)` to `(..., embedding_dim)`, whole on every rank."""
         if not self.is_tp_parallel:
             return F.embedding(input, self.local_weight, self.padding_idx)
-        local = torch.zeros_like(input)
-        mine = torch.zeros_like(input, dtype=torch.bool)
+        local, mine = find_held(input, self.held)
         padding_idx = None
-        at = 0
-        for start, stop in self.held:
-            inside = (input >= start) & (input < stop)
-            local = torch.where(inside, input - start + at, local)
-            mine |= inside
-            if self.padding_idx is not None and start <= self.padding_idx < stop:
-                padding_idx = self.padding_idx - start + at
-            at += stop - start
+        if self.padding_idx is not None:
+            padded = iv.pieces(self.held, ((self.padding_idx, self.padding_idx + 1),))
+            padding_idx = padded[0][0] if padded else None
         output = F.embedding(local, self.local_weight, padding_idx)
         return sum_over_ranks(output.masked_fill(~mine.unsqueeze(-1), 0.0), self.mp_group)
+
+
+def find_held(ids: Tensor, held: iv.Intervals) -> tuple[Tensor, Tensor]:
+    """Where in a rank's shard `ids` are, 0 for those that it does not hold; and which it holds. Both as `ids`."""
+    local = torch.zeros_like(ids)
+    mine = torch.zeros_like(ids, dtype=torch.bool)
+    at = 0
+    for start, stop in held:
+        inside = (ids >= start) & (ids < stop)
+        local = torch.where(inside, ids - start + at, local)
+        mine |= inside
+        at += stop - start
+    return local, mine
 
 
 def vocab_parallel(module: nn.Embedding, **kwargs: Any) -> VocabParallelEmbedding:

@@ -18,7 +18,8 @@ from deepspeed.module_inject.layers import TensorParallel_Layer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from autotp_plan.runtime.collectives import copy_to_ranks, gather_last_dim, sum_over_ranks, take
+from autotp_plan.runtime.collectives import copy_to_ranks, sum_over_ranks, take
+from autotp_plan.runtime.lazy_gather import GatheredWhenUsed, Parts
 from autotp_plan.runtime.randomness import enter_cut_region, leave_cut_region
 from autotp_plan.runtime.shards import Shards
 from autotp_plan.schemas.layout import Layout
@@ -34,6 +35,8 @@ class PlannedLayer(TensorParallel_Layer):  # type: ignore[misc]
         group: the TP process group.
     """
 
+    share_input_gradients: bool = True
+    """Sum the gradient of an input over the ranks once for all layers that take it, not once for each."""
     partition_type: ClassVar[str]
     tp_index: int
     tp_world_size: int
@@ -99,9 +102,26 @@ class ColumnParallelLinear(_Linear):
     def __init__(self, module: nn.Module, *, gather_output: bool = False, **kwargs: Any) -> None:
         super().__init__(module, **kwargs)
         self.gather_output = gather_output
+        self.gather_when_used = False
 
-    def forward(self, input: Tensor) -> Tensor:
-        """`(..., in_features)` to this rank's `(..., out_features)`, or to all of them when gathered."""
+    def __call__(self, input: Tensor) -> Tensor:
+        """As any module's. But ZeRO 3's hooks give every module an input of its own, by which layers that take the
+        same one would no longer know it: then it is copied before them. Not before hooks of others, which may add to
+        it what has gradients of its own.
+        """
+        hooks = self._forward_pre_hooks.values()
+        output: Tensor
+        if hooks and all(getattr(hook, "__module__", "").startswith("deepspeed.") for hook in hooks):
+            output = super().__call__(self._copied(input), is_copied=True)
+        else:
+            output = super().__call__(input)
+        return output
+
+    def forward(self, input: Tensor, *, is_copied: bool = False) -> Tensor:
+        """`(..., in_features)` to this rank's `(..., out_features)`, or to all of them when gathered.
+
+        While `gather_when_used` is set, what is to be gathered is so by whoever uses it.
+        """
         weight, bias = self.local_weight, self.local_bias
         if not self.is_tp_parallel:
             return F.linear(input, weight, bias)
@@ -109,12 +129,18 @@ class ColumnParallelLinear(_Linear):
         if self.__class__.tp_overlap_comm:
             output = _OverlappedColumn.apply(input, weight, bias, self.mp_group)  # type: ignore[no-untyped-call]
         else:
-            output = F.linear(copy_to_ranks(input, self.mp_group), weight, bias)
+            output = F.linear(input if is_copied else self._copied(input), weight, bias)
         if self.gather_output:
-            return gather_last_dim(output, self.mp_group, self.shards.layouts["weight"].intervals, self.tp_index)
+            parts = Parts(self.mp_group, self.shards.layouts["weight"].intervals, self.tp_index)
+            return GatheredWhenUsed.of(output, parts) if self.gather_when_used else parts.gather(output)
         if self.training:
             enter_cut_region(self.name, self.tp_index)
         return output
+
+    def _copied(self, input: Tensor) -> Tensor:
+        if not self.is_tp_parallel or self.__class__.tp_overlap_comm:  # that sums each layer's own, meanwhile
+            return input
+        return copy_to_ranks(input, self.mp_group, shared=self.share_input_gradients)
 
 
 class RowParallelLinear(_Linear):
@@ -133,7 +159,8 @@ class RowParallelLinear(_Linear):
         """This rank's `(..., in_features)` to `(..., out_features)`, whole on every rank."""
         if self.split_input and self.is_tp_parallel:
             mine = self.shards.layouts["weight"].intervals[self.tp_index]
-            input = take(copy_to_ranks(input, self.mp_group), mine, input.dim() - 1)
+            copied = copy_to_ranks(input, self.mp_group, shared=self.share_input_gradients)
+            input = take(copied, mine, input.dim() - 1)
         output: Tensor = F.linear(input, self.local_weight)
         if self.is_tp_parallel:
             output = sum_over_ranks(output, self.mp_group)

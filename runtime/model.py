@@ -18,19 +18,34 @@ from torch import Tensor, nn
 
 from autotp_plan.runtime.embedding import vocab_parallel
 from autotp_plan.runtime.layers import ColumnParallelLinear, PlannedLayer, RowParallelLinear
-from autotp_plan.runtime.modules import Border, plan_module
+from autotp_plan.runtime.modules import Border, BorderedModule, plan_module
 from autotp_plan.runtime.randomness import has_dropout, use_cut_regions
 from autotp_plan.runtime.ranks import Ranks
 from autotp_plan.runtime.shards import Shards
+from autotp_plan.runtime.vocab_loss import use_vocab_parallel_loss
 from autotp_plan.runtime.weights import WeightSource, read_weight
 from autotp_plan.schemas.names import expand
 from autotp_plan.schemas.plan import Parameter, Plan, PlannedModule
 
 
-def shard_model(model: nn.Module, plan: Plan, source: WeightSource, ranks: Ranks, dtype: torch.dtype | None) -> None:
+def shard_model(
+    model: nn.Module,
+    plan: Plan,
+    source: WeightSource,
+    ranks: Ranks,
+    dtype: torch.dtype | None,
+    *,
+    share_input_gradients: bool = True,
+    vocab_parallel_loss: bool = True,
+) -> None:
     """Turn `model` (checked, on meta) into this rank's part of it, in place, with the weights of `source`."""
     holders = _replace_modules(model, plan, ranks)
     holders.update(_plan_modules(model, plan, ranks))
+    for module in model.modules():
+        if isinstance(module, (PlannedLayer, BorderedModule)):
+            module.share_input_gradients = share_input_gradients
+    if vocab_parallel_loss:
+        use_vocab_parallel_loss(model)
     _set_attributes(model, plan, ranks.tp_rank)
     for weight in source.of_rank(ranks.tp_rank):
         tensor = read_weight(weight, ranks.device, dtype)

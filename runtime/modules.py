@@ -43,9 +43,10 @@ class Border:
         return self.shards.group
 
 
-class _Planned(nn.Module):
+class BorderedModule(nn.Module):
     """The forward of a module that meets the other ranks; mixed into the module's own class."""
 
+    share_input_gradients: bool = True
     _border: Border
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -57,7 +58,7 @@ class _Planned(nn.Module):
             bound = inspect.signature(super().forward).bind(*args, **kwargs)
             for name, crossing in planned.inputs.items():
                 if isinstance(bound.arguments.get(name), Tensor):
-                    bound.arguments[name] = _cross(bound.arguments[name], crossing, border)
+                    bound.arguments[name] = _cross(bound.arguments[name], crossing, border, self.share_input_gradients)
             args, kwargs = bound.args, bound.kwargs
         reduces = planned.output is not None and planned.output.operation == "reduce"
         if reduces and self.training:
@@ -69,7 +70,7 @@ class _Planned(nn.Module):
                 stack.enter_context(_zeroed(self, border.added_once))
             output = super().forward(*args, **kwargs)
         if planned.output is not None:
-            output = _cross(output, planned.output, border)
+            output = _cross(output, planned.output, border, self.share_input_gradients)
         if reduces and self.training:
             leave_cut_region()
         return output
@@ -79,7 +80,7 @@ def plan_module(module: nn.Module, border: Border) -> None:
     """Make `module` meet the ranks as `border` says, in place."""
     cls = type(module)
     module._border = border  # type: ignore[assignment]
-    module.__class__ = type(f"Planned{cls.__name__}", (_Planned, cls), {"__module__": cls.__module__})
+    module.__class__ = type(f"Planned{cls.__name__}", (BorderedModule, cls), {"__module__": cls.__module__})
 
 
 class _Recorder(TorchFunctionMode):
@@ -117,12 +118,12 @@ def unknown_inputs(module: nn.Module, planned: PlannedModule) -> list[str]:
     return [name for name in planned.inputs if name not in known]
 
 
-def _cross(tensor: Tensor, crossing: Crossing, border: Border) -> Tensor:
+def _cross(tensor: Tensor, crossing: Crossing, border: Border, shared: bool) -> Tensor:
     if crossing.operation == "reduce":
         return sum_over_ranks(tensor, border.group)
     if crossing.operation == "copy":
         if crossing.interval is None:
-            return copy_to_ranks(tensor, border.group)
+            return copy_to_ranks(tensor, border.group, shared=shared)
         start, stop = crossing.interval
         before, middle, after = tensor.tensor_split((start, stop), dim=-1)
         return torch.cat((before, copy_to_ranks(middle, border.group), after), dim=-1)
@@ -140,7 +141,7 @@ def _cross(tensor: Tensor, crossing: Crossing, border: Border) -> Tensor:
         (start + first, stop + first) for first in range(0, length, crossing.size) for start, stop in mine
     )
     if tensor.requires_grad:
-        tensor = copy_to_ranks(tensor, border.group)
+        tensor = copy_to_ranks(tensor, border.group, shared=shared)
     return take(tensor, repeated, crossing.dim)
 
 

@@ -57,6 +57,8 @@ class TrainingPlan:
         model: nn.Module | Callable[[], nn.Module] | None = None,
         dtype: torch.dtype | None = None,
         verify_checksums: bool = False,
+        share_input_gradients: bool = True,
+        vocab_parallel_loss: bool = True,
         **options: Any,
     ) -> nn.Module:
         """This rank's part of the model, ready for `initialize`.
@@ -68,6 +70,11 @@ class TrainingPlan:
             dtype: floating-point dtype to convert to; None keeps the checkpoint's (or what the plan says).
             verify_checksums: read every shard file once more and compare its checksum (sizes, headers and fingerprints
                 are always compared).
+            share_input_gradients: sum the gradient of a tensor over the ranks once, not once for each of the layers
+                that take it (q, k and v; gate and up). With `tp_overlap_comm` each layer sums its own.
+            vocab_parallel_loss: in training with labels, a transformers causal LM computes its loss from each rank's
+                part of the logits. `output.logits` are then gathered when they are used, which every rank of the TP
+                group must do; without labels, or in evaluation, they are gathered at once.
             options: for transformers, such as `attn_implementation`.
 
         Every mismatch between plan, folder, model and world size raises before any communication, on every rank alike:
@@ -85,7 +92,15 @@ class TrainingPlan:
         check_model(built, self.document)
         if dtype is None and self.document.runtime.dtype is not None:
             dtype = getattr(torch, self.document.runtime.dtype)
-        shard_model(built, self.document, source, self.ranks, dtype)
+        shard_model(
+            built,
+            self.document,
+            source,
+            self.ranks,
+            dtype,
+            share_input_gradients=share_input_gradients,
+            vocab_parallel_loss=vocab_parallel_loss,
+        )
         built.autotp_loaded_from = Path(path).absolute()  # type: ignore[assignment]
         return built
 
