@@ -18,7 +18,7 @@ from autotp_plan.planner.byte_runs import Move, Part, Span
 from autotp_plan.planner.output_folder import OutputFile, OutputFolder, Progress
 from autotp_plan.planner.rows import copy_rows
 
-CHUNK_BYTES = 4 * 1024 * 1024
+CHUNK_BYTES = 2 * 1024 * 1024
 BUFFER_BYTES = 96 * 1024 * 1024
 MAX_OPEN = 32
 
