@@ -85,6 +85,15 @@ def tp_sampler(dataset: Any, ranks: Ranks, *, shuffle: bool = True, seed: int = 
     return ResumableSampler(dataset, num_replicas=ranks.dp_size, rank=ranks.dp_rank, shuffle=shuffle, seed=seed)
 
 
+def endless(loader: Any) -> Iterator[Any]:
+    """The batches of a loader from `initialize`, epoch after epoch, each in its own order, from where it stands."""
+    epoch = loader.data_sampler.epoch
+    while True:
+        loader.data_sampler.set_epoch(epoch)
+        yield from loader
+        epoch += 1
+
+
 def text_tokens(path: Path, tokenizer: Any, limit: int | None = None) -> Tensor:
     """The tokens of a text file, or of all the files under a folder in name order: `(tokens,)` int64.
 

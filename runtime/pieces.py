@@ -6,7 +6,8 @@ indices are on other ranks too and some are not is held as two parameters, `weig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,3 +89,32 @@ def cut_piece(piece: Piece, shard: Tensor, layout: Layout, tp_rank: int) -> Tens
     local = shard.reshape(layout.rank_shape(tp_rank))
     part = torch.cat([local.narrow(layout.dim, at, count) for at, _, count in piece.runs], dim=layout.dim)
     return part.reshape(parameter_shape(piece.shape, piece.layout.shape, part.shape)).contiguous()
+
+
+def piece_runs(piece: Piece, layout: Layout, tp_rank: int, *, only: bool) -> Iterator[tuple[int, int, int]]:
+    """`(element of the shard, element of the piece, count)` of the runs of a piece: one of two, or the `only` one."""
+    if only:
+        yield 0, 0, math.prod(layout.rank_shape(tp_rank))
+        return
+    assert layout.dim is not None
+    shard, held = layout.rank_shape(tp_rank), piece.layout.rank_shape(tp_rank)
+    inner = math.prod(shard[layout.dim + 1 :])
+    for block in range(math.prod(shard[: layout.dim])):
+        for at, start, count in piece.runs:
+            yield (block * shard[layout.dim] + at) * inner, (block * held[layout.dim] + start) * inner, count * inner
+
+
+def whole_runs(layout: Layout, tp_rank: int) -> Iterator[tuple[int, int, int]]:
+    """`(element of the whole, element of the shard, count)` of what this rank is the first to hold."""
+    if layout.dim is None:
+        if tp_rank == 0:
+            yield 0, 0, math.prod(layout.shape)
+        return
+    size, mine = layout.shape[layout.dim], layout.intervals[tp_rank]
+    first = [run for run, ranks in iv.holders(layout.intervals) if ranks[0] == tp_rank]
+    inner = math.prod(layout.shape[layout.dim + 1 :])
+    for block in range(math.prod(layout.shape[: layout.dim])):
+        for start, stop in first:
+            for at, further, count in iv.pieces(mine, ((start, stop),)):
+                whole = (block * size + start + further) * inner
+                yield whole, (block * iv.length(mine) + at) * inner, count * inner

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections import defaultdict
@@ -23,15 +22,13 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from autotp_plan.runtime.pieces import Piece, split_shared
+from autotp_plan.runtime.pieces import piece_runs, split_shared, whole_runs
 from autotp_plan.runtime.ranks import Ranks
 from autotp_plan.runtime.weights import DTYPES
 from autotp_plan.schemas import checksum
-from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.checkpoint import read_checkpoint
 from autotp_plan.schemas.documents import write_atomically
 from autotp_plan.schemas.errors import AutoTPError, Fault, ShardsError
-from autotp_plan.schemas.layout import Layout
 from autotp_plan.schemas.manifest import JOURNAL_NAME, MANIFEST_NAME, PLAN_NAME, Manifest, ShardFile, Source
 from autotp_plan.schemas.names import expand
 from autotp_plan.schemas.original import Original, original_of_checkpoint, original_of_shards
@@ -194,14 +191,14 @@ class _Writer:
         if parameter is None or (file.unused and name not in self.copies):
             return
         layout, shape = self.plan.layouts[parameter.layout], self.plan.shape_of(parameter)
-        into = _whole_runs(layout, self.ranks.tp_rank) if file.unused else None
+        into = whole_runs(layout, self.ranks.tp_rank) if file.unused else None
         owner, _, leaf = parameter.name.rpartition(".")
         pieces = split_shared(leaf, layout, shape, self.ranks.tp_rank)
         assert into is None or len(pieces) == 1, f"{name} is tied, and shared by some of the ranks"
         itemsize = DTYPES[parameter.dtype].itemsize
         for piece in pieces:
             start, elements = self._owned(self.model.get_submodule(owner), piece.name)
-            runs = into if into is not None else _piece_runs(piece, layout, self.ranks.tp_rank, len(pieces) > 1)
+            runs = into if into is not None else piece_runs(piece, layout, self.ranks.tp_rank, only=len(pieces) == 1)
             for at, first, count in runs:
                 begin, end = max(first, start), min(first + count, start + elements.numel())
                 if begin < end:
@@ -273,35 +270,6 @@ class _Writer:
 
     def _temporary(self, name: str) -> Path:
         return self.folder / f".{name}.tmp"
-
-
-def _piece_runs(piece: Piece, layout: Layout, tp_rank: int, parts: bool) -> Iterator[tuple[int, int, int]]:
-    """`(element of the shard, element of the piece, count)` of the runs that a piece consists of."""
-    if not parts:
-        yield 0, 0, math.prod(layout.rank_shape(tp_rank))
-        return
-    assert layout.dim is not None
-    shard, held = layout.rank_shape(tp_rank), piece.layout.rank_shape(tp_rank)
-    inner = math.prod(shard[layout.dim + 1 :])
-    for block in range(math.prod(shard[: layout.dim])):
-        for at, start, count in piece.runs:
-            yield (block * shard[layout.dim] + at) * inner, (block * held[layout.dim] + start) * inner, count * inner
-
-
-def _whole_runs(layout: Layout, tp_rank: int) -> Iterator[tuple[int, int, int]]:
-    """`(element of the whole, element of the shard, count)` of what this rank is the first to hold."""
-    if layout.dim is None:
-        if tp_rank == 0:
-            yield 0, 0, math.prod(layout.shape)
-        return
-    size, mine = layout.shape[layout.dim], layout.intervals[tp_rank]
-    first = [run for run, ranks in iv.holders(layout.intervals) if ranks[0] == tp_rank]
-    inner = math.prod(layout.shape[layout.dim + 1 :])
-    for block in range(math.prod(layout.shape[: layout.dim])):
-        for start, stop in first:
-            for at, further, count in iv.pieces(mine, ((start, stop),)):
-                whole = (block * size + start + further) * inner
-                yield whole, (block * iv.length(mine) + at) * inner, count * inner
 
 
 def _write(descriptor: int, position: int, elements: Tensor, dtype: str) -> Iterator[tuple[int, int, int]]:

@@ -14,7 +14,6 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +71,7 @@ def _train(
 ) -> None:  # fmt: skip
     from autotp_plan.runtime import load_plan
     from autotp_plan.runtime.checkpoints import LATEST_NAME
+    from autotp_plan.runtime.data import endless
 
     plan = load_plan(plan_file)
     _check_world(plan.tp_size, dp_size)
@@ -91,7 +91,7 @@ def _train(
         _resume(plan, engine, checkpoints, len(dataset))
         report.say(f"going on after step {engine.global_steps} of {checkpoints}")
     report.begin(engine.global_steps)
-    batches = _endless(loader)
+    batches = endless(loader)
     for step in range(engine.global_steps + 1, num_steps + 1):
         began = time.monotonic()
         loss_sum, tokens = torch.zeros(()), 0
@@ -242,14 +242,6 @@ def _dataset(
             )
         ) from None
     return TokenDataset(text_tokens(data, tokenizer, limit=needed), seq_length)
-
-
-def _endless(loader: Any) -> Iterator[Any]:
-    epoch = loader.data_sampler.epoch
-    while True:
-        loader.data_sampler.set_epoch(epoch)
-        yield from loader
-        epoch += 1
 
 
 def _memory(device: torch.device) -> str:

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.jobs import batches
 from tests.helpers.launch import launch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(500)]
@@ -58,9 +57,10 @@ def start(work: Path, name: str, stage: int) -> tuple[Any, Any, Any]:
 
 
 def steps(plan: Any, engine: Any, loader: Any, first: int, last: int, save: Any = None) -> list[float]:
-    losses = []
+    from autotp_plan.runtime.data import endless
 
-    source = batches(loader)
+    losses = []
+    source = endless(loader)
     for step in range(first, last):
         for _ in range(2):
             loss = engine(**next(source), use_cache=False).loss
