@@ -56,7 +56,7 @@ def merge(shards: Path, output: Path, workers: int, quiet: bool) -> None:
     with progress("merge", quiet) as shown:
         size = run(shards, output, workers=workers, progress=shown)
     if not quiet:
-        click.echo(f"{output}: the original checkpoint, {human_bytes(size)} in {time.monotonic() - started:.1f} s")
+        click.echo(f"{output}: the checkpoint, {human_bytes(size)} in {time.monotonic() - started:.1f} s")
 
 
 @click.command()

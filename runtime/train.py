@@ -22,6 +22,7 @@ import torch
 
 from autotp_plan.schemas import documents
 from autotp_plan.schemas.errors import AutoTPError, Fault, MismatchError
+from autotp_plan.schemas.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from autotp_plan.runtime.data import TokenDataset
@@ -73,6 +74,16 @@ def _train(
     from autotp_plan.runtime.checkpoints import LATEST_NAME
     from autotp_plan.runtime.data import endless
 
+    if save_shards is not None and (save_shards / MANIFEST_NAME).exists():
+        raise MismatchError(
+            Fault(
+                what="the shards could not be saved after training",
+                where="--save-shards",
+                got=f"{save_shards}, which holds finished shards",
+                expected="a new folder",
+                next="give another folder",
+            )
+        )
     plan = load_plan(plan_file)
     _check_world(plan.tp_size, dp_size)
     config = _deepspeed_config(plan.document, **options)

@@ -33,7 +33,7 @@ def run(*arguments: Any, status: int = 0) -> Any:
 def test_check_merge_and_reshard(shards: Path, tmp_path: Path) -> None:
     assert "sound, every checksum is right (6 files" in run("check", shards).stdout
     assert "is sound and" in run("check", shards, "--checkpoint", tmp_path / "original").stdout
-    assert "the original checkpoint, " in run("merge", shards, "-o", tmp_path / "merged").stdout
+    assert ": the checkpoint, " in run("merge", shards, "-o", tmp_path / "merged").stdout
     assert files_of(tmp_path / "merged") == files_of(tmp_path / "original")
     assert "for 4 ranks in" in run("reshard", shards, "--tp", 4, "-o", tmp_path / "four").stdout
     assert (

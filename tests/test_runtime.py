@@ -272,6 +272,8 @@ def test_training_program_with_bad_input(work: Path) -> None:
         "by each rank, unless torchrun ended it before"
     )
     assert 'File "' not in result.stderr.split("ChildFailedError")[0].split("E1")[0]
+    result = run_training(*program, work / "llama.tp2", "--save-shards", work / "llama.tp2", ranks=2)
+    assert "error: the shards could not be saved after training" in result.stderr, "before training, not after"
     result = run_training(*program, work / "llama.tp2", "--data", ROOT / "README.md", ranks=2)
     assert "there is no tokenizer to read the text with" in result.stderr
 
