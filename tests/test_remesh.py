@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.launch import launch
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
 
 MODELS = {
     "fused and grouped": ("phi3", {}),  # with two KV heads: at TP=4 a rank's shard is held in two parameters

@@ -18,7 +18,7 @@ import pytest
 
 from tests.helpers.launch import launch
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 VARIANTS = {
     "fused and grouped": ("phi3", {"attention_dropout": 0.1}, False),
@@ -126,10 +126,10 @@ def test_a_killed_job_resumes(tmp_path: Path) -> None:
     for name, (variant, changes, uneven) in VARIANTS.items():
         folder = save_checkpoint(tmp_path / name, variant, **changes)
         (tmp_path / f"{name}.json").write_text(compile_plan(folder, tp_size=2, uneven=uneven).to_json())
-    whole = launch(undisturbed, 4, tmp_path, timeout=150)
+    whole = launch(undisturbed, 4, tmp_path, timeout=280)
     with pytest.raises(FileNotFoundError, match="result-0"):
-        launch(killed, 4, tmp_path, timeout=150)
-    for rank, found in enumerate(launch(resumed, 4, tmp_path, timeout=150)):
+        launch(killed, 4, tmp_path, timeout=280)
+    for rank, found in enumerate(launch(resumed, 4, tmp_path, timeout=280)):
         for run, losses in found.items():
             assert losses == pytest.approx(whole[rank][run][2 * SAVED_AT :], rel=1e-6), run
 
@@ -147,7 +147,7 @@ def test_a_training_program_killed_at_a_random_step(name: str, tmp_path: Path) -
     (tmp_path / "plan.json").write_text(compile_plan(folder, tp_size=2, uneven=uneven).to_json())
     whole, resumed = tmp_path / "whole.jsonl", tmp_path / "resumed.jsonl"
     with training(tmp_path, TRAINED[name], whole) as job:
-        assert job.wait(120) == 0
+        assert job.wait(240) == 0
     saves = ["--checkpoints", tmp_path / "saved"]
     kill = random.Random(name)
     with training(tmp_path, TRAINED[name], resumed, *saves, "--save-every", "1") as job:
@@ -157,7 +157,7 @@ def test_a_training_program_killed_at_a_random_step(name: str, tmp_path: Path) -
             time.sleep(0.02)
         time.sleep(kill.random() / 4)
     with training(tmp_path, TRAINED[name], resumed, *saves, "--save-shards", tmp_path / "trained") as job:
-        assert job.wait(120) == 0
+        assert job.wait(240) == 0
     assert len(losses(whole)) == 12
     assert losses(resumed) == pytest.approx(losses(whole), rel=1e-6)
     merge(tmp_path / "trained", tmp_path / "merged")
