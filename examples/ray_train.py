@@ -1,12 +1,12 @@
-"""Ray Train on a plan: each worker loads its own shards and writes its own part of the checkpoint; a killed one is replaced.
+"""Ray Train on a plan: each worker loads its own shards and saves its own part of the job; a killed one is replaced.
 
     .venv/bin/python examples/ray_train.py --tp_size 2 --dp_size 2 --num_steps 12 --save_every 4 --kill_at 7
 
-Needs `pip install 'autotp-plan[ray]'`. What differs from a Ray Train loop without tensor parallelism: `load_model` reads
-this worker's shards and no more, `plan.initialize` gives the workers of a TP group the same batches, and a checkpoint is
-written by all workers at once into the folder of the run, where Ray is told of it: nothing is gathered, uploaded or held
-twice. `--kill_at 7` is the demonstration: a worker kills itself before step 7, Ray starts all of them again, and they go on
-after the last checkpoint with the losses that an undisturbed run has.
+Needs `pip install 'autotp-plan[ray]'`. What differs from a Ray Train loop without tensor parallelism: `load_model`
+reads this worker's shards and no more, `plan.initialize` gives the workers of a TP group the same batches, and all
+workers write a checkpoint at once into the folder of the run, where Ray is told of it: nothing is gathered, uploaded
+or held twice. `--kill_at 7` is the demonstration: a worker kills itself before step 7, Ray starts all of them again,
+and they go on after the last checkpoint with the losses of a run that nothing disturbed.
 
 It starts a Ray of its own on this machine, or uses the cluster that RAY_ADDRESS names (`auto` for the one at hand). On
 several nodes `--storage_path` and `--shards` are folders that all of them share.
@@ -35,7 +35,9 @@ from autotp_plan.schemas.errors import Fault, MismatchError
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train under Ray Train with a plan's tensor parallelism.")
-    parser.add_argument("--shards", type=Path, help="what `autotp-plan presplit` wrote; default: a tiny Llama's, made now")
+    parser.add_argument(
+        "--shards", type=Path, help="what `autotp-plan presplit` wrote; default: a tiny Llama's, made now"
+    )
     parser.add_argument("--tp_size", type=int, default=2, help="of the tiny Llama; a shards folder has its own")
     parser.add_argument("--dp_size", type=int, default=2)
     parser.add_argument("--zero_stage", type=int, default=1)
@@ -55,6 +57,7 @@ def main() -> None:
     args = parse_args()
     shards = (args.shards or tiny_shards(args.tp_size)).resolve()  # workers have a working directory of their own
     num_workers = Plan.read(shards / "autotp_plan.json").tp_size * args.dp_size
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # what a worker prints would be shown twice
     address = os.environ.get("RAY_ADDRESS", "local")
     if address == "local":  # also on a machine with fewer cores than workers
         ray.init(address, num_cpus=num_workers, include_dashboard=False)
@@ -122,9 +125,7 @@ def train(config: dict[str, Any]) -> None:
 
 def report(saved: Path, metrics: dict[str, Any]) -> None:
     """Tell Ray of a checkpoint that is in the run's folder already; every worker does."""
-    ray.train.report(
-        metrics, checkpoint=Checkpoint(str(saved)), checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD
-    )
+    ray.train.report(metrics, checkpoint=Checkpoint(str(saved)), checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
 
 
 def resume(plan: Any, engine: Any, folder: Path) -> bool:
