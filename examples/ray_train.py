@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +84,7 @@ def train(config: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from autotp_plan.runtime import load_plan
-    from autotp_plan.runtime.data import TokenDataset, synthetic_tokens
+    from autotp_plan.runtime.data import TokenDataset, endless, synthetic_tokens
 
     plan = load_plan(config["shards"] / "autotp_plan.json")
     context = ray.train.get_context()
@@ -171,14 +170,6 @@ def run_folder(context: Any, tp_size: int) -> Path:
     if faults:
         raise MismatchError(faults)
     return folder
-
-
-def endless(loader: Any) -> Iterator[Any]:
-    epoch = loader.data_sampler.epoch  # not 0 in a job that goes on
-    while True:
-        loader.data_sampler.set_epoch(epoch)
-        yield from loader
-        epoch += 1
 
 
 def tiny_shards(tp_size: int) -> Path:
