@@ -112,8 +112,9 @@ def run(
         job = {
             "system": system, "device": device, "backend": "gloo" if device == "cpu" else "nccl", "tp_size": tp_size,
             "threads": threads, "checkpoint": str(work / size / "checkpoint"),
-            "shards": str(work / size / f"tp{tp_size}"), "store": f"{folder}/store", "results": folder, "batch_size": BATCH_SIZE, "seq_length": SEQ_LENGTH,
-            "vocab_size": WIDTHS[size]["vocab_size"], "num_steps": num_steps,
+            "shards": str(work / size / f"tp{tp_size}"), "store": f"{folder}/store", "results": folder,
+            "batch_size": BATCH_SIZE, "seq_length": SEQ_LENGTH, "vocab_size": WIDTHS[size]["vocab_size"],
+            "num_steps": num_steps,
         }  # fmt: skip
         Path(folder, "job.json").write_text(json.dumps(job))
         started, processes = time.monotonic(), []
@@ -166,7 +167,10 @@ def _figures(
         peak = sampler.peak(pid, 2, times["imports"], times["ready"])
         return max(0, peak - sampler.peak(pid, 2, times["imports"] - 0.03, times["imports"] + 0.03))
 
-    step = statistics.median(ranks[0]["step_seconds"][warm_up:]) if len(ranks[0]["step_seconds"]) > warm_up else None
+    step, step_cpu = (
+        statistics.median(ranks[0][name][warm_up:]) if len(ranks[0][name]) > warm_up else None
+        for name in ("step_seconds", "step_cpu_seconds")
+    )
     return {
         "import_seconds": worst(lambda times, rank, pid: times["imports"] - started),
         "load_seconds": worst(lambda times, rank, pid: times["ready"] - times["imports"]),
@@ -178,7 +182,9 @@ def _figures(
         "train_anon_bytes": worst(lambda times, rank, pid: sampler.peak(pid, 1, times["ready"], times["trained"])),
         "load_pss_bytes": worst(lambda times, rank, pid: rank["pss_ready"]),
         "train_pss_bytes": worst(lambda times, rank, pid: rank["pss_trained"]),
+        "ready_cpu_seconds": worst(lambda times, rank, pid: rank["ready_cpu_seconds"]),
         "step_seconds": step,
+        "step_cpu_seconds": step_cpu,
         "tokens_per_second": BATCH_SIZE * SEQ_LENGTH / step if step else None,
         "cuda_bytes": worst(lambda times, rank, pid: rank["cuda_bytes"]) if ranks[0]["cuda_bytes"] else None,
         "sent": ranks[0]["sent"],

@@ -212,19 +212,21 @@ def main() -> None:
         dist.init_process_group(job["backend"], store=store, rank=rank, world_size=world_size)
     step = SYSTEMS[job["system"]](job)
     now("ready")
+    ready_cpu = time.process_time()
     read = bytes_read() - read
     meet = dist.barrier if world_size > 1 else lambda: None
     meet()
     pss_ready = pss()
     meet()
     tokens = batches(job)
-    losses, seconds = [], []
+    losses, seconds, cpu_seconds = [], [], []
     for number in range(job["num_steps"]):
         meet()
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         losses.append(step(tokens[number % 2]))
         now("trained")
         seconds.append(time.perf_counter() - began)
+        cpu_seconds.append(time.process_time() - cpu_began)
         if not number:
             times["first_step"] = times["trained"]
     meet()
@@ -237,6 +239,8 @@ def main() -> None:
         "pss_trained": pss_trained,
         "losses": losses,
         "step_seconds": seconds,
+        "step_cpu_seconds": cpu_seconds,
+        "ready_cpu_seconds": ready_cpu,
         "cuda_bytes": torch.cuda.max_memory_allocated() if job["device"] != "cpu" else None,
         "sent": count_sent(lambda: step(tokens[0])),
     }

@@ -24,6 +24,7 @@ COLUMNS: list[tuple[str, str, float, str]] = [
     # name, figure, in units of, format
     ("ready s", "ready_seconds", 1, ".2f"),
     ("of it load s", "load_seconds", 1, ".2f"),
+    ("CPU s", "ready_cpu_seconds", 1, ".2f"),
     ("1st step s", "first_step_seconds", 1, ".2f"),
     ("read MiB", "weights_read", MIB, ".0f"),
     ("load anon MiB", "load_anon_bytes", MIB, ".0f"),
@@ -33,6 +34,7 @@ COLUMNS: list[tuple[str, str, float, str]] = [
     ("all-reduces", "all_reduces", 1, ".0f"),
     ("MiB summed", "all_reduce_bytes", MIB, ".1f"),
     ("step s", "step_seconds", 1, ".3f"),
+    ("CPU s", "step_cpu_seconds", 1, ".3f"),
     ("tokens/s", "tokens_per_second", 1, ".0f"),
     ("CUDA MiB", "cuda_bytes", MIB, ".0f"),
 ]
@@ -46,6 +48,7 @@ GOALS = [
 LEGEND = """\
 ready s         from the start of the process until model, engine and optimizer are made
 of it load s    the same without Python's start and the imports at a program's top
+CPU s           the processor time of a rank until ready, and of a step: waiting for others is not in it
 1st step s      from the start of the process until the first optimizer step is done
 read MiB        by a rank while it loads: rchar of /proc/self/io, and how far RssFile grew (files that are mapped)
 anon            the peak of RssAnon while loading (imports in it) and while training, sampled every 10 ms from outside
