@@ -7,7 +7,7 @@ export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo c
 # what DeepSpeed compiles stays in this environment: torch's lock file outlives a killed build, and all others wait for it
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
-.PHONY: help setup demo test test-all quick check format plans clean
+.PHONY: help setup demo test test-all quick check bench format plans clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,14 @@ check: setup  ## what to run before a commit: lint, types, the quick tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not distributed and not slow"
+
+# the chart needs matplotlib, which nothing else does
+$(VENV)/ready-to-bench: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	touch $@
+
+bench: $(VENV)/ready-to-bench  ## load and train beside AutoTP and transformers; writes docs/benchmark.* (eight minutes)
+	$(BIN)/python -m benchmarks.training
 
 format: setup  ## format the code
 	$(BIN)/ruff check --fix .
