@@ -128,6 +128,7 @@ class TrainingPlan:
         if kwargs.get("model_parameters") is None:
             kwargs["model_parameters"] = [p for p in model.parameters() if p.requires_grad]
         engine, optimizer, _, scheduler = deepspeed.initialize(model=model, config=settings, mpu=groups, **kwargs)
+        _skip_sums_of_one_rank(engine)
         if reason := why_not(engine):
             log_dist(f"Checkpoints of this job cannot be resumed on every mesh: {reason}", [0], logging.WARNING)
         loader = None
@@ -205,3 +206,17 @@ class TrainingPlan:
     def sampler(self, dataset: Any, *, shuffle: bool = True, seed: int = 0) -> ResumableSampler:
         """A sampler that gives all TP ranks of a data-parallel group the same samples and each DP rank its own."""
         return tp_sampler(dataset, self.ranks, shuffle=shuffle, seed=seed)
+
+
+def _skip_sums_of_one_rank(engine: Any) -> None:
+    """Without ZeRO the engine sums gradients through a flat copy of them all; over one rank that is for nothing.
+
+    What else it does stays: parameters without a gradient get zeros, experts are divided by their number of ranks.
+    """
+    through_copy = engine.allreduce_and_copy
+
+    def allreduce_and_copy(small_bucket: Any, dp_group: Any, dp_world_size: int | None = None) -> None:
+        if torch.distributed.get_world_size(dp_group) > 1 or dp_world_size not in (None, 1):
+            through_copy(small_bucket, dp_group, dp_world_size)
+
+    engine.allreduce_and_copy = allreduce_and_copy
