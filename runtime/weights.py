@@ -1,11 +1,14 @@
 """One rank's weights from disk: a shards folder, or the original checkpoint cut as it is read.
 
-A tensor is read straight into its own memory, byte run by byte run: the rank never holds more than its shard and the
-tensor at hand. Everything that can be wrong with the files is found, on every rank alike, before the first is read.
+A pre-split tensor that stays on the CPU is mapped, a page of it read when it is used and copied when it is written to.
+Every other tensor is read straight into its own memory, byte run by byte run: the rank never holds more than its shard
+and the tensor at hand. Everything that can be wrong with the files is found, on every rank alike, before the first is
+read.
 """
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +37,17 @@ DTYPES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weight:
-    """A parameter's shard on disk: the bytes that hold it, which part of those is wanted, and the shard's shape."""
+    """A parameter's shard on disk: the bytes that hold it, which part of those is wanted, and the shard's shape.
+
+    `presplit` when those bytes are the shard, in a file that nobody writes to any more.
+    """
 
     name: str
     source: Segments
     layout: Layout
     wanted: iv.Intervals
     shape: tuple[int, ...]
+    presplit: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,8 +66,14 @@ class WeightSource:
             shape = parameter_shape(self.plan.shape_of(parameter), layout.shape, layout.rank_shape(tp_rank))
             source = self.sources[parameter.name, tp_rank]
             held = Layout(shape=shape) if self.presplit else layout
-            wanted = held.rank_intervals(tp_rank)
-            yield Weight(name=parameter.name, source=source, layout=held, wanted=wanted, shape=shape)
+            yield Weight(
+                name=parameter.name,
+                source=source,
+                layout=held,
+                wanted=held.rank_intervals(tp_rank),
+                shape=shape,
+                presplit=self.presplit,
+            )
 
 
 def open_weights(folder: Path, plan: Plan, *, verify_checksums: bool = False) -> WeightSource:
@@ -84,12 +97,15 @@ def open_weights(folder: Path, plan: Plan, *, verify_checksums: bool = False) ->
 def read_weight(weight: Weight, device: torch.device, dtype: torch.dtype | None) -> Tensor:
     """The shard as a tensor on `device`, converted when `dtype` is given and it is a floating-point tensor.
 
-    Read straight into its memory where it can be; to another dtype or device it goes through a buffer of `CHUNK_BYTES`.
+    Mapped, or read straight into its memory, where it can be; to another dtype or device it goes through a buffer of
+    `CHUNK_BYTES`.
     """
     stored = DTYPES[weight.source.dtype]
     wanted = dtype if dtype is not None and stored.is_floating_point else stored
-    tensor = torch.empty(weight.shape, dtype=wanted, device=device)
     direct = wanted == stored and device.type == "cpu"
+    if direct and weight.presplit and weight.source.size:
+        return _map(weight, stored)
+    tensor = torch.empty(weight.shape, dtype=wanted, device=device)
     size = tensor.numel() if direct else min(tensor.numel(), CHUNK_BYTES // stored.itemsize)
     buffer = tensor.view(-1) if direct else torch.empty(size, dtype=stored)
     with SegmentReader(weight.source) as segments:
@@ -100,6 +116,19 @@ def read_weight(weight: Weight, device: torch.device, dtype: torch.dtype | None)
             if not direct:
                 tensor.view(-1)[start : start + len(part)].copy_(part)
     return tensor
+
+
+def _map(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """A pre-split shard as memory backed by its file. What is written to it stays in this process."""
+    ((file, position, size),) = weight.source.ranges(0, weight.source.size)
+    before = position % mmap.ALLOCATIONGRANULARITY
+    try:
+        with file.open("rb") as opened:
+            pages = mmap.mmap(opened.fileno(), before + size, access=mmap.ACCESS_COPY, offset=position - before)
+    except ValueError as error:  # it is shorter than its header said
+        raise CheckpointError(_short_read(weight, f"{file}: {error}")) from None
+    pages.madvise(mmap.MADV_WILLNEED)
+    return torch.frombuffer(pages, dtype=dtype, count=size // dtype.itemsize, offset=before).view(weight.shape)
 
 
 class _Reader:
