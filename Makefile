@@ -45,7 +45,7 @@ $(VENV)/ready-to-bench: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	touch $@
 
-bench: $(VENV)/ready-to-bench  ## load and train beside AutoTP and transformers; writes docs/benchmark.* (eight minutes)
+bench: $(VENV)/ready-to-bench  ## load and train beside AutoTP and transformers; writes docs/benchmark.* (twenty minutes)
 	$(BIN)/python -m benchmarks.training
 
 format: setup  ## format the code

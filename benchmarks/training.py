@@ -1,4 +1,4 @@
-"""python -m benchmarks.training [--minutes 7] [--rounds 3] [--tp 2 4] [--sizes small middle] [--output docs]
+"""python -m benchmarks.training [--minutes 25] [--rounds 3] [--tp 2 4] [--sizes small middle large] [--output docs]
 
 The same Llama, the same batches, the same machine: trained by this project from pre-split shards, by DeepSpeed's
 AutoTP, by transformers' own tensor parallelism, and unsharded with as many threads as there are ranks (and cores). Each
@@ -31,9 +31,11 @@ WIDTHS = {
               "num_key_value_heads": 4, "vocab_size": 4096},
     "middle": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 16,
                "num_key_value_heads": 4, "vocab_size": 16384},
+    "large": {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 12, "num_attention_heads": 16,
+              "num_key_value_heads": 8, "vocab_size": 24576},
 }  # fmt: skip
-NUM_STEPS = {"small": 10, "middle": 3}
-WARM_UP = {"small": 2, "middle": 1}
+NUM_STEPS = {"small": 12, "middle": 5, "large": 4}
+WARM_UP = {"small": 2, "middle": 2, "large": 1}
 BATCH_SIZE, SEQ_LENGTH = 2, 128
 SYSTEMS = ("ours", "autotp", "transformers", "dense")
 TOLERANCE = 1e-4
@@ -163,6 +165,11 @@ def _figures(
     def worst(of: Any) -> float:
         return max(of(rank["times"], rank, pid) for rank, pid in zip(ranks, pids))
 
+    def above_imports(times: dict[str, float], pid: int) -> int:
+        """What the process had once everything was imported is not the model's."""
+        imported = sampler.peak(pid, 1, times["imports"] - 0.03, times["imports"] + 0.03)
+        return sampler.peak(pid, 1, times["imports"], times["ready"]) - imported
+
     def file_pages(times: dict[str, float], pid: int) -> int:
         peak = sampler.peak(pid, 2, times["imports"], times["ready"])
         return max(0, peak - sampler.peak(pid, 2, times["imports"] - 0.03, times["imports"] + 0.03))
@@ -178,6 +185,7 @@ def _figures(
         "first_step_seconds": worst(lambda times, rank, pid: times["first_step"] - started),
         "read_bytes": worst(lambda times, rank, pid: rank["bytes_read"]),
         "mapped_bytes": worst(lambda times, rank, pid: file_pages(times, pid)),
+        "load_own_bytes": worst(lambda times, rank, pid: above_imports(times, pid)),
         "load_anon_bytes": worst(lambda times, rank, pid: sampler.peak(pid, 1, started, times["ready"])),
         "train_anon_bytes": worst(lambda times, rank, pid: sampler.peak(pid, 1, times["ready"], times["trained"])),
         "load_pss_bytes": worst(lambda times, rank, pid: rank["pss_ready"]),
@@ -247,7 +255,7 @@ def measure(options: argparse.Namespace, work: Path, device: str) -> tuple[dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=7.0)
+    parser.add_argument("--minutes", type=float, default=25.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tp", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--sizes", nargs="+", default=list(WIDTHS), choices=list(WIDTHS))

@@ -51,15 +51,19 @@ def build_model(folder: Path, plan: Plan, *, on_meta: bool = True, **options: An
 
 _LARGE = 2**27
 _MAKERS = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn}
+_FILLERS = {torch.Tensor.normal_, torch.Tensor.uniform_}
 
 
 class _LargeOnMeta(TorchFunctionMode):
     """While active, new tensors of many elements are on meta: no buffer is that large, and a parameter is moved there
-    only once it is made. Fused experts of one layer can be 30 GB.
+    only once it is made. Fused experts of one layer can be 30 GB. Random numbers for what is on meta are not drawn,
+    which takes torch half a millisecond a parameter.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _FILLERS and args[0].is_meta:
+            return args[0]
         if func in _MAKERS:
             empty = func(*args, **{**kwargs, "device": "meta"})
             if empty.numel() >= _LARGE:
