@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 ADAM = {"lr": 1e-3, "eps": 1e-5, "weight_decay": 0.01, "fused": True}
-"""Fused, as Trainer and DeepSpeed take it by themselves: the same for all, and the least of a step. With the usual eps, a
-gradient of 1e-8 counts as much as one of 1: rounding would decide the first steps."""
+"""Fused, as Trainer and DeepSpeed take it by themselves: the same for all, and the least of a step. With the usual eps,
+a gradient of 1e-8 counts as much as one of 1: rounding would decide the first steps."""
 
 Step = Callable[[Any], float]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,10 +25,16 @@ BIN = Path(sys.executable).parent
 TIMEOUT = 200
 
 
-def command_of(example: str) -> list[str]:
-    """The command at the top of an example, as one would type it."""
+def commands_of(example: str) -> list[list[str]]:
+    """The commands at the top of an example, as one would type them."""
     text = (EXAMPLES / example).read_text().split('"""')[1].replace("\\\\\n", " ")
-    return next(line.split() for line in text.splitlines() if line.startswith("    .venv/bin/"))
+    return [line.split() for line in text.splitlines() if line.startswith("    .venv/bin/")]
+
+
+def command_of(example: str) -> list[str]:
+    """The only command at the top of an example."""
+    (command,) = commands_of(example)
+    return command
 
 
 def free_port() -> str:
@@ -49,9 +56,9 @@ def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str]) -> str:
+def finish(process: subprocess.Popen[str], timeout: float = TIMEOUT) -> str:
     try:
-        output, _ = process.communicate(timeout=TIMEOUT)
+        output, _ = process.communicate(timeout=timeout)
     finally:
         process.kill()
     assert process.returncode == 0, output[-4000:]
@@ -66,9 +73,7 @@ def losses_of(output: str) -> list[float]:
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the examples, so that what they make does not land in the repository."""
     folder = tmp_path_factory.mktemp("clone")
-    (folder / "examples").mkdir()
-    for file in EXAMPLES.glob("*.py"):
-        (folder / "examples" / file.name).write_text(file.read_text())
+    shutil.copytree(EXAMPLES, folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
 
@@ -183,10 +188,49 @@ def test_the_original_shape_is_refused(examples: Path) -> None:
     custom_patterns.compile_plan(folder, tp_size=2, specs=[custom_patterns.layer_specs(custom_patterns.HEADS)])
 
 
-def test_the_files_say_how_they_are_run() -> None:
-    for example in ("basic.py", "custom_patterns.py", "trainer.py"):
-        program, *words = command_of(example)
-        assert program == ".venv/bin/torchrun" and f"examples/{example}" in words
+@pytest.mark.distributed
+@pytest.mark.timeout(TIMEOUT + 30)
+def test_own_model(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    prepare, train = commands_of("own_model/train.py")
+    finish(start(prepare, clone))
+    losses = losses_of(finish(start(train, clone)))
+    monkeypatch.syspath_prepend(str(EXAMPLES / "own_model"))
+    from gpt import GPT
+
+    torch.manual_seed(0)
+    model = GPT()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    tokens = torch.randint(256, (4, 64), generator=torch.Generator().manual_seed(0))
+    expected = []
+    for _ in range(10):
+        loss, _ = model(tokens, tokens)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    assert losses == pytest.approx(expected, rel=1e-5) and losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(3 * TIMEOUT)
+def test_demo(clone: Path) -> None:
+    """What `make demo` runs; it compares a hundred losses with the unsharded run's by itself."""
+    assert "\t$(BIN)/python examples/demo.py\n" in (ROOT / "Makefile").read_text()
+    output = finish(start(["python", "examples/demo.py"], clone), timeout=2.5 * TIMEOUT)
+    assert float(re.findall(r"^largest relative difference over all 100 steps: (\S+)$", output, re.MULTILINE)[0]) < 1e-4
+
+
+def test_every_example_says_how_it_is_run() -> None:
+    run_here = {"basic.py", "custom_patterns.py", "trainer.py", "ray_train.py", "own_model/train.py"}
+    modules = {"tiny.py", "own_model/gpt.py"}
+    found = {path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.py")}
+    assert found == run_here | modules | {"demo.py"}, "an example that is not tested"
+    for example in run_here:
+        for program, *words in commands_of(example):
+            assert program in (".venv/bin/torchrun", ".venv/bin/python") and f"examples/{example}" in words
 
 
 # what a script written for AutoTP still says

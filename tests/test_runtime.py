@@ -278,15 +278,6 @@ def test_training_program_with_bad_input(work: Path) -> None:
     assert "there is no tokenizer to read the text with" in result.stderr
 
 
-@pytest.mark.distributed
-def test_own_model_example(tmp_path: Path) -> None:
-    example = ROOT / "examples" / "own_model" / "train.py"
-    subprocess.run([sys.executable, str(example), "prepare", str(tmp_path)], check=True, timeout=100)
-    result = run_training(example, "train", tmp_path, ranks=2)
-    losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", result.stdout)]
-    assert len(losses) == 10 and losses[-1] < losses[0] - 0.5, result.stdout + result.stderr
-
-
 def test_embedding_classes_that_can_be_cut() -> None:
     import torch
     from torch import nn

@@ -1,7 +1,7 @@
 """Train a model that is not from transformers, by a plan compiled from a spec file alone.
 
-    python examples/own_model/train.py prepare work/
-    torchrun --nproc-per-node 2 examples/own_model/train.py train work/
+    .venv/bin/python examples/own_model/train.py prepare example-run/own_model
+    .venv/bin/torchrun --nproc-per-node 2 examples/own_model/train.py train example-run/own_model
 
 `prepare` writes a random checkpoint, compiles a plan for it and pre-splits it. `train` loads each rank's shards and
 takes ten steps on random tokens.
@@ -48,12 +48,12 @@ def train(folder: Path) -> None:
     }
     engine, _, _, _ = plan.initialize(model, config=config)
     tokens = torch.randint(256, (4, 64), generator=torch.Generator().manual_seed(plan.ranks.dp_rank))
-    for step in range(10):
+    for step in range(1, 11):
         loss, _ = engine(tokens.to(plan.ranks.device), tokens.to(plan.ranks.device))
         engine.backward(loss)
         engine.step()
         if torch.distributed.get_rank() == 0:
-            print(f"step {step}  loss {loss.item():.4f}")
+            print(f"step {step}/10  loss {loss.item():.6f}", flush=True)
     torch.distributed.destroy_process_group()
 
 
