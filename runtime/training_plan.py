@@ -57,6 +57,7 @@ class TrainingPlan:
         model: nn.Module | Callable[[], nn.Module] | None = None,
         dtype: torch.dtype | None = None,
         verify_checksums: bool = False,
+        map_shards: bool = True,
         share_input_gradients: bool = True,
         vocab_parallel_loss: bool = True,
         **options: Any,
@@ -70,6 +71,8 @@ class TrainingPlan:
             dtype: floating-point dtype to convert to; None keeps the checkpoint's (or what the plan says).
             verify_checksums: read every shard file once more and compare its checksum (sizes, headers and fingerprints
                 are always compared).
+            map_shards: a pre-split weight that stays on the CPU in its dtype is a page of its file until it is written
+                to. False reads it at once, for a folder that is gone or slow while the job trains.
             share_input_gradients: sum the gradient of a tensor over the ranks once, not once for each of the layers
                 that take it (q, k and v; gate and up). With `tp_overlap_comm` each layer sums its own.
             vocab_parallel_loss: in training with labels, a transformers causal LM computes its loss from each rank's
@@ -81,7 +84,7 @@ class TrainingPlan:
         MismatchError, ShardsError, CheckpointError or DocumentError.
         """
         check_world_size(self.tp_size)
-        source = open_weights(Path(path), self.document, verify_checksums=verify_checksums)
+        source = open_weights(Path(path), self.document, verify_checksums=verify_checksums, map_shards=map_shards)
         if model is None:
             built = build_model(Path(path), self.document, **options)
         elif isinstance(model, nn.Module):
@@ -112,6 +115,7 @@ class TrainingPlan:
         training_data: Any = None,
         collate_fn: Callable[[Any], Any] | None = None,
         seed: int = 0,
+        skip_lone_sums: bool = True,
         **kwargs: Any,
     ) -> tuple[Any, Any, Any, Any]:
         """`deepspeed.initialize` for a model from `load_model`: `(engine, optimizer, loader, scheduler)`.
@@ -119,7 +123,8 @@ class TrainingPlan:
         `config` is a DeepSpeed config file or dict; its batch sizes count data-parallel ranks, and its
         `tensor_parallel` section, where it has one, must be of the plan's TP size. `kwargs` go to
         `deepspeed.initialize` unchanged. The loader gives all TP ranks of a data-parallel group the same batches, in an
-        order that `seed` and the epoch decide. An `mpu` of an older script is compared with the plan's ranks and not
+        order that `seed` and the epoch decide. With `skip_lone_sums` and one DP rank, without ZeRO, gradients are not
+        copied for DeepSpeed's sum over that rank. An `mpu` of an older script is compared with the plan's ranks and not
         used. Raises MismatchError.
         """
         settings = engine_config(config, self.document)
@@ -128,7 +133,8 @@ class TrainingPlan:
         if kwargs.get("model_parameters") is None:
             kwargs["model_parameters"] = [p for p in model.parameters() if p.requires_grad]
         engine, optimizer, _, scheduler = deepspeed.initialize(model=model, config=settings, mpu=groups, **kwargs)
-        _skip_sums_of_one_rank(engine)
+        if skip_lone_sums:
+            _skip_lone_sums(engine)
         if reason := why_not(engine):
             log_dist(f"Checkpoints of this job cannot be resumed on every mesh: {reason}", [0], logging.WARNING)
         loader = None
@@ -208,7 +214,7 @@ class TrainingPlan:
         return tp_sampler(dataset, self.ranks, shuffle=shuffle, seed=seed)
 
 
-def _skip_sums_of_one_rank(engine: Any) -> None:
+def _skip_lone_sums(engine: Any) -> None:
     """Without ZeRO the engine sums gradients through a flat copy of them all; over one rank that is for nothing.
 
     What else it does stays: parameters without a gradient get zeros, experts are divided by their number of ranks.

@@ -39,7 +39,7 @@ DTYPES = {
 class Weight:
     """A parameter's shard on disk: the bytes that hold it, which part of those is wanted, and the shard's shape.
 
-    `presplit` when those bytes are the shard, in a file that nobody writes to any more.
+    `mapped` when those bytes are the shard, in a file that nobody writes to any more, and may be its memory.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Weight:
     layout: Layout
     wanted: iv.Intervals
     shape: tuple[int, ...]
-    presplit: bool
+    mapped: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +58,7 @@ class WeightSource:
     plan: Plan
     sources: dict[tuple[str, int], Segments]
     presplit: bool
+    mapped: bool
 
     def of_rank(self, tp_rank: int) -> Iterator[Weight]:
         """The weights of one rank in the order of the plan."""
@@ -72,15 +73,16 @@ class WeightSource:
                 layout=held,
                 wanted=held.rank_intervals(tp_rank),
                 shape=shape,
-                presplit=self.presplit,
+                mapped=self.mapped,
             )
 
 
-def open_weights(folder: Path, plan: Plan, *, verify_checksums: bool = False) -> WeightSource:
+def open_weights(folder: Path, plan: Plan, *, verify_checksums: bool = False, map_shards: bool = True) -> WeightSource:
     """Find out whether `folder` holds the plan's parameters, as shards or as the original checkpoint.
 
-    `verify_checksums` reads every byte of a shards folder; a checkpoint has no checksums. Raises ShardsError,
-    CheckpointError, DocumentError or MismatchError, the same on every rank.
+    `verify_checksums` reads every byte of a shards folder; a checkpoint has no checksums. With `map_shards` what is
+    pre-split may be mapped; a checkpoint is always read, as it may be written to while it is trained from. Raises
+    ShardsError, CheckpointError, DocumentError or MismatchError, the same on every rank.
     """
     if is_unfinished(folder) or (folder / MANIFEST_NAME).exists():
         shards = read_shards(folder, plan)
@@ -90,8 +92,8 @@ def open_weights(folder: Path, plan: Plan, *, verify_checksums: bool = False) ->
         if verify_checksums:
             shards.verify()
         sources = {key: Segments.of(key[0], [entry]) for key, entry in shards.tensors.items()}
-        return WeightSource(folder=folder, plan=plan, sources=sources, presplit=True)
-    return WeightSource(folder=folder, plan=plan, sources=_checkpoint(folder, plan), presplit=False)
+        return WeightSource(folder=folder, plan=plan, sources=sources, presplit=True, mapped=map_shards)
+    return WeightSource(folder=folder, plan=plan, sources=_checkpoint(folder, plan), presplit=False, mapped=False)
 
 
 def read_weight(weight: Weight, device: torch.device, dtype: torch.dtype | None) -> Tensor:
@@ -103,7 +105,7 @@ def read_weight(weight: Weight, device: torch.device, dtype: torch.dtype | None)
     stored = DTYPES[weight.source.dtype]
     wanted = dtype if dtype is not None and stored.is_floating_point else stored
     direct = wanted == stored and device.type == "cpu"
-    if direct and weight.presplit and weight.source.size:
+    if direct and weight.mapped and weight.source.size:
         return _map(weight, stored)
     tensor = torch.empty(weight.shape, dtype=wanted, device=device)
     size = tensor.numel() if direct else min(tensor.numel(), CHUNK_BYTES // stored.itemsize)

@@ -688,3 +688,61 @@ def test_no_rank_makes_whole_logits(vocabularies: dict[str, Any]) -> None:
 def test_planted_errors_of_the_loss(vocabularies: dict[str, Any]) -> None:
     for name in ("one-hot of everyone", "another's target", "flipped on each rank", "learned on each rank"):
         assert vocabularies[name] > 1e-3, f"{name} went unnoticed"
+
+
+# --- what is not done for nothing ---
+
+
+def for_nothing(work: Path) -> dict[str, Any]:
+    """Inside a rank: three steps without ZeRO, each of two accumulated passes, with what is saved and without."""
+    from autotp_plan.runtime import load_plan
+    from tests.helpers.models import batch
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2, "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 0}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+    }  # fmt: skip
+    found: dict[str, Any] = {}
+    for tp_size, switch in ((2, "on"), (2, "off"), (1, "on")):
+        on = SWITCHES[switch]
+        plan = load_plan(work / f"shards{tp_size}" / "autotp_plan.json")
+        model = plan.load_model(work / f"shards{tp_size}", map_shards=on)
+        engine, *_ = plan.initialize(model, config=config, skip_lone_sums=on)
+        sums: list[int] = []
+        real = engine.allreduce_bucket
+
+        def counting(bucket: Any, *args: Any, real: Any = real, sums: list[int] = sums) -> Any:
+            sums.append(len(bucket))
+            return real(bucket, *args)
+
+        engine.allreduce_bucket = counting
+        for step in range(6):
+            tokens = batch(step)[plan.ranks.dp_rank :: 2] if tp_size == 1 else batch(step)
+            engine.backward(engine(input_ids=tokens, labels=tokens, use_cache=False).loss)
+            engine.step()
+        assert engine.global_steps == 3
+        found[f"{tp_size} {switch}"] = {
+            "weights": {name: tensor.detach().clone() for name, tensor in model.named_parameters()},
+            "sums": len(sums),
+        }
+        engine.destroy()
+    return found
+
+
+def test_what_is_done_for_nothing_changes_nothing(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    from autotp_plan.planner import compile_plan, presplit
+    from tests.helpers.models import save_checkpoint
+
+    folder = save_checkpoint(tmp_path / "llama", "llama")
+    for tp_size in (1, 2):
+        presplit(compile_plan(folder, tp_size=tp_size), folder, tmp_path / f"shards{tp_size}")
+    untrained = load_file(tmp_path / "llama" / "model.safetensors")
+    for found in launch(for_nothing, 2, tmp_path):
+        on, off = found["2 on"]["weights"], found["2 off"]["weights"]
+        assert on.keys() == off.keys() and all(torch.equal(on[name], off[name]) for name in on)
+        assert not torch.equal(on["model.norm.weight"], untrained["model.norm.weight"]), "nothing was trained"
+        assert found["2 on"]["sums"] == 0 and found["2 off"]["sums"] == 3, "one bucket a step"
+        assert found["1 on"]["sums"] == 3, "two data-parallel ranks have something to sum"
