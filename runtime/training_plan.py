@@ -17,7 +17,7 @@ from torch import nn
 
 from autotp_plan.runtime.build import build_model
 from autotp_plan.runtime.checkpoints import load_checkpoint, save_checkpoint
-from autotp_plan.runtime.data import ResumableSampler, tp_sampler
+from autotp_plan.runtime.data import ResumableSampler, check_batches, tp_sampler
 from autotp_plan.runtime.engine_config import engine_config
 from autotp_plan.runtime.fit import check_model
 from autotp_plan.runtime.model import shard_model
@@ -81,7 +81,8 @@ class TrainingPlan:
             options: for transformers, such as `attn_implementation`.
 
         Every mismatch between plan, folder, model and world size raises before any communication, on every rank alike:
-        MismatchError, ShardsError, CheckpointError or DocumentError.
+        MismatchError, ShardsError, CheckpointError or DocumentError. The model's first forward in training, and in
+        evaluation, raises MismatchError when the TP ranks were given different batches.
         """
         check_world_size(self.tp_size)
         source = open_weights(Path(path), self.document, verify_checksums=verify_checksums, map_shards=map_shards)
@@ -104,6 +105,8 @@ class TrainingPlan:
             share_input_gradients=share_input_gradients,
             vocab_parallel_loss=vocab_parallel_loss,
         )
+        if self.tp_size > 1:
+            check_batches(built, self.ranks)
         built.autotp_loaded_from = Path(path).absolute()  # type: ignore[assignment]
         return built
 
@@ -201,7 +204,10 @@ class TrainingPlan:
         """`peft.get_peft_model` for a model from `load_model`, before `initialize`. Raises MismatchError."""
         from autotp_plan.runtime.lora import add_lora
 
-        return add_lora(model, config, self.document)
+        adapted = add_lora(model, config, self.document)
+        if self.tp_size > 1:
+            check_batches(adapted, self.ranks)
+        return adapted
 
     def save_adapter(self, engine: Any, folder: str | os.PathLike[str]) -> None:
         """Write the adapter of a model from `add_lora`, to load on the whole model; every rank calls it."""

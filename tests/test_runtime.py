@@ -315,3 +315,61 @@ def test_a_live_module_compiles_to_the_same_bytes_as_its_checkpoint(work: Path, 
     plan = compile_plan(model, tp_size=2)
     assert plan.to_json() == compile_plan(work / name, tp_size=2).to_json()
     assert check_checkpoint(plan, work / name) == []
+
+
+def given_other_batches(work: Path, lora: bool) -> dict[str, Any]:
+    """Inside a rank: what the first forward says of batches that are this rank's own."""
+    import torch
+
+    from autotp_plan.runtime import load_plan
+    from tests.helpers.models import batch
+
+    plan = load_plan(work / "llama.tp2.json")
+    rank = torch.distributed.get_rank()
+
+    def say(train: bool, *seeds: int) -> list[str]:
+        model = plan.load_model(work / "llama.tp2").train(train)
+        if lora:
+            from peft import LoraConfig
+
+            model = plan.add_lora(model, LoraConfig(r=2, target_modules=["q_proj"]))
+        said = []
+        for seed in seeds:
+            tokens = batch(seed)
+            try:
+                model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+                said.append("")
+            except MismatchError as error:
+                said.append(str(error))
+        return said
+
+    return {
+        "training": say(True, rank)[0],
+        "evaluation": say(False, rank)[0],
+        "the same": say(True, 0, 1),
+        "only the first is compared": say(True, 0, rank),
+    }
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("lora", [False, True])
+def test_tp_ranks_that_are_given_different_batches(work: Path, lora: bool) -> None:
+    both = launch(given_other_batches, 2, work, lora)
+    assert both[0] == both[1], "every rank says the same"
+    for when in ("training", "evaluation"):
+        said = both[0][when]
+        assert f"where:    input_ids of the first forward in {when}" in said and "attention_mask" not in said
+        assert "TP rank 0: int64 [2, 12] " in said and "TP rank 1: int64 [2, 12] " in said and "plan.sampler" in said
+    assert both[0]["the same"] == ["", ""] == both[0]["only the first is compared"]
+
+
+@pytest.mark.distributed
+def test_a_model_that_is_not_cut_compares_nothing(work: Path) -> None:
+    """At TP=1 there is nobody to compare with."""
+    assert launch(hooks, 1, work) == [0]
+
+
+def hooks(work: Path) -> int:
+    from autotp_plan.runtime import load_plan
+
+    return len(load_plan(work / "llama.tp1.json").load_model(work / "llama.tp1")._forward_pre_hooks)
