@@ -139,11 +139,19 @@ def test_the_deepspeed_launcher(clone: Path) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(TIMEOUT + 30)
-def test_two_nodes(clone: Path) -> None:
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_two_nodes(clone: Path, launcher: str) -> None:
     """Two agents that meet on the loopback address, one process each: the TP group spans both nodes."""
-    meeting = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "test"]
-    meeting += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
-    nodes = [start(["torchrun", *meeting, *BASIC], clone) for _ in range(2)]
+    port = free_port()
+    if launcher == "torchrun":
+        meeting = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "test"]
+        commands = [["torchrun", *meeting, "--rdzv-endpoint", f"127.0.0.1:{port}", *BASIC]] * 2
+    else:
+        (clone / "hosts").write_text("one slots=1\ntwo slots=1\n")
+        meeting = ["--hostfile", "hosts", "--num_nodes", "2", "--num_gpus", "1", "--no_ssh"]
+        meeting += ["--master_addr", "127.0.0.1", "--master_port", port]
+        commands = [["deepspeed", *meeting, "--node_rank", str(rank), *BASIC] for rank in range(2)]
+    nodes = [start(command, clone) for command in commands]
     try:
         outputs = [finish(node) for node in nodes]
     finally:
