@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed
@@ -58,7 +60,9 @@ def init_ranks(tp_size: int) -> Ranks:
         os.environ.setdefault("MASTER_PORT", "0")
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    init_distributed(dist_backend="gloo" if accelerator.device_name() == "cpu" else None, verbose=False)
+    # on CPU DeepSpeed compiles an operator for inference, which takes a compiler and half a minute; here nothing calls it
+    with patch.object(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None):
+        init_distributed(dist_backend="gloo" if accelerator.device_name() == "cpu" else None, verbose=False)
     groups._init_tp_mesh_device(tensor_model_parallel_size=tp_size)
     existing = groups.get_tensor_model_parallel_world_size()
     if existing != tp_size:
