@@ -125,7 +125,7 @@ def check_batches(model: nn.Module, ranks: Ranks) -> None:
 
 def _summary(tensor: Tensor) -> str:
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    digest = hashlib.sha256(content).hexdigest()[:12]
+    digest = hashlib.sha256(content.tobytes()).hexdigest()[:12]
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} {digest}"
 
 

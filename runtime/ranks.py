@@ -60,7 +60,7 @@ def init_ranks(tp_size: int) -> Ranks:
         os.environ.setdefault("MASTER_PORT", "0")
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    # on CPU DeepSpeed compiles an operator for inference, which takes a compiler and half a minute; here nothing calls it
+    # on CPU DeepSpeed would compile an operator for inference: half a minute, and a compiler; nothing here calls it
     with patch.object(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None):
         init_distributed(dist_backend="gloo" if accelerator.device_name() == "cpu" else None, verbose=False)
     groups._init_tp_mesh_device(tensor_model_parallel_size=tp_size)

@@ -328,11 +328,12 @@ def given_other_batches(work: Path, lora: bool) -> dict[str, Any]:
     rank = torch.distributed.get_rank()
 
     def say(train: bool, *seeds: int) -> list[str]:
-        model = plan.load_model(work / "llama.tp2").train(train)
+        model = plan.load_model(work / "llama.tp2")
         if lora:
             from peft import LoraConfig
 
             model = plan.add_lora(model, LoraConfig(r=2, target_modules=["q_proj"]))
+        model.train(train)
         said = []
         for seed in seeds:
             tokens = batch(seed)
