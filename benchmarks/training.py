@@ -180,7 +180,7 @@ def _figures(
     )
     return {
         "import_seconds": worst(lambda times, rank, pid: times["imports"] - started),
-        "load_seconds": worst(lambda times, rank, pid: times["ready"] - times["imports"]),
+        "load_seconds": worst(lambda times, rank, pid: times["ready"]) - worst(lambda times, rank, pid: times["imports"]),
         "ready_seconds": worst(lambda times, rank, pid: times["ready"] - started),
         "first_step_seconds": worst(lambda times, rank, pid: times["first_step"] - started),
         "read_bytes": worst(lambda times, rank, pid: rank["bytes_read"]),
