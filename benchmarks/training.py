@@ -178,10 +178,12 @@ def _figures(
         statistics.median(ranks[0][name][warm_up:]) if len(ranks[0][name]) > warm_up else None
         for name in ("step_seconds", "step_cpu_seconds")
     )
+    imported = worst(lambda times, rank, pid: times["imports"])
+    ready = worst(lambda times, rank, pid: times["ready"])
     return {
-        "import_seconds": worst(lambda times, rank, pid: times["imports"] - started),
-        "load_seconds": worst(lambda times, rank, pid: times["ready"]) - worst(lambda times, rank, pid: times["imports"]),
-        "ready_seconds": worst(lambda times, rank, pid: times["ready"] - started),
+        "import_seconds": imported - started,
+        "load_seconds": ready - imported,
+        "ready_seconds": ready - started,
         "first_step_seconds": worst(lambda times, rank, pid: times["first_step"] - started),
         "read_bytes": worst(lambda times, rank, pid: rank["bytes_read"]),
         "mapped_bytes": worst(lambda times, rank, pid: file_pages(times, pid)),

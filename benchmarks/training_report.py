@@ -50,7 +50,7 @@ GOALS = [
 ]
 LEGEND = """\
 ready s         from the start of the process until model, engine and optimizer are made
-of it load s    from when the last rank has imported everything until the last is ready: without Python's start and imports
+of it load s    from when the last rank has imported everything until the last is ready
 CPU s           the processor time of a rank until ready, and of a step: waiting for others is not in it
 1st step s      from the start of the process until the first optimizer step is done
 read MiB        by a rank while it loads: rchar of /proc/self/io, and how far RssFile grew (files that are mapped)
