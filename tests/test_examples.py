@@ -355,6 +355,23 @@ def test_trainer(clone: Path) -> None:
         torch.testing.assert_close(saved[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.distributed
+@pytest.mark.timeout(TIMEOUT + 30)
+def test_a_trainer_that_nobody_adapted(clone: Path) -> None:
+    """Each process would get samples of its own: said at the first step."""
+    adapt = "        plan.adapt_trainer(trainer)\n"
+    text = (EXAMPLES / "trainer.py").read_text()
+    assert text.count(adapt) == 1
+    (clone / "examples" / "unadapted.py").write_text(text.replace(adapt, "        pass\n"))
+    process = start([word.replace("trainer.py", "unadapted.py") for word in command_of("trainer.py")], clone)
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT)
+    finally:
+        process.kill()
+    assert process.returncode, output
+    assert "the TP ranks of a group were given different batches" in output and "plan.adapt_trainer(trainer)" in output
+
+
 def trainer_saves(folder: Path, out: Path) -> dict[str, Any]:
     """Inside a rank: what Trainer saves under each ZeRO stage, beside the shards of the model that it trained."""
     import torch
