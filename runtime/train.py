@@ -277,7 +277,7 @@ def _program() -> None:
     except SystemExit as ending:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(ending.code if isinstance(ending.code, int) else 1)
+        os._exit(ending.code if isinstance(ending.code, int) else ending.code is not None)
 
 
 if __name__ == "__main__":
