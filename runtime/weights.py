@@ -105,8 +105,7 @@ def read_weight(weight: Weight, device: torch.device, dtype: torch.dtype | None)
     stored = DTYPES[weight.source.dtype]
     wanted = dtype if dtype is not None and stored.is_floating_point else stored
     direct = wanted == stored and device.type == "cpu"
-    aligned = not any(position % stored.itemsize for position in weight.source.positions)
-    if direct and aligned and weight.mapped and weight.source.size:
+    if direct and weight.mapped and weight.source.size:
         return _map(weight, stored)
     tensor = torch.empty(weight.shape, dtype=wanted, device=device)
     size = tensor.numel() if direct else min(tensor.numel(), CHUNK_BYTES // stored.itemsize)
