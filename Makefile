@@ -53,7 +53,7 @@ format: setup  ## format the code
 	$(BIN)/ruff format .
 
 plans: setup  ## compile every plan of plans/ again
-	$(BIN)/python -m tests.test_golden_plans
+	$(BIN)/python -m tests.plans.test_golden_plans
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) demo-run example-run build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

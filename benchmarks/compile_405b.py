@@ -23,7 +23,7 @@ TARGET_CPU_SECONDS = 0.5
 TARGET_PLAN_BYTES = 64 * 1024
 PROBE = (
     "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules));"
-    "from autotp_plan.planner.cli import main; main()"
+    "from autotp_plan.planner.cli.main import main; main()"
 )
 
 

@@ -105,9 +105,9 @@ def write_config(family: str, folder: Path) -> None:
 def plan_and_prove(family: str, folder: Path, tp_size: int) -> dict[str, Any]:
     """The outcome of compiling the config in `folder`."""
     from autotp_plan.planner import compile_plan
-    from autotp_plan.planner.show import summary
-    from autotp_plan.planner.sources import preset_names, read_preset
-    from autotp_plan.runtime.verify import try_plan, verify_plan
+    from autotp_plan.planner.plan_table import summary
+    from autotp_plan.planner.rules.rule_set import preset_names, read_preset
+    from autotp_plan.runtime.verify.run import try_plan, verify_plan
     from autotp_plan.schemas.errors import AutoTPError, CheckpointError, CompileError
 
     preset = next((name for name in preset_names() if family in read_preset(name).model_types), None)

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from autotp_plan.planner import compile_plan
-from autotp_plan.schemas.safetensors_file import read_header
+from autotp_plan.schemas.storage.safetensors_header import read_header
 from tests.helpers.sparse import Tensors, write_sparse_checkpoint
 
 MIB = 2**20
@@ -112,7 +112,9 @@ def rss_anon(pid: int) -> int:
 
 def interpreter() -> int:
     """RssAnon of a process that has imported what the commands import."""
-    code = "import numpy, autotp_plan.planner.cli, autotp_plan.planner, jsonschema, time; print(flush=True); input()"
+    code = (
+        "import numpy, autotp_plan.planner.cli.main, autotp_plan.planner, jsonschema, time; print(flush=True); input()"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from autotp_plan.planner import compile_plan, presplit
-from autotp_plan.schemas.plan import Plan
-from autotp_plan.schemas.safetensors_file import num_bytes, read_header
+from autotp_plan.schemas.plan.document import Plan
+from autotp_plan.schemas.storage.safetensors_header import num_bytes, read_header
 from tests.helpers.launch import launch
 from tests.helpers.sparse import llama_tensors, write_sparse_checkpoint
 

@@ -7,14 +7,14 @@ plan = compile_plan(Path("checkpoint"), tp_size=4)
 if __name__ != "autotp_plan.planner":
     raise ImportError("import autotp_plan.planner, not the folder: a second import would make second copies of classes")
 
-from autotp_plan.planner.check import check_checkpoint, check_plan
 from autotp_plan.planner.compiler import compile_plan
-from autotp_plan.planner.inventory import Inventory, inventory_of_folder, inventory_of_module
-from autotp_plan.planner.merge import check_whole as check_shards
-from autotp_plan.planner.merge import merge
-from autotp_plan.planner.presplit import presplit
-from autotp_plan.planner.reshard import reshard
-from autotp_plan.schemas.plan import Plan
+from autotp_plan.planner.model.inventory import Inventory, inventory_of_folder, inventory_of_module
+from autotp_plan.planner.plan_checks import check_checkpoint, check_plan
+from autotp_plan.planner.shards.merge import check_whole as check_shards
+from autotp_plan.planner.shards.merge import merge
+from autotp_plan.planner.shards.presplit import presplit
+from autotp_plan.planner.shards.reshard import reshard
+from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.spec import SpecFile
 
 __all__ = [

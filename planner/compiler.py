@@ -9,23 +9,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from autotp_plan.planner.check import check_plan
-from autotp_plan.planner.corrections import noted
-from autotp_plan.planner.deepspeed_config import TensorParallelSection
-from autotp_plan.planner.disk_names import DiskNames
-from autotp_plan.planner.fallback import Prover, fallback_rules, proven
-from autotp_plan.planner.faults import FaultBook
-from autotp_plan.planner.inventory import Inventory, inventory_of_folder, inventory_of_module
-from autotp_plan.planner.knowledge import notes_on_gradients, refuse_undecided, undecided_among_cut
-from autotp_plan.planner.modules import module_attributes, planned_modules
-from autotp_plan.planner.resolve import UNDECIDED, Resolver
-from autotp_plan.planner.rules import Decision
-from autotp_plan.planner.sources import AUTO, Rules, gather, preset_names
-from autotp_plan.schemas.checkpoint import read_config
+from autotp_plan.planner.deepspeed.notes import noted
+from autotp_plan.planner.deepspeed.read_config import TensorParallelSection
+from autotp_plan.planner.fallback.prove import Prover, fallback_rules, proven
+from autotp_plan.planner.model.inventory import Inventory, inventory_of_folder, inventory_of_module
+from autotp_plan.planner.model.tensor_names import DiskNames
+from autotp_plan.planner.plan_checks import check_plan
+from autotp_plan.planner.rules.matching import Decision
+from autotp_plan.planner.rules.module_boundaries import module_attributes, planned_modules
+from autotp_plan.planner.rules.preset_checks import notes_on_gradients, refuse_undecided, undecided_among_cut
+from autotp_plan.planner.rules.resolver import UNDECIDED, Resolver
+from autotp_plan.planner.rules.rule_set import AUTO, Rules, gather, preset_names
 from autotp_plan.schemas.errors import AutoTPError, CompileError, Fault
+from autotp_plan.schemas.fault_book import FaultBook
 from autotp_plan.schemas.layout import Layout
 from autotp_plan.schemas.names import expand, fold, is_index, natural_key, starred
-from autotp_plan.schemas.plan import (
+from autotp_plan.schemas.plan.document import (
     MAX_TP_SIZE,
     ModuleAttribute,
     Parameter,
@@ -36,6 +35,7 @@ from autotp_plan.schemas.plan import (
     Tie,
 )
 from autotp_plan.schemas.spec import SpecFile
+from autotp_plan.schemas.storage.checkpoint import read_config
 
 
 def compile_plan(

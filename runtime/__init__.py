@@ -10,23 +10,28 @@ engine, optimizer, loader, scheduler = plan.initialize(model, config="ds_config.
 if __name__ != "autotp_plan.runtime":
     raise ImportError("import autotp_plan.runtime, not the folder: a second import would make second copies of classes")
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from autotp_plan.runtime.loading.shard_model import local_shard
     from autotp_plan.runtime.training_plan import TrainingPlan, load_plan
-    from autotp_plan.runtime.verify import try_plan, verify_plan
+    from autotp_plan.runtime.verify.run import try_plan, verify_plan
 
-__all__ = ["TrainingPlan", "load_plan", "try_plan", "verify_plan"]
+__all__ = ["TrainingPlan", "load_plan", "local_shard", "try_plan", "verify_plan"]
+
+_HOMES = {
+    "TrainingPlan": "training_plan",
+    "load_plan": "training_plan",
+    "local_shard": "loading.shard_model",
+    "try_plan": "verify.run",
+    "verify_plan": "verify.run",
+}
 
 
 def __getattr__(name: str) -> Any:
     # importing DeepSpeed takes seconds and speaks: not before it is needed, so that a program can prepare for it
-    if name in ("try_plan", "verify_plan"):
-        from autotp_plan.runtime import verify
-
-        return getattr(verify, name)
-    if name in __all__:
-        from autotp_plan.runtime import training_plan
-
-        return getattr(training_plan, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"autotp_plan.runtime.{home}"), name)

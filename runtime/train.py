@@ -22,10 +22,10 @@ import torch
 
 from autotp_plan.schemas import documents
 from autotp_plan.schemas.errors import AutoTPError, Fault, MismatchError
-from autotp_plan.schemas.manifest import MANIFEST_NAME
+from autotp_plan.schemas.shards.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:
-    from autotp_plan.runtime.data import TokenDataset
+    from autotp_plan.runtime.data.batches import TokenDataset
 
 _PATH = click.Path(path_type=Path)
 
@@ -71,8 +71,8 @@ def _train(
     metrics: Path | None, checkpoints: Path | None, save_every: int | None, save_shards: Path | None, **options: Any,
 ) -> None:  # fmt: skip
     from autotp_plan.runtime import load_plan
-    from autotp_plan.runtime.checkpoints import LATEST_NAME
-    from autotp_plan.runtime.data import endless
+    from autotp_plan.runtime.checkpoint.job import LATEST_NAME
+    from autotp_plan.runtime.data.batches import endless
 
     if save_shards is not None and (save_shards / MANIFEST_NAME).exists():
         raise MismatchError(
@@ -233,7 +233,7 @@ def _deepspeed_config(
 def _dataset(
     data: Path | None, shards: Path, model: torch.nn.Module, seq_length: int, needed: int, seed: int
 ) -> TokenDataset:
-    from autotp_plan.runtime.data import TokenDataset, synthetic_tokens, text_tokens
+    from autotp_plan.runtime.data.batches import TokenDataset, synthetic_tokens, text_tokens
 
     if data is None:
         vocab_size: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]

@@ -15,18 +15,18 @@ from accelerate import init_empty_weights
 from deepspeed.utils import groups, log_dist
 from torch import nn
 
-from autotp_plan.runtime.build import build_model
-from autotp_plan.runtime.checkpoints import load_checkpoint, save_checkpoint
-from autotp_plan.runtime.data import ResumableSampler, check_batches, tp_sampler
-from autotp_plan.runtime.engine_config import engine_config
-from autotp_plan.runtime.fit import check_model
-from autotp_plan.runtime.model import shard_model
-from autotp_plan.runtime.old_calls import check_old_calls
-from autotp_plan.runtime.ranks import Ranks, check_world_size, init_ranks
-from autotp_plan.runtime.remesh import why_not
-from autotp_plan.runtime.save_shards import save_shards
-from autotp_plan.runtime.weights import open_weights
-from autotp_plan.schemas.plan import Plan
+from autotp_plan.runtime.checkpoint.job import load_checkpoint, save_checkpoint
+from autotp_plan.runtime.checkpoint.mesh_change import why_not
+from autotp_plan.runtime.checkpoint.save_shards import save_shards
+from autotp_plan.runtime.data.batches import ResumableSampler, check_batches, tp_sampler
+from autotp_plan.runtime.deepspeed.autotp_calls import check_old_calls
+from autotp_plan.runtime.deepspeed.engine_config import engine_config
+from autotp_plan.runtime.deepspeed.mesh import Ranks, check_world_size, init_ranks
+from autotp_plan.runtime.loading.check_model import check_model
+from autotp_plan.runtime.loading.meta_model import build_model
+from autotp_plan.runtime.loading.shard_model import shard_model
+from autotp_plan.runtime.loading.weights import open_weights
+from autotp_plan.schemas.plan.document import Plan
 
 
 def load_plan(path: str | os.PathLike[str]) -> TrainingPlan:
@@ -196,13 +196,13 @@ class TrainingPlan:
 
         Raises MismatchError when it does not run under DeepSpeed, is of another TP size, or its model is another one.
         """
-        from autotp_plan.runtime.huggingface import adapt_trainer
+        from autotp_plan.runtime.integrations.trainer import adapt_trainer
 
         adapt_trainer(trainer, self)
 
     def add_lora(self, model: nn.Module, config: Any) -> Any:
         """`peft.get_peft_model` for a model from `load_model`, before `initialize`. Raises MismatchError."""
-        from autotp_plan.runtime.lora import add_lora
+        from autotp_plan.runtime.integrations.lora import add_lora
 
         adapted = add_lora(model, config, self.document)
         if self.tp_size > 1:
@@ -211,7 +211,7 @@ class TrainingPlan:
 
     def save_adapter(self, engine: Any, folder: str | os.PathLike[str]) -> None:
         """Write the adapter of a model from `add_lora`, to load on the whole model; every rank calls it."""
-        from autotp_plan.runtime.lora import save_adapter
+        from autotp_plan.runtime.integrations.lora import save_adapter
 
         save_adapter(engine, Path(folder))
 

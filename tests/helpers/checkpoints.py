@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from autotp_plan.schemas.safetensors_file import header_bytes, num_bytes
+from autotp_plan.schemas.storage.safetensors_header import header_bytes, num_bytes
 
 Shapes = Mapping[str, Sequence[int]]
 

@@ -20,8 +20,8 @@ from typing import Any
 
 from autotp_plan.planner import compile_plan, merge, presplit, reshard
 from autotp_plan.schemas.errors import AutoTPError
-from autotp_plan.schemas.manifest import MANIFEST_NAME
-from autotp_plan.schemas.plan import Plan
+from autotp_plan.schemas.plan.document import Plan
+from autotp_plan.schemas.shards.manifest import MANIFEST_NAME
 from tests.helpers.checkpoints import write_llama
 
 Job = dict[str, Any]
@@ -93,7 +93,7 @@ def kill_until_done(job: Job, random: Random, *, kills: int, pause: float, longe
 
 def check_no_half_files(output: Path) -> None:
     """Every safetensors file with a final name is whole: its header accounts for all of its bytes."""
-    from autotp_plan.schemas.safetensors_file import read_header
+    from autotp_plan.schemas.storage.safetensors_header import read_header
 
     for path in output.glob("[!.]*.safetensors") if output.exists() else ():
         read_header(path)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autotp_plan.runtime.float64 import PromoteToFloat64
+from autotp_plan.runtime.verify.float64 import PromoteToFloat64
 from tests.helpers.models import batch, eager_experts
 
 ADAM = {"lr": 2e-3, "eps": 1e-5, "weight_decay": 0.01}
@@ -45,8 +45,8 @@ def whole_gradients(
     model: nn.Module, plan: Any, forward: Forward = causal_lm, float64: bool = True
 ) -> dict[str, Tensor]:
     """As `gradients`, with the ranks' shards put together. Every rank of the TP group must call it."""
-    from autotp_plan.runtime.collectives import gather_shards
-    from autotp_plan.runtime.model import local_shard
+    from autotp_plan.runtime.loading.shard_model import local_shard
+    from autotp_plan.runtime.tensor_parallel.collectives import gather_shards
 
     found = gradients(model, forward, float64=float64)
     found = {name: value for name, value in found.items() if not name.endswith("_shared")}

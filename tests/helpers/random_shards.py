@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from autotp_plan.planner.inventory import inventory_hash
+from autotp_plan.planner.model.inventory import inventory_hash
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.layout import Layout, SubParameter
-from autotp_plan.schemas.plan import ModelIdentity, Parameter, Plan, Sources, Tie
+from autotp_plan.schemas.plan.document import ModelIdentity, Parameter, Plan, Sources, Tie
 from tests.helpers.checkpoints import write_file
 
 DTYPES = ("F32", "F16", "BF16", "F8_E4M3", "I8")

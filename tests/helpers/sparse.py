@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from autotp_plan.schemas.checkpoint import CONFIG_NAME, INDEX_NAME
-from autotp_plan.schemas.safetensors_file import header_bytes, num_bytes
+from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, INDEX_NAME
+from autotp_plan.schemas.storage.safetensors_header import header_bytes, num_bytes
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 """dtype (in safetensors' words) and shape by name on disk."""

@@ -1,0 +1,32 @@
+"""autotp-plan: a declarative sharding-plan compiler for tensor-parallel training under DeepSpeed.
+
+    from autotp_plan import compile_plan, load_plan
+
+    plan = compile_plan(Path("checkpoint"), tp_size=4)  # offline, without torch
+    plan = load_plan("plan.json")  # in a training job
+
+This folder is the import name. The code lives beside it, in `schemas/`, `planner/`, `runtime/` and `plans/`, which are
+links here: what is imported, checked and packaged is one tree. Nothing else belongs in this folder.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autotp_plan.planner import compile_plan
+    from autotp_plan.runtime import load_plan
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "compile_plan", "load_plan"]
+
+
+def __getattr__(name: str) -> Any:
+    # neither half is imported before it is used: planning needs no torch, and importing the runtime takes seconds
+    if name == "compile_plan":
+        from autotp_plan.planner import compile_plan
+
+        return compile_plan
+    if name == "load_plan":
+        from autotp_plan.runtime import load_plan
+
+        return load_plan
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,8 @@
+"""What the planner and the runtime both need of transformers: a model without weights, and its private names.
+
+`internals` is the only place that says a private name of transformers or accelerate. torch and transformers are
+imported inside functions, never at module level: planning from a checkpoint does without them.
+"""
+
+if __name__ != "autotp_plan.huggingface":
+    raise ImportError("import autotp_plan.huggingface: a second import would make second copies of classes")

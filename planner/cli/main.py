@@ -1,0 +1,270 @@
+"""The `autotp-plan` command: typed arguments, plain library calls, and the only place that prints or exits.
+
+Exit status: 0 when all is well, 1 for a plan that `verify` does not prove or `export` cannot express, 2 for any fault
+in what the user gave us.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from autotp_plan.planner.cli.export import export, presets
+from autotp_plan.planner.cli.output import not_written, reported
+from autotp_plan.planner.cli.shards import check_shards, merge, presplit, reshard
+from autotp_plan.schemas.errors import AutoTPError, Fault, ShardsError
+from autotp_plan.schemas.shards.manifest import MANIFEST_NAME, PLAN_NAME
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from autotp_plan.runtime.verify.report import Proof
+    from autotp_plan.schemas.plan.document import Plan
+
+_FILE = click.Path(path_type=Path)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="autotp-plan", prog_name="autotp-plan")
+def main() -> None:
+    """Plan how a model is cut for tensor-parallel training under DeepSpeed, check it, and cut it.
+
+    \b
+    autotp-plan compile --model CHECKPOINT --tp 4 -o plan.json
+    autotp-plan show plan.json
+    autotp-plan verify plan.json
+    autotp-plan presplit plan.json --checkpoint CHECKPOINT -o SHARDS
+    autotp-plan check SHARDS
+    autotp-plan merge SHARDS -o CHECKPOINT
+    autotp-plan reshard SHARDS --tp 8 -o SHARDS_OF_8
+    """
+
+
+@main.command()
+@click.option("--model", type=_FILE, required=True, help="Checkpoint folder, or a folder with a bare config.json.")
+@click.option("--tp", "tp_size", type=int, help="Number of tensor-parallel ranks.")
+@click.option("-o", "--output", type=_FILE, required=True, help="Plan file to write.")
+@click.option("--preset", default="auto", show_default=True, help="auto (by model_type), none, or a preset's name.")
+@click.option("--spec", "specs", type=_FILE, multiple=True, help="Spec file; may be repeated, the first counts most.")
+@click.option("--uneven", is_flag=True, help="Give ranks shares of unequal size where the TP size does not divide.")
+@click.option("--ds-config", type=_FILE, help="DeepSpeed config; its tensor_parallel section is honoured.")
+@reported
+def compile(
+    model: Path,
+    tp_size: int | None,
+    output: Path,
+    preset: str,
+    specs: tuple[Path, ...],
+    uneven: bool,
+    ds_config: Path | None,
+) -> None:
+    """Compile a plan: decide how every parameter of a model is cut."""
+    from autotp_plan.planner.compiler import compile_plan
+    from autotp_plan.planner.deepspeed.read_config import read_deepspeed_config
+    from autotp_plan.planner.rules.rule_set import read_spec_file
+    from autotp_plan.schemas.documents import write_atomically
+
+    faults: list[Fault] = []
+    files = []
+    for path in specs:
+        try:
+            files.append(read_spec_file(path))
+        except AutoTPError as error:
+            prefix = f"{path}: " if len(specs) > 1 else ""
+            faults += [Fault(what=f.what, where=prefix + f.where, got=f.got, expected=f.expected, next=f.next)
+                       for f in error.faults]  # fmt: skip
+    section = None
+    if ds_config is not None:
+        try:
+            section = read_deepspeed_config(ds_config)
+        except AutoTPError as error:
+            faults += error.faults
+    if faults:
+        raise AutoTPError(faults)
+    plan = compile_plan(
+        model, tp_size=tp_size, preset=preset, specs=files, uneven=uneven, deepspeed=section, prove=_prove
+    )
+    try:
+        write_atomically(output, plan.to_json())
+    except OSError as error:
+        raise ShardsError(not_written(output, error)) from None
+    _report_compiled(plan, output)
+
+
+def _prove(plan: Plan) -> Any:
+    """Try the plan of a model without a preset on a twin; takes torch, transformers and DeepSpeed."""
+    from autotp_plan.runtime.verify.run import try_plan
+
+    click.echo(f"there is no preset: trying transformers' tp_plan on a twin at TP={plan.tp_size}", err=True)
+    return try_plan(plan)
+
+
+def _report_compiled(plan: Plan, output: Path) -> None:
+    from autotp_plan.planner.plan_table import human_bytes, summary
+
+    for note in plan.notes:
+        click.echo(f"note: {note}", err=True)
+    totals = summary(plan)
+    largest = max(totals.per_rank)
+    click.echo(
+        f"{output}: {totals.num_parameters} parameters at TP={plan.tp_size}; "
+        f"{human_bytes(largest)} of {human_bytes(totals.total)} on a rank, "
+        f"{human_bytes(totals.replicated)} of it replicated"
+    )
+
+
+@main.command()
+@click.argument("plan_file", metavar="PLAN_OR_SHARDS", type=_FILE)
+@click.option("--checkpoint", type=_FILE, help="Check that this checkpoint holds what the plan says, too.")
+@reported
+def check(plan_file: Path, checkpoint: Path | None) -> None:
+    """Check a plan: schema, fingerprint, coverage, units, column-row pairing, ties, and the checkpoint.
+
+    Or a folder of shards: that every byte is what was written, and that it all belongs together.
+    """
+    from autotp_plan.planner.plan_checks import check_checkpoint, check_plan
+    from autotp_plan.schemas.plan.document import Plan
+    from autotp_plan.schemas.shards.folder import is_unfinished
+
+    if is_unfinished(plan_file) or (plan_file / MANIFEST_NAME).exists():
+        check_shards(plan_file)
+        if checkpoint is None:
+            return
+        plan_file = plan_file / PLAN_NAME
+    plan = Plan.read(plan_file)
+    faults = check_plan(plan)
+    if checkpoint is not None:
+        faults += check_checkpoint(plan, checkpoint)
+    if faults:
+        raise AutoTPError(faults)
+    against = f" and {checkpoint} holds what it says" if checkpoint else ""
+    click.echo(f"{plan_file}: the plan is sound{against}")
+
+
+@main.command()
+@click.argument("plan_file", metavar="PLAN", type=_FILE)
+@click.option("--format", "output_format", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@reported
+def show(plan_file: Path, output_format: str) -> None:
+    """Show a plan as a table, or expanded as JSON."""
+    from autotp_plan.planner.plan_table import as_json
+    from autotp_plan.schemas.plan.document import Plan
+
+    plan = Plan.read(plan_file)
+    if output_format == "json":
+        click.echo(json.dumps(as_json(plan), indent=1))
+    else:
+        _print_table(plan)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    terminal = sys.stdout.isatty()
+    width = None if terminal else 160
+    return Console(markup=False, emoji=False, highlight=False, soft_wrap=not terminal, width=width)
+
+
+def _print_table(plan: Plan) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from autotp_plan.planner.plan_table import describe, groups, headline, human_bytes
+
+    console = _console()
+    table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True)
+    for title in ("parameter", "shape", "style", "each rank holds", "per rank", "rule"):
+        right = title in ("shape", "per rank")
+        table.add_column(title, justify="right" if right else "left", overflow="fold", no_wrap=title != "rule")
+    for prefix, rows in groups(plan):
+        indent = "  " if prefix else ""
+        if prefix:
+            table.add_row(prefix)
+        for row in rows:
+            name, size = row.name.removeprefix(prefix), human_bytes(row.bytes_per_rank)
+            style = "dim" if row.style.startswith("replicated") else None
+            table.add_row(indent + name, row.shape, row.style, row.share, size, row.rule, style=style)
+    console.print(Text(headline(plan), style="bold"))
+    console.print(table)
+    for line in describe(plan):
+        console.print(line)
+
+
+@main.command()
+@click.argument("plan_file", metavar="PLAN", type=_FILE)
+@click.option("--format", "output_format", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@click.option("--no-stamp", is_flag=True, help="Leave the plan file as it is.")
+@click.option("--attention", multiple=True, type=click.Choice(["eager", "sdpa"]), help="Only this one; repeatable.")
+@reported
+def verify(plan_file: Path, output_format: str, no_stamp: bool, attention: tuple[str, ...]) -> None:
+    """Prove a plan: a small twin of its model, dense and sharded, compared number for number on this machine's CPU.
+
+    A plan that is proven gets a stamp, which `show` displays; the exit status is 1 when it is not. Errors are absolute,
+    over the largest magnitude in a tensor where that is above 1.
+    """
+    from autotp_plan.schemas.documents import write_atomically
+    from autotp_plan.schemas.plan.document import Plan
+    from autotp_plan.schemas.shards.manifest import MANIFEST_NAME, PLAN_NAME
+
+    plan = Plan.read(plan_file)
+    proof = _verified(plan, tuple(dict.fromkeys(attention)))
+    if output_format == "json":
+        click.echo(json.dumps(proof.to_dict(), indent=1, allow_nan=False))
+    else:
+        _print_proof(proof)
+    if not proof.proven:
+        sys.exit(1)
+    if no_stamp:
+        return
+    if plan_file.name == PLAN_NAME and (plan_file.parent / MANIFEST_NAME).exists():
+        click.echo("not stamped: the plan is part of a shards folder, whose checksums hold it as it is", err=True)
+    else:
+        try:
+            write_atomically(plan_file, dataclasses.replace(plan, verified=proof.stamp()).to_json())
+        except OSError as error:
+            raise ShardsError(not_written(plan_file, error)) from None
+
+
+def _verified(plan: Plan, attention: tuple[str, ...]) -> Proof:
+    from autotp_plan.runtime.verify.run import ATTENTION, verify_plan
+
+    attention = attention or ATTENTION
+    if not sys.stderr.isatty():
+        return verify_plan(plan, attention=attention)
+    from rich.console import Console
+
+    with Console(stderr=True).status("starting") as status:
+        return verify_plan(plan, attention=attention, progress=status.update)
+
+
+def _print_proof(proof: Proof) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from autotp_plan.runtime.verify.report import FLOAT64_TOLERANCE, error_text
+
+    console = _console()
+    table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True)
+    table.add_column("largest error of", overflow="fold", no_wrap=True)
+    for title in ("gradient", "over two passes", "value after two steps"):
+        table.add_column(title, justify="right")
+    for row in proof.rows():
+        errors = (row.gradient, row.accumulated, row.stepped)
+        wrong = any(error is not None and error > FLOAT64_TOLERANCE for error in errors)
+        table.add_row(row.name, *map(error_text, errors), style="red" if wrong else None)
+    console.print(Text(proof.headline(), style="bold"))
+    console.print(table)
+    for line in proof.conclusions():
+        console.print(line)
+
+
+main.add_command(export)
+main.add_command(presets)
+main.add_command(presplit)
+main.add_command(merge)
+main.add_command(reshard)

@@ -1,0 +1,112 @@
+"""How a command ends and what long work shows: with cli.py and the other cli_*.py, all that prints or exits."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from autotp_plan.schemas.errors import AutoTPError, Fault
+
+_F = TypeVar("_F", bound=Callable[..., None])
+_LINE_SECONDS = 5.0
+
+
+def reported(function: _F) -> _F:
+    """Turn known errors into a message on stderr and exit status 2."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except AutoTPError as error:
+            _fail(error.faults)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        except OSError as error:
+            _fail([_refused(error)])
+
+    return run  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A callback for (bytes done, bytes in all): a bar with rate and time left, or a plain line every few seconds.
+
+    Nothing when `quiet`.
+    """
+    if quiet:
+        yield None
+    elif not sys.stderr.isatty():
+        yield _lines(what)
+    else:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = (
+            "{task.description}",
+            BarColumn(),
+            DownloadColumn(True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _lines(what: str) -> Callable[[int, int], None]:
+    from autotp_plan.planner.plan_table import human_bytes
+
+    started = said = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said < _LINE_SECONDS:
+            return
+        said = now
+        rate = done / (now - started)
+        left = f"{(total - done) / rate:.0f} s left" if rate else ""
+        percent = 100 * done // max(total, 1)
+        line = f"{what}: {human_bytes(done)} of {human_bytes(total)} ({percent}%), {human_bytes(int(rate))}/s, {left}"
+        click.echo(line, err=True)
+
+    return show
+
+
+def _fail(faults: Sequence[Fault]) -> None:
+    for fault in faults:
+        click.echo(click.style("error: ", fg="red", bold=True, reset=True) + str(fault), err=True)
+    if len(faults) > 1:
+        click.echo(f"{len(faults)} errors; nothing was written", err=True)
+    sys.exit(2)
+
+
+def _refused(error: OSError) -> Fault:
+    return Fault(
+        what="the operating system refused",
+        where=str(error.filename or "a file"),
+        got=error.strerror or str(error),
+        expected="paths that can be read and written",
+        next="check the path and its permissions",
+    )
+
+
+def not_written(path: Path, error: OSError) -> Fault:
+    """The fault of a file that cannot be written."""
+    return Fault(
+        what="the file cannot be written",
+        where=str(path),
+        got=error.strerror or str(error),
+        expected="a file in a folder that exists and can be written to",
+        next="make the folder, or give another path",
+    )

@@ -1,0 +1,109 @@
+"""The commands that write and read shards: presplit, merge, reshard, and `check` of a shards folder."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from autotp_plan.planner.cli.output import progress, reported
+from autotp_plan.schemas.errors import Fault, MismatchError
+
+if TYPE_CHECKING:
+    from autotp_plan.schemas.shards.manifest import Manifest
+
+_FILE = click.Path(path_type=Path)
+_WORKERS = click.option("--workers", type=int, default=4, show_default=True, help="Reads and writes at the same time.")
+_QUIET = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+
+
+@click.command()
+@click.argument("plan_file", metavar="PLAN", type=_FILE)
+@click.option("--checkpoint", type=_FILE, required=True, help="The checkpoint to cut.")
+@click.option("-o", "--output", type=_FILE, required=True, help="New folder for the shards, or one to continue.")
+@_WORKERS
+@_QUIET
+@reported
+def presplit(plan_file: Path, checkpoint: Path, output: Path, workers: int, quiet: bool) -> None:
+    """Cut a checkpoint into a folder of per-rank shards that needs nothing else to train from.
+
+    Stopped at any moment, the same command continues with the files that are missing.
+    """
+    from autotp_plan.planner.shards.presplit import presplit as run
+    from autotp_plan.schemas.plan.document import Plan
+
+    plan = Plan.read(plan_file)
+    started = time.monotonic()
+    with progress("presplit", quiet) as shown:
+        manifest = run(plan, checkpoint, output, workers=workers, progress=shown)
+    _report(manifest, output, started, quiet)
+
+
+@click.command()
+@click.argument("shards", metavar="SHARDS", type=_FILE)
+@click.option("-o", "--output", type=_FILE, required=True, help="New folder for the checkpoint, or one to continue.")
+@_WORKERS
+@_QUIET
+@reported
+def merge(shards: Path, output: Path, workers: int, quiet: bool) -> None:
+    """Put the checkpoint together again that shards were cut from: the same files, to the byte."""
+    from autotp_plan.planner.plan_table import human_bytes
+    from autotp_plan.planner.shards.merge import merge as run
+
+    started = time.monotonic()
+    with progress("merge", quiet) as shown:
+        size = run(shards, output, workers=workers, progress=shown)
+    if not quiet:
+        click.echo(f"{output}: the checkpoint, {human_bytes(size)} in {time.monotonic() - started:.1f} s")
+
+
+@click.command()
+@click.argument("shards", metavar="SHARDS", type=_FILE)
+@click.option("--tp", "tp_size", type=int, help="New number of ranks; the plan is made by the same preset.")
+@click.option(
+    "--plan", "plan_file", type=_FILE, help="Plan to cut by, where the old one was not made by a preset alone."
+)
+@click.option("--uneven", is_flag=True, help="With --tp: ranks get unequal shares where it does not divide.")
+@click.option("-o", "--output", type=_FILE, required=True, help="New folder for the shards, or one to continue.")
+@_WORKERS
+@_QUIET
+@reported
+def reshard(
+    shards: Path, tp_size: int | None, plan_file: Path | None, uneven: bool, output: Path, workers: int, quiet: bool
+) -> None:
+    """Cut shards anew for another number of ranks: what presplit would write from the original checkpoint."""
+    from autotp_plan.planner.shards.reshard import reshard as run
+    from autotp_plan.schemas.plan.document import Plan
+
+    if (tp_size is None) == (plan_file is None):
+        got = "neither" if tp_size is None else "both"
+        what = "reshard needs to know what to cut for"
+        raise MismatchError(Fault(what=what, where="--tp", got=got, expected="either --tp or --plan"))
+    plan = None if plan_file is None else Plan.read(plan_file)
+    started = time.monotonic()
+    with progress("reshard", quiet) as shown:
+        manifest = run(shards, output, tp_size=tp_size, plan=plan, uneven=uneven, workers=workers, progress=shown)
+    _report(manifest, output, started, quiet)
+
+
+def check_shards(folder: Path) -> None:
+    """Verify every byte of a shards folder, and say so."""
+    from autotp_plan.planner.plan_table import human_bytes
+    from autotp_plan.planner.shards.merge import check_whole
+
+    with progress("check", False) as shown:
+        shards = check_whole(folder, progress=shown)
+    size = sum(file.size for file in shards.manifest.files)
+    files = f"{len(shards.manifest.files)} files, {human_bytes(size)} for {shards.plan.tp_size} ranks"
+    click.echo(f"{folder}: sound, every checksum is right ({files})")
+
+
+def _report(manifest: Manifest, output: Path, started: float, quiet: bool) -> None:
+    from autotp_plan.planner.plan_table import human_bytes
+
+    if not quiet:
+        size = human_bytes(sum(file.size for file in manifest.files))
+        seconds = f"{time.monotonic() - started:.1f} s"
+        click.echo(f"{output}: {len(manifest.files)} files, {size} for {manifest.tp_size} ranks in {seconds}")

@@ -1,0 +1,83 @@
+"""Planning a model without a preset: by transformers' own `tp_plan`, and only with proof.
+
+A `tp_plan` says little of gradients that are partial, and some forget other things too. So the plan is tried on a
+small twin of the model; parameters whose gradients turn out to be partial are marked, and what is not right is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from autotp_plan.huggingface.meta_model import model_on_meta
+from autotp_plan.planner.fallback.tp_plan import NAME, rules_of_model
+from autotp_plan.schemas.errors import CheckpointError, CompileError, Fault, MissingDependencyError
+from autotp_plan.schemas.plan.document import Plan
+from autotp_plan.schemas.spec import Spec, SpecFile
+
+
+class Findings(Protocol):
+    """What trying a plan on a twin showed.
+
+    `partial_gradients` are patterns of parameters that are whole on every rank while each computes part of their
+    gradient; `problem` says what else is wrong, None when nothing is.
+    """
+
+    @property
+    def partial_gradients(self) -> Sequence[str]: ...
+    @property
+    def problem(self) -> str | None: ...
+
+
+Prover = Callable[[Plan], Findings]
+
+
+def fallback_rules(model: Path | Any, tp_size: int) -> SpecFile | None:
+    """The rules of the model's `tp_plan`; None for a model that transformers does not know. Raises CompileError."""
+    live, where = model, type(model).__name__
+    if isinstance(model, Path):
+        try:
+            live, where = model_on_meta(model), str(model)
+        except (CheckpointError, MissingDependencyError):
+            return None
+    config = getattr(live, "config", None)
+    if not hasattr(config, "model_type") or not hasattr(live, "get_input_embeddings"):
+        return None
+    return rules_of_model(live, tp_size, where)
+
+
+def proven(compile_with: Callable[[SpecFile], Plan], rules: SpecFile, prove: Prover | None, where: str) -> Plan:
+    """The plan that `compile_with` makes of `rules`, once it is right. Raises CompileError when it is not."""
+    if prove is None:
+        raise CompileError(
+            Fault(
+                what="a plan without a preset needs proof",
+                where=where,
+                got=f"the {NAME}, which is silent about partial gradients",
+                expected="a way to try the plan",
+                next="use `autotp-plan compile`, or compile_plan(..., prove=autotp_plan.runtime.try_plan)",
+            )
+        )
+    plan = compile_with(rules)
+    findings = prove(plan)
+    if findings.partial_gradients:
+        summed = Spec(patterns=tuple(findings.partial_gradients), partition_type="skip", grad_allreduce=True)
+        plan = compile_with(dataclasses.replace(rules, layer_specs=(summed, *rules.layer_specs)))
+        findings = prove(plan)
+    if findings.problem is not None or findings.partial_gradients:
+        raise CompileError(
+            Fault(
+                what="transformers' tp_plan of this model is wrong",
+                where=where,
+                got=findings.problem or "gradients that stay partial",
+                expected="a twin that computes what the whole model computes",
+                next="write a spec file and give it with --spec; `autotp-plan verify` proves it",
+            )
+        )
+    note = (
+        "There is no preset for this model: its rules are transformers' own tp_plan, and a twin of the model computed "
+        "by them what the whole one does."
+    )
+    return dataclasses.replace(plan, notes=(note, *plan.notes))

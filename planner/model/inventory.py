@@ -1,0 +1,223 @@
+"""What a model is made of: the names, shapes and dtypes of its module parameters, and its config.
+
+Three sources: a checkpoint folder (file headers only), a folder with a bare config.json (the model is built on the meta
+device), a live `nn.Module`. How tensors on disk differ from module parameters (other names, tables that are no
+parameters, tied heads that are not written) is a fact about the architecture that the caller passes in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from autotp_plan.huggingface.meta_model import model_on_meta, parameters_and_buffers
+from autotp_plan.planner.model.fused_tensors import assemble
+from autotp_plan.planner.model.quantized import refuse_quantised
+from autotp_plan.planner.model.tensor_names import DiskNames, Part, ToDisk, ToMemory
+from autotp_plan.schemas import documents
+from autotp_plan.schemas.errors import CheckpointError, Fault
+from autotp_plan.schemas.fault_book import FaultBook
+from autotp_plan.schemas.names import NameSet, natural_key
+from autotp_plan.schemas.plan.document import ModelIdentity, Sources
+from autotp_plan.schemas.storage.checkpoint import (
+    CONFIG_NAME,
+    holds_tensors,
+    planned_config,
+    read_checkpoint,
+    read_config,
+)
+from autotp_plan.schemas.storage.safetensors_header import TensorEntry
+
+_DTYPES = {
+    "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
+    "torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2", "torch.int64": "I64", "torch.int32": "I32",
+    "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8", "torch.bool": "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParameterInfo:
+    """Shape and dtype (in safetensors' words) of one module parameter, or of a buffer that checkpoints hold.
+
+    `source` is its name on disk if another, `sources` the tensors on disk that it is made of if several.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    source: str | None = None
+    sources: Sources | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inventory:
+    """The module parameters of one model in natural name order, which names are tied to which, and its config."""
+
+    parameters: dict[str, ParameterInfo]
+    tied: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def model_type(self) -> str | None:
+        value = (self.config or {}).get("model_type")
+        return value if isinstance(value, str) else None
+
+    @property
+    def architecture(self) -> str | None:
+        value = (self.config or {}).get("architectures")
+        return value[0] if isinstance(value, list) and value and isinstance(value[0], str) else None
+
+    def identity(self) -> ModelIdentity:
+        """Names, config and hash of the model, for a plan."""
+        return ModelIdentity(
+            model_type=self.model_type,
+            architecture=self.architecture,
+            config=planned_config(self.config),
+            inventory=inventory_hash({name: (info.shape, info.dtype) for name, info in self.parameters.items()}),
+        )
+
+
+def inventory_hash(parameters: Mapping[str, tuple[Sequence[int], str]]) -> str:
+    """Hash over sorted names with their shapes and dtypes."""
+    return documents.fingerprint(sorted([name, list(shape), dtype] for name, (shape, dtype) in parameters.items()))
+
+
+def inventory_of_folder(folder: Path, names: DiskNames | None = None) -> Inventory:
+    """The inventory of a checkpoint folder, or of a folder with a bare config.json.
+
+    Raises CheckpointError when the folder is neither, MissingDependencyError when a bare config.json needs
+    transformers and it is not installed.
+    """
+    names = names or DiskNames()
+    if holds_tensors(folder):
+        return _of_checkpoint(folder, names)
+    if (folder / CONFIG_NAME).exists():
+        return _of_config(folder, names)
+    read_checkpoint(folder)  # raises, and says what it found instead
+    raise AssertionError("read_checkpoint must refuse a folder without tensors")
+
+
+def inventory_of_module(module: Any, names: DiskNames | None = None) -> Inventory:
+    """The inventory of a live `torch.nn.Module`, whose parameters may be on the meta device.
+
+    Persistent buffers are listed too: checkpoints hold them.
+    """
+    names = names or DiskNames()
+    to_disk = ToDisk(names)
+    first_name: dict[int, str] = {}
+    parameters: dict[str, ParameterInfo] = {}
+    tied: dict[str, str] = {}
+    ignored = NameSet(names.ignored)
+    for name, parameter in parameters_and_buffers(module):
+        if name in ignored:
+            continue
+        if id(parameter) in first_name or name in names.tied:  # building on meta may have broken a tie
+            tied[name] = first_name.get(id(parameter)) or names.tied[name]
+            continue
+        first_name[id(parameter)] = name
+        dtype = _DTYPES.get(str(parameter.dtype))
+        if dtype is None:
+            raise CheckpointError(
+                Fault(
+                    what="a parameter has a dtype that cannot be cut",
+                    where=name,
+                    got=str(parameter.dtype),
+                    expected="one of " + ", ".join(sorted(_DTYPES)),
+                    next="convert the model with model.to(torch.bfloat16)",
+                )
+            )
+        shape = tuple(parameter.shape)
+        sources = to_disk.sources(name, shape)
+        source = to_disk.source(name) if sources is None else None
+        parameters[name] = ParameterInfo(shape=shape, dtype=dtype, source=source, sources=sources)
+    config = getattr(module, "config", None)
+    if config is not None and hasattr(config, "to_json_string"):  # what save_pretrained writes
+        config = json.loads(config.to_json_string())
+        config["architectures"] = config.get("architectures") or [type(module).__name__]
+    return Inventory(parameters=_sorted(parameters), tied=tied, config=config if isinstance(config, dict) else None)
+
+
+def _of_checkpoint(folder: Path, names: DiskNames) -> Inventory:
+    checkpoint = read_checkpoint(folder)
+    config = read_config(folder)
+    refuse_quantised(config, checkpoint.tensors, str(folder))
+    to_memory = ToMemory(names, checkpoint.tensors)
+    parameters: dict[str, ParameterInfo] = {}
+    parts: list[tuple[Part, TensorEntry]] = []
+    dropped: dict[str, str] = {}
+    faults: list[Fault] = []
+    for tensor in checkpoint.tensors.values():
+        part = to_memory.part(tensor.name)
+        if part is None:
+            continue
+        name = part.parameter
+        if name in names.tied:
+            dropped[tensor.name] = names.tied[name]
+            continue
+        if "{" in tensor.name or "}" in tensor.name:
+            faults.append(_brace_fault(tensor.name))
+        if part.sources is not None:
+            parts.append((part, tensor))
+            continue
+        if name in parameters:
+            faults.append(_twice_fault(name, parameters[name].source or name, tensor.name))
+        source = tensor.name if name != tensor.name else None
+        parameters[name] = ParameterInfo(shape=tensor.shape, dtype=tensor.dtype, source=source)
+    book = FaultBook()
+    for name, made in assemble(parts, book).items():
+        if name in parameters:
+            faults.append(_twice_fault(name, parameters[name].source or name, ", ".join(made.sources.names)))
+        parameters[name] = ParameterInfo(shape=made.shape, dtype=made.dtype, sources=made.sources)
+    faults += book.faults()
+    faults += [_lost_fault(disk, to) for disk, to in dropped.items() if to not in parameters]
+    if faults:
+        raise CheckpointError(faults)
+    notes = tuple(
+        f"{name} is on disk but tied to {to}: only the latter is used." for name, to in sorted(dropped.items())
+    )
+    tied = {name: to for name, to in names.tied.items() if to in parameters}
+    return Inventory(parameters=_sorted(parameters), tied=tied, config=read_config(folder), notes=notes)
+
+
+def _of_config(folder: Path, names: DiskNames) -> Inventory:
+    config = read_config(folder)
+    refuse_quantised(config, (), str(folder))
+    inventory = inventory_of_module(model_on_meta(folder), names)
+    return Inventory(parameters=inventory.parameters, tied=inventory.tied, config=config)
+
+
+def _sorted(parameters: dict[str, ParameterInfo]) -> dict[str, ParameterInfo]:
+    return dict(sorted(parameters.items(), key=lambda item: natural_key(item[0])))
+
+
+def _lost_fault(name: str, to: str) -> Fault:
+    return Fault(
+        what="a tensor is tied to a parameter that the checkpoint lacks",
+        where=name,
+        got=f"tied to {to}",
+        expected=f"{to} in the checkpoint, and not tied itself",
+        next="correct config.json or the spec's `tied`, or save the checkpoint again",
+    )
+
+
+def _twice_fault(name: str, first: str, second: str) -> Fault:
+    return Fault(
+        what="two tensors of the checkpoint are one parameter",
+        where=name,
+        got=f"{first} and {second}",
+        expected="one tensor for each parameter",
+        next="remove one of them from the checkpoint",
+    )
+
+
+def _brace_fault(name: str) -> Fault:
+    return Fault(
+        what="a tensor's name has a brace",
+        where=name,
+        got=name,
+        expected="names without { and }, which stand for several names in a plan",
+        next="rename the tensor",
+    )

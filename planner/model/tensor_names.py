@@ -1,0 +1,140 @@
+"""What an architecture's tensors are called on disk, and what its module parameters are called in memory.
+
+Names in rules have `*` for each number. This module knows names only: no shapes, no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from autotp_plan.schemas.names import NameSet, starred
+from autotp_plan.schemas.plan.document import Sources
+
+_T = TypeVar("_T")
+_HEAD = "lm_head."
+"""Beginning of the names that never have a base model's prefix."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiskNames:
+    """How an architecture's tensors on disk differ from its module parameters.
+
+    `renamed` maps disk to module names, `assembled` a module name to those on disk that it is made of; `ignored` are
+    names (with braces) of tensors that are no parameters; `tied` maps a second name to the parameter it is. Where no
+    name on disk begins with `base_model_prefix`, all but the head's lack it.
+    """
+
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    assembled: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    ignored: Sequence[str] = ()
+    tied: Mapping[str, str] = field(default_factory=dict)
+    base_model_prefix: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """What a tensor on disk is: a whole parameter, or the one of `sources` at `position`, with its `number`.
+
+    `stack` is alike for all tensors that are numbered together: those of all experts of all layers.
+    """
+
+    parameter: str
+    sources: Sources | None = None
+    position: int = 0
+    number: int = 0
+    stack: str = ""
+
+
+class ToMemory:
+    """From names on disk to parameters, for a checkpoint that holds the names `on_disk`."""
+
+    def __init__(self, names: DiskNames, on_disk: Collection[str]) -> None:
+        self._tied = names.tied
+        self._renamed = _Patterns(names.renamed.items())
+        self._assembled = _Patterns(
+            (disk, (memory, disks, position))
+            for memory, disks in names.assembled.items()
+            for position, disk in enumerate(disks)
+        )
+        prefix = f"{names.base_model_prefix}." if names.base_model_prefix else ""
+        self._missing = "" if any(name.startswith(prefix) for name in on_disk) else prefix
+        self._ignored = NameSet(names.ignored)
+
+    def part(self, disk: str) -> Part | None:
+        """What the tensor called `disk` is; None when it is to be ignored."""
+        prefixed = disk if not self._missing or self._is_named(disk) else self._missing + disk
+        if disk in self._ignored or prefixed in self._ignored:
+            return None
+        found = self._assembled.find(prefixed)
+        if found is None:
+            renamed = self._renamed.find(prefixed)
+            return Part(parameter=prefixed if renamed is None else _fill(*renamed))
+        (memory, disks, position), numbers = found
+        stacked = len(numbers) > memory.count("*")
+        shared = numbers[:-1] if stacked else numbers
+        own = [_fill(pattern, shared) for pattern in disks]
+        if prefixed != disk:
+            own = [name.removeprefix(self._missing) for name in own]
+        return Part(
+            parameter=_fill(memory, shared),
+            sources=Sources(names=tuple(own)),
+            position=position,
+            number=int(numbers[-1]) if stacked else 0,
+            stack=disks[position].rpartition("*")[0] if stacked else "",
+        )
+
+    def _is_named(self, disk: str) -> bool:
+        """Whether a name without the prefix means something as it is."""
+        if disk.startswith(_HEAD) or disk in self._tied:
+            return True
+        return bool(self._renamed.find(disk) or self._assembled.find(disk))
+
+
+class ToDisk:
+    """From parameters to names on disk, as transformers writes them."""
+
+    def __init__(self, names: DiskNames) -> None:
+        self._renamed = _Patterns((memory, disk) for disk, memory in names.renamed.items())
+        self._assembled = _Patterns(names.assembled.items())
+
+    def source(self, parameter: str) -> str | None:
+        """The name on disk of a parameter that is one tensor there, None when it has the same."""
+        found = self._renamed.find(parameter)
+        return None if found is None else _fill(*found)
+
+    def sources(self, parameter: str, shape: Sequence[int]) -> Sources | None:
+        """The names on disk of a parameter that is several tensors there."""
+        found = self._assembled.find(parameter)
+        if found is None:
+            return None
+        disks, numbers = found
+        stacked = disks[0].count("*") > len(numbers)
+        return Sources(names=tuple(_fill(disk, numbers) for disk in disks), count=shape[0] if stacked and shape else 1)
+
+
+class _Patterns(Generic[_T]):
+    """What is meant by a name, by patterns in which `*` is any number. A pattern with fewer `*` comes first."""
+
+    def __init__(self, entries: Iterable[tuple[str, _T]]) -> None:
+        self._by_template: dict[str, list[tuple[list[str], _T]]] = {}
+        for pattern, value in sorted(entries, key=lambda entry: entry[0].count("*")):
+            self._by_template.setdefault(starred(pattern), []).append((pattern.split("."), value))
+
+    def find(self, name: str) -> tuple[_T, list[str]] | None:
+        """The value of the first pattern that `name` matches, and the numbers in place of its `*`."""
+        if not self._by_template:
+            return None
+        parts = name.split(".")
+        for pattern, value in self._by_template.get(starred(name), ()):
+            if all(wanted in ("*", part) for wanted, part in zip(pattern, parts)):
+                return value, [part for wanted, part in zip(pattern, parts) if wanted == "*"]
+        return None
+
+
+def _fill(pattern: str, numbers: Sequence[str]) -> str:
+    """The pattern with its first `*`s replaced by `numbers`; what is left of them stays."""
+    for number in numbers:
+        pattern = pattern.replace("*", number, 1)
+    return pattern

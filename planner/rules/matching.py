@@ -1,0 +1,177 @@
+"""Rules as they are matched: a spec with its name and compiled patterns, and which rule decides a parameter.
+
+The first source with a rule that matches decides. What a rule then does to a weight is not known here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from autotp_plan.planner.rules.rule_set import Source
+from autotp_plan.planner.rules.symbols import SymbolError, Symbols
+from autotp_plan.schemas.fault_book import FaultBook
+from autotp_plan.schemas.layout import Layout
+from autotp_plan.schemas.plan.document import Style
+from autotp_plan.schemas.spec import Spec
+
+DEFAULT = "default for 1-D"
+"""The rule of parameters of at most one dimension that no other rule decides: whole on every rank."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule:
+    """A rule with its name and compiled patterns."""
+
+    name: str
+    spec: Spec
+    patterns: tuple[re.Pattern[str], ...]
+    trusted: bool
+
+    def matches(self, name: str) -> bool:
+        return any(pattern.match(name) for pattern in self.patterns)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """How one parameter (or tied name) is cut, by which rule."""
+
+    rule: str
+    style: Style
+    layout: Layout
+    gather_output: bool = False
+    partial_gradient: bool = False
+    add_once: bool = False
+    split_input: bool = False
+
+    @property
+    def inside_cut(self) -> bool:
+        """Whether activations around this parameter's module are cut: neither gathered after it nor split before it."""
+        return self.style in ("column", "row", "shard") and not self.gather_output and not self.split_input
+
+
+def compile_rules(source: Source, model_type: str | None, symbols: Symbols, faults: FaultBook) -> list[Rule]:
+    """The rules of a source that hold for `model_type` and the model's config, their patterns compiled."""
+    rules = []
+    of_model = (model_type or "").lower()
+    for index, spec in enumerate(source.specs, 1):
+        if spec.model_types and of_model not in [wanted.lower() for wanted in spec.model_types]:
+            continue
+        name = f"{source.label} #{index}"
+        try:
+            if not symbols.holds(spec.when):
+                continue
+        except SymbolError as error:
+            faults.add(
+                "a condition cannot be decided",
+                name,
+                got=str(error),
+                expected="config keys and symbols with not, and, or and comparisons",
+                next="correct `when`, or give the key a default",
+            )
+            continue
+        _check_words(name, spec, faults)
+        compiled = [compile_pattern(pattern, name, faults) for pattern in spec.patterns]
+        patterns = tuple(pattern for pattern in compiled if pattern is not None)
+        rules.append(Rule(name=name, spec=spec, patterns=patterns, trusted=source.trusted))
+    return rules
+
+
+def compile_pattern(pattern: str, rule: str, faults: FaultBook) -> re.Pattern[str] | None:
+    """The compiled pattern of `rule`; None, and a fault, when it is no regular expression."""
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        faults.add(
+            "a pattern is not a regular expression",
+            rule,
+            got=f"{pattern}: {error}",
+            expected="a Python regular expression",
+            next="escape dots and brackets with \\",
+        )
+        return None
+
+
+def _check_words(rule: str, spec: Spec, faults: FaultBook) -> None:
+    for wrong, words in (
+        (spec.gather_output and spec.partition_type != "column", "gather_output with column only"),
+        (spec.grad_allreduce and spec.partition_type != "skip", "grad_allreduce with skip only"),
+        (spec.split_input and spec.partition_type != "row", "split_input with row only"),
+        (spec.add_once and spec.partition_type != "skip", "add_once with skip only"),
+        (spec.partition_dim and spec.partition_type == "vocab", "partition_dim 0, the rows of the table"),
+    ):
+        if wrong:
+            faults.add(
+                "a rule contradicts itself",
+                rule,
+                got=f"partition_type {spec.partition_type}",
+                expected=words,
+                next="change the partition_type, or remove the other key",
+            )
+
+
+def check_patterns_match(rules: Sequence[Rule], names: Sequence[str], faults: FaultBook) -> None:
+    """Every pattern that is not optional must match a parameter: one that does not is a misunderstanding."""
+    for rule in rules:
+        if rule.spec.optional:
+            continue
+        for pattern in rule.patterns:
+            if any(pattern.match(name) for name in names):
+                continue
+            modules = {name.rpartition(".")[0] for name in names}
+            if any(pattern.match(module) for module in modules):
+                fixed = pattern.pattern.rstrip("$") + "\\.weight$"
+                hint = f"patterns are matched against parameter names, not modules: write {fixed}"
+            elif rule.trusted:
+                hint = "the checkpoint may be incomplete, or another architecture; see `--preset none --spec FILE`"
+            else:
+                hint = f'compare with the model\'s names, such as {_example(names)}; or mark the rule "optional": true'
+            faults.add(
+                "a pattern matches no parameter",
+                rule.name,
+                got=pattern.pattern,
+                expected="at least one parameter of the model",
+                next=hint,
+            )
+
+
+def deciding_rule(name: str, rules: Sequence[Sequence[Rule]], faults: FaultBook) -> Rule | None:
+    """The rule that decides `name`: the first that matches, of the first source that has one. Two may not disagree."""
+    for source_rules in rules:
+        found = [rule for rule in source_rules if rule.matches(name)]
+        if not found:
+            continue
+        for other in found[1:]:
+            if _meaning(other.spec) != _meaning(found[0].spec):
+                faults.add(
+                    "two rules match one parameter and disagree",
+                    name,
+                    got=f"{found[0].name} ({_brief(found[0].spec)}) and {other.name} ({_brief(other.spec)})",
+                    expected="one rule, or rules that say the same",
+                    next="narrow one of the patterns",
+                )
+        return found[0]
+    return None
+
+
+def _meaning(spec: Spec) -> Spec:
+    """The rule without what does not change the cut."""
+    return dataclasses.replace(spec, patterns=(), model_types=None, optional=False, when=None)
+
+
+def _brief(spec: Spec) -> str:
+    return spec.partition_type if spec.shape is None else f"{spec.partition_type}, shape {list(spec.shape)}"
+
+
+def pattern_for(name: str) -> str:
+    """A pattern for a parameter and its likes in the other layers, as it is written in JSON."""
+    parts = ["\\\\d+" if part.isdecimal() else part for part in name.split(".")]
+    return "\\\\.".join(parts) + "$"
+
+
+def _example(names: Sequence[str]) -> str:
+    return next(
+        (name for name in names if any(part.isdecimal() for part in name.split("."))), names[0] if names else ""
+    )

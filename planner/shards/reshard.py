@@ -1,0 +1,130 @@
+"""From shards of one TP size straight to another: what a fresh presplit of the checkpoint would write, to the byte."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from autotp_plan.planner.compiler import compile_plan
+from autotp_plan.planner.plan_checks import check_checkpoint, check_plan
+from autotp_plan.planner.rules.rule_set import AUTO
+from autotp_plan.planner.shards.folder_writer import Contents, write_shards
+from autotp_plan.planner.shards.merge import parts_of
+from autotp_plan.planner.shards.resumable_folder import Progress
+from autotp_plan.schemas.errors import AutoTPError, Fault, MismatchError
+from autotp_plan.schemas.plan.document import Parameter, Plan
+from autotp_plan.schemas.shards.file_layout import MAX_FILE_BYTES
+from autotp_plan.schemas.shards.folder import Shards, read_shards
+from autotp_plan.schemas.shards.manifest import INDEX_COPY_NAME, Manifest
+from autotp_plan.schemas.shards.origin import original_of_shards
+from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, INDEX_NAME
+from autotp_plan.schemas.storage.safetensors_header import parse_header, prefixed
+
+_PRESET = re.compile(r"preset (\S+)( vocabulary)? #\d+")
+
+
+def reshard(
+    shards_folder: Path,
+    output: Path,
+    *,
+    tp_size: int | None = None,
+    plan: Plan | None = None,
+    uneven: bool = False,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    workers: int = 4,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Cut anew, for `plan` or for `tp_size` ranks, what `shards_folder` holds; returns the manifest of `output`.
+
+    Args:
+        tp_size: compile the plan that a preset makes of the same checkpoint; `uneven` as for `compile_plan`.
+        plan: cut by this plan, which must be for the same parameters.
+        output: a new folder, or one that an earlier attempt did not finish: that is continued.
+
+    Raises MismatchError when the plan is for another model, or when the old one was not made by a preset alone and none
+    is given; CompileError when no plan can be made for `tp_size`; ShardsError as `presplit`.
+    """
+    assert (tp_size is None) != (plan is None), "give either tp_size or plan"
+    shards = read_shards(shards_folder)
+    with _headers_only(shards) as checkpoint:
+        if plan is None:
+            plan = _recompiled(shards.plan, checkpoint, tp_size, uneven)
+        faults = check_plan(plan) + check_checkpoint(plan, checkpoint)
+    old = {parameter.name: parameter for parameter in shards.plan.expanded()}
+    faults = faults or list(_unlike(old, shards.plan, plan))
+    if faults:
+        raise MismatchError(faults)
+    contents = Contents(
+        original=original_of_shards(shards), read_from=lambda parameter: parts_of(old[parameter.name], shards)
+    )
+    return write_shards(
+        plan, contents, output, "reshard", max_file_bytes=max_file_bytes, workers=workers, progress=progress
+    )
+
+
+@contextlib.contextmanager
+def _headers_only(shards: Shards) -> Iterator[Path]:
+    """A folder like the original checkpoint: its names, headers and config; tensors are holes that take no space."""
+    with tempfile.TemporaryDirectory(prefix="autotp-plan-") as name:
+        folder = Path(name)
+        for file in shards.manifest.source.files:
+            header = parse_header(folder / file.name, file.header)
+            header.path.write_bytes(prefixed(file.header.encode()))
+            os.truncate(header.path, header.size)
+        for copied, original in ((CONFIG_NAME, CONFIG_NAME), (INDEX_COPY_NAME, INDEX_NAME)):
+            if any(file.name == copied for file in shards.manifest.files):
+                shutil.copyfile(shards.folder / copied, folder / original)
+        yield folder
+
+
+def _recompiled(old: Plan, checkpoint: Path, tp_size: int | None, uneven: bool) -> Plan:
+    """The plan for `tp_size` by the rules that made the old one: those with which it comes out as it was."""
+    rules = {entry.rule for entry in old.parameters} | {tie.rule for tie in old.tied}
+    named = {match[1] for rule in rules if (match := _PRESET.fullmatch(rule))}
+    for preset in (AUTO, *sorted(named)):
+        for was_uneven in (False, True):
+            try:
+                again = compile_plan(checkpoint, tp_size=old.tp_size, preset=preset, uneven=was_uneven)
+            except AutoTPError:
+                continue
+            if again.fingerprint == old.fingerprint:
+                return compile_plan(checkpoint, tp_size=tp_size, preset=preset, uneven=uneven or was_uneven)
+    others = sorted(rule for rule in rules if not _PRESET.fullmatch(rule) and not rule.startswith("default"))
+    raise MismatchError(
+        Fault(
+            what="the plan of the shards cannot be made again for another TP size",
+            where="--tp",
+            got=", ".join(others[:3]) or "a plan that the preset of this version does not make",
+            expected="a plan that a preset made, and nothing else",
+            next=f"compile a plan with the same rules and --tp {tp_size}, and give it with --plan",
+        )
+    )
+
+
+def _unlike(old: dict[str, Parameter], old_plan: Plan, plan: Plan) -> Iterator[Fault]:
+    """Parameters of `plan` that the shards hold otherwise."""
+    new = {parameter.name: parameter for parameter in plan.expanded()}
+    for name in sorted(old.keys() | new.keys()):
+        before = _described(old.get(name), old_plan)
+        after = _described(new.get(name), plan)
+        if before != after:
+            yield Fault(
+                what="the plan is for other parameters than the shards hold",
+                where=name,
+                got=after,
+                expected=before,
+                next="give a plan for the same model; or `merge` the shards, and presplit the checkpoint",
+            )
+
+
+def _described(parameter: Parameter | None, plan: Plan) -> str:
+    if parameter is None:
+        return "no such parameter"
+    names = parameter.names_on_disk()
+    shown = ", ".join(names) if len(names) < 4 else f"{names[0]} to {names[-1]}, {len(names)} tensors"
+    return f"{parameter.dtype} of {list(plan.shape_of(parameter))}, on disk {shown}"

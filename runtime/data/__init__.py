@@ -1,0 +1,1 @@
+"""Batches: the same on all TP ranks of a data-parallel group, others on each DP rank."""

@@ -1,0 +1,4 @@
+"""DeepSpeed: its mesh and process groups, the engine's config, and the private names that we rely on (`internals`).
+
+Not here: layers (`runtime.tensor_parallel`) and checkpoints (`runtime.checkpoint`).
+"""

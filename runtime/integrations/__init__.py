@@ -1,0 +1,1 @@
+"""Libraries that people train with: Hugging Face's Trainer and Accelerate, PEFT's LoRA."""

@@ -1,0 +1,158 @@
+"""The loss of a transformers causal LM whose head is cut by the vocabulary, without ever gathering the logits.
+
+The cross entropy of a token needs three numbers over the whole vocabulary: the largest logit, the sum of exponentials,
+and the target's logit. Each rank computes its part of them (Shoeybi et al., 2019, section 3). The gradient of a rank's
+logits, softmax minus one-hot, is then its own affair.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from deepspeed import comm as dist
+from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from autotp_plan.runtime.tensor_parallel.embedding import find_held
+from autotp_plan.runtime.tensor_parallel.lazy_logits import GatheredWhenUsed, Parts
+from autotp_plan.runtime.tensor_parallel.linear import ColumnParallelLinear
+from autotp_plan.schemas import intervals as iv
+
+
+def use_vocab_parallel_loss(model: nn.Module) -> bool:
+    """Let `model`, sharded, compute its loss from each rank's logits where it is one that can; whether it is.
+
+    It can when it is a transformers model whose loss is `ForCausalLMLoss`, and its head is a gathered column-parallel
+    layer in which each rank has words that no other has.
+    """
+    head = _head(model)
+    if head is None or getattr(model, "loss_function", None) is not ForCausalLMLoss:
+        return False
+    held = head.shards.layouts["weight"].intervals
+    if len(iv.holders(held)) != sum(len(rank) for rank in held) or not all(map(iv.length, held)):
+        return False
+    model.loss_function = causal_lm_loss  # type: ignore[assignment]
+    model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+    model.register_forward_hook(_after_forward, always_call=True)
+    return True
+
+
+def causal_lm_loss(
+    logits: Tensor,
+    labels: Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """transformers' `ForCausalLMLoss`, which it leaves everything to but logits that are still in parts.
+
+    Args:
+        logits: `(batch, length, vocab_size)`.
+        labels: `(batch, length)` token ids; position `n` is scored by the logits of `n - 1`.
+        vocab_size: the model's.
+        num_items_in_batch: what to divide the sum over the tokens by; None takes the mean.
+        ignore_index: the label of tokens that do not count.
+        shift_labels: labels that are shifted already, taken instead of `labels`.
+        kwargs: for transformers.
+
+    Raises ValueError when there are not as many labels as logits, RuntimeError when a label is not in the vocabulary.
+    """
+    part = logits.part if isinstance(logits, GatheredWhenUsed) and logits.shape[-1] == vocab_size else None
+    if part is None:
+        loss: Tensor = ForCausalLMLoss(
+            logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
+        )
+        return loss
+    assert isinstance(logits, GatheredWhenUsed)
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    targets = shift_labels.reshape(-1).to(part.device)
+    losses = vocab_parallel_cross_entropy(part.float().flatten(0, -2), targets, logits.parts, ignore_index)
+    if num_items_in_batch is None:
+        num_items_in_batch = (targets != ignore_index).sum()
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(losses.device)
+    mean: Tensor = losses.sum() / num_items_in_batch
+    return mean
+
+
+def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, parts: Parts, ignore_index: int = -100) -> Tensor:
+    """The cross entropy of each token, the same on every rank; 0 for a target of `ignore_index`.
+
+    Args:
+        logits: `(tokens, words of this rank)`, in the precision to compute in.
+        targets: `(tokens,)` ids in the whole vocabulary, the same on every rank.
+        parts: which words each rank has.
+        ignore_index: the target of tokens that do not count.
+
+    Returns `(tokens,)`. Raises ValueError and RuntimeError as `causal_lm_loss`.
+    """
+    if targets.shape != logits.shape[:1]:
+        raise ValueError(
+            f"The labels do not belong to the logits. Got: {targets.numel()} labels for the logits of "
+            f"{logits.shape[0]} tokens. Expected: as many. Next: give labels for the same tokens (logits_to_keep?)."
+        )
+    known = (targets == ignore_index) | ((targets >= 0) & (targets < parts.size))
+    torch._assert_async(  # on CUDA without waiting for the device, as torch's own cross entropy
+        known.all(), f"A label is not in the vocabulary. Expected: 0 to {parts.size - 1}, or {ignore_index} to ignore."
+    )
+    losses: Tensor = _CrossEntropy.apply(logits, targets, parts, ignore_index)  # type: ignore[no-untyped-call]
+    return losses
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, parts: Parts, ignore_index: int) -> Tensor:
+        highest = logits.amax(dim=-1)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=parts.group)
+        softmax = logits - highest.unsqueeze(-1)
+        column, mine = find_held(targets, parts.held)
+        column = column.unsqueeze(-1)
+        target = softmax.gather(-1, column).squeeze(-1).masked_fill(~mine, 0.0)
+        softmax.exp_()
+        sums = torch.stack((softmax.sum(dim=-1), target))
+        dist.all_reduce(sums, group=parts.group)
+        total, target = sums
+        softmax.div_(total.unsqueeze(-1))
+        counted = targets != ignore_index
+        ctx.save_for_backward(softmax, column, mine & counted, counted)
+        losses: Tensor = total.log() - target
+        return losses.masked_fill(~counted, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+        softmax, column, mine, counted = ctx.saved_tensors
+        grad_tokens = grad_output.masked_fill(~counted, 0.0).unsqueeze(-1)
+        grad_logits = softmax * grad_tokens
+        grad_logits.scatter_add_(-1, column, -grad_tokens.masked_fill(~mine.unsqueeze(-1), 0.0))
+        return grad_logits, None, None, None
+
+
+def _head(model: nn.Module) -> ColumnParallelLinear | None:
+    """The layer that makes the logits, where every rank makes its part of them."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    cut = isinstance(head, ColumnParallelLinear) and head.gather_output and head.is_tp_parallel
+    return head if cut else None
+
+
+def _before_forward(model: nn.Module, args: Any, kwargs: Any) -> None:
+    head = _head(model)
+    if head is not None:
+        positional = list(inspect.signature(type(model).forward).parameters)[1:]
+        labels = {**dict(zip(positional, args)), **kwargs}.get("labels")
+        ours = model.loss_function is causal_lm_loss  # until someone sets another
+        traced = torch.compiler.is_compiling()  # torch.compile guards sizes that a part only seems to have
+        head.gather_when_used = ours and model.training and labels is not None and not traced
+
+
+def _after_forward(model: nn.Module, *_: Any) -> None:
+    head = _head(model)
+    if head is not None:
+        head.gather_when_used = False

@@ -1,0 +1,297 @@
+"""The dense side of the proof: find a twin that runs, give it random weights, write its checkpoints and its numbers.
+
+Which sizes an architecture accepts is not known beforehand: from small to large, the first that builds, runs and gives
+every parameter a gradient is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from autotp_plan.runtime.loading.check_model import check_model
+from autotp_plan.runtime.loading.meta_model import build_model
+from autotp_plan.runtime.verify import scale_config
+from autotp_plan.runtime.verify.compare import Batches, dense_reader, dense_steps, float64_numbers
+from autotp_plan.runtime.verify.scale_plan import TwinError, num_layers_needed, parameters_and_buffers, twin_plan
+from autotp_plan.schemas.errors import AutoTPError, Fault, MismatchError
+from autotp_plan.schemas.plan.document import Plan
+from autotp_plan.schemas.storage.checkpoint import (
+    CONFIG_NAME,
+    SINGLE_NAME,
+    planned_config,
+    read_checkpoint,
+    read_config,
+)
+
+PLAN_NAME = "plan.json"
+ABOUT_NAME = "about.json"
+MOST_PARAMETERS = 100_000_000
+_LENGTH = 12
+_ENOUGH = 3
+"""Twins to run in the hope of one in which every parameter has a gradient."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class About:
+    """What a twin is: its widths are the model's by `divisor`. `refused` says why an attention was not run.
+
+    `ungraded` are parameters that the loss does not depend on, in the dense model too.
+    """
+
+    divisor: int
+    layers: int | None
+    experts: int | None
+    num_parameters: int
+    batches: Batches
+    attention: tuple[str, ...]
+    refused: dict[str, str] = field(default_factory=dict)
+    ungraded: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, folder: Path) -> About:
+        data = json.loads((folder / ABOUT_NAME).read_text())
+        return cls(
+            **{
+                **data,
+                "batches": Batches(**data["batches"]),
+                "attention": tuple(data["attention"]),
+                "ungraded": tuple(data["ungraded"]),
+            }
+        )
+
+    def write(self, folder: Path) -> None:
+        (folder / ABOUT_NAME).write_text(json.dumps(asdict(self)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """How a twin is smaller: the divisor of its widths, how many layers and experts it has."""
+
+    divisor: int
+    layers: int | None
+    experts: int | None
+
+
+def options(attention: str) -> dict[str, Any]:
+    """What transformers is asked for; its default for experts has no float64 kernel on CPU."""
+    return {"attn_implementation": attention, "experts_implementation": "eager"}
+
+
+def write_twin(plan: Plan, folder: Path, attention: tuple[str, ...]) -> None:
+    """Make a twin of the plan's model and write everything that ranks need to compare with it to `folder`.
+
+    `float64/` and `float32/` are checkpoints with a `plan.json`, `eager.pt` and `sdpa.pt` the dense numbers,
+    `engine.json` the losses and gradient norms, `about.json` what the twin is. Raises MismatchError when no twin can
+    be made.
+    """
+    reasons: list[str] = []
+    try:
+        original = _original(plan, folder / "original")
+    except (AssertionError, AttributeError, RuntimeError, TypeError) as error:
+        raise MismatchError(_no_twin([f"{type(error).__name__}: {error}"])) from None
+    runs, refused = _attention(folder / "original", plan, attention)
+    ran: list[tuple[Sizes, About]] = []
+    for sizes in _candidates(plan, original):
+        try:
+            about = _try(plan, original, folder, sizes, runs)
+        except Exception as error:  # transformers raises anything for sizes that do not go together
+            reasons.append(f"widths by {sizes.divisor}: {type(error).__name__}: {str(error)[:500]}")
+            continue
+        ran.append((sizes, about))
+        if not about.ungraded or len(ran) == _ENOUGH:
+            break
+    if not ran:
+        raise MismatchError(_no_twin(reasons))
+    sizes, about = min(ran, key=lambda one: len(one[1].ungraded))
+    if sizes != ran[-1][0]:
+        _try(plan, original, folder, sizes, runs)
+    replace(about, refused=refused).write(folder)
+
+
+def randomise(model: nn.Module) -> None:
+    """Give every parameter, and every buffer that is saved, a random value: zeros and ones hide errors."""
+    generator = torch.Generator().manual_seed(0)
+    done: set[int] = set()
+    with torch.no_grad():
+        for name, tensor in sorted(parameters_and_buffers(model), key=lambda item: item[0]):
+            if id(tensor) in done or not tensor.is_floating_point():
+                continue
+            done.add(id(tensor))
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            if tensor.dim() > 1:
+                tensor.copy_(noise / math.sqrt(tensor.shape[-1]))
+            else:
+                tensor.copy_(noise * 0.2 + (1.0 if name.endswith("weight") else 0.0))
+
+
+def _original(plan: Plan, folder: Path) -> Any:
+    """The plan's model at its full size, on meta. Raises MismatchError when it is not what the plan says."""
+    if plan.model.config is None:
+        raise MismatchError(
+            Fault(
+                what="only a transformers model has a twin that can be verified",
+                where="model.config",
+                got="a plan of a model without config.json",
+                expected="a plan compiled from a checkpoint or config.json of transformers",
+                next="compare your model with its dense self in a test of your own, as "
+                "tests/runtime/test_parity_with_dense.py does",
+            )
+        )
+    folder.mkdir()
+    config = {**plan.model.config, "pad_token_id": 0}  # plans hold no token ids, and a default may be out of range
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
+    with torch.device("meta"):  # its buffers too: nothing of it is ever run
+        model = build_model(folder, plan)
+    check_model(model, plan)
+    return model
+
+
+def _candidates(plan: Plan, original: Any) -> Iterator[Sizes]:
+    """What to try, small twins first."""
+    config = _as_json(original.config)
+    layers, experts = num_layers_needed(plan, config), scale_config.fewest_experts(config)
+    for divisor in scale_config.divisors(config):
+        for count in dict.fromkeys((experts, scale_config.num_experts(config))):
+            yield Sizes(divisor=divisor, layers=layers, experts=count)
+
+
+def _try(plan: Plan, original: Any, folder: Path, sizes: Sizes, attention: tuple[str, ...]) -> About:
+    """Make the twin of these sizes and everything that belongs to it."""
+    config = scale_config.shrink(
+        _as_json(original.config),
+        divisor=sizes.divisor,
+        layers=sizes.layers,
+        experts=sizes.experts,
+        tp_size=plan.tp_size,
+    )
+    for dtype in ("float64", "float32"):
+        shutil.rmtree(folder / dtype, ignore_errors=True)
+        (folder / dtype).mkdir()
+        (folder / dtype / CONFIG_NAME).write_text(json.dumps({**config, "dtype": dtype}))
+    twin: Any = build_model(folder / "float64", plan)
+    num_parameters = sum(parameter.numel() for parameter in twin.parameters())
+    if num_parameters > MOST_PARAMETERS:
+        raise TwinError(f"a twin of {num_parameters} parameters is too large")
+    scaled = twin_plan(plan, original, twin, sizes.divisor)
+    check_model(twin, scaled)
+    words = twin.get_input_embeddings().weight.shape[0]
+    batches = Batches(vocab_size=words, length=_LENGTH, padding=getattr(twin.config, "pad_token_id", None))
+    weights, ungraded = _write_float64(folder, plan, scaled, attention, batches)
+    scaled = twin_plan(plan, original, twin, sizes.divisor, "F32")
+    _write_float32(folder, plan, scaled, attention[0], batches, weights)
+    return About(
+        divisor=sizes.divisor,
+        layers=sizes.layers,
+        experts=sizes.experts,
+        num_parameters=num_parameters,
+        batches=batches,
+        attention=attention,
+        ungraded=ungraded,
+    )
+
+
+def _attention(folder: Path, plan: Plan, wanted: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Those of the attention implementations that the architecture has, and why it has not the others."""
+    runs, refused = [], {}
+    for kind in wanted:
+        try:
+            build_model(folder, plan, **options(kind))
+            runs.append(kind)
+        except AutoTPError as error:
+            refused[kind] = error.faults[0].got
+    if not runs:
+        raise MismatchError(
+            Fault(
+                what="the model has none of the attention implementations asked for",
+                where="--attention",
+                got="; ".join(refused.values()),
+                expected="one that transformers has for this model",
+                next="leave the option out, or give the other one",
+            )
+        )
+    return tuple(runs), refused
+
+
+def _write_float64(
+    folder: Path, plan: Plan, scaled: Plan, attention: tuple[str, ...], batches: Batches
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The checkpoint and the numbers of every attention; the weights, and the names that got no gradient."""
+    weights: dict[str, Tensor] = {}
+    ungraded: set[str] = set()
+    for kind in attention:
+        model: Any = build_model(folder / "float64", plan, on_meta=False, **options(kind)).train().double()
+        randomise(model)
+        if not weights:
+            weights = {name: tensor.detach().clone() for name, tensor in parameters_and_buffers(model)}
+            _save(model, scaled, folder / "float64")
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        names = [parameter.name for parameter in scaled.expanded() if parameter.name in parameters]
+        numbers = float64_numbers(model, dense_reader(model), names, batches)
+        ungraded.update(name for name in names if name not in numbers["accumulated"])
+        torch.save(numbers, folder / f"{kind}.pt")
+    return weights, tuple(sorted(ungraded))
+
+
+def _write_float32(
+    folder: Path, plan: Plan, scaled: Plan, attention: str, batches: Batches, weights: dict[str, Tensor]
+) -> None:
+    model: Any = build_model(folder / "float32", plan, on_meta=False, **options(attention)).train().float()
+    with torch.no_grad():
+        for name, tensor in parameters_and_buffers(model):
+            tensor.copy_(weights[name])
+    _save(model, scaled, folder / "float32")
+    (folder / "engine.json").write_text(json.dumps(dense_steps(model, batches)))
+
+
+def _save(model: Any, scaled: Plan, folder: Path) -> None:
+    """The checkpoint as transformers writes it, under the names that the plan was compiled from, and its plan."""
+    model.save_pretrained(folder)
+    tensors = read_checkpoint(folder).tensors
+    if any(name not in tensors for parameter in scaled.expanded() for name in parameter.names_on_disk()):
+        for path in folder.glob("*.safetensors*"):
+            path.unlink()
+        save_file(dict(_as_the_plan_names_them(model, scaled)), folder / SINGLE_NAME)
+    identity = replace(scaled.model, config=planned_config(read_config(folder)))
+    (folder / PLAN_NAME).write_text(replace(scaled, model=identity).to_json())
+
+
+def _as_the_plan_names_them(model: Any, scaled: Plan) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint with other names than transformers writes today, such as an old one."""
+    whole = dict(parameters_and_buffers(model))
+    for parameter in scaled.expanded():
+        tensor = whole[parameter.name].detach()
+        sources = parameter.sources
+        if sources is None:
+            yield parameter.names_on_disk()[0], tensor.clone()
+            continue
+        parts = tensor if sources.stacked else tensor.unsqueeze(0)
+        names = iter(parameter.names_on_disk())
+        for part in parts:
+            for piece in part.chunk(len(sources.names)) if len(sources.names) > 1 else (part,):
+                yield next(names), piece.clone()
+
+
+def _as_json(config: Any) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return values
+
+
+def _no_twin(reasons: list[str]) -> Fault:
+    return Fault(
+        what="no small twin of this model could be made",
+        where="model.config",
+        got="; ".join(dict.fromkeys((reasons[0], reasons[-1]))) if reasons else "no sizes to try",
+        expected="a transformers causal language model whose widths can be divided alike",
+        next="compare the model with its dense self in a test of your own, as "
+        "tests/runtime/test_parity_with_dense.py does",
+    )

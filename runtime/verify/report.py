@@ -1,0 +1,180 @@
+"""What the proof of a plan found: the errors of every number, whether they are small enough, and how to say so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from autotp_plan.schemas.names import expand, fold
+from autotp_plan.schemas.plan.document import Plan
+from autotp_plan.schemas.plan.stamp import Stamp
+
+FLOAT64_TOLERANCE = 1e-9
+ENGINE_TOLERANCE = 1e-5
+
+Errors = Mapping[str, Mapping[str, float]]
+"""Largest error of each number: kind -> name -> error; infinite when it is not a number, or of another shape."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """The largest errors of alike parameters over all ranks, layers and attentions; None where there is none."""
+
+    name: str
+    gradient: float | None = None
+    accumulated: float | None = None
+    stepped: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Proof:
+    """What was compared and what came out. `failure` is what a rank raised, where one did.
+
+    `float64` has, for each attention, the errors of `loss`, `logits`, `gradient` (one backward pass), `accumulated`
+    (two) and `stepped` (parameters after two optimizer steps): absolute, over the largest magnitude in the tensor
+    where that is above 1. `engine` has the relative errors of losses and gradient norms in float32.
+    """
+
+    plan: Plan
+    twin: dict[str, Any]
+    float64: dict[str, Errors] = field(default_factory=dict)
+    engine: dict[str, float] = field(default_factory=dict)
+    partial_gradients: tuple[str, ...] = ()
+    failure: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def float64_error(self) -> float:
+        """The largest error in float64; infinite when nothing was compared."""
+        found = [error for kinds in self.float64.values() for names in kinds.values() for error in names.values()]
+        return max(found, default=math.inf)
+
+    @property
+    def wrong(self) -> list[str]:
+        """What is off by more than the tolerance before any optimizer step, sorted: `loss`, `logits`, parameters."""
+        found = set()
+        for kinds in self.float64.values():
+            for kind in ("loss", "logits", "gradient", "accumulated"):
+                for name, error in kinds.get(kind, {}).items():
+                    if error > FLOAT64_TOLERANCE and name != "pass 3":
+                        found.add(kind if kind in ("loss", "logits") else name)
+        return sorted(found)
+
+    @property
+    def engine_error(self) -> float:
+        """The largest relative error of the engine; infinite when it did not run."""
+        return max(self.engine.values(), default=math.inf)
+
+    @property
+    def proven(self) -> bool:
+        """Whether every attention and the engine ran and no error is above its tolerance."""
+        complete = self.failure is None and set(self.float64) == set(self.twin.get("attention", ("none",)))
+        return complete and self.float64_error <= FLOAT64_TOLERANCE and self.engine_error <= ENGINE_TOLERANCE
+
+    def stamp(self) -> Stamp:
+        """The stamp of a plan that is proven."""
+        assert self.proven
+        return Stamp(
+            plan=self.plan.fingerprint,
+            versions=self.versions,
+            attention=tuple(self.float64),
+            float64_error=self.float64_error,
+            engine_error=self.engine_error,
+        )
+
+    def largest(self, kind: str) -> float | None:
+        """The largest error of `loss` or `logits`."""
+        found = [error for kinds in self.float64.values() for error in kinds.get(kind, {}).values()]
+        return max(found, default=None)
+
+    def rows(self) -> Iterator[Row]:
+        """A row for each entry of the plan that the twin has parameters of."""
+        for entry in self.plan.parameters:
+            names = set(expand(entry.name))
+            worst = {kind: self._worst(kind, names) for kind in ("gradient", "accumulated", "stepped")}
+            if any(error is not None for error in worst.values()):
+                yield Row(name=entry.name, **worst)
+
+    def _worst(self, kind: str, names: set[str]) -> float | None:
+        found = [
+            error
+            for kinds in self.float64.values()
+            for name, error in kinds.get(kind, {}).items()
+            if name in names
+        ]  # fmt: skip
+        return max(found, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON value; an error that is not finite is null."""
+        return {
+            "proven": self.proven,
+            "plan": self.plan.fingerprint,
+            "tp_size": self.plan.tp_size,
+            "failure": self.failure,
+            "partial_gradients": list(self.partial_gradients),
+            "float64": {
+                "tolerance": FLOAT64_TOLERANCE,
+                "largest": _finite(self.float64_error),
+                "errors": {
+                    attention: {kind: {name: _finite(error) for name, error in names.items()}
+                                for kind, names in kinds.items()}
+                    for attention, kinds in self.float64.items()
+                },
+            },
+            "engine": {
+                "tolerance": ENGINE_TOLERANCE,
+                "largest": _finite(self.engine_error),
+                "errors": {name: _finite(error) for name, error in self.engine.items()},
+            },
+            "twin": self.twin,
+            "versions": self.versions,
+            "seconds": round(self.seconds, 1),
+        }  # fmt: skip
+
+    def headline(self) -> str:
+        """`LlamaForCausalLM at TP=8; the twin: widths by 32, 2 layers, 555136 parameters`."""
+        model = self.plan.model.architecture or self.plan.model.model_type
+        counts = {"layers": self.twin.get("layers"), "experts": self.twin.get("experts")}
+        sizes = [f"widths by {self.twin['divisor']}", *(f"{n} {what}" for what, n in counts.items() if n)]
+        return (
+            f"{model} at TP={self.plan.tp_size}; the twin: {', '.join(sizes)}, {self.twin['num_parameters']} parameters"
+        )
+
+    def conclusions(self) -> list[str]:
+        """What the table of parameters does not say, in sentences."""
+        lines = [f"{kind} attention was not run: {why}" for kind, why in self.twin["refused"].items()]
+        if self.twin["ungraded"]:
+            lines.append(f"without a gradient in the dense model too: {', '.join(self.twin['ungraded'])}")
+        if self.float64:
+            logits, loss = error_text(self.largest("logits")), error_text(self.largest("loss"))
+            kinds = " and ".join(self.float64)
+            lines.append(f"logits {logits}, loss {loss} (float64, {kinds} attention; at most {FLOAT64_TOLERANCE:.0e})")
+        if self.engine:
+            loss, norm = (
+                error_text(max(error for name, error in self.engine.items() if name.startswith(what)))
+                for what in ("loss", "gradient norm")
+            )
+            lines.append(
+                f"DeepSpeed engine: losses {loss}, gradient norms {norm} (float32, relative; at most "
+                f"{ENGINE_TOLERANCE:.0e})"
+            )
+        lines += [
+            f"the gradient of {name} is partial on every rank, and the plan does not say so (grad_allreduce)"
+            for name in fold(self.partial_gradients)
+        ]
+        if self.failure is not None:
+            lines.append(f"the sharded twin did not run: {self.failure}")
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return [*lines, f"{'proven' if self.proven else 'NOT PROVEN'} in {self.seconds:.0f} s with {versions}"]
+
+
+def error_text(error: float | None) -> str:
+    """`1.5e-15`, or nothing for none."""
+    return "" if error is None else f"{error:.1e}"
+
+
+def _finite(error: float) -> float | None:
+    return error if math.isfinite(error) else None

@@ -1,0 +1,159 @@
+"""The proof of a plan: a small twin of its model, dense and through the real runtime, number for number.
+
+Starts the processes and gathers what they found; imports neither torch nor DeepSpeed itself. What the proof shows is
+that the plan's cuts, attributes and sums are right for the architecture; it says nothing of a checkpoint's weights.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from autotp_plan.runtime.verify.report import Errors, Proof
+from autotp_plan.runtime.verify.workers import ProcessError, run_processes
+from autotp_plan.schemas.errors import AutoTPError, Fault, MissingDependencyError
+from autotp_plan.schemas.names import fold, starred
+from autotp_plan.schemas.plan.document import Plan
+
+ATTENTION = ("eager", "sdpa")
+TWIN_SECONDS = 300.0
+RANK_SECONDS = 900.0
+_PACKAGES = ("autotp-plan", "torch", "transformers", "deepspeed")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """What a trial showed: patterns of parameters whose gradients are partial and not summed; what else is wrong."""
+
+    partial_gradients: tuple[str, ...]
+    problem: str | None
+
+
+def verify_plan(
+    plan: Plan, *, attention: tuple[str, ...] = ATTENTION, progress: Callable[[str], None] = lambda _: None
+) -> Proof:
+    """Prove `plan` right or wrong, with CPU processes of its own.
+
+    Args:
+        plan: the plan of a transformers model.
+        attention: implementations to run; those that the architecture has not are left out, and named in `twin`.
+        progress: called with what is done next.
+
+    Raises MissingDependencyError, and MismatchError when the plan is not of a model that transformers builds, or no
+    small twin of it can be made. A plan that is wrong raises nothing: the proof says so.
+    """
+    started = time.monotonic()
+    versions = _versions()
+    with tempfile.TemporaryDirectory(prefix="autotp-verify-") as name:
+        folder = Path(name)
+        progress("building a small twin, dense")
+        try:
+            run_processes(_write_twin, 1, folder, plan, folder, attention, timeout=TWIN_SECONDS)
+        except ProcessError as error:
+            raise AutoTPError(_not_run(str(error))) from None
+        twin = json.loads((folder / "about.json").read_text())
+        progress(f"running it on {plan.tp_size} ranks: {', '.join(twin['attention'])}, DeepSpeed engine")
+        failure = None
+        try:
+            run_processes(_run_rank, plan.tp_size, folder, folder, timeout=RANK_SECONDS)
+        except (ProcessError, AutoTPError) as error:
+            failure = str(error)
+        return Proof(
+            plan=plan,
+            twin={**twin, "batches": dict(twin["batches"])},
+            float64=_gather_float64(folder, twin["attention"], plan.tp_size),
+            engine=_gather_engine(folder, plan.tp_size),
+            partial_gradients=tuple(_gather_partial(folder, twin["attention"])),
+            failure=failure,
+            versions=versions,
+            seconds=time.monotonic() - started,
+        )
+
+
+def try_plan(plan: Plan) -> Trial:
+    """What is right and wrong about a plan that may be wrong, for planning a model without a preset."""
+    proof = verify_plan(plan)
+    partial = set(proof.partial_gradients)
+    wrong = [name for name in proof.wrong if name not in partial]
+    problem = proof.failure
+    if problem is None and wrong:
+        problem = f"{', '.join(fold(wrong)[:8])} differ from the whole model's"
+    if problem is None and not partial and not proof.proven:
+        problem = f"off by {proof.float64_error:.1e} in float64, {proof.engine_error:.1e} in the DeepSpeed engine"
+    patterns = sorted({re.escape(starred(name)).replace(r"\*", r"\d+") + "$" for name in partial})
+    return Trial(partial_gradients=tuple(patterns), problem=problem)
+
+
+def _write_twin(plan: Plan, folder: Path, attention: tuple[str, ...]) -> None:
+    from autotp_plan.runtime.verify.dense import write_twin
+
+    write_twin(plan, folder, attention)
+
+
+def _run_rank(folder: Path) -> None:
+    from autotp_plan.runtime.verify.sharded import run_rank
+
+    run_rank(folder)
+
+
+def _gather_float64(folder: Path, attention: list[str], tp_size: int) -> dict[str, Errors]:
+    """The largest of all ranks' errors, of each attention that all of them finished."""
+    found: dict[str, Errors] = {}
+    for kind in attention:
+        ranks = [_read(folder / f"{kind}.rank-{rank}.json") for rank in range(tp_size)]
+        if all(ranks):
+            found[kind] = {
+                what: {name: max(rank[what][name] for rank in ranks) for name in names}
+                for what, names in ranks[0].items()
+            }
+    return found
+
+
+def _gather_engine(folder: Path, tp_size: int) -> dict[str, float]:
+    ranks = [_read(folder / f"engine.rank-{rank}.json") for rank in range(tp_size)]
+    return {name: max(rank[name] for rank in ranks) for name in ranks[0]} if all(ranks) else {}
+
+
+def _gather_partial(folder: Path, attention: list[str]) -> list[str]:
+    """The parameters whose gradients turned out to be partial; all ranks say the same."""
+    found = [_read(folder / f"{kind}.partial-0.json").get("names", []) for kind in attention]
+    return sorted({name for names in found for name in names})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what takes part in the proof. Raises MissingDependencyError."""
+    missing = [name for name in (*_PACKAGES[1:], "accelerate", "safetensors") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(
+            Fault(
+                what="verify needs the runtime",
+                where="installed packages",
+                got=f"no {', '.join(missing)}",
+                expected="torch, transformers, deepspeed, accelerate and safetensors",
+                next="pip install 'autotp-plan[train]'",
+            )
+        )
+    return {name: metadata.version(name) for name in _PACKAGES}
+
+
+def _not_run(got: str) -> Fault:
+    return Fault(
+        what="the twin could not be run at all",
+        where="verify",
+        got=got,
+        expected="a machine that can run a small model on its CPU",
+        next="look for a lack of memory or processes; report it otherwise",
+    )

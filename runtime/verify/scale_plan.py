@@ -1,0 +1,253 @@
+"""A plan for a smaller model of the same architecture, cut in the same places.
+
+Every layout, attribute and crossing of the twin's plan is the plan's own, scaled to the twin's sizes; no rule is
+consulted again. So what is wrong with the plan is wrong with the twin's, and shows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+from torch import Tensor, nn
+
+from autotp_plan.runtime.verify import scale_config
+from autotp_plan.schemas import intervals as iv
+from autotp_plan.schemas.layout import Layout, SubParameter, group_view
+from autotp_plan.schemas.names import expand, is_index
+from autotp_plan.schemas.plan.document import Crossing, ModuleAttribute, Parameter, Plan, PlannedModule, RuntimeOptions
+
+_FLOATS = frozenset({"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2"})
+
+
+class TwinError(Exception):
+    """Sizes of a plan that cannot be scaled to a twin's. Another twin may do."""
+
+
+def num_layers_needed(plan: Plan, config: Mapping[str, Any]) -> int | None:
+    """The shortest beginning of the layers, two at least, that has every kind of them; None where there are no layers.
+
+    A layer's kind is what the plan does with its parameters and modules, and what the config's lists say of it.
+    """
+    depth = scale_config.num_layers(config)
+    kinds = None if depth is None else _layer_kinds(plan, depth)
+    if depth is None or kinds is None:
+        return None
+    first: dict[Any, int] = {}
+    for layer in range(depth):
+        first.setdefault((kinds[layer], scale_config.per_layer(config, layer)), layer)
+    return min(depth, max(2, 1 + max(first.values())))
+
+
+def twin_plan(plan: Plan, original: nn.Module, twin: nn.Module, divisor: int, dtype: str = "F64") -> Plan:
+    """The plan of `twin`, whose widths are those of `original` by `divisor`; floating-point parameters are of `dtype`.
+
+    Both models may be on meta. Raises TwinError when a size does not scale.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in parameters_and_buffers(twin)}
+    layouts: dict[Layout, str] = {}
+    parameters = []
+    for parameter in plan.expanded():
+        if parameter.name in shapes:
+            shape, layout = shapes[parameter.name], plan.layouts[parameter.layout]
+            scaled = scaled_layout(layout, plan.shape_of(parameter), shape, divisor)
+            name = layouts.setdefault(scaled, f"{len(layouts)}: {scaled.name}")
+            parameters.append(_scaled_parameter(parameter, name, scaled, shape, dtype))
+    held = {parameter.name for parameter in parameters}
+    config = plan.model.config or {}
+    modules = dict(twin.named_modules())
+    return replace(
+        plan,
+        layouts={name: layout for layout, name in layouts.items()},
+        parameters=tuple(parameters),
+        module_attributes=tuple(
+            _scaled_attribute(replace(entry, module=name), original, twin)
+            for entry in plan.module_attributes
+            for name in expand(entry.module)
+            if name in modules
+        ),
+        modules=tuple(
+            _scaled_module(replace(entry, module=name), config, divisor)
+            for entry in plan.modules
+            for name in expand(entry.module)
+            if name in modules
+        ),
+        tied=tuple(tie for tie in plan.tied if tie.to in held and tie.name in shapes),
+        ignored=(),
+        runtime=RuntimeOptions(tp_overlap_comm=plan.runtime.tp_overlap_comm),
+        notes=(),
+        verified=None,
+    )
+
+
+def scaled_layout(layout: Layout, shape: tuple[int, ...], new_shape: tuple[int, ...], divisor: int) -> Layout:
+    """The layout of a parameter of `new_shape` that cuts it where `layout` cuts one of `shape`. Raises TwinError."""
+    if layout.dim is None:
+        return Layout(shape=new_shape)
+    rounded: Layout | None = None
+    for view in _views(layout, shape, new_shape, divisor):
+        scaled, exact = _scaled_cut(layout, view)
+        if exact and scaled is not None:
+            return scaled
+        rounded = rounded or scaled
+    if rounded is None:
+        raise TwinError(f"{layout.name} of {list(shape)} cannot be cut alike in {list(new_shape)}")
+    return rounded
+
+
+def parameters_and_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Everything that a plan may name: all parameters, under each of their names, and buffers that are saved."""
+    yield from model.named_parameters(remove_duplicate=False)
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer
+
+
+def _layer_kinds(plan: Plan, depth: int) -> list[frozenset[Any]] | None:
+    """What the plan says of each layer, under names without its number; None when no names are numbered so."""
+    found: dict[str, dict[int, set[Any]]] = defaultdict(lambda: defaultdict(set))
+
+    def add(name: str, what: Any) -> None:
+        parts = name.split(".")
+        at = next((place for place, part in enumerate(parts) if is_index(part)), None)
+        if at is not None:
+            found[".".join(parts[:at])][int(parts[at])].add((".".join(parts[at + 1 :]), what))
+
+    for entry in plan.expanded():
+        add(entry.name, replace(entry, name="", rule="", source=None, sources=None))
+    for attribute in plan.module_attributes:
+        for name in expand(attribute.module):
+            add(name, (attribute.attribute, attribute.values))
+    for module in plan.modules:
+        for name in expand(module.module):
+            add(name, repr(replace(module, module="")))
+    layers = next((layers for layers in found.values() if layers.keys() == set(range(depth))), None)
+    return None if layers is None else [frozenset(layers[layer]) for layer in range(depth)]
+
+
+def _scaled_parameter(parameter: Parameter, name: str, layout: Layout, shape: tuple[int, ...], dtype: str) -> Parameter:
+    sources = parameter.sources
+    if sources is not None and sources.stacked:
+        sources = replace(sources, count=shape[0])
+    return replace(
+        parameter,
+        layout=name,
+        shape=None if shape == layout.shape else shape,
+        dtype=dtype if parameter.dtype in _FLOATS else parameter.dtype,
+        sources=sources,
+    )
+
+
+def _views(
+    layout: Layout, shape: tuple[int, ...], new_shape: tuple[int, ...], divisor: int
+) -> Iterator[tuple[int, ...]]:
+    """The views of `new_shape` that correspond to the layout's view of `shape`, likely ones first.
+
+    Of several dimensions that make one of the parameter, all but one are as they were or divided by `divisor`.
+    """
+    groups = group_view(shape, layout.shape)
+    if groups is None or len(shape) != len(new_shape):
+        return
+    choices: list[list[tuple[int, ...]]] = []
+    for size, group in zip(new_shape, groups):
+        old = [layout.shape[dim] for dim in group]
+        found: list[tuple[int, ...]] = []
+        kept_first = sorted(range(len(old)), key=lambda place: group[place] == layout.dim)
+        for free in kept_first:  # the dimension that is whatever the others leave
+            options = [(n // divisor, n) if n % divisor == 0 else (n,) for n in old]
+            for rest in itertools.product(*(options[place] for place in range(len(old)) if place != free)):
+                product = math.prod(rest)
+                if product and size % product == 0:
+                    found.append((*rest[:free], size // product, *rest[free:]))
+        choices.append(list(dict.fromkeys(found)))
+    for combination in itertools.product(*choices):
+        yield tuple(itertools.chain.from_iterable(combination))
+
+
+def _scaled_cut(layout: Layout, view: tuple[int, ...]) -> tuple[Layout | None, bool]:
+    """The cut of `layout` in a tensor of another shape, and whether every edge fell on a whole number.
+
+    Edges are counted in units and rounded up: what is cut in as many units (gate and up interleaved, and the weight
+    that takes them) stays cut alike.
+    """
+    assert layout.dim is not None
+    ratio = Fraction(view[layout.dim], layout.shape[layout.dim])
+    sizes = [sub.size * ratio for sub in layout.sub_parameters]
+    if any(size.denominator > 1 or size < 1 for size in sizes):
+        return None, False
+    sub_parameters = []
+    for sub, size in zip(layout.sub_parameters, sizes):
+        unit = sub.unit * ratio
+        kept = int(unit) if unit.denominator == 1 and unit >= 1 else sub.unit
+        sub_parameters.append(SubParameter(size=int(size), unit=kept if int(size) % kept == 0 else 1))
+    exact = True
+    starts = [0, *itertools.accumulate(sub.size for sub in layout.sub_parameters)]
+
+    def edge(old: int) -> int:
+        nonlocal exact
+        index = max(place for place, start in enumerate(starts) if start <= old)
+        if index == len(sub_parameters):
+            return int(starts[index] * ratio)
+        sub, scaled = layout.sub_parameters[index], sub_parameters[index]
+        units = Fraction((old - starts[index]) * scaled.num_units, sub.size)
+        exact = exact and units.denominator == 1
+        return int(starts[index] * ratio) + math.ceil(units) * scaled.unit
+
+    intervals = tuple(tuple((edge(start), edge(stop)) for start, stop in rank) for rank in layout.intervals)
+    if any(start >= stop for rank in intervals for start, stop in rank):
+        return None, False
+    return Layout(shape=view, dim=layout.dim, sub_parameters=tuple(sub_parameters), intervals=intervals), exact
+
+
+def _scaled_attribute(attribute: ModuleAttribute, original: nn.Module, twin: nn.Module) -> ModuleAttribute:
+    """A count is the same in both models; a width is scaled as the models' own are."""
+    old, new = (_value(model.get_submodule(attribute.module), attribute.attribute) for model in (original, twin))
+    if old == new or not old:
+        return attribute
+    values = [value * Fraction(new, old) for value in attribute.values]
+    if any(value.denominator > 1 for value in values):
+        where = f"{attribute.module}.{attribute.attribute}"
+        raise TwinError(f"{where} is {old}, in the twin {new}: {list(attribute.values)} do not scale")
+    return replace(attribute, values=tuple(int(value) for value in values))
+
+
+def _value(module: nn.Module, path: str) -> int:
+    found: Any = module
+    for step in path.split("."):
+        found = getattr(found, step)
+    return int(found)
+
+
+def _scaled_module(module: PlannedModule, config: Mapping[str, Any], divisor: int) -> PlannedModule:
+    return replace(
+        module,
+        inputs={name: _scaled_crossing(crossing, config, divisor) for name, crossing in module.inputs.items()},
+        output=None if module.output is None else _scaled_crossing(module.output, config, divisor),
+    )
+
+
+def _scaled_crossing(crossing: Crossing, config: Mapping[str, Any], divisor: int) -> Crossing:
+    """Features scale, counted things do not: what is split is features where only widths are of that size."""
+    if crossing.interval is not None:
+        return replace(crossing, interval=_divided(crossing.interval, divisor))
+    sizes = {key in scale_config.WIDTHS for key, value in scale_config.entries(config) if value == crossing.size}
+    if crossing.operation != "split" or sizes != {True}:
+        return crossing
+    assert crossing.size is not None
+    (size, _) = _divided((crossing.size, 0), divisor)
+    intervals: Sequence[iv.Intervals] = [
+        tuple(_divided(interval, divisor) for interval in rank) for rank in crossing.intervals
+    ]
+    return replace(crossing, size=size, intervals=tuple(intervals))
+
+
+def _divided(interval: iv.Interval, divisor: int) -> iv.Interval:
+    if interval[0] % divisor or interval[1] % divisor:
+        raise TwinError(f"{list(interval)} cannot be divided by {divisor}")
+    return interval[0] // divisor, interval[1] // divisor

@@ -1,0 +1,46 @@
+"""The sharded side of the proof: what one rank does, through the same doors as a training job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autotp_plan.runtime.training_plan import load_plan
+from autotp_plan.runtime.verify.compare import (
+    engine_steps,
+    errors,
+    float64_numbers,
+    partial_gradients,
+    relative_errors,
+    shard_reader,
+)
+from autotp_plan.runtime.verify.dense import PLAN_NAME, About, options
+
+
+def run_rank(folder: Path) -> None:
+    """Compare this rank's numbers with the dense ones in `folder`; each part's errors are written when it is done."""
+    about = About.read(folder)
+    plan = load_plan(folder / "float64" / PLAN_NAME)
+    rank = plan.ranks.tp_rank
+    for attention in about.attention:
+        dense = torch.load(folder / f"{attention}.pt")
+        model = plan.load_model(folder / "float64", **options(attention)).train()
+        found = float64_numbers(model, shard_reader(model), list(dense["stepped"]), about.batches)
+        _write(folder / f"{attention}.rank-{rank}.json", errors(dense, found, plan.document, rank))
+        partial = partial_gradients(dense, found, plan.document, plan.ranks.tp_group)
+        _write(folder / f"{attention}.partial-{rank}.json", {"names": partial})
+    plan = load_plan(folder / "float32" / PLAN_NAME)
+    model = plan.load_model(folder / "float32", **options(about.attention[0])).train()
+    steps = engine_steps(plan, model, about.batches)
+    _write(
+        folder / f"engine.rank-{rank}.json", relative_errors(json.loads((folder / "engine.json").read_text()), steps)
+    )
+
+
+def _write(path: Path, value: Any) -> None:
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(value))
+    unfinished.replace(path)

@@ -1,0 +1,208 @@
+"""A shards folder, and whether it is what its manifest and plan say.
+
+What is cheap is always checked: that every file is there, and no other; sizes; headers; fingerprints of plan and
+source. Checksums are checked where they are asked for. A folder may come from a stranger: nothing in it is followed,
+executed or read unless it is a plain file directly in the folder.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from autotp_plan.schemas.errors import CheckpointError, Fault, MismatchError, ShardsError
+from autotp_plan.schemas.layout import parameter_shape
+from autotp_plan.schemas.plan.document import Plan
+from autotp_plan.schemas.shards.manifest import JOURNAL_NAME, MANIFEST_NAME, PLAN_NAME, Manifest, ShardFile
+from autotp_plan.schemas.storage import checksum
+from autotp_plan.schemas.storage.byte_ranges import problems
+from autotp_plan.schemas.storage.safetensors_header import SafetensorsFile, TensorEntry, read_header
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shards:
+    """A sound shards folder: tensors by parameter and rank, and those that no rank reads, by name."""
+
+    folder: Path
+    manifest: Manifest
+    plan: Plan
+    tensors: dict[tuple[str, int], TensorEntry]
+    unused: dict[str, TensorEntry]
+
+    def verify(self, workers: int = 4, progress: Callable[[int, int], None] | None = None) -> None:
+        """Read every byte. Raises ShardsError with every file that is not what was written."""
+        sizes = {self.folder / file.name: file.size for file in self.manifest.files}
+        found = checksum.of_files(sizes, workers=workers, progress=progress)
+        faults = []
+        for file in self.manifest.files:
+            got = found[self.folder / file.name]
+            if isinstance(got, OSError):
+                faults.append(_fault(self.folder / file.name, got.strerror or str(got), f"{file.size} bytes"))
+            elif checksum.text(got) != file.crc32:
+                faults.append(_fault(self.folder / file.name, f"CRC-32 {checksum.text(got)}", f"CRC-32 {file.crc32}"))
+        if faults:
+            raise ShardsError(faults)
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether `folder` holds what an attempt to write shards left behind."""
+    if (folder / JOURNAL_NAME).exists() and not (folder / MANIFEST_NAME).exists():
+        return True
+    return (
+        folder.is_dir()
+        and not (folder / MANIFEST_NAME).exists()
+        and any(path.name.startswith("tp-") and path.suffix == ".safetensors" for path in folder.iterdir())
+    )
+
+
+def read_shards(folder: Path, plan: Plan | None = None) -> Shards:
+    """The shards in `folder`, cut by `plan`; None takes the plan in the folder.
+
+    Raises ShardsError, CheckpointError, DocumentError or MismatchError with every fault found.
+    """
+    if is_unfinished(folder):
+        got, next_step = f"shards without {MANIFEST_NAME}", "run the command that was stopped again: it continues"
+        raise ShardsError(_fault(folder, got, "a finished shards folder", next_step))
+    if os.path.lexists(folder / MANIFEST_NAME):
+        _raise_if(_file_fault(folder / MANIFEST_NAME, None))
+    manifest = Manifest.read(folder)
+    faults = list(_listing_faults(folder, manifest))
+    if faults:
+        raise ShardsError(faults)
+    own = Plan.read(folder / PLAN_NAME)
+    plan = own if plan is None else plan
+    if (manifest.plan, manifest.tp_size) != (plan.fingerprint, plan.tp_size) or own.fingerprint != manifest.plan:
+        raise MismatchError(
+            Fault(
+                what="the shards were cut by another plan",
+                where=str(folder / MANIFEST_NAME),
+                got=f"{manifest.plan} at TP={manifest.tp_size}",
+                expected=f"{(plan if own.fingerprint == manifest.plan else own).fingerprint} at TP={plan.tp_size}",
+                next="load the plan in the shards folder (autotp_plan.json), or pre-split with this one",
+            )
+        )
+    return _read_headers(folder, manifest, plan)
+
+
+def _read_headers(folder: Path, manifest: Manifest, plan: Plan) -> Shards:
+    weights = [file for file in manifest.files if file.rank != -1 or file.unused]
+    with ThreadPoolExecutor(8) as pool:
+        headers = list(pool.map(lambda file: _header(folder / file.name), weights))
+    faults = [fault for fault in headers if isinstance(fault, Fault)]
+    tensors: dict[tuple[str, int], TensorEntry] = {}
+    unused: dict[str, TensorEntry] = {}
+    for file, header in zip(weights, headers):
+        if isinstance(header, Fault):
+            continue
+        faults.extend(_metadata_faults(file, header, manifest))
+        if file.unused:
+            unused.update({tensor.name: tensor for tensor in header.tensors})
+            continue
+        if file.rank is not None and file.rank >= plan.tp_size:
+            faults.append(_fault(header.path, f"a file of rank {file.rank}", f"ranks 0 to {plan.tp_size - 1}"))
+            continue
+        for rank in range(plan.tp_size) if file.rank is None else [file.rank]:
+            for tensor in header.tensors:
+                if (tensor.name, rank) in tensors:
+                    faults.append(_fault(header.path, f"{tensor.name} a second time", "every tensor once"))
+                tensors[tensor.name, rank] = tensor
+    if not faults:
+        faults.extend(_tensor_faults(tensors, plan))
+    if faults:
+        raise ShardsError(faults)
+    return Shards(folder=folder, manifest=manifest, plan=plan, tensors=tensors, unused=unused)
+
+
+def _header(path: Path) -> SafetensorsFile | Fault:
+    try:
+        return read_header(path)
+    except CheckpointError as error:
+        return error.faults[0]
+
+
+def _metadata_faults(file: ShardFile, header: SafetensorsFile, manifest: Manifest) -> Iterator[Fault]:
+    found = header.metadata or {}
+    if found.get("autotp_plan") != manifest.plan:
+        yield _fault(header.path, "a file cut by another plan", manifest.plan)
+    elif found.get("autotp_source") != manifest.source.fingerprint:
+        yield _fault(header.path, "a file cut from another checkpoint", manifest.source.fingerprint)
+    elif found.get("tp_rank") != (expected := rank_text(file.rank, file.unused)):
+        yield _fault(header.path, f"a file of rank {found.get('tp_rank')}", f"rank {expected}")
+
+
+def rank_text(rank: int | None, unused: bool) -> str:
+    """What the header of a file says of its rank."""
+    return "none" if unused else "all" if rank is None else str(rank)
+
+
+def _tensor_faults(tensors: dict[tuple[str, int], TensorEntry], plan: Plan) -> Iterator[Fault]:
+    known: set[tuple[str, int]] = set()
+    for parameter in plan.expanded():
+        layout = plan.layouts[parameter.layout]
+        whole = replace(parameter, source=None, sources=None)
+        for rank in range(plan.tp_size):
+            key = (parameter.name, rank)
+            known.add(key)
+            shape = parameter_shape(plan.shape_of(parameter), layout.shape, layout.rank_shape(rank))
+            for problem in problems(whole, shape, {parameter.name: tensors[key]} if key in tensors else {}):
+                yield Fault(
+                    what="a tensor is not what the plan says" if problem.got else "a tensor of the plan is missing",
+                    where=f"rank {rank}: {problem.name}",
+                    got=problem.got,
+                    expected=problem.expected,
+                    next="give the folder that belongs to this plan",
+                )
+    for name, rank in tensors.keys() - known:
+        yield Fault(
+            what="the shards have a tensor that the plan does not know",
+            where=f"rank {rank}: {name}",
+            expected="the plan's tensors only",
+            next="give the folder that belongs to this plan",
+        )
+
+
+def _listing_faults(folder: Path, manifest: Manifest) -> Iterator[Fault]:
+    names = [file.name for file in manifest.files]
+    for name in sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
+        yield _fault(folder / MANIFEST_NAME, f"{name} twice", "every file once")
+    if PLAN_NAME not in names:
+        yield _fault(folder / MANIFEST_NAME, f"no {PLAN_NAME}", "the plan among the files")
+    for file in manifest.files:
+        fault = _file_fault(folder / file.name, file.size)
+        if fault is not None:
+            yield fault
+    for name in sorted({path.name for path in folder.iterdir()} - {*names, MANIFEST_NAME}):
+        if not name.startswith("."):
+            got, expected = "a file that the manifest does not know", "the files of the manifest only"
+            yield _fault(folder / name, got, expected, "move it somewhere else, or copy the folder again")
+
+
+def _file_fault(path: Path, size: int | None) -> Fault | None:
+    expected = "a file" if size is None else f"a file of {size} bytes"
+    try:
+        status = path.lstat()
+    except OSError as error:
+        return _fault(path, error.strerror or str(error), expected)
+    if not stat.S_ISREG(status.st_mode):
+        got = "a link" if stat.S_ISLNK(status.st_mode) else "no plain file"
+        return _fault(path, got, expected, "copy the folder with the files in it, not links (cp -rL)")
+    return None if size in (None, status.st_size) else _fault(path, f"{status.st_size} bytes", expected)
+
+
+def _raise_if(fault: Fault | None) -> None:
+    if fault is not None:
+        raise ShardsError(fault)
+
+
+def _fault(where: Path, got: str, expected: str, next_step: str = "copy the folder again, or pre-split again") -> Fault:
+    return Fault(
+        what="the shards folder is not what its manifest says",
+        where=str(where),
+        got=got,
+        expected=expected,
+        next=next_step,
+    )

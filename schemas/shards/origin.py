@@ -1,0 +1,115 @@
+"""What shards keep of the checkpoint that they were cut from, beside the parameters, so that `merge` can give it back.
+
+The headers of its files, to the byte; the tensors that no rank reads (a head that is tied, tables that are no
+parameters); and the small files beside the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from autotp_plan.schemas.errors import Fault, MismatchError
+from autotp_plan.schemas.plan.document import Plan
+from autotp_plan.schemas.shards.folder import Shards
+from autotp_plan.schemas.shards.manifest import INDEX_COPY_NAME, MANIFEST_NAME, PLAN_NAME, ShardFile, Source, SourceFile
+from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
+from autotp_plan.schemas.storage.safetensors_header import SafetensorsFile, TensorEntry, parse_header
+
+MAX_COPIED_BYTES = 256 * 1024 * 1024
+SAMPLE_BYTES = 4096
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt", ".pkl", ".pickle", ".joblib")
+_OURS = (MANIFEST_NAME, PLAN_NAME, INDEX_COPY_NAME)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Original:
+    """What is not cut: headers and fingerprint, tensors that no rank reads, and files as they are.
+
+    `copied` are `(name in a shards folder, path, size)`.
+    """
+
+    source: Source
+    unused: tuple[TensorEntry, ...]
+    copied: tuple[tuple[str, Path, int], ...]
+
+
+def original_of_checkpoint(checkpoint: Checkpoint, plan: Plan) -> Original:
+    """Of a checkpoint as it lies on disk. Raises MismatchError, or OSError when a file cannot be read."""
+    used = {name for parameter in plan.expanded() for name in parameter.names_on_disk()}
+    return Original(
+        source=source_of(checkpoint),
+        unused=tuple(tensor for file in checkpoint.files for tensor in file.tensors if tensor.name not in used),
+        copied=tuple(_beside_weights(checkpoint.folder)),
+    )
+
+
+def original_of_shards(shards: Shards) -> Original:
+    """Of the checkpoint that shards were cut from."""
+    return Original(
+        source=shards.manifest.source,
+        unused=tuple(
+            shards.unused[tensor.name]
+            for file in shards.manifest.source.files
+            for tensor in parse_header(shards.folder / file.name, file.header).tensors
+            if tensor.name in shards.unused
+        ),
+        copied=tuple((file.name, shards.folder / file.name, file.size) for file in copied_files(shards)),
+    )
+
+
+def copied_files(shards: Shards) -> list[ShardFile]:
+    """The files of the original that were copied as they are, config.json and the index last."""
+    files = [file for file in shards.manifest.files if file.rank == -1 and not file.unused and file.name != PLAN_NAME]
+    return sorted(files, key=lambda file: (file.name in (CONFIG_NAME, INDEX_COPY_NAME), file.name))
+
+
+def _beside_weights(folder: Path) -> Iterator[tuple[str, Path, int]]:
+    """Config, tokenizer and generation files: all small files beside the weights, in name order; and the index."""
+    if (folder / INDEX_NAME).exists():
+        yield INDEX_COPY_NAME, folder / INDEX_NAME, (folder / INDEX_NAME).stat().st_size
+    for path in sorted(folder.iterdir()):
+        left_out = path.suffix in _WEIGHTS or path.name.endswith(".index.json") or path.name in _OURS
+        hidden = path.name.startswith(".") or not path.name.isprintable() or "\\" in path.name
+        if not left_out and not hidden and path.is_file() and path.stat().st_size <= MAX_COPIED_BYTES:
+            yield path.name, path, path.stat().st_size
+
+
+def source_of(checkpoint: Checkpoint) -> Source:
+    """The headers of the checkpoint, and a fingerprint over them and a sample of every tensor.
+
+    Raises MismatchError for a file name that a manifest cannot hold, OSError when a file cannot be read.
+    """
+    files = tuple(SourceFile(name=file.path.name, header=file.header) for file in checkpoint.files)
+    hidden = [file.name for file in files if file.name.startswith(".") or not file.name.isprintable()]
+    if hidden:
+        raise MismatchError(
+            Fault(
+                what="a file of the checkpoint has a name that shards cannot remember",
+                where=str(checkpoint.folder / hidden[0]),
+                got=repr(hidden[0]),
+                expected="a printable name that does not begin with a dot",
+                next="rename the file, in the index too",
+            )
+        )
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(8) as pool:
+        for file, sampled in zip(files, pool.map(_sample, checkpoint.files)):
+            for part in (file.name.encode(), file.header.encode(), sampled):
+                digest.update(len(part).to_bytes(8, "little") + part)
+    return Source(fingerprint=f"sha256:{digest.hexdigest()}", files=files)
+
+
+def _sample(file: SafetensorsFile) -> bytes:
+    """A hash of the bytes in the middle of every tensor: a model that was trained further has others."""
+    digest = hashlib.sha256()
+    with open(file.path, "rb", buffering=0) as opened:
+        for tensor in file.tensors:
+            length = min(SAMPLE_BYTES, tensor.stop - tensor.start)
+            middle = tensor.start + (tensor.stop - tensor.start - length) // 2
+            digest.update(os.pread(opened.fileno(), length, middle))
+    return digest.digest()

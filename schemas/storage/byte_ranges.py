@@ -1,0 +1,157 @@
+"""The bytes of a parameter on disk: those of one tensor, or of several one after the other, in one file or in several.
+
+Stacking tensors along a new dimension 0, and concatenating them along dimension 0, puts their bytes one after the
+other; so whatever a parameter is made of, it is read as one string of bytes. Nothing here knows layouts or ranks.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from autotp_plan.schemas.plan.document import Parameter
+from autotp_plan.schemas.storage.safetensors_header import TensorEntry
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segments:
+    """A string of bytes of elements of one dtype.
+
+    Bytes `[begins[i], begins[i + 1])` of it, the last up to `size`, are those of `files[i]` from `positions[i]` on.
+    """
+
+    name: str
+    dtype: str
+    size: int
+    begins: tuple[int, ...]
+    files: tuple[Path, ...]
+    positions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, entries: Sequence[TensorEntry]) -> Segments:
+        """The bytes of one or more tensors, joined where they touch in a file."""
+        begins: list[int] = []
+        files: list[Path] = []
+        positions: list[int] = []
+        size, end = 0, -1
+        for entry in entries:
+            if not files or entry.file != files[-1] or entry.start != end:
+                begins.append(size)
+                files.append(entry.file)
+                positions.append(entry.start)
+            size, end = size + entry.stop - entry.start, entry.stop
+        return cls(
+            name=name,
+            dtype=entries[0].dtype,
+            size=size,
+            begins=tuple(begins),
+            files=tuple(files),
+            positions=tuple(positions),
+        )
+
+    def ranges(self, offset: int, count: int) -> Iterator[tuple[Path, int, int]]:
+        """The `(file, position, length)` byte ranges that hold `count` bytes from `offset` on, in order."""
+        index = bisect.bisect_right(self.begins, offset) - 1
+        while count > 0:
+            end = self.begins[index + 1] if index + 1 < len(self.begins) else self.size
+            length = min(count, end - offset)
+            if length > 0:
+                yield self.files[index], self.positions[index] + offset - self.begins[index], length
+            offset, count, index = offset + length, count - length, index + 1
+
+
+class SegmentReader:
+    """Reads segments as if they were one file. Holds one file open at a time; not for several threads."""
+
+    def __init__(self, segments: Segments) -> None:
+        self.segments = segments
+        self._file: Path | None = None
+        self._descriptor = -1
+
+    def __enter__(self) -> SegmentReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file that is open."""
+        if self._file is not None:
+            self._file = None
+            os.close(self._descriptor)
+
+    def read_into(self, target: memoryview, offset: int) -> None:
+        """Fill `target` with the bytes from `offset` on. Raises OSError, or EOFError when a file ends before."""
+        filled = 0
+        for file, position, length in self.segments.ranges(offset, len(target)):
+            if file != self._file:
+                self.close()
+                self._descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                self._file = file
+            end = filled + length
+            while filled < end:
+                got = os.preadv(self._descriptor, [target[filled:end]], position)
+                if got == 0:
+                    raise EOFError(f"{file} ended {end - filled} bytes early; it changed while it was read")
+                filled, position = filled + got, position + got
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """A tensor on disk that is not what a parameter needs; `got` is empty when there is none of that name."""
+
+    name: str
+    got: str
+    expected: str
+
+
+def assembled_shape(rows: Sequence[tuple[int, ...]], count: int, stacked: bool) -> tuple[int, ...] | None:
+    """The shape of tensors of shapes `rows` one after the other, `count` times where they are stacked.
+
+    None when they do not fit together: all but the first dimension must be alike, unless there is only one.
+    """
+    first = rows[0]
+    if len(rows) > 1:
+        if not all(shape and shape[1:] == first[1:] for shape in (*rows, first)):
+            return None
+        first = (sum(shape[0] for shape in rows), *first[1:])
+    return (count, *first) if stacked else first
+
+
+def problems(parameter: Parameter, shape: tuple[int, ...], tensors: Mapping[str, TensorEntry]) -> list[Problem]:
+    """What is wrong with the tensors on disk of a single parameter of `shape`; empty when they are what it needs."""
+    sources = parameter.sources
+    if sources is None:
+        return list(_differing(parameter.names_on_disk(), shape, parameter.dtype, tensors))
+    found: list[Problem] = []
+    rows: list[tuple[int, ...]] = []
+    for position in range(len(sources.names)):
+        names = parameter.names_on_disk()[position :: len(sources.names)]
+        first = next((tensors[name].shape for name in names if name in tensors), None)
+        if first is not None:
+            rows.append(first)
+        found += _differing(names, first, parameter.dtype, tensors)
+    whole = assembled_shape(rows, sources.count, sources.stacked) if len(rows) == len(sources.names) else shape
+    if whole != shape:
+        names_of_rows = " and ".join(f"{name} {list(row)}" for name, row in zip(sources.names, rows))
+        expected = f"tensors that make up {parameter.dtype} of {list(shape)}"
+        found.append(Problem(name=parameter.name, got=names_of_rows, expected=expected))
+    return found
+
+
+def _differing(
+    names: Sequence[str], shape: tuple[int, ...] | None, dtype: str, tensors: Mapping[str, TensorEntry]
+) -> Iterator[Problem]:
+    expected = f"{dtype} of {list(shape)}" if shape is not None else f"a tensor of {dtype}"
+    for name in names:
+        tensor = tensors.get(name)
+        if tensor is None:
+            yield Problem(name=name, got="", expected=expected)
+        elif (tensor.shape, tensor.dtype) != (shape, dtype):
+            yield Problem(name=name, got=f"{tensor.dtype} of {list(tensor.shape)}", expected=expected)

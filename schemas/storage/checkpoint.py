@@ -1,0 +1,144 @@
+"""A Hugging Face checkpoint folder: which safetensors file holds which tensor, and its config.json.
+
+Reads headers and JSON only. It knows nothing of modules: tensor names are those on disk.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autotp_plan.schemas import documents
+from autotp_plan.schemas.errors import CheckpointError, Fault
+from autotp_plan.schemas.storage.safetensors_header import SafetensorsFile, TensorEntry, read_header
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+
+_NOT_HASHED = frozenset(
+    {"_name_or_path", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "torch_dtype", "transformers_version"}
+    | {"auto_map", "use_cache"}
+)
+"""Keys of config.json that no layout depends on, and that differ between checkpoints of one architecture."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """The files of a checkpoint in name order, and its tensors by name."""
+
+    folder: Path
+    files: tuple[SafetensorsFile, ...]
+    tensors: dict[str, TensorEntry]
+
+
+def holds_tensors(folder: Path) -> bool:
+    """Whether `folder` has safetensors files of a model."""
+    return (folder / INDEX_NAME).exists() or (folder / SINGLE_NAME).exists()
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`: `model.safetensors`, or the files that `model.safetensors.index.json` names.
+
+    Raises CheckpointError when a file is missing, broken or does not hold what the index says.
+    """
+    weight_map: dict[str, str] | None = None
+    if (folder / INDEX_NAME).exists():
+        weight_map = _weight_map(folder / INDEX_NAME)
+        names = sorted(set(weight_map.values()))
+    elif (folder / SINGLE_NAME).exists():
+        names = [SINGLE_NAME]
+    else:
+        raise CheckpointError(_no_weights(folder))
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        files = tuple(pool.map(lambda name: read_header(folder / name), names))
+    tensors: dict[str, TensorEntry] = {}
+    faults: list[Fault] = []
+    for file in files:
+        for tensor in file.tensors:
+            if tensor.name in tensors:
+                faults.append(_index_fault(file.path, f"{tensor.name}, also in {tensors[tensor.name].file.name}"))
+            tensors[tensor.name] = tensor
+    for name, file_name in (weight_map or {}).items():
+        if name not in tensors or tensors[name].file.name != file_name:
+            faults.append(_index_fault(folder / INDEX_NAME, f"{name}, which is not in {file_name}"))
+    if weight_map is not None:
+        for name in tensors.keys() - weight_map.keys():
+            faults.append(_index_fault(tensors[name].file, f"{name}, which the index does not name"))
+    if faults:
+        raise CheckpointError(faults)
+    return Checkpoint(folder=folder, files=files, tensors=tensors)
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """The parsed config.json of `folder`, None when there is none."""
+    path = folder / CONFIG_NAME
+    if not path.exists():
+        return None
+    config = documents.read_json(path, "config.json")
+    if not isinstance(config, dict):
+        raise CheckpointError(
+            Fault(
+                what="config.json is not a JSON object",
+                where=str(path),
+                got=type(config).__name__,
+                expected="an object, as transformers writes it",
+                next="fetch the file again",
+            )
+        )
+    return config
+
+
+def planned_config(config: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A config without the keys that no layout depends on, keys in order, as a plan holds it; None for no config."""
+    if config is None:
+        return None
+    kept = {key: value for key, value in config.items() if key not in _NOT_HASHED}
+    ordered: dict[str, Any] = json.loads(json.dumps(kept, sort_keys=True))
+    return ordered
+
+
+def config_hash(config: dict[str, Any] | None) -> str | None:
+    """Hash of what a plan holds of a config; None for no config."""
+    return None if config is None else documents.fingerprint(planned_config(config))
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    index = documents.read_json(path, "safetensors index")
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
+        raise CheckpointError(_index_fault(path, "no weight_map of file names by tensor name"))
+    outside = sorted(
+        {name for name in set(weight_map.values()) if Path(name).name != name or name in ("", "..") or "\0" in name}
+    )
+    if outside:
+        raise CheckpointError([_index_fault(path, f"{name}, which is not a file of this folder") for name in outside])
+    return weight_map
+
+
+def _index_fault(where: Path, got: str) -> Fault:
+    return Fault(
+        what="the checkpoint's index and files disagree",
+        where=str(where),
+        got=got,
+        expected="every tensor in exactly the file that the index names",
+        next="fetch or save the checkpoint again",
+    )
+
+
+def _no_weights(folder: Path) -> Fault:
+    if not folder.is_dir():
+        got = "no such folder" if not folder.exists() else "a file"
+    else:
+        other = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        got = ", ".join(other[:3]) or "a folder without weights"
+    return Fault(
+        what="there is no safetensors checkpoint here",
+        where=str(folder),
+        got=got,
+        expected=f"{SINGLE_NAME}, or {INDEX_NAME} and the files it names",
+        next="give the folder that save_pretrained wrote; convert .bin files with safetensors first",
+    )

@@ -1,0 +1,296 @@
+"""The command: exit status 0 or 2, a message that says what to do, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from autotp_plan.planner.cli.main import main
+from autotp_plan.schemas import documents
+from autotp_plan.schemas.plan.document import Plan
+from autotp_plan.schemas.shards.manifest import Manifest
+from tests.helpers.checkpoints import LLAMA_CONFIG, write_checkpoint, write_llama
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Runs the command in-process; the paths it is given may be relative to `tmp_path`."""
+
+    def invoke(*arguments: Any, status: int = 0) -> Result:
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        assert result.exit_code == status, result.output
+        assert "Traceback" not in result.output
+        assert result.exception is None or isinstance(result.exception, SystemExit)
+        return result
+
+    return invoke
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return write_llama(tmp_path / "llama")
+
+
+@pytest.fixture
+def plan_file(run: Run, llama: Path, tmp_path: Path) -> Path:
+    run("compile", "--model", llama, "--tp", 2, "-o", tmp_path / "plan.json")
+    return tmp_path / "plan.json"
+
+
+def files_of(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_the_whole_way(run: Run, llama: Path, tmp_path: Path) -> None:
+    plan_file, shards = tmp_path / "plan.json", tmp_path / "shards"
+    result = run("compile", "--model", llama, "--tp", 2, "-o", plan_file)
+    assert result.stdout.startswith(f"{plan_file}: 21 parameters at TP=2; ")
+    result = run("check", plan_file, "--checkpoint", llama)
+    assert result.stdout == f"{plan_file}: the plan is sound and {llama} holds what it says\n"
+    assert run("check", plan_file).stdout == f"{plan_file}: the plan is sound\n"
+    result = run("presplit", plan_file, "--checkpoint", llama, "-o", shards)
+    assert f"{shards}: 5 files" in result.stdout
+    assert Manifest.read(shards).tp_size == 2
+    assert run("presplit", plan_file, "--checkpoint", llama, "-o", tmp_path / "b", "--quiet").output == ""
+
+
+def test_show_as_a_table(run: Run, plan_file: Path) -> None:
+    output = run("show", plan_file).stdout
+    assert "LlamaForCausalLM at TP=2, 21 parameters" in output
+    lines = {line.split()[0]: " ".join(line.split()[1:]) for line in output.splitlines() if line.strip()}
+    assert lines["model.layers.{0..1}."] == "", "a heading, and the names of its rows without it"
+    assert lines["self_attn.k_proj.weight"] == "16 x 32 column 1/2 of dim 0 1.00 KiB preset llama #2"
+    assert lines["lm_head.weight"].startswith("64 x 32 column, gathered 1/2 of dim 0 2.00 KiB")
+    assert "replicated: 320 B on every rank" in output
+
+
+def test_show_as_json_is_a_contract(run: Run, plan_file: Path) -> None:
+    shown = json.loads(run("show", plan_file, "--format", "json").stdout)
+    assert shown.keys() == {"tp_size", "parameters"}
+    assert shown["tp_size"] == 2
+    assert len(shown["parameters"]) == 21
+    for entry in shown["parameters"]:
+        assert list(entry) == ["name", "shape", "dtype", "style", "rule", "dim", "intervals"]
+    by_name = {entry["name"]: entry for entry in shown["parameters"]}
+    assert by_name["model.layers.0.mlp.down_proj.weight"] == {
+        "name": "model.layers.0.mlp.down_proj.weight", "shape": [32, 48], "dtype": "BF16", "style": "row",
+        "rule": "preset llama #5", "dim": 1, "intervals": [[[0, 24]], [[24, 48]]],
+    }  # fmt: skip
+    assert by_name["model.norm.weight"] == {
+        "name": "model.norm.weight", "shape": [32], "dtype": "BF16", "style": "replicated",
+        "rule": "default for 1-D", "dim": None, "intervals": [[[0, 32]], [[0, 32]]],
+    }  # fmt: skip
+
+
+def test_names_are_shown_as_they_are(run: Run, tmp_path: Path) -> None:
+    """Square brackets and colons are no markup of the table."""
+    names = ["a[/b].w", "[bold]x.w", ":smile:.w"]
+    config = {"architectures": ["[/Model]"], "model_type": "[red]"}
+    folder = write_checkpoint(tmp_path / "odd", dict.fromkeys(names, (2,)), config)
+    run("compile", "--model", folder, "--tp", 2, "-o", tmp_path / "plan.json")
+    output = run("show", tmp_path / "plan.json").stdout
+    assert all(name in output for name in [*names, "[/Model]"])
+
+
+def test_the_same_command_writes_the_same_bytes(run: Run, llama: Path, plan_file: Path, tmp_path: Path) -> None:
+    run("compile", "--model", llama, "--tp", 2, "-o", tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == plan_file.read_bytes()
+
+
+def test_specs_and_a_deepspeed_config(run: Run, llama: Path, tmp_path: Path) -> None:
+    for name, pattern in (("a", "gate"), ("b", "(gate|up)"), ("c", "down")):
+        spec = {"layer_specs": [{"patterns": [f".*{pattern}_proj.weight"], "partition_type": "skip"}]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(spec))
+    section = {"autotp_size": 2, "keep_module_on_host": True}
+    (tmp_path / "ds.json").write_text(json.dumps({"tensor_parallel": section}))
+    specs = [part for name in "abc" for part in ("--spec", tmp_path / f"{name}.json")]
+    plan_file = tmp_path / "plan.json"
+    result = run("compile", "--model", llama, "--ds-config", tmp_path / "ds.json", "-o", plan_file, *specs)
+    assert "note: keep_module_on_host is not applied" in result.stderr
+    decided = {entry.name.split(".")[-2]: entry.rule for entry in Plan.read(plan_file).parameters}
+    assert (decided["gate_proj"], decided["up_proj"]) == ("spec file 1 #1", "spec file 2 #1")
+
+
+def test_faults_of_all_files_are_told_together(run: Run, llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"layer_spec": []}')
+    (tmp_path / "b.json").write_text("{")
+    (tmp_path / "ds.json").write_text('{"tensor_parallel": {"autotp_sise": 2}}')
+    before = files_of(tmp_path)
+    result = run("compile", "--model", llama, "--tp", 2, "-o", tmp_path / "plan.json", "--spec", tmp_path / "a.json",
+                 "--spec", tmp_path / "b.json", "--ds-config", tmp_path / "ds.json", status=2)  # fmt: skip
+    assert result.stdout == ""
+    for part in (f"{tmp_path / 'a.json'}: layer_spec", 'did you mean "layer_specs"?', "the spec file is not JSON",
+                 'did you mean "autotp_size"?', "3 errors; nothing was written"):  # fmt: skip
+        assert part in result.stderr
+    assert files_of(tmp_path) == before
+
+
+def test_a_compile_that_fails_writes_nothing(run: Run, llama: Path, tmp_path: Path) -> None:
+    output = tmp_path / "plan.json"
+    output.write_text("old")
+    before = files_of(tmp_path)
+    result = run("compile", "--model", llama, "--tp", 5, "-o", output, status=2)
+    assert "TP sizes that work for the whole model: 1, 2, 4" in result.stderr
+    assert result.stdout == ""
+    assert (files_of(tmp_path), output.read_text()) == (before, "old")
+
+
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compile", "--model", "{llama}", "--tp", "2", "-o", "{tmp}/no/plan.json"], "the file cannot be written"),
+        (["compile", "--model", "{llama}", "--tp", "2", "-o", "{llama}"], "the file cannot be written"),
+        (["compile", "--model", "{llama}", "--tp", "2", "-o", f"{{tmp}}/{LONG}"], "File name too long"),
+        (["compile", "--model", f"{{tmp}}/{LONG}", "--tp", "2", "-o", "{tmp}/x"], "File name too long"),
+        (["compile", "--model", "{llama}", "--tp", "2", "-o", "{tmp}/x", "--spec", LONG], "File name too long"),
+        (["compile", "--model", "{tmp}/none", "--tp", "2", "-o", "{tmp}/x"], "there is no safetensors checkpoint here"),
+        (["compile", "--model", "{plan}", "--tp", "2", "-o", "{tmp}/x"], "there is no safetensors checkpoint here"),
+        (["compile", "--model", "{llama}", "-o", "{tmp}/x"], "the TP size is missing"),
+        (["compile", "--model", "{llama}", "--tp", "0", "-o", "{tmp}/x"], "the TP size makes no sense"),
+        (["compile", "--model", "{llama}", "--tp", "two", "-o", "{tmp}/x"], "'two' is not a valid integer"),
+        (["compile", "--model", "{llama}", "--tp", "2"], "Missing option '-o'"),
+        (
+            ["compile", "--model", "{llama}", "--tp", "2", "-o", "{tmp}/x", "--preset", "bert"],
+            "there is no such preset",
+        ),
+        (
+            ["compile", "--model", "{llama}", "--tp", "2", "-o", "{tmp}/x", "--spec", "{tmp}/none"],
+            "cannot read the spec",
+        ),
+        (
+            ["compile", "--model", "{llama}", "--tp", "2", "-o", "{tmp}/x", "--ds-config", "{llama}"],
+            "cannot read the Deep",
+        ),
+        (["show", "{tmp}/none.json"], "cannot read the plan"),
+        (["show", "{llama}/config.json"], "the plan lacks a key"),
+        (["show", "{llama}/model.safetensors"], "the plan is not JSON"),
+        (["show", "{plan}", "--format", "yaml"], "'yaml' is not one of 'table', 'json'"),
+        (["check", "{tmp}"], "cannot read the plan"),
+        (["check", "{plan}", "--checkpoint", "{tmp}"], "there is no safetensors checkpoint here"),
+        (["presplit", "{plan}", "--checkpoint", "{llama}", "-o", "{llama}"], "a folder that is not empty"),
+        (["presplit", "{plan}", "--checkpoint", "{tmp}/none", "-o", "{tmp}/x"], "there is no safetensors checkpoint"),
+        (["presplit", "{plan}", "--checkpoint", "{llama}", "-o", "{tmp}/x", "--workers", "0"], "positive numbers"),
+        (["presplit", "{plan}", "--checkpoint", "{llama}", "-o", f"{{tmp}}/{LONG}"], "File name too long"),
+        (["frobnicate"], "No such command"),
+    ],
+)
+def test_a_users_mistake_is_told_and_changes_nothing(
+    run: Run, plan_file: Path, llama: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    before = files_of(tmp_path)
+    filled = [argument.format(llama=llama, tmp=tmp_path, plan=plan_file) for argument in arguments]
+    result = run(*filled, status=2)
+    assert message in result.stderr
+    assert result.stdout == ""
+    assert files_of(tmp_path) == before
+
+
+def test_a_plan_for_another_checkpoint(run: Run, plan_file: Path, tmp_path: Path) -> None:
+    other = write_llama(tmp_path / "other", num_hidden_layers=3, intermediate_size=96)
+    before = files_of(tmp_path)
+    for command in (["check", plan_file, "--checkpoint", other],
+                    ["presplit", plan_file, "--checkpoint", other, "-o", tmp_path / "out"]):  # fmt: skip
+        result = run(*command, status=2)
+        assert "model.layers.{0..1}.mlp.down_proj.weight" in result.stderr
+        assert "the checkpoint has a tensor that the plan does not know" in result.stderr
+    assert files_of(tmp_path) == before
+
+
+def test_a_plan_changed_by_hand(run: Run, plan_file: Path) -> None:
+    plan_file.write_text(plan_file.read_text().replace('"tp_size": 2', '"tp_size": 3'))
+    for command in (["show"], ["check"]):
+        assert "the plan was changed after it was compiled" in run(*command, plan_file, status=2).stderr
+
+
+def test_a_broken_disk_is_no_traceback(run: Run, plan_file: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As root no permission is missing, so that the refusal is made up."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(llama))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    result = run("check", plan_file, "--checkpoint", llama, status=2)
+    assert "the operating system refused" in result.stderr
+    assert str(llama) in result.stderr
+
+
+# as a process
+
+
+def command(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "autotp_plan.planner.cli", *map(str, arguments)],
+        capture_output=True, text=True, timeout=60, check=False, **options,
+    )  # fmt: skip
+
+
+def test_the_process(plan_file: Path, llama: Path, tmp_path: Path) -> None:
+    done = command("show", plan_file)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert max(map(len, done.stdout.splitlines())) <= 200
+    failed = command("compile", "--model", llama, "--tp", 3, "-o", tmp_path / "x")
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert "error: tp_size does not divide the units" in failed.stderr
+    assert "\x1b" not in failed.stderr, "no colours in a pipe"
+    assert command("--version").stdout.startswith("autotp-plan")
+    assert "presplit" in command("--help").stdout
+
+
+def test_a_reader_that_goes_away(plan_file: Path) -> None:
+    """`autotp-plan show plan.json --format json | head -1`."""
+    shell = f"{sys.executable} -m autotp_plan.planner.cli.main show {plan_file} --format json | true"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", shell], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stderr == ""
+
+
+def test_an_interrupted_process_leaves_no_plan(llama: Path, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "m", {"w": (2,)}, LLAMA_CONFIG)
+    os.mkfifo(folder / "spec.json")
+    output = tmp_path / "plan.json"
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "autotp_plan.planner.cli",
+            "compile",
+            "--model",
+            str(folder),
+            "--tp",
+            "2",
+            "-o",
+            str(output),
+            "--spec",
+            str(folder / "spec.json"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=2)
+    process.send_signal(2)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "Aborted!" in stderr
+    assert not output.exists()
+
+
+def test_a_fingerprint_is_of_the_contents(plan_file: Path) -> None:
+    data = json.loads(plan_file.read_text())
+    fingerprint = data.pop("fingerprint")
+    assert documents.fingerprint(data) == fingerprint

@@ -1,0 +1,215 @@
+"""The life of a checkpoint: cut, merged and cut anew, whatever the layouts, every byte is where it was."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from autotp_plan.planner import check_shards, compile_plan, merge, presplit, reshard
+from autotp_plan.planner.shards import copy_engine, copy_rows
+from autotp_plan.planner.shards.copy_plan import Move, each_byte_once, part, whole
+from autotp_plan.schemas import documents
+from autotp_plan.schemas.errors import MismatchError, ShardsError
+from autotp_plan.schemas.layout import Layout
+from autotp_plan.schemas.spec import SpecFile
+from autotp_plan.schemas.storage import checksum
+from autotp_plan.schemas.storage.byte_ranges import Segments
+from tests.helpers.checkpoints import LLAMA_CONFIG, llama_shapes, write_checkpoint, write_llama
+from tests.helpers.random_shards import files_of, random_model, random_plan, write_random
+
+SETTINGS = settings(deadline=None, max_examples=200, suppress_health_check=list(HealthCheck))
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
+
+
+@SETTINGS
+@given(
+    random=st.randoms(use_true_random=False),
+    sizes=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    chunk=st.sampled_from([1, 7, 16, 50, 1 << 20]),
+    most=st.sampled_from([20, 100, 1 << 30]),
+    workers=st.sampled_from([1, 1, 3]),
+)
+def test_merge_and_reshard_give_every_byte_back(
+    random: Random, sizes: tuple[int, int], chunk: int, most: int, workers: int
+) -> None:
+    model = random_model(random)
+    old, new = (random_plan(model, size, random) for size in sizes)
+    with tempfile.TemporaryDirectory(dir=MEMORY) as name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(copy_engine, "CHUNK_BYTES", chunk)
+        work = Path(name)
+        original = write_random(model, work / "original", random)
+        options: Any = {"max_file_bytes": most, "workers": workers}
+        presplit(old, original, work / "old", **options)
+        merge(work / "old", work / "merged", workers=workers)
+        assert files_of(work / "merged") == files_of(original)
+        reshard(work / "old", work / "new", plan=new, **options)
+        presplit(new, original, work / "fresh", **options)
+        assert files_of(work / "new") == files_of(work / "fresh")
+        check_shards(work / "new")
+        merge(work / "new", work / "again", workers=workers)
+        assert files_of(work / "again") == files_of(original)
+
+
+@given(
+    random=st.randoms(use_true_random=False),
+    size=st.integers(1, 9),
+    outer=st.integers(1, 4),
+    inner=st.integers(1, 3),
+    most=st.integers(1, 40),
+)
+def test_spans_hold_each_byte_once(random: Random, size: int, outer: int, inner: int, most: int) -> None:
+    """Against a plain list of bytes: what spans say of any chunk is what slicing says."""
+    indices = random.sample(range(size), random.randint(1, size))
+    intervals = tuple((index, index + 1) for index in indices)
+    layout = Layout(shape=(outer, size, inner), dim=1, intervals=(intervals,))
+    data = list(range(outer * size * inner))
+    held = [
+        data[(block * size + index) * inner + at] for block in range(outer) for index in indices for at in range(inner)
+    ]
+    source = Segments(name="x", dtype="U8", size=len(held), begins=(0,), files=(Path("x"),), positions=(0,))
+    cut = part(layout, intervals, source)
+    found: dict[int, int] = {}
+    for start, stop in Move(size=len(data), inputs=(cut,), outputs=()).chunks(most):
+        assert stop - start <= most
+        for span in cut.spans(start, stop):
+            for run in span.runs:
+                for row in range(run.count):
+                    for at in range(run.length):
+                        place = span.start + run.at + row * cut.local + at
+                        assert place not in found and start <= run.whole + row * cut.stride + at < stop
+                        found[place] = run.whole + row * cut.stride + at
+    assert found == dict(enumerate(held))
+
+
+def test_each_byte_is_read_from_one_place() -> None:
+    def segments(size: int) -> Segments:
+        return Segments(name="x", dtype="U8", size=size, begins=(0,), files=(Path("x"),), positions=(0,))
+
+    layout = Layout(shape=(2, 6), dim=1, intervals=(((0, 4),), ((2, 6),), ((5, 6), (0, 1))))
+    parts = [part(layout, intervals, segments(8)) for intervals in layout.intervals]
+    assert [p.pieces for p in each_byte_once(parts)] == [((0, 0, 4),), ((4, 2, 2),)]
+    assert each_byte_once([parts[0], whole(segments(12)), parts[1]]) == (whole(segments(12)),)
+
+
+@given(
+    length=st.integers(1, 20),
+    count=st.integers(1, 6),
+    gaps=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+    starts=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+)
+def test_rows_with_and_without_numpy(length: int, count: int, gaps: tuple[int, int], starts: tuple[int, int]) -> None:
+    source = bytes(range(256))
+    strides = [length + gap for gap in gaps]
+    wanted = bytearray(256)
+    for row in range(count):
+        at, to = starts[0] + row * strides[0], starts[1] + row * strides[1]
+        wanted[to : to + length] = source[at : at + length]
+    for numpy in (copy_rows._numpy(), None):
+        target = bytearray(256)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(copy_rows, "_numpy", lambda numpy=numpy: numpy)
+            ends = (memoryview(target), starts[1], strides[1]), (memoryview(source), starts[0], strides[0])
+            copy_rows.copy_rows(*ends[0], *ends[1], length, count)
+        assert target == wanted
+
+
+@given(st.lists(st.binary(max_size=40), max_size=6))
+def test_checksums_of_pieces(pieces: list[bytes]) -> None:
+    data = b"".join(pieces)
+    at = 0
+    known = []
+    for piece in pieces:
+        known.append((at, len(piece), checksum.of_bytes(piece)))
+        at += len(piece)
+    assert checksum.of_pieces(reversed(known), len(data)) == checksum.of_bytes(data)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("old_size", [1, 2, 4])
+def test_reshard_by_the_preset(tmp_path: Path, old_size: int, tp_size: int) -> None:
+    """Uneven (3 of 4 KV heads) and replicated (8 of 4) included: as compiled and cut from the checkpoint."""
+    original = write_llama(tmp_path / "original", biases=False, num_files=2)
+    uneven = tp_size == 3
+    presplit(compile_plan(original, tp_size=old_size), original, tmp_path / "old")
+    reshard(tmp_path / "old", tmp_path / "new", tp_size=tp_size, uneven=uneven)
+    presplit(compile_plan(original, tp_size=tp_size, uneven=uneven), original, tmp_path / "fresh")
+    assert files_of(tmp_path / "new") == files_of(tmp_path / "fresh")
+    merge(tmp_path / "new", tmp_path / "merged")
+    assert files_of(tmp_path / "merged") == files_of(original)
+
+
+def test_a_plan_by_a_spec_file_is_asked_for(tmp_path: Path) -> None:
+    original = write_llama(tmp_path / "original")
+    spec = SpecFile.from_dict({"layer_specs": [{"patterns": [r".*lm_head\.weight$"], "partition_type": "skip"}]})
+    presplit(compile_plan(original, tp_size=2, specs=[spec]), original, tmp_path / "old")
+    with pytest.raises(MismatchError) as caught:
+        reshard(tmp_path / "old", tmp_path / "new", tp_size=4)
+    (fault,) = caught.value.faults
+    assert "spec" in fault.got and "--plan" in fault.next
+    assert not (tmp_path / "new").exists()
+    plan = compile_plan(original, tp_size=4, specs=[spec])
+    reshard(tmp_path / "old", tmp_path / "new", plan=plan)
+    presplit(plan, original, tmp_path / "fresh")
+    assert files_of(tmp_path / "new") == files_of(tmp_path / "fresh")
+
+
+def test_a_plan_for_another_model_is_refused(tmp_path: Path) -> None:
+    original, other = write_llama(tmp_path / "original"), write_llama(tmp_path / "other", vocab_size=128)
+    presplit(compile_plan(original, tp_size=2), original, tmp_path / "old")
+    with pytest.raises(MismatchError, match="a tensor is not what the plan says"):
+        reshard(tmp_path / "old", tmp_path / "new", plan=compile_plan(other, tp_size=2))
+
+
+def test_tensors_that_no_rank_reads_come_back(tmp_path: Path) -> None:
+    """A tied head that is on disk all the same, with bytes of its own, and a table that is no parameter."""
+    shapes = {**llama_shapes(), "model.layers.0.self_attn.rotary_emb.inv_freq": (4,)}
+    config = {**LLAMA_CONFIG, "tie_word_embeddings": True}
+    original = write_checkpoint(tmp_path / "original", shapes, config, num_files=2)
+    plan = compile_plan(original, tp_size=2)
+    assert [tie.name for tie in plan.tied] == ["lm_head.weight"]
+    manifest = presplit(plan, original, tmp_path / "shards")
+    (unused,) = [file.name for file in manifest.files if file.unused]
+    assert unused == "unused.00001-of-00001.safetensors"
+    merge(tmp_path / "shards", tmp_path / "merged")
+    assert files_of(tmp_path / "merged") == files_of(original)
+
+
+def test_transformers_loads_what_was_merged(tmp_path: Path) -> None:
+    import torch
+    import transformers
+
+    config = transformers.LlamaConfig(
+        **{key: value for key, value in LLAMA_CONFIG.items() if key not in ("architectures", "model_type")}
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "original", max_shard_size="20KB")
+    presplit(compile_plan(tmp_path / "original", tp_size=2), tmp_path / "original", tmp_path / "shards")
+    merge(tmp_path / "shards", tmp_path / "merged")
+    assert files_of(tmp_path / "merged") == files_of(tmp_path / "original")
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    for (name, one), (_, other) in zip(model.state_dict().items(), loaded.state_dict().items()):
+        assert torch.equal(one, other), name
+
+
+def test_a_manifest_whose_original_is_another(tmp_path: Path) -> None:
+    original = write_llama(tmp_path / "original")
+    presplit(compile_plan(original, tp_size=2), original, tmp_path / "shards")
+    path = tmp_path / "shards" / "autotp_shards.json"
+    data = json.loads(path.read_text())
+    header = json.loads(data["source"]["files"][0]["header"])
+    header["other"] = header.pop("model.norm.weight")
+    data["source"]["files"][0]["header"] = json.dumps(header)
+    data["fingerprint"] = documents.fingerprint({key: data[key] for key in data if key != "fingerprint"})
+    path.write_text(json.dumps(data))
+    for run in (lambda: merge(tmp_path / "shards", tmp_path / "out"), lambda: check_shards(tmp_path / "shards")):
+        with pytest.raises(ShardsError, match="do not make up the checkpoint"):
+            run()
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,189 @@
+"""What can be wrong with a consistent plan: columns and rows that do not pair, and a checkpoint it is not for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autotp_plan.planner import SpecFile, check_checkpoint, check_plan, compile_plan
+from autotp_plan.planner.model.inventory import inventory_hash
+from autotp_plan.planner.rules.partition import Cut, partition, whole
+from autotp_plan.schemas.layout import Layout
+from autotp_plan.schemas.plan.document import ModelIdentity, Parameter, Plan, Style, Tie
+from tests.helpers.checkpoints import LLAMA_CONFIG, llama_shapes, write_checkpoint, write_llama
+
+COLUMN = partition((12, 4), Cut(dim=0, unit=2), 2)
+FUSED = partition((24, 4), Cut(dim=0, shape=(2, -1), unit=2), 2)
+ROW = partition((4, 12), Cut(dim=1, unit=2), 2)
+NO_MATCH = "a row-parallel weight has no column-parallel output that is cut like it"
+UNTAKEN = "a column-parallel output stays cut and no row-parallel weight takes it"
+UNLIKE = "a row-parallel input is cut unlike the column-parallel output that feeds it"
+
+
+def plan_of(*parameters: tuple[str, Style, Layout], tied: tuple[Tie, ...] = (), gather: str = "") -> Plan:
+    layouts = {f"layout {index}": layout for index, (_, _, layout) in enumerate(parameters)}
+    return Plan(
+        model=ModelIdentity(model_type=None, architecture=None, config=None, inventory=inventory_hash({})),
+        tp_size=2,
+        layouts=layouts,
+        parameters=tuple(
+            Parameter(
+                name=name, layout=f"layout {index}", dtype="F32", style=style, rule="r", gather_output=name == gather
+            )
+            for index, (name, style, _) in enumerate(parameters)
+        ),
+        tied=tied,
+    )
+
+
+def swapped(layout: Layout) -> Layout:
+    """The same cut with the two ranks' parts exchanged."""
+    return dataclasses.replace(layout, intervals=layout.intervals[::-1])
+
+
+def found(plan: Plan) -> list[tuple[str, str]]:
+    assert Plan.from_dict(plan.to_dict()) == plan, "the plan itself is consistent"
+    return [(fault.where, fault.what) for fault in check_plan(plan)]
+
+
+@pytest.mark.parametrize("prefix", ["", "model.layers.0.mlp."])
+def test_columns_and_rows_that_pair(prefix: str) -> None:
+    up, down = (f"{prefix}up.weight", "column", COLUMN), (f"{prefix}down.weight", "row", ROW)
+    assert found(plan_of(up, down)) == []  # type: ignore[arg-type]
+    assert found(plan_of((f"{prefix}gate_up.weight", "column", FUSED), down)) == []  # type: ignore[arg-type]
+    assert found(plan_of(up)) == [(f"{prefix}up.weight (r)", UNTAKEN)]  # type: ignore[arg-type]
+    assert found(plan_of(up, gather=f"{prefix}up.weight")) == []  # type: ignore[arg-type]
+    nested = (f"{prefix}inner.up.weight", "column", COLUMN)
+    assert found(plan_of(nested, down)) == []  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("column", "row", "what"),
+    [
+        (COLUMN, swapped(ROW), UNLIKE),
+        (swapped(COLUMN), ROW, UNLIKE),
+        (partition((12, 4), Cut(dim=0, unit=3), 2), ROW, NO_MATCH),
+        (COLUMN, partition((4, 12), Cut(dim=1, unit=6), 2), NO_MATCH),
+        (partition((24, 4), Cut(dim=0, unit=2), 2), ROW, NO_MATCH),
+        (swapped(FUSED), ROW, UNLIKE),
+    ],
+)
+def test_columns_and_rows_that_do_not(column: Layout, row: Layout, what: str) -> None:
+    plan = plan_of(("l.0.up.weight", "column", column), ("l.0.down.weight", "row", row))
+    assert set(found(plan)) == {("l.0.down.weight (r)", what)}
+
+
+def test_a_row_without_a_column() -> None:
+    lone = ("l.0.down.weight", "row", ROW)
+    assert found(plan_of(lone)) == [("l.0.down.weight (r)", NO_MATCH)]  # type: ignore[arg-type]
+    kept = ("l.0.up.weight", "replicated", whole((12, 4)))
+    assert found(plan_of(kept, lone)) == [("l.0.down.weight (r)", NO_MATCH)]  # type: ignore[arg-type]
+    gathered = ("l.0.up.weight", "column", COLUMN)
+    plan = plan_of(gathered, lone, gather="l.0.up.weight")  # type: ignore[arg-type]
+    assert found(plan) == [("l.0.down.weight (r)", NO_MATCH)], "a gathered output is whole"
+    elsewhere = ("l.1.up.weight", "column", COLUMN)
+    assert found(plan_of(elsewhere, lone)) == [  # type: ignore[arg-type]
+        ("l.0.down.weight (r)", NO_MATCH),
+        ("l.1.up.weight (r)", UNTAKEN),
+    ]
+
+
+def test_alike_layers_are_one_fault() -> None:
+    plan = plan_of(("l.{0..9}.up.weight", "column", COLUMN), ("l.{0..9}.down.weight", "row", swapped(ROW)))
+    assert {where for where, _ in found(plan)} <= {f"l.{n}.down.weight (r)" for n in range(10)} | {
+        "l.{0..9}.down.weight (r)"
+    }
+
+
+@pytest.mark.parametrize(
+    ("style", "layout", "tied", "sound"),
+    [
+        ("vocab", COLUMN, "column", True), ("vocab", COLUMN, "vocab", True), ("vocab", COLUMN, "replicated", False),
+        ("replicated", whole((4, 4)), "replicated", True), ("replicated", whole((4, 4)), "column", False),
+        ("vocab", COLUMN, "row", False),
+    ],
+)  # fmt: skip
+def test_ties(style: Style, layout: Layout, tied: Style, sound: bool) -> None:
+    plan = plan_of(
+        ("embed.weight", style, layout), tied=(Tie(name="head.weight", to="embed.weight", style=tied, rule="r"),)
+    )
+    what = "a tied parameter runs in ways that need different cuts"
+    assert found(plan) == ([] if sound else [("head.weight", what)])
+
+
+# the checkpoint
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_llama(tmp_path / "llama", num_files=2)
+
+
+@pytest.fixture
+def plan(folder: Path) -> Plan:
+    return compile_plan(folder, tp_size=2)
+
+
+def faults(plan: Plan, folder: Path) -> dict[tuple[str, str], tuple[str, str]]:
+    return {(fault.where, fault.what): (fault.got, fault.expected) for fault in check_checkpoint(plan, folder)}
+
+
+def test_its_own_checkpoint(plan: Plan, folder: Path, tmp_path: Path) -> None:
+    assert check_checkpoint(plan, folder) == []
+    trivial = {"torch_dtype": "float32", "transformers_version": "9", "_name_or_path": "x", "use_cache": False}
+    assert check_checkpoint(plan, write_llama(tmp_path / "again", **trivial)) == []
+
+
+def test_missing_extra_and_other_tensors(plan: Plan, tmp_path: Path) -> None:
+    shapes: dict[str, Any] = llama_shapes()
+    for layer in range(2):
+        del shapes[f"model.layers.{layer}.self_attn.k_proj.weight"]
+        shapes[f"model.layers.{layer}.extra"] = (2,)
+    shapes["model.norm.weight"] = (31,)
+    dtype = {"lm_head.weight": "F32"}
+    other = write_checkpoint(tmp_path / "other", shapes, LLAMA_CONFIG, dtype=dtype)
+    assert faults(plan, other) == {
+        ("model.layers.{0..1}.self_attn.k_proj.weight", "the checkpoint lacks a tensor of the plan"): (
+            "",
+            "BF16 of [16, 32]",
+        ),
+        ("model.layers.{0..1}.extra", "the checkpoint has a tensor that the plan does not know"): (
+            "",
+            "the plan's tensors only",
+        ),
+        ("model.norm.weight", "a tensor is not what the plan says"): ("BF16 of [31]", "BF16 of [32]"),
+        ("lm_head.weight", "a tensor is not what the plan says"): ("F32 of [64, 32]", "BF16 of [64, 32]"),
+    }
+
+
+def test_another_config(plan: Plan, folder: Path) -> None:
+    what = "config.json is not the one the plan was compiled from"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 5e5}))
+    assert [name for _, name in faults(plan, folder)] == [what]
+    (folder / "config.json").unlink()
+    ((_, (got, _)),) = faults(plan, folder).items()
+    assert got == "no config.json"
+
+
+def test_old_tables_and_tied_heads_may_be_there(tmp_path: Path) -> None:
+    shapes: dict[str, Any] = {**llama_shapes(), "model.layers.1.self_attn.rotary_emb.inv_freq": (2,)}
+    config = {**LLAMA_CONFIG, "tie_word_embeddings": True}
+    folder = write_checkpoint(tmp_path / "old", shapes, config)
+    assert check_checkpoint(compile_plan(folder, tp_size=2), folder) == []
+
+
+def test_a_tied_head_may_be_there_under_its_other_name(tmp_path: Path) -> None:
+    shapes = {"embed.weight": (4, 2), "embed_out.weight": (4, 2)}
+    folder = write_checkpoint(tmp_path / "renamed", shapes, {})
+    spec = SpecFile.from_dict({
+        "layer_specs": [{"patterns": [".*"], "partition_type": "skip"}],
+        "renamed_tensors": {"embed_out.weight": "head.weight"}, "tied": [{"name": "head.weight", "to": "embed.weight"}],
+    })  # fmt: skip
+    plan = compile_plan(folder, tp_size=2, specs=[spec])
+    assert plan.ignored == ("embed_out.weight",)
+    assert check_checkpoint(plan, folder) == []

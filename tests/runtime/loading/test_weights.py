@@ -1,0 +1,151 @@
+"""Reading shards: the right bytes, to any dtype, in pieces as small as one likes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from autotp_plan.planner import SpecFile, compile_plan, presplit
+from autotp_plan.runtime.loading import weights
+from autotp_plan.schemas.errors import CheckpointError
+from autotp_plan.schemas.plan.document import Plan
+
+TENSORS = {
+    "a.q.weight": torch.randn(12, 10, generator=torch.Generator().manual_seed(0)),
+    "a.o.weight": torch.randn(10, 12, generator=torch.Generator().manual_seed(1)),
+    "norm": torch.arange(5).to(torch.int64),
+    "scalar": torch.tensor(2.5),
+    "b.odd": torch.arange(3).to(torch.uint8),  # what lay behind it would not be aligned
+}
+SPEC = {
+    "layer_specs": [
+        {"patterns": [r"a\.q\.weight$"], "shape": [[6, 6], -1], "unit": 2, "indivisible": "uneven"},
+        {"patterns": [r"a\.o\.weight$"], "partition_type": "row", "shape": [-1, [6, 6]], "unit": 2,
+         "indivisible": "uneven"},
+    ]
+}  # fmt: skip
+
+
+@pytest.fixture
+def plan_and_folder(tmp_path: Path) -> tuple[Plan, Path]:
+    save_file({name: tensor.contiguous() for name, tensor in TENSORS.items()}, tmp_path / "model.safetensors")
+    return compile_plan(tmp_path, tp_size=2, specs=[SpecFile.from_dict(SPEC)]), tmp_path
+
+
+@pytest.mark.parametrize("chunk_bytes", [8, 40, 1 << 20])
+@pytest.mark.parametrize("dtype", [None, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_read_weight(
+    plan_and_folder: tuple[Plan, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    chunk_bytes: int,
+    dtype: torch.dtype | None,
+    rank: int,
+) -> None:
+    plan, folder = plan_and_folder
+    monkeypatch.setattr(weights, "CHUNK_BYTES", chunk_bytes)
+    rows = [0, 1, 2, 3, 6, 7, 8, 9] if rank == 0 else [4, 5, 10, 11]
+    expected = {**TENSORS, "a.q.weight": TENSORS["a.q.weight"][rows], "a.o.weight": TENSORS["a.o.weight"][:, rows]}
+    read = {
+        weight.name: weights.read_weight(weight, torch.device("cpu"), dtype)
+        for weight in weights.open_weights(folder, plan).of_rank(rank)
+    }
+    assert read.keys() == expected.keys()
+    for name, tensor in expected.items():
+        wanted = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        assert read[name].dtype == wanted.dtype and torch.equal(read[name], wanted), name
+
+
+def test_a_file_that_shrinks_while_it_is_read(plan_and_folder: tuple[Plan, Path]) -> None:
+    plan, folder = plan_and_folder
+    source = weights.open_weights(folder, plan)
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-8])
+    with pytest.raises(CheckpointError, match="a file ended early"):
+        for weight in source.of_rank(0):
+            weights.read_weight(weight, torch.device("cpu"), None)
+
+
+@pytest.fixture
+def plan_and_shards(plan_and_folder: tuple[Plan, Path]) -> tuple[Plan, Path]:
+    plan, folder = plan_and_folder
+    presplit(plan, folder, folder / "shards")
+    return plan, folder / "shards"
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_shards_are_what_the_checkpoint_gives(
+    plan_and_folder: tuple[Plan, Path], plan_and_shards: tuple[Plan, Path], dtype: torch.dtype | None, rank: int
+) -> None:
+    plan, folder = plan_and_folder
+    both = [
+        {
+            w.name: weights.read_weight(w, torch.device("cpu"), dtype)
+            for w in weights.open_weights(of, plan).of_rank(rank)
+        }
+        for of in (folder, plan_and_shards[1])
+    ]
+    assert both[0].keys() == both[1].keys()
+    for name, tensor in both[0].items():
+        assert tensor.dtype == both[1][name].dtype and torch.equal(tensor, both[1][name]), name
+
+
+def test_what_is_written_to_a_mapped_weight_stays_in_this_process(plan_and_shards: tuple[Plan, Path]) -> None:
+    plan, shards = plan_and_shards
+    before = {path.name: path.read_bytes() for path in shards.iterdir()}
+    read = [
+        weights.read_weight(weight, torch.device("cpu"), None)
+        for weight in weights.open_weights(shards, plan).of_rank(1)
+    ]
+    kept = [tensor.clone() for tensor in read]
+    for tensor in read:
+        tensor.zero_()
+    assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
+    again = [weights.read_weight(w, torch.device("cpu"), None) for w in weights.open_weights(shards, plan).of_rank(1)]
+    assert all(torch.equal(a, b) for a, b in zip(again, kept)) and not any(tensor.any() for tensor in read)
+
+
+def test_a_mapped_weight_is_its_own_storage(plan_and_shards: tuple[Plan, Path]) -> None:
+    """So that saving one with torch saves its bytes and not its file's."""
+    plan, shards = plan_and_shards
+    for weight in weights.open_weights(shards, plan).of_rank(0):
+        tensor = weights.read_weight(weight, torch.device("cpu"), None)
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        assert tensor.data_ptr() % tensor.element_size() == 0, "presplit puts wide dtypes first"
+
+
+def test_shards_that_shrink_while_they_are_read(plan_and_shards: tuple[Plan, Path]) -> None:
+    plan, shards = plan_and_shards
+    source = weights.open_weights(shards, plan)
+    for path in shards.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="a file ended early"):
+        for weight in source.of_rank(0):
+            weights.read_weight(weight, torch.device("cpu"), None)
+
+
+def test_pages_of_shards_are_not_this_process_s_own(tmp_path: Path) -> None:
+    """48 MiB: mapped, they are pages of the file; read, they would be anonymous memory."""
+    save_file({"a.q.weight": torch.ones(12 * 2**20, 2)}, tmp_path / "model.safetensors")
+    spec = {"layer_specs": [{"patterns": [r"a\.q\.weight$"], "partition_type": "column", "gather_output": True}]}
+    plan = compile_plan(tmp_path, tp_size=2, specs=[SpecFile.from_dict(spec)])
+    presplit(plan, tmp_path, tmp_path / "shards")
+
+    def anonymous(folder: Path) -> int:
+        before = rss_anon()
+        (weight,) = weights.open_weights(folder, plan).of_rank(0)
+        tensor = weights.read_weight(weight, torch.device("cpu"), None)
+        assert float(tensor.sum()) == tensor.numel() == 12 * 2**20
+        return rss_anon() - before
+
+    assert anonymous(tmp_path / "shards") < 8 * 2**20
+    assert anonymous(tmp_path) > 40 * 2**20  # what this measures is there to be seen
+
+
+def rss_anon() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:"))
+    return int(line.split()[1]) * 1024

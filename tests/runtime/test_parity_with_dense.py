@@ -1,0 +1,245 @@
+"""The sharded model equals the dense one: logits, loss, every gradient, losses and gradient norms of the engine.
+
+Each fixture starts its ranks once and runs every model in them; the tests look at one number each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.launch import launch
+from tests.helpers.models import PRESET_VARIANTS, eager_experts
+from tests.helpers.paths import EXAMPLES, PRESETS
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+
+OWN = "own_gpt"
+VARIANTS = [*PRESET_VARIANTS, OWN]
+IN_FULL = [
+    "llama_bias_tied", "qwen3", "phi3", "gpt_neox", "gemma2", "falcon_multi_query", "gpt2", "olmo2", "mixtral",
+    "deepseek_v2", "gpt_oss", OWN,
+]  # fmt: skip
+"""One of each kind of layer; these run under every ZeRO stage on every mesh, the others under one, without DP."""
+ZERO_STAGES = [0, 1, 2, 3]
+RUNS = [*(f"zero{stage}" for stage in ZERO_STAGES), "accumulation", "overlap"]
+MESHES = {"tp2": (2, 1), "tp2 x dp2": (2, 2), "tp4": (4, 1)}
+FLOAT64_TOLERANCE = 1e-9
+FLOAT32_TOLERANCE = 1e-5
+
+
+@cache
+def own_gpt() -> Any:
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("own_gpt", EXAMPLES / "own_model" / "gpt.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.GPT
+
+
+def forward_of(variant: str) -> Any:
+    from tests.helpers.parity import causal_lm
+
+    return (lambda model, tokens: model(tokens, tokens)) if variant == OWN else causal_lm
+
+
+def builder_of(variant: str) -> Any:
+    return own_gpt() if variant == OWN else None
+
+
+def dense_model(folder: Path, variant: str, dtype: Any) -> Any:
+    from safetensors.torch import load_file
+
+    from tests.helpers.models import load_dense
+
+    if variant != OWN:
+        return load_dense(folder, dtype, **eager_experts(dtype))
+    model = own_gpt()().to(dtype)
+    model.load_state_dict(
+        {name: value.to(dtype) for name, value in load_file(folder / "model.safetensors").items()}, strict=False
+    )
+    return model
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints, plans, shards and the dense model's numbers of every variant."""
+    import torch
+    from safetensors.torch import save_file
+
+    from autotp_plan.planner import SpecFile, compile_plan, presplit
+    from tests.helpers import parity
+    from tests.helpers.models import randomise, save_checkpoint
+
+    work = tmp_path_factory.mktemp("parity")
+    for variant in VARIANTS:
+        checkpoint = work / variant
+        specs = []
+        if variant == OWN:
+            checkpoint.mkdir()
+            tensors = {name: value.detach().clone() for name, value in randomise(own_gpt()()).named_parameters()}
+            save_file(tensors, checkpoint / "model.safetensors")
+            specs = [SpecFile.read(EXAMPLES / "own_model" / "spec.json")]
+        else:
+            save_checkpoint(checkpoint, variant)
+        for tp_size in (2, 4):
+            plan = compile_plan(checkpoint, tp_size=tp_size, specs=specs)
+            (work / f"{variant}.tp{tp_size}.json").write_text(plan.to_json())
+            presplit(plan, checkpoint, work / f"{variant}.tp{tp_size}")
+        forward = forward_of(variant)
+        torch.save(
+            parity.gradients(dense_model(checkpoint, variant, torch.float64), forward), work / f"{variant}.dense"
+        )
+        for dp_size in (1, 2) if variant in IN_FULL else (1,):
+            for accumulation in (1, 2) if variant in IN_FULL else (1,):
+                steps = parity.dense_steps(
+                    dense_model(checkpoint, variant, torch.float32), dp_size, forward, accumulation
+                )
+                (work / f"{variant}.dp{dp_size}.ga{accumulation}.json").write_text(json.dumps(steps))
+    plant_errors(work)
+    return work
+
+
+def plant_errors(work: Path) -> None:
+    """Plans that are wrong on purpose, each sound by its own arithmetic."""
+    from autotp_plan.planner import Plan, SpecFile, compile_plan
+
+    neox = json.loads((work / "gpt_neox.tp2.json").read_text())
+    rules = json.loads((PRESETS / "gpt_neox.json").read_text())
+    rules["layer_specs"][0] |= {"shape": [3, -1], "unit": "head_dim"}
+    wrong = compile_plan(work / "gpt_neox", tp_size=2, preset="none", specs=[SpecFile.from_dict(rules)])
+    assert wrong.fingerprint != neox["fingerprint"]
+    (work / "qkv concatenated.json").write_text(wrong.to_json())
+    qwen3 = Plan.read(work / "qwen3.tp2.json")
+    without = [dataclasses.replace(entry, partial_gradient=False) for entry in qwen3.parameters]
+    (work / "partial gradient forgotten.json").write_text(
+        dataclasses.replace(qwen3, parameters=tuple(without)).to_json()
+    )
+    phi3 = Plan.read(work / "phi3.tp2.json")
+    (work / "head counts forgotten.json").write_text(dataclasses.replace(phi3, module_attributes=()).to_json())
+    swapped = {
+        name: dataclasses.replace(layout, intervals=layout.intervals[::-1]) if name == "64x96 dim 1" else layout
+        for name, layout in Plan.read(work / "llama.tp2.json").layouts.items()
+    }
+    llama = dataclasses.replace(Plan.read(work / "llama.tp2.json"), layouts=swapped)
+    (work / "down_proj of the other rank.json").write_text(llama.to_json())
+    glm = Plan.read(work / "glm.tp2.json")
+    fused = next(entry.layout for entry in glm.parameters if entry.name.endswith("gate_up_proj.weight"))
+    halves = dataclasses.replace(glm.layouts[fused], intervals=(((0, 96),), ((96, 192),)))
+    glm = dataclasses.replace(glm, layouts={**glm.layouts, fused: halves})
+    (work / "gate to one rank and up to the other.json").write_text(glm.to_json())
+    phi = Plan.read(work / "phi_qk_layernorm.tp2.json")
+    without = [dataclasses.replace(entry, partial_gradient=False) for entry in phi.parameters]
+    phi = dataclasses.replace(phi, parameters=tuple(without))
+    (work / "partial gradient of a bias forgotten.json").write_text(phi.to_json())
+
+
+PLANTED = {
+    "qkv concatenated": "gpt_neox",
+    "partial gradient forgotten": "qwen3",
+    "head counts forgotten": "phi3",
+    "down_proj of the other rank": "llama",
+    "gate to one rank and up to the other": "glm",
+    "partial gradient of a bias forgotten": "phi_qk_layernorm",
+}
+
+
+def variants_on(tp_size: int, dp_size: int) -> list[str]:
+    """The variants that a mesh runs."""
+    return VARIANTS if dp_size == 1 else IN_FULL
+
+
+def in_ranks(work: Path, tp_size: int, dp_size: int, planted: dict[str, str]) -> dict[str, Any]:
+    """Everything that one mesh is asked for, by variant."""
+    from autotp_plan.runtime import load_plan
+    from tests.helpers import parity
+
+    found: dict[str, Any] = {}
+    for variant in variants_on(tp_size, dp_size):
+        forward, build = forward_of(variant), builder_of(variant)
+        plan_file, shards = work / f"{variant}.tp{tp_size}.json", work / f"{variant}.tp{tp_size}"
+        plan = load_plan(plan_file)
+        numbers: dict[str, Any] = {}
+        dense = work / f"{variant}.dense"
+        numbers["shards"] = parity.compare_sharded(plan_file, shards, dense, build, forward)
+        numbers["checkpoint"] = parity.compare_sharded(plan_file, work / variant, dense, build, forward)
+        for stage in ZERO_STAGES if variant in IN_FULL else [2]:
+            model = plan.load_model(shards, model=build).train()
+            numbers[f"zero{stage}"] = parity.engine_steps(plan, model, stage, forward)
+        found[variant] = numbers
+        if variant not in IN_FULL:
+            continue
+        model = plan.load_model(shards, model=build).train()
+        numbers["accumulation"] = parity.engine_steps(plan, model, 2, forward, accumulation=2)
+        model = plan.load_model(shards, model=build).train()
+        overlap = {"tensor_parallel": {"autotp_size": tp_size, "tp_overlap_comm": True}}
+        numbers["overlap"] = parity.engine_steps(plan, model, 3, forward, **overlap)
+    for name, variant in planted.items():
+        plan_file = work / f"{name}.json"
+        try:
+            errors = parity.compare_sharded(plan_file, work / variant, work / f"{variant}.dense")
+            found[name] = max(errors, key=lambda key: errors[key]), max(errors.values())
+        except RuntimeError as error:
+            found[name] = str(error), float("inf")
+    return found
+
+
+@pytest.fixture(scope="module")
+def tp2(work: Path) -> dict[str, Any]:
+    return launch(in_ranks, 2, work, 2, 1, PLANTED, timeout=600)[0]
+
+
+@pytest.fixture(scope="module")
+def tp2_dp2(work: Path) -> dict[str, Any]:
+    return launch(in_ranks, 4, work, 2, 2, {}, timeout=800)[0]
+
+
+@pytest.fixture(scope="module")
+def tp4(work: Path) -> dict[str, Any]:
+    return launch(in_ranks, 4, work, 4, 1, {}, timeout=800)[0]
+
+
+@pytest.fixture
+def mesh(request: pytest.FixtureRequest, name: str) -> dict[str, Any]:
+    """What the ranks of one mesh found."""
+    found: dict[str, Any] = request.getfixturevalue({"tp2": "tp2", "tp2 x dp2": "tp2_dp2", "tp4": "tp4"}[name])
+    return found
+
+
+ON_MESHES = [(name, variant) for name, mesh in MESHES.items() for variant in variants_on(*mesh)]
+
+
+@pytest.mark.parametrize("source", ["shards", "checkpoint"])
+@pytest.mark.parametrize(("name", "variant"), ON_MESHES)
+def test_float64_gradients(mesh: dict[str, Any], name: str, variant: str, source: str) -> None:
+    errors = mesh[variant][source]
+    assert len(errors) > 10
+    assert max(errors.values()) < FLOAT64_TOLERANCE, {n: e for n, e in errors.items() if e >= FLOAT64_TOLERANCE}
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "run"), [(n, v, run) for n, v in ON_MESHES for run in (RUNS if v in IN_FULL else ["zero2"])]
+)
+def test_engine_steps(mesh: dict[str, Any], work: Path, name: str, variant: str, run: str) -> None:
+    accumulation, dp_size = 2 if run == "accumulation" else 1, MESHES[name][1]
+    dense = json.loads((work / f"{variant}.dp{dp_size}.ga{accumulation}.json").read_text())
+    for (loss, norm), (dense_loss, dense_norm) in zip(mesh[variant][run], dense, strict=True):
+        assert loss == pytest.approx(dense_loss, rel=FLOAT32_TOLERANCE)
+        assert norm == pytest.approx(dense_norm, rel=FLOAT32_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", list(PLANTED))
+def test_a_wrong_plan_is_caught(tp2: dict[str, Any], name: str) -> None:
+    worst, error = tp2[name]
+    assert error > 1e-3, f"{name} went unnoticed: the largest error is {error} in {worst}"
+
+
+def test_forgotten_partial_gradient_shows_in_gradients_only(tp2: dict[str, Any]) -> None:
+    assert "norm" in tp2["partial gradient forgotten"][0]
