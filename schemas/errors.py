@@ -6,6 +6,9 @@
     +-- CheckpointError         a checkpoint folder or safetensors file that cannot be read, or lacks a tensor
     +-- ShardsError             a shards folder that cannot be written, or is not what its manifest says
     +-- MismatchError           plan, shards, model and world size do not belong together
+    +-- DataError               training data that cannot be read, or is too little to train on
+    +-- OptionError             an argument or option that makes no sense, whatever the files hold
+    +-- OutputError             a file or folder that cannot be written
     +-- MissingDependencyError  the operation needs a package that is not installed
 
 An error carries `Fault`s, because people fix ten mistakes faster when they see all ten. It does not print, exit or
@@ -73,6 +76,18 @@ class ShardsError(AutoTPError):
 
 class MismatchError(AutoTPError):
     """Plan, shards, model and world size do not belong together."""
+
+
+class DataError(AutoTPError):
+    """Training data that cannot be read, or is too little to train on."""
+
+
+class OptionError(AutoTPError):
+    """An argument or option that makes no sense, whatever the files hold."""
+
+
+class OutputError(AutoTPError):
+    """A file or folder that cannot be written."""
 
 
 class MissingDependencyError(AutoTPError):

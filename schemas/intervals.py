@@ -7,6 +7,7 @@ dimension. Everything here is pure integer code on tuples. It knows nothing of t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 Interval = tuple[int, int]
 Intervals = tuple[Interval, ...]
@@ -105,21 +106,28 @@ def replica_groups(per_rank: Sequence[Sequence[Interval]]) -> list[tuple[int, ..
     return [tuple(ranks) for ranks in groups.values()]
 
 
-def pieces(held: Sequence[Interval], wanted: Sequence[Interval]) -> list[tuple[int, int, int]]:
-    """Where a shard that holds `held` has the indices that a shard of `wanted` asks for.
+class Copy(NamedTuple):
+    """`length` consecutive indices (or bytes) at `source` in what is held, and at `target` in what is wanted."""
 
-    Returns `(position in held, position in wanted, length)` triples, ordered by position in `wanted`. With
-    `held = ((0, size),)` it says how to slice; with `wanted = ((0, size),)` how to merge; with two ranks of two plans
-    how to reshard.
+    source: int
+    target: int
+    length: int
+
+
+def copies(held: Sequence[Interval], wanted: Sequence[Interval]) -> list[Copy]:
+    """Where a shard that holds `held` has the indices that a shard of `wanted` asks for, ordered by target.
+
+    With `held = ((0, size),)` it says how to slice; with `wanted = ((0, size),)` how to merge; with two ranks of two
+    plans how to reshard.
     """
-    found: list[tuple[int, int, int]] = []
-    wanted_at = 0
+    found: list[Copy] = []
+    target = 0
     for want_start, want_stop in wanted:
-        held_at = 0
+        source = 0
         for have_start, have_stop in held:
             start, stop = max(want_start, have_start), min(want_stop, have_stop)
             if start < stop:
-                found.append((held_at + start - have_start, wanted_at + start - want_start, stop - start))
-            held_at += have_stop - have_start
-        wanted_at += want_stop - want_start
-    return sorted(found, key=lambda piece: piece[1])
+                found.append(Copy(source + start - have_start, target + start - want_start, stop - start))
+            source += have_stop - have_start
+        target += want_stop - want_start
+    return sorted(found, key=lambda copy: copy.target)

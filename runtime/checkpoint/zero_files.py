@@ -110,15 +110,15 @@ class SavedJob:
         found = torch.empty(0)
         by_rank: dict[int, list[iv.Interval]] = {}
         for run, ranks in iv.holders(layout.intervals):
-            if iv.pieces((run,), wanted):
+            if iv.copies((run,), wanted):
                 by_rank.setdefault(ranks[0], []).append(run)
         for rank, held in by_rank.items():
             shard = self._held(name, key, rank).reshape(layout.rank_shape(rank))
             found = found if found.numel() else torch.empty(shape, dtype=shard.dtype)
             for run in held:
-                for start, to, count in iv.pieces((run,), wanted):
+                for start, to, count in iv.copies((run,), wanted):
                     first = run[0] + start
-                    for at, further, length in iv.pieces(layout.intervals[rank], ((first, first + count),)):
+                    for at, further, length in iv.copies(layout.intervals[rank], ((first, first + count),)):
                         found.narrow(dim, to + further, length).copy_(shard.narrow(dim, at, length))
         return found
 

@@ -64,7 +64,7 @@ def gather_shards(shard: Tensor, group: Any, intervals: Sequence[iv.Intervals], 
     whole = shard.new_empty((*shard.shape[:dim], size, *shard.shape[dim + 1 :]))
     along = whole.movedim(dim, 0)
     for rank, held in enumerate(intervals):
-        for held_at, at, count in iv.pieces(held, ((0, size),)):
+        for held_at, at, count in iv.copies(held, ((0, size),)):
             start = rank * max(lengths) + held_at
             along[at : at + count] = parts[start : start + count]
     return whole

@@ -43,7 +43,7 @@ class VocabParallelEmbedding(PlannedLayer, _Bare):
         local, mine = find_held(input, self.held)
         padding_idx = None
         if self.padding_idx is not None:
-            padded = iv.pieces(self.held, ((self.padding_idx, self.padding_idx + 1),))
+            padded = iv.copies(self.held, ((self.padding_idx, self.padding_idx + 1),))
             padding_idx = padded[0][0] if padded else None
         output = F.embedding(local, self.local_weight, padding_idx)
         return sum_over_ranks(output.masked_fill(~mine.unsqueeze(-1), 0.0), self.mp_group)

@@ -50,11 +50,11 @@ def split_shared(name: str, layout: Layout, shape: tuple[int, ...], tp_rank: int
                 for held in layout.intervals
             ),
         )
-        held = iv.pieces(layout.intervals[tp_rank], runs)
+        held = iv.copies(layout.intervals[tp_rank], runs)
         compact = own.intervals[tp_rank]
         found = []
         for at, to, count in held:  # position in the shard, index in the compact numbering
-            for start, in_piece, length in iv.pieces(((to, to + count),), compact):
+            for start, in_piece, length in iv.copies(((to, to + count),), compact):
                 found.append((at + start, in_piece, length))
         piece_shape = parameter_shape(shape, layout.shape, own.shape)
         pieces.append(Piece(name=name + ending, layout=own, shape=piece_shape, runs=tuple(found)))
@@ -63,7 +63,7 @@ def split_shared(name: str, layout: Layout, shape: tuple[int, ...], tp_rank: int
 
 def _renumbered(held: iv.Intervals, runs: list[iv.Interval]) -> list[tuple[int, int, int]]:
     """Where `held` lies in the concatenation of `runs`, in the order of `held`."""
-    return sorted(iv.pieces(held, runs), key=lambda one: one[0])
+    return sorted(iv.copies(held, runs), key=lambda one: one[0])
 
 
 def join_pieces(
@@ -115,6 +115,6 @@ def whole_runs(layout: Layout, tp_rank: int) -> Iterator[tuple[int, int, int]]:
     inner = math.prod(layout.shape[layout.dim + 1 :])
     for block in range(math.prod(layout.shape[: layout.dim])):
         for start, stop in first:
-            for at, further, count in iv.pieces(mine, ((start, stop),)):
+            for at, further, count in iv.copies(mine, ((start, stop),)):
                 whole = (block * size + start + further) * inner
                 yield whole, (block * iv.length(mine) + at) * inner, count * inner

@@ -163,7 +163,7 @@ def _sum_over_replicas(gradient: Tensor, layout: Layout, tp_rank: int, group: An
     whole = gradient.new_zeros(layout.shape)
     local = gradient.reshape(layout.rank_shape(tp_rank))
     size = layout.shape[layout.dim]
-    for at, to, count in iv.pieces(layout.intervals[tp_rank], ((0, size),)):
+    for at, to, count in iv.copies(layout.intervals[tp_rank], ((0, size),)):
         whole.narrow(layout.dim, to, count).copy_(local.narrow(layout.dim, at, count))
     dist.all_reduce(whole, group=group)
     return take(whole, layout.intervals[tp_rank], layout.dim).view_as(gradient)
@@ -191,7 +191,7 @@ def affine_map(layout: Layout, tp_size: int) -> ParamAffineMap:
     pieces: dict[int, list[AffinePiece]] = {rank: [] for rank in range(tp_size)}
     for run, ranks in iv.holders(layout.intervals):
         for rank in ranks:
-            for start, at, count in iv.pieces((run,), layout.intervals[rank]):
+            for start, at, count in iv.copies((run,), layout.intervals[rank]):
                 shape = (*layout.shape[: layout.dim], count, *layout.shape[layout.dim + 1 :])
                 local = _strides(shard_shapes[rank])
                 pieces[rank].append(

@@ -106,11 +106,11 @@ def test_pieces_slice_merge_and_reshard(tiling: tuple[int, Parts], data: st.Data
     for wanted in want:
         built: list[int | None] = [None] * iv.length(wanted)
         for held, shard in zip(have, shards):
-            for at, to, length in iv.pieces(held, wanted):
+            for at, to, length in iv.copies(held, wanted):
                 built[to : to + length] = shard[at : at + length]
         assert built == take(values, wanted)
     for intervals in have:
-        places = iv.pieces([(0, size)], intervals)
+        places = iv.copies([(0, size)], intervals)
         assert [values[at + i] for at, _, length in places for i in range(length)] == take(values, intervals)
 
 
