@@ -7,7 +7,6 @@ every parameter a gradient is taken.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -16,13 +15,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from autotp_plan.runtime.loading.check_model import check_model
 from autotp_plan.runtime.loading.meta_model import build_model
 from autotp_plan.runtime.verify import scale_config
-from autotp_plan.runtime.verify.compare import Batches, dense_reader, dense_steps, float64_numbers
-from autotp_plan.runtime.verify.scale_plan import TwinError, num_layers_needed, parameters_and_buffers, twin_plan
+from autotp_plan.runtime.verify.float64_passes import EXPERTS, dense_reader, run_passes_and_steps
+from autotp_plan.runtime.verify.optimizer_steps import Training, dense_steps
+from autotp_plan.runtime.verify.random_inputs import Batches, parameters_and_buffers, randomise
+from autotp_plan.runtime.verify.scale_plan import TwinError, num_layers_needed, twin_plan
 from autotp_plan.schemas.errors import AutoTPError, Fault, MismatchError
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.storage.checkpoint import (
@@ -83,8 +84,8 @@ class Sizes:
 
 
 def options(attention: str) -> dict[str, Any]:
-    """What transformers is asked for; its default for experts has no float64 kernel on CPU."""
-    return {"attn_implementation": attention, "experts_implementation": "eager"}
+    """The arguments by which transformers builds the model."""
+    return {"attn_implementation": attention, **EXPERTS}
 
 
 def write_twin(plan: Plan, folder: Path, attention: tuple[str, ...]) -> None:
@@ -116,22 +117,6 @@ def write_twin(plan: Plan, folder: Path, attention: tuple[str, ...]) -> None:
     if sizes != ran[-1][0]:
         _try(plan, original, folder, sizes, runs)
     replace(about, refused=refused).write(folder)
-
-
-def randomise(model: nn.Module) -> None:
-    """Give every parameter, and every buffer that is saved, a random value: zeros and ones hide errors."""
-    generator = torch.Generator().manual_seed(0)
-    done: set[int] = set()
-    with torch.no_grad():
-        for name, tensor in sorted(parameters_and_buffers(model), key=lambda item: item[0]):
-            if id(tensor) in done or not tensor.is_floating_point():
-                continue
-            done.add(id(tensor))
-            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-            if tensor.dim() > 1:
-                tensor.copy_(noise / math.sqrt(tensor.shape[-1]))
-            else:
-                tensor.copy_(noise * 0.2 + (1.0 if name.endswith("weight") else 0.0))
 
 
 def _original(plan: Plan, folder: Path) -> Any:
@@ -236,7 +221,7 @@ def _write_float64(
             _save(model, scaled, folder / "float64")
         parameters = dict(model.named_parameters(remove_duplicate=False))
         names = [parameter.name for parameter in scaled.expanded() if parameter.name in parameters]
-        numbers = float64_numbers(model, dense_reader(model), names, batches)
+        numbers = run_passes_and_steps(model, dense_reader(model), names, batches)
         ungraded.update(name for name in names if name not in numbers["accumulated"])
         torch.save(numbers, folder / f"{kind}.pt")
     return weights, tuple(sorted(ungraded))
@@ -250,7 +235,7 @@ def _write_float32(
         for name, tensor in parameters_and_buffers(model):
             tensor.copy_(weights[name])
     _save(model, scaled, folder / "float32")
-    (folder / "engine.json").write_text(json.dumps(dense_steps(model, batches)))
+    (folder / "engine.json").write_text(json.dumps(dense_steps(model, Training(batches=batches))))
 
 
 def _save(model: Any, scaled: Plan, folder: Path) -> None:

@@ -1,10 +1,14 @@
-"""What the proof of a plan found: the errors of every number, whether they are small enough, and how to say so."""
+"""What the proof of a plan found: the errors of every number, whether they are small enough, and the text of it.
+
+A *twin* is a small model of the same architecture: the plan is proven by running its twin dense and sharded.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from autotp_plan.schemas.names import expand, fold
@@ -15,12 +19,29 @@ FLOAT64_TOLERANCE = 1e-9
 ENGINE_TOLERANCE = 1e-5
 
 Errors = Mapping[str, Mapping[str, float]]
-"""Largest error of each number: kind -> name -> error; infinite when it is not a number, or of another shape."""
+"""Largest error of each number: kind -> pass or parameter -> error. Infinite when it is not a number, or when a shape
+is wrong.
+"""
+OUTPUTS = ("loss", "logits")
+"""Kinds with an error for each pass; all other kinds have one for each parameter."""
+
+
+class Pass(str, Enum):
+    """The forward and backward passes of the proof; the value is the name in JSON."""
+
+    FIRST = "pass 1"
+    SECOND = "pass 2"  # its gradients are added to those of the first
+    AFTER_STEP = "pass 3"  # after an optimizer step, so that a wrong gradient shows in loss and logits
+
+    @property
+    def seed(self) -> int:
+        """The seed of its tokens."""
+        return list(Pass).index(self) + 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """The largest errors of alike parameters over all ranks, layers and attentions; None where there is none."""
+    """The largest errors of an entry of the plan, over all ranks, layers and attentions; None where there is none."""
 
     name: str
     gradient: float | None = None
@@ -30,11 +51,19 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Proof:
-    """What was compared and what came out. `failure` is what a rank raised, where one did.
+    """What was compared and what came out.
 
-    `float64` has, for each attention, the errors of `loss`, `logits`, `gradient` (one backward pass), `accumulated`
-    (two) and `stepped` (parameters after two optimizer steps): absolute, over the largest magnitude in the tensor
-    where that is above 1. `engine` has the relative errors of losses and gradient norms in float32.
+    Attributes:
+        plan: the plan that was proven right or wrong.
+        twin: what the twin is: how its sizes follow from the model's, which attentions it has.
+        float64: for each attention the errors of `loss`, `logits`, `gradient` (after one backward pass), `accumulated`
+            (after two) and `stepped` (parameters after two optimizer steps). They are absolute, and divided by the
+            largest magnitude in the tensor where that is above 1.
+        engine: the relative errors of losses and gradient norms under the DeepSpeed engine, in float32.
+        partial_gradients: replicated parameters whose gradients must be summed over the ranks, and are not.
+        failure: what a rank raised, or None.
+        versions: of the packages that took part.
+        seconds: how long it took.
     """
 
     plan: Plan
@@ -57,10 +86,12 @@ class Proof:
         """What is off by more than the tolerance before any optimizer step, sorted: `loss`, `logits`, parameters."""
         found = set()
         for kinds in self.float64.values():
-            for kind in ("loss", "logits", "gradient", "accumulated"):
-                for name, error in kinds.get(kind, {}).items():
-                    if error > FLOAT64_TOLERANCE and name != "pass 3":
-                        found.add(kind if kind in ("loss", "logits") else name)
+            for kind in OUTPUTS:
+                errors = (error for at, error in kinds.get(kind, {}).items() if at != Pass.AFTER_STEP)
+                if max(errors, default=0.0) > FLOAT64_TOLERANCE:
+                    found.add(kind)
+            for kind in ("gradient", "accumulated"):
+                found |= {name for name, error in kinds.get(kind, {}).items() if error > FLOAT64_TOLERANCE}
         return sorted(found)
 
     @property
@@ -75,7 +106,7 @@ class Proof:
         return complete and self.float64_error <= FLOAT64_TOLERANCE and self.engine_error <= ENGINE_TOLERANCE
 
     def stamp(self) -> Stamp:
-        """The stamp of a plan that is proven."""
+        """The stamp of a plan that is proven; only a proof that holds may be asked."""
         assert self.proven
         return Stamp(
             plan=self.plan.fingerprint,
@@ -135,19 +166,20 @@ class Proof:
         }  # fmt: skip
 
     def headline(self) -> str:
-        """`LlamaForCausalLM at TP=8; the twin: widths by 32, 2 layers, 555136 parameters`."""
+        """`LlamaForCausalLM at TP=8; its small twin: widths divided by 32, 2 layers, 555136 parameters`."""
         model = self.plan.model.architecture or self.plan.model.model_type
         counts = {"layers": self.twin.get("layers"), "experts": self.twin.get("experts")}
-        sizes = [f"widths by {self.twin['divisor']}", *(f"{n} {what}" for what, n in counts.items() if n)]
+        sizes = [f"widths divided by {self.twin['divisor']}", *(f"{n} {what}" for what, n in counts.items() if n)]
         return (
-            f"{model} at TP={self.plan.tp_size}; the twin: {', '.join(sizes)}, {self.twin['num_parameters']} parameters"
+            f"{model} at TP={self.plan.tp_size}; its small twin: {', '.join(sizes)}, "
+            f"{self.twin['num_parameters']} parameters"
         )
 
     def conclusions(self) -> list[str]:
-        """What the table of parameters does not say, in sentences."""
+        """What the table of parameters does not show, a line each; the last one is the verdict."""
         lines = [f"{kind} attention was not run: {why}" for kind, why in self.twin["refused"].items()]
         if self.twin["ungraded"]:
-            lines.append(f"without a gradient in the dense model too: {', '.join(self.twin['ungraded'])}")
+            lines.append(f"the dense model has no gradient either of: {', '.join(self.twin['ungraded'])}")
         if self.float64:
             logits, loss = error_text(self.largest("logits")), error_text(self.largest("loss"))
             kinds = " and ".join(self.float64)
@@ -162,11 +194,12 @@ class Proof:
                 f"{ENGINE_TOLERANCE:.0e})"
             )
         lines += [
-            f"the gradient of {name} is partial on every rank, and the plan does not say so (grad_allreduce)"
+            f"each rank has only a part of the gradient of {name}, and the plan does not sum the parts: its rule needs "
+            "grad_allreduce"
             for name in fold(self.partial_gradients)
         ]
         if self.failure is not None:
-            lines.append(f"the sharded twin did not run: {self.failure}")
+            lines.append(f"the sharded model did not run: {self.failure}")
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return [*lines, f"{'proven' if self.proven else 'NOT PROVEN'} in {self.seconds:.0f} s with {versions}"]
 

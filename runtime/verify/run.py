@@ -1,7 +1,7 @@
-"""The proof of a plan: a small twin of its model, dense and through the real runtime, number for number.
+"""The proof of a plan: its twin, a small model of the same architecture, run dense and sharded and compared.
 
-Starts the processes and gathers what they found; imports neither torch nor DeepSpeed itself. What the proof shows is
-that the plan's cuts, attributes and sums are right for the architecture; it says nothing of a checkpoint's weights.
+Starts the processes and gathers what they found; imports neither torch nor DeepSpeed itself. The proof shows that the
+plan's layouts, module attributes and gradient sums are right for the architecture. It does not look at a checkpoint.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from autotp_plan.runtime.verify.report import Errors, Proof
-from autotp_plan.runtime.verify.workers import ProcessError, run_processes
+from autotp_plan.runtime.verify.workers import RankError, run_ranks
 from autotp_plan.schemas.errors import AutoTPError, Fault, MissingDependencyError
 from autotp_plan.schemas.names import fold, starred
 from autotp_plan.schemas.plan.document import Plan
@@ -31,7 +31,7 @@ _PACKAGES = ("autotp-plan", "torch", "transformers", "deepspeed")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """What a trial showed: patterns of parameters whose gradients are partial and not summed; what else is wrong."""
+    """What is wrong with a plan: patterns of parameters whose partial gradients are not summed, and anything else."""
 
     partial_gradients: tuple[str, ...]
     problem: str | None
@@ -40,31 +40,37 @@ class Trial:
 def verify_plan(
     plan: Plan, *, attention: tuple[str, ...] = ATTENTION, progress: Callable[[str], None] = lambda _: None
 ) -> Proof:
-    """Prove `plan` right or wrong, with CPU processes of its own.
+    """Prove `plan` right or wrong, on CPU processes that this call starts.
 
     Args:
         plan: the plan of a transformers model.
-        attention: implementations to run; those that the architecture has not are left out, and named in `twin`.
-        progress: called with what is done next.
+        attention: implementations to run. Those that the architecture does not have are left out, and named in the
+            proof's `twin`.
+        progress: called with a sentence before each part.
 
-    Raises MissingDependencyError, and MismatchError when the plan is not of a model that transformers builds, or no
-    small twin of it can be made. A plan that is wrong raises nothing: the proof says so.
+    Returns:
+        The proof, which also says so when the plan is wrong.
+
+    Raises:
+        MissingDependencyError: torch, transformers or DeepSpeed is not installed.
+        MismatchError: transformers cannot build the plan's model, or no small model of its architecture runs.
+        AutoTPError: the small model could not be run at all, for lack of memory for example.
     """
     started = time.monotonic()
     versions = _versions()
     with tempfile.TemporaryDirectory(prefix="autotp-verify-") as name:
         folder = Path(name)
-        progress("building a small twin, dense")
+        progress("running a small model of the same architecture, unsharded")
         try:
-            run_processes(_write_twin, 1, folder, plan, folder, attention, timeout=TWIN_SECONDS)
-        except ProcessError as error:
+            run_ranks(_write_twin, 1, plan, folder, attention, timeout=TWIN_SECONDS)
+        except RankError as error:
             raise AutoTPError(_not_run(str(error))) from None
         twin = json.loads((folder / "about.json").read_text())
         progress(f"running it on {plan.tp_size} ranks: {', '.join(twin['attention'])}, DeepSpeed engine")
         failure = None
         try:
-            run_processes(_run_rank, plan.tp_size, folder, folder, timeout=RANK_SECONDS)
-        except (ProcessError, AutoTPError) as error:
+            run_ranks(_run_rank, plan.tp_size, folder, timeout=RANK_SECONDS)
+        except (RankError, AutoTPError) as error:
             failure = str(error)
         return Proof(
             plan=plan,
@@ -79,13 +85,23 @@ def verify_plan(
 
 
 def try_plan(plan: Plan) -> Trial:
-    """What is right and wrong about a plan that may be wrong, for planning a model without a preset."""
+    """What is wrong about a guessed plan, for planning a model without a preset.
+
+    Args:
+        plan: the plan of a transformers model.
+
+    Returns:
+        What to change; nothing when the plan is proven.
+
+    Raises:
+        AutoTPError: as `verify_plan`.
+    """
     proof = verify_plan(plan)
     partial = set(proof.partial_gradients)
     wrong = [name for name in proof.wrong if name not in partial]
     problem = proof.failure
     if problem is None and wrong:
-        problem = f"{', '.join(fold(wrong)[:8])} differ from the whole model's"
+        problem = f"{', '.join(fold(wrong)[:8])} differ from the unsharded model's"
     if problem is None and not partial and not proof.proven:
         problem = f"off by {proof.float64_error:.1e} in float64, {proof.engine_error:.1e} in the DeepSpeed engine"
     patterns = sorted({re.escape(starred(name)).replace(r"\*", r"\d+") + "$" for name in partial})
@@ -105,7 +121,7 @@ def _run_rank(folder: Path) -> None:
 
 
 def _gather_float64(folder: Path, attention: list[str], tp_size: int) -> dict[str, Errors]:
-    """The largest of all ranks' errors, of each attention that all of them finished."""
+    """The largest of all ranks' errors, for each attention that every rank finished."""
     found: dict[str, Errors] = {}
     for kind in attention:
         ranks = [_read(folder / f"{kind}.rank-{rank}.json") for rank in range(tp_size)]
@@ -151,9 +167,9 @@ def _versions() -> dict[str, str]:
 
 def _not_run(got: str) -> Fault:
     return Fault(
-        what="the twin could not be run at all",
+        what="the small model that stands for the plan's could not be run",
         where="verify",
         got=got,
         expected="a machine that can run a small model on its CPU",
-        next="look for a lack of memory or processes; report it otherwise",
+        next="see whether memory or processes have run out; if not, please report it",
     )

@@ -1,4 +1,4 @@
-"""The sharded side of the proof: what one rank does, through the same doors as a training job."""
+"""The sharded side of the proof: what one rank does, by the same calls as a training job."""
 
 from __future__ import annotations
 
@@ -9,15 +9,10 @@ from typing import Any
 import torch
 
 from autotp_plan.runtime.training_plan import load_plan
-from autotp_plan.runtime.verify.compare import (
-    engine_steps,
-    errors,
-    float64_numbers,
-    partial_gradients,
-    relative_errors,
-    shard_reader,
-)
+from autotp_plan.runtime.verify.compare import errors, partial_gradients
 from autotp_plan.runtime.verify.dense import PLAN_NAME, About, options
+from autotp_plan.runtime.verify.float64_passes import run_passes_and_steps, shard_reader
+from autotp_plan.runtime.verify.optimizer_steps import Training, engine_steps, relative_errors
 
 
 def run_rank(folder: Path) -> None:
@@ -28,16 +23,15 @@ def run_rank(folder: Path) -> None:
     for attention in about.attention:
         dense = torch.load(folder / f"{attention}.pt")
         model = plan.load_model(folder / "float64", **options(attention)).train()
-        found = float64_numbers(model, shard_reader(model), list(dense["stepped"]), about.batches)
+        found = run_passes_and_steps(model, shard_reader(model), list(dense["stepped"]), about.batches)
         _write(folder / f"{attention}.rank-{rank}.json", errors(dense, found, plan.document, rank))
         partial = partial_gradients(dense, found, plan.document, plan.ranks.tp_group)
         _write(folder / f"{attention}.partial-{rank}.json", {"names": partial})
     plan = load_plan(folder / "float32" / PLAN_NAME)
     model = plan.load_model(folder / "float32", **options(about.attention[0])).train()
-    steps = engine_steps(plan, model, about.batches)
-    _write(
-        folder / f"engine.rank-{rank}.json", relative_errors(json.loads((folder / "engine.json").read_text()), steps)
-    )
+    steps = engine_steps(plan, model, Training(batches=about.batches))
+    dense_steps = json.loads((folder / "engine.json").read_text())
+    _write(folder / f"engine.rank-{rank}.json", relative_errors(dense_steps, steps))
 
 
 def _write(path: Path, value: Any) -> None:

@@ -1,13 +1,15 @@
-"""Small random checkpoints of real architectures, and the dense model's numbers to compare with."""
+"""Small random checkpoints of real architectures."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from autotp_plan.runtime.verify.float64_passes import EXPERTS
+from autotp_plan.runtime.verify.random_inputs import Batches, randomise
 
 COMMON = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "vocab_size": 256,
@@ -126,25 +128,12 @@ def make_config(variant: str, **changes: Any) -> Any:
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every parameter, norms and biases too, a random value: zeros and ones hide errors."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            if parameter.dim() > 1:
-                value = noise / math.sqrt(parameter.shape[-1])
-            else:
-                value = noise * 0.2 + (1.0 if name.endswith("weight") else 0.0)
-            parameter.copy_(value)
-    return model
-
-
 def save_checkpoint(folder: Path, variant: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """Write a random checkpoint of `variant` to `folder`, as transformers does."""
     from transformers import AutoModelForCausalLM
 
-    model = randomise(AutoModelForCausalLM.from_config(make_config(variant, **changes), dtype=torch.float64))
+    model = AutoModelForCausalLM.from_config(make_config(variant, **changes), dtype=torch.float64)
+    randomise(model)
     model.to(dtype).save_pretrained(folder, max_shard_size="60KB")
     return folder
 
@@ -157,12 +146,9 @@ def load_dense(folder: Path, dtype: torch.dtype = torch.float32, **options: Any)
 
 
 def eager_experts(dtype: torch.dtype) -> dict[str, Any]:
-    """What loading in `dtype` must be told: grouped matrix products of experts have no float64 kernel on CPU."""
-    return {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+    """What loading in `dtype` must be told."""
+    return EXPERTS if dtype == torch.float64 else {}
 
 
-def batch(seed: int, size: int = 2, length: int = 12, vocab_size: int = 256) -> Tensor:
-    """Random token ids, `(size, length)`; the padding token is among them."""
-    tokens = torch.randint(vocab_size, (size, length), generator=torch.Generator().manual_seed(seed))
-    tokens[0, 0] = 0
-    return tokens
+batch = Batches(vocab_size=256, length=12, padding=0)
+"""Random token ids by seed."""

@@ -75,8 +75,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from safetensors.torch import save_file
 
     from autotp_plan.planner import SpecFile, compile_plan, presplit
+    from autotp_plan.runtime.verify.random_inputs import randomise
     from tests.helpers import parity
-    from tests.helpers.models import randomise, save_checkpoint
+    from tests.helpers.models import save_checkpoint
 
     work = tmp_path_factory.mktemp("parity")
     for variant in VARIANTS:
@@ -84,7 +85,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         specs = []
         if variant == OWN:
             checkpoint.mkdir()
-            tensors = {name: value.detach().clone() for name, value in randomise(own_gpt()()).named_parameters()}
+            own = own_gpt()()
+            randomise(own)
+            tensors = {name: value.detach().clone() for name, value in own.named_parameters()}
             save_file(tensors, checkpoint / "model.safetensors")
             specs = [SpecFile.read(EXAMPLES / "own_model" / "spec.json")]
         else:

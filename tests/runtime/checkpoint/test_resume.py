@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from autotp_plan.runtime.verify.workers import RankError
 from tests.helpers.launch import launch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -127,7 +128,7 @@ def test_a_killed_job_resumes(tmp_path: Path) -> None:
         folder = save_checkpoint(tmp_path / name, variant, **changes)
         (tmp_path / f"{name}.json").write_text(compile_plan(folder, tp_size=2, uneven=uneven).to_json())
     whole = launch(undisturbed, 4, tmp_path, timeout=280)
-    with pytest.raises(FileNotFoundError, match="result-0"):
+    with pytest.raises(RankError, match="rank 0 ended without a result"):
         launch(killed, 4, tmp_path, timeout=280)
     for rank, found in enumerate(launch(resumed, 4, tmp_path, timeout=280)):
         for run, losses in found.items():

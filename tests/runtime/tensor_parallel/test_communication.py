@@ -114,6 +114,7 @@ def shared_gradients(work: Path) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for variant in VARIANTS:
+        dense = torch.load(work / f"{variant}.dense")
         numbers = {}
         for switch, on in SWITCHES.items():
             plan, model = load(work, variant, on)
@@ -127,15 +128,14 @@ def shared_gradients(work: Path) -> dict[str, Any]:
                 if variant in COUNTED:
                     found[f"{variant}, {switch}, {way}: count"] = count(model)
                 # autograd recomputes outside of float64's mode
-                numbers[switch, way] = parity.whole_gradients(model, plan, float64=reentrant is None)
-        dense = torch.load(work / f"{variant}.dense")
-        found[f"{variant}: dense"] = max(parity.largest_errors(dense, numbers["on", "plain"]).values())
-        found[f"{variant}: off"] = max(parity.largest_errors(numbers["off", "plain"], numbers["on", "plain"]).values())
-        for way in ("reentrant", "not reentrant"):
-            if ("on", way) in numbers:
-                found[f"{variant}: {way}"] = max(
-                    parity.largest_errors(numbers["off", way], numbers["on", way]).values()
+                numbers[switch, way] = parity.sharded_gradients(
+                    model, list(dense["gradient"]), promote=reentrant is None
                 )
+        found[f"{variant}: dense"] = max(parity.errors(dense, numbers["on", "plain"], plan).values())
+        for way, key in (("plain", "off"), ("reentrant", "reentrant"), ("not reentrant", "not reentrant")):
+            if ("on", way) in numbers:
+                errors = parity.differences(numbers["off", way], numbers["on", way], plan)
+                found[f"{variant}: {key}"] = max(errors.values())
     for stage in (0, 3):
         plan, model = load(work, "llama", dtype=torch.float32)
         engine, *_ = plan.initialize(model, config=parity.engine_settings(stage))
@@ -421,7 +421,7 @@ def after_head(model: Any, function: Any) -> dict[str, Any]:
     """Loss and gradients, with `function` between head and loss."""
     import torch
 
-    from autotp_plan.runtime.verify.float64 import PromoteToFloat64
+    from autotp_plan.runtime.verify.float64_passes import PromoteToFloat64
     from tests.helpers.models import batch
 
     tokens = batch(5)
@@ -502,7 +502,7 @@ def arguments() -> dict[str, dict[str, Any]]:
 
 def losses(model: Any) -> dict[str, Any]:
     """Loss and a gradient of each way."""
-    from autotp_plan.runtime.verify.float64 import PromoteToFloat64
+    from autotp_plan.runtime.verify.float64_passes import PromoteToFloat64
     from tests.helpers.models import batch
 
     found = {}

@@ -60,9 +60,7 @@ def in_ranks(work: Path, tp_size: int, stages: tuple[int, ...]) -> dict[str, Any
         plan = load_plan(work / f"{name}.tp{tp_size}.json")
         for attention in ("eager", "sdpa"):
             model = plan.load_model(work / name, dtype=torch.float64, attn_implementation=attention).train()
-            errors = parity.largest_errors(
-                torch.load(work / f"{name}.{attention}"), parity.whole_gradients(model, plan)
-            )
+            errors = parity.errors_against(torch.load(work / f"{name}.{attention}"), model, plan)
             found[f"{name} {attention}"] = max(errors.values())
         for stage in stages:
             found[f"{name} zero{stage}"] = parity.engine_steps(plan, plan.load_model(work / name).train(), stage)
@@ -105,7 +103,7 @@ def unsummed(work: Path) -> float:
     sharded_params._sum_over_replicas = lambda gradient, **_: gradient  # type: ignore[assignment]
     plan = load_plan(work / "two heads.tp4.json")
     model = plan.load_model(work / "two heads", dtype=torch.float64).train()
-    errors = parity.largest_errors(torch.load(work / "two heads.sdpa"), parity.whole_gradients(model, plan))
+    errors = parity.errors_against(torch.load(work / "two heads.sdpa"), model, plan)
     return max(error for name, error in errors.items() if "k_proj" in name or "v_proj" in name)
 
 

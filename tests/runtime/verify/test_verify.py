@@ -171,7 +171,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert file.read_text() == plan.to_json()
 
     text = run("verify", file).stdout
-    assert "LlamaForCausalLM at TP=2; the twin: widths by 4, 2 layers" in text
+    assert "LlamaForCausalLM at TP=2; its small twin: widths divided by 4, 2 layers" in text
     assert "model.layers.{0..5}.mlp.up_proj.weight" in text and "eager and sdpa attention" in text
     stamped = Plan.read(file)
     assert stamped.fingerprint == plan.fingerprint and dataclasses.replace(stamped, verified=None) == plan

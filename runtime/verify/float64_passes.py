@@ -1,0 +1,117 @@
+"""Forward and backward passes in float64, which a sharded model and the dense one run alike.
+
+Only how a parameter or its gradient is read differs between the two, and that is an argument.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from autotp_plan.runtime.loading.shard_model import local_shard
+from autotp_plan.runtime.verify.random_inputs import Batches
+from autotp_plan.runtime.verify.report import Pass
+
+ADAM = {"lr": 2e-3, "eps": 1e-3, "weight_decay": 0.01}
+"""A first Adam step is lr * g / (|g| + eps): with an eps near the rounding error of g, noise becomes a full step."""
+EXPERTS = {"experts_implementation": "eager"}
+"""How transformers must run experts: its default, grouped matrix products, has no float64 kernel on CPU."""
+
+Forward = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
+"""Loss and logits of a model for token ids of shape (batch, length)."""
+Read = Callable[[str, bool], Tensor | None]
+"""The parameter of a name, or with True its gradient; None for a gradient that is not there."""
+Numbers = dict[str, dict[str, Tensor]]
+"""`loss` and `logits` by pass; by parameter `gradient` after one backward pass, `accumulated` after two, and `stepped`,
+its value after two optimizer steps.
+"""
+
+
+class PromoteToFloat64(TorchFunctionMode):
+    """While active, every conversion to float32 becomes one to float64.
+
+    transformers casts norms, softmax and rotary tables to float32, which would hide errors below 1e-7.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.float:
+            return args[0].double()
+        args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+        kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def causal_lm(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and logits of a causal language model of transformers, or of an engine around one."""
+    output = model(input_ids=tokens, labels=tokens, use_cache=False)
+    return output.loss, output.logits
+
+
+def dense_reader(model: nn.Module) -> Read:
+    """Reads the parameters and gradients of an unsharded model."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return lambda name, gradient: parameters[name].grad if gradient else parameters[name]
+
+
+def shard_reader(model: nn.Module) -> Read:
+    """Reads this rank's shards of parameters and gradients."""
+    return lambda name, gradient: local_shard(model, name, gradient=gradient)
+
+
+def run_passes(
+    model: nn.Module,
+    read: Read,
+    names: Sequence[str],
+    batches: Batches,
+    *,
+    forward: Forward = causal_lm,
+    promote: bool = True,
+) -> Numbers:
+    """Two forward and backward passes, whose gradients accumulate.
+
+    Args:
+        model: in training mode, without gradients.
+        read: `dense_reader(model)` or `shard_reader(model)`.
+        names: the parameters to record; one without a gradient is left out of the result.
+        batches: the tokens of each pass.
+        forward: gives loss and logits.
+        promote: keep all arithmetic in float64. Activations that autograd recomputes are not promoted either way.
+
+    Returns:
+        `loss`, `logits`, `gradient` and `accumulated`, detached.
+    """
+    found: Numbers = {kind: {} for kind in ("loss", "logits", "gradient", "accumulated")}
+    for index, kind in ((Pass.FIRST, "gradient"), (Pass.SECOND, "accumulated")):
+        _backward(model, batches, index, found, forward, promote)
+        _record(found, kind, read, names)
+    return found
+
+
+def run_passes_and_steps(model: nn.Module, read: Read, names: Sequence[str], batches: Batches) -> Numbers:
+    """As `run_passes`, and then an optimizer step, a third pass, and another step: `stepped` too."""
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAM, foreach=False)  # type: ignore[arg-type]
+    found = run_passes(model, read, names, batches)
+    optimizer.step()
+    optimizer.zero_grad()
+    _backward(model, batches, Pass.AFTER_STEP, found, causal_lm, True)
+    optimizer.step()
+    _record(found, "stepped", read, names)
+    return found
+
+
+def _backward(model: nn.Module, batches: Batches, index: Pass, found: Numbers, forward: Forward, promote: bool) -> None:
+    with PromoteToFloat64() if promote else contextlib.nullcontext():
+        loss, logits = forward(model, batches(index.seed))
+        loss.backward()  # type: ignore[no-untyped-call]
+    found["loss"][index.value], found["logits"][index.value] = loss.detach(), logits.detach()
+
+
+def _record(found: Numbers, kind: str, read: Read, names: Sequence[str]) -> None:
+    tensors = {name: read(name, kind != "stepped") for name in names}
+    found[kind] = {name: tensor.detach().clone() for name, tensor in tensors.items() if tensor is not None}

@@ -1,0 +1,123 @@
+"""Optimizer steps in float32, which the DeepSpeed engine and the dense model take alike: losses and gradient norms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from torch import nn
+
+from autotp_plan.runtime.verify.float64_passes import ADAM, Forward, causal_lm
+from autotp_plan.runtime.verify.random_inputs import Batches
+
+Steps = list[tuple[float, float]]
+"""Loss, averaged over the batch of a step, and norm of the gradients before they are clipped, of each step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Training:
+    """AdamW with gradients clipped at norm 1. A step has `dp_size` * `accumulation` batches."""
+
+    batches: Batches
+    num_steps: int = 3
+    eps: float = ADAM["eps"]
+    dp_size: int = 1
+    accumulation: int = 1
+
+    @property
+    def adam(self) -> dict[str, float]:
+        """AdamW's arguments."""
+        return {**ADAM, "eps": self.eps}
+
+    def seed(self, step: int, micro: int, dp_rank: int) -> int:
+        """The seed of one batch."""
+        return 10 + step + 100 * micro + 1000 * dp_rank
+
+    def engine_config(self, zero_stage: int, **changes: Any) -> dict[str, Any]:
+        """The DeepSpeed config that trains so."""
+        return {
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": 1.0,
+            "zero_optimization": {"stage": zero_stage},
+            "optimizer": {"type": "AdamW", "params": {**self.adam, "torch_adam": True}},
+            "steps_per_print": 10**9,
+            **changes,
+        }
+
+
+def dense_steps(model: nn.Module, training: Training, forward: Forward = causal_lm) -> Steps:
+    """Loss and gradient norm of each step of the unsharded model."""
+    optimizer = torch.optim.AdamW(model.parameters(), **training.adam)  # type: ignore[arg-type]
+    history = []
+    for step in range(training.num_steps):
+        losses = []
+        for micro in range(training.accumulation):
+            for dp_rank in range(training.dp_size):
+                loss, _ = forward(model, training.batches(training.seed(step, micro, dp_rank)))
+                (loss / training.dp_size / training.accumulation).backward()  # type: ignore[no-untyped-call]
+                losses.append(loss.item())
+        norm = _clip(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append((sum(losses) / len(losses), norm))
+    return history
+
+
+def engine_steps(
+    plan: Any,
+    model: nn.Module,
+    training: Training,
+    *,
+    zero_stage: int = 1,
+    forward: Forward = causal_lm,
+    norm: Callable[[Any], Any] = lambda engine: engine.get_global_grad_norm(),
+    **changes: Any,
+) -> Steps:
+    """As `dense_steps`, of a DeepSpeed engine; every rank must call it.
+
+    Args:
+        plan: the TrainingPlan that `model` was loaded by.
+        model: this rank's shards, in training mode.
+        training: the steps; the plan's mesh must have `training.dp_size` data-parallel ranks.
+        zero_stage: 0 to 3.
+        forward: gives loss and logits.
+        norm: asked for the gradient norm after each step.
+        **changes: replace entries of the DeepSpeed config.
+    """
+    ranks = plan.ranks
+    engine, _, _, _ = plan.initialize(model, config=training.engine_config(zero_stage, **changes))
+    history = []
+    for step in range(training.num_steps):
+        losses = []
+        for micro in range(training.accumulation):
+            loss, _ = forward(engine, training.batches(training.seed(step, micro, ranks.dp_rank)))
+            engine.backward(loss)
+            losses.append(loss.detach().float())
+            engine.step()
+        mean = torch.stack(losses).mean()
+        dist.all_reduce(mean, group=ranks.dp_group)
+        history.append(((mean / training.dp_size).item(), float(norm(engine))))
+    engine.destroy()
+    return history
+
+
+def relative_errors(dense: Sequence[Sequence[float]], found: Sequence[Sequence[float]]) -> dict[str, float]:
+    """The relative error of each step's loss and gradient norm."""
+    return {
+        f"{what}, step {step}": abs(got - expected) / abs(expected) if math.isfinite(got) else math.inf
+        for step, pair in enumerate(zip(dense, found, strict=True), 1)
+        for what, expected, got in zip(("loss", "gradient norm"), *pair, strict=True)
+    }
+
+
+def _clip(model: nn.Module) -> float:
+    """As `torch.nn.utils.clip_grad_norm_`, whose norm of a few million numbers in float32 is only right to 1e-5."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients))
+    torch._foreach_mul_(gradients, min(1.0, 1.0 / (norm + 1e-6)))
+    return norm
