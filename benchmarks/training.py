@@ -72,7 +72,7 @@ class Sampler:
                     samples.append((time.monotonic(), _field(status, b"RssAnon:"), _field(status, b"RssFile:")))
 
     def peak(self, pid: int, which: int, begin: float, end: float) -> int:
-        return max((sample[which] for sample in self.samples[pid] if begin <= sample[0] <= end), default=0)
+        return int(max((sample[which] for sample in self.samples[pid] if begin <= sample[0] <= end), default=0))
 
 
 def _field(status: bytes, name: bytes) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ADAM = {"lr": 1e-3, "eps": 1e-5, "weight_decay": 0.01, "fused": True}
+ADAM: dict[str, Any] = {"lr": 1e-3, "eps": 1e-5, "weight_decay": 0.01, "fused": True}
 """Fused, as Trainer and DeepSpeed take it by themselves: the same for all, and the least of a step. With the usual eps,
 a gradient of 1e-8 counts as much as one of 1: rounding would decide the first steps."""
 
@@ -177,14 +177,14 @@ def count_sent(step: Callable[[], object]) -> dict[str, int]:
 def group_size(arguments: list[Any]) -> int:
     """The number of ranks of the process group among a collective's arguments, 0 when it has none (a wait)."""
     import torch
-    from torch.distributed.distributed_c10d import _resolve_process_group
+    from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
     for argument in arguments:
         if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
             return int(torch.distributed.ProcessGroup.unbox(argument).size())
         if isinstance(argument, str):
             with contextlib.suppress(RuntimeError):
-                return int(_resolve_process_group(argument).size())
+                return int(_resolve_process_group(argument).size())  # type: ignore[arg-type]
     return 0
 
 
@@ -212,7 +212,7 @@ def main() -> None:
     if job["device"] != "cpu":
         torch.cuda.set_device(rank)
     if world_size > 1:
-        store = dist.FileStore(job["store"], world_size)
+        store = dist.FileStore(job["store"], world_size)  # type: ignore[attr-defined]
         dist.init_process_group(job["backend"], store=store, rank=rank, world_size=world_size)
     step = SYSTEMS[job["system"]](job)
     now("ready")

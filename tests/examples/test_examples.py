@@ -96,7 +96,7 @@ def dense_losses(folder: Path, batches: list[list[dict[str, Any]]], learning_rat
     losses = []
     for step in batches:
         found = [model(**batch).loss for batch in step]
-        (sum(found) / len(found)).backward()  # type: ignore[union-attr]
+        (sum(found) / len(found)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -177,7 +177,7 @@ def test_custom_patterns(examples: Path) -> None:
     for epoch in range(4):
         by_rank = []
         for rank in range(2):
-            sampler = DistributedSampler(dataset, num_replicas=2, rank=rank, seed=42)
+            sampler: Any = DistributedSampler(dataset, num_replicas=2, rank=rank, seed=42)
             sampler.set_epoch(epoch)
             drawn = [dataset[index] for index in sampler]
             by_rank.append([custom_patterns.collate(drawn[at : at + 2], 1) for at in range(0, len(drawn), 2)])

@@ -75,7 +75,7 @@ def dense_losses(folder: Path) -> list[float]:
     model = load_dense(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses: list[float] = []
-    samplers = [DistributedSampler(dataset, num_replicas=2, rank=rank) for rank in range(2)]
+    samplers: list[Any] = [DistributedSampler(dataset, num_replicas=2, rank=rank) for rank in range(2)]
     for epoch in range(2):
         for sampler in samplers:
             sampler.set_epoch(epoch)

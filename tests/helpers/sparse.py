@@ -52,7 +52,8 @@ def neox_tensors(config: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, .
     hidden, length = config["hidden_size"], config["max_position_embeddings"]
     sizes = {**config, "qkv_size": 3 * hidden}
     rotary = int(config["rotary_pct"] * hidden // config["num_attention_heads"]) // 2
-    found = {"gpt_neox.embed_in.weight": ("F16", (config["vocab_size"], hidden))}
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    found["gpt_neox.embed_in.weight"] = ("F16", (config["vocab_size"], hidden))
     for layer in range(config["num_hidden_layers"]):
         for name, dims in NEOX_LAYER.items():
             shape = tuple(sizes[size] for size in dims)

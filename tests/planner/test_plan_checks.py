@@ -134,7 +134,8 @@ def faults(plan: Plan, folder: Path) -> dict[tuple[str, str], tuple[str, str]]:
 
 def test_its_own_checkpoint(plan: Plan, folder: Path, tmp_path: Path) -> None:
     assert check_checkpoint(plan, folder) == []
-    trivial = {"torch_dtype": "float32", "transformers_version": "9", "_name_or_path": "x", "use_cache": False}
+    trivial: dict[str, Any] = {"torch_dtype": "float32", "transformers_version": "9", "_name_or_path": "x"}
+    trivial["use_cache"] = False
     assert check_checkpoint(plan, write_llama(tmp_path / "again", **trivial)) == []
 
 

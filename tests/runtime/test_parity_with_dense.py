@@ -182,7 +182,7 @@ def in_ranks(work: Path, tp_size: int, dp_size: int, planted: dict[str, str]) ->
         model = plan.load_model(shards, model=build).train()
         numbers["accumulation"] = parity.engine_steps(plan, model, 2, forward, accumulation=2)
         model = plan.load_model(shards, model=build).train()
-        overlap = {"tensor_parallel": {"autotp_size": tp_size, "tp_overlap_comm": True}}
+        overlap: dict[str, Any] = {"tensor_parallel": {"autotp_size": tp_size, "tp_overlap_comm": True}}
         numbers["overlap"] = parity.engine_steps(plan, model, 3, forward, **overlap)
     for name, variant in planted.items():
         plan_file = work / f"{name}.json"

@@ -222,7 +222,7 @@ def test_auxiliary_loss_of_the_routers(tmp_path: Path) -> None:
 
     for name in ROUTED:
         folder = prepare(tmp_path, name, name, output_router_logits=True, router_aux_loss_coef=0.5)
-        dense = load_dense(folder, torch.float64, experts_implementation="eager")
+        dense: Any = load_dense(folder, torch.float64, experts_implementation="eager")
         torch.save(parity.gradients(dense), tmp_path / f"{name}.dense")
         dense.config.output_router_logits = False
         loss = parity.gradients(dense)["loss"]["pass 1"]

@@ -129,7 +129,7 @@ def test_the_documented_pattern_for_pythia(
     tmp_path: Path, checkpoints: dict[str, Path], shape: list[Any], use_default_specs: bool
 ) -> None:
     """GPT-NeoX's weight is q, k, v of each head in turn; cut as [Q; K; V] the logits are off by 0.9, without a word."""
-    specs = [
+    specs: list[dict[str, Any]] = [
         {"patterns": [r".*\.query_key_value\.weight$"], "partition_type": "column", "shape": shape, "partition_dim": 0},
         {"patterns": [r".*\.dense_h_to_4h\.weight$"], "partition_type": "column"},
         {"patterns": [r".*\.attention\.dense\.weight$", r".*\.dense_4h_to_h\.weight$"], "partition_type": "row"},

@@ -306,14 +306,14 @@ def test_everything_wrong_is_told_at_once() -> None:
 def test_partition_config_may_say_what_a_spec_file_says(tmp_path: Path) -> None:
     """Symbols, vocabulary rules, module attributes and ties count, though DeepSpeed itself does not know them."""
     shapes = {"embed.weight": (8, 4), "up.weight": (8, 4), "down.weight": (4, 8)}
-    partition = {
+    partition: dict[str, Any] = {
         "symbols": {"inner": "width * 2"},
         "vocabulary_specs": [{"patterns": ["embed"], "partition_type": "vocab"}],
         "layer_specs": [{"patterns": ["up"], "shape": [["inner"], -1]}, {"patterns": ["down"], **ROW}],
         "module_attributes": [{"patterns": ["up$"], "attributes": {"out": "inner // tp_size"}}],
         "tied": [{"name": "head.weight", "to": "embed.weight"}],
     }
-    partition["vocabulary_specs"].append({"patterns": ["head"], "gather_output": True})  # type: ignore[union-attr]
+    partition["vocabulary_specs"].append({"patterns": ["head"], "gather_output": True})
     folder = write_checkpoint(tmp_path / "own", shapes, {"width": 4})
     plan = compiled(folder, {"autotp_size": 2, "partition_config": partition})
     assert [tie.rule for tie in plan.tied] == ["ds-config #4"]

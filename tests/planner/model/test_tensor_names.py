@@ -227,7 +227,7 @@ def test_the_prefix_is_given_to_all_or_none() -> None:
 
     def memory(disk: str, *others: str) -> str | None:
         part = ToMemory(names, [disk, *others]).part(disk)
-        return part and part.parameter
+        return None if part is None else part.parameter
 
     assert memory("h.3.x") == "model.h.3.x"
     assert memory("h.3.old") == memory("model.h.3.old") == "model.h.3.new"

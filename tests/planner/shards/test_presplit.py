@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +116,10 @@ def plan(folder: Path) -> Plan:
 
 
 @pytest.fixture(params=[None, 16, 100, 700], ids=lambda size: f"chunks of {size}")
-def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param:
         monkeypatch.setattr(copy_engine, "CHUNK_BYTES", request.param)
         monkeypatch.setattr(copy_engine, "MAX_OPEN", 1)
-    return
 
 
 def read_shards(output: Path, manifest: Manifest, rank: int | None) -> dict[str, tuple[str, list[int], bytes]]:

@@ -11,7 +11,7 @@ from tests.helpers.launch import launch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1200)]
 
-MODELS = {
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "fused and grouped": ("phi3", {}),  # with two KV heads: at TP=4 a rank's shard is held in two parameters
     "experts": ("mixtral", {}),
     "uneven": (
@@ -113,7 +113,7 @@ def _planted(work: Path, mesh: str, saved_on: str) -> dict[str, list[float]]:
         "nothing": (shard, scalars),
     }
     for fault, replaced in faults.items():
-        SavedJob.shard, SavedJob.scalars = replaced  # type: ignore[method-assign, assignment]
+        SavedJob.shard, SavedJob.scalars = replaced  # type: ignore[method-assign]
         plan, engine, loader = start(work, "experts", MESHES[mesh], 3)
         plan.load_checkpoint(engine, work / f"experts zero1 {saved_on}")
         found[fault] = steps(plan, engine, loader, SAVED_AT, NUM_STEPS)

@@ -21,7 +21,7 @@ from tests.helpers.launch import launch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
-VARIANTS = {
+VARIANTS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "fused and grouped": ("phi3", {"attention_dropout": 0.1}, False),
     "experts": ("mixtral", {}, False),
     "uneven": (
@@ -92,7 +92,7 @@ def killed(work: Path) -> None:
         plan, engine, loader = start(work, name, stage)
         folder = work / f"{name} zero{stage}"
         steps(plan, engine, loader, 0, KILLED_AT, folder)
-        save, job._save_streams = job._save_streams, died
+        save, job._save_streams = job._save_streams, died  # type: ignore[assignment]
         with contextlib.suppress(InterruptedError):
             plan.save_checkpoint(engine, folder)
         job._save_streams = save

@@ -11,7 +11,7 @@ from tests.helpers.launch import launch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(500)]
 
-JOBS = {  # name: variant, changes, TP size, ZeRO stage
+JOBS: dict[str, tuple[str, dict[str, Any], int, int]] = {  # name: variant, changes, TP size, ZeRO stage
     "fused and grouped": ("phi3", {}, 2, 1),
     "shared in part": ("phi3", {}, 4, 2),
     "experts": ("mixtral", {}, 2, 3),
@@ -164,7 +164,7 @@ def dies_and_saves_again(work: Path) -> list[str]:
         def full(*_: Any) -> Any:
             raise OSError(28, "No space left on device")
 
-        save_shards._write = full
+        save_shards._write = full  # type: ignore[assignment]
     attempt("again")
     save_shards._write = write
     if plan.ranks.tp_rank == 0:

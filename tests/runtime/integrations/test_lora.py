@@ -119,7 +119,7 @@ def in_two_ranks(folder: Path) -> dict[str, Any]:
             engine.backward(loss)
             engine.step()
             losses.append(loss.item())
-        found[stage] = losses
+        found[str(stage)] = losses
         plan.save_adapter(engine, folder / f"adapter-{stage}")
         engine.destroy()
     return found
@@ -145,7 +145,7 @@ def test_adapters_on_column_and_row_layers(tmp_path: Path) -> None:
             wanted = gradients[name] if cut is None else take(gradients[name], *cut)
             torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6, msg=name)
         for stage in (0, 2, 3):
-            assert found[stage] == pytest.approx(losses, rel=1e-5), stage
+            assert found[str(stage)] == pytest.approx(losses, rel=1e-5), stage
     for stage in (0, 2, 3):
         model = PeftModel.from_pretrained(load_dense(tmp_path / "checkpoint"), str(tmp_path / f"adapter-{stage}"))
         with torch.no_grad():

@@ -95,7 +95,7 @@ def count(model: Any, **inputs: Any) -> dict[str, int]:
 # --- gradients that meet before they are summed ---
 
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {}, "llama_bias_tied": {"vocab_size": WORDS}, "opt_350m": {}, "gemma2": {}, "cohere": {}, "granite": {},
     "qwen2_moe": {"output_router_logits": True, "router_aux_loss_coef": 0.5}, "deepseek_v3": {}, "gpt2": {}, "phi3": {},
 }  # fmt: skip
@@ -449,7 +449,7 @@ def gathers() -> Iterator[list[None]]:
     from autotp_plan.runtime.tensor_parallel import lazy_logits
 
     seen: list[None] = []
-    real = lazy_logits.gather_last_dim
+    real = lazy_logits.gather_last_dim  # type: ignore[attr-defined]
 
     def recording(*args: Any) -> Any:
         seen.append(None)

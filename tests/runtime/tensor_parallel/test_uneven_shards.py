@@ -65,7 +65,9 @@ ON_THREE = (
     "llama", "phi3", "gemma2", "gpt_neox", "bloom", "falcon_multi_query", "falcon_grouped", "falcon_alibi", "gpt2",
     "gpt_bigcode_multi_query", "opt", "mpt", "dbrx", "olmo2", "cohere_qk_norm", "mixtral", "gpt_oss", "deepseek_v2",
 )  # fmt: skip
-ON_SIX = {"llama": {"num_key_value_heads": 8}, "gpt_neox": {}, "bloom": {}, "mixtral": {"num_key_value_heads": 8}}
+ON_SIX: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 8}, "gpt_neox": {}, "bloom": {}, "mixtral": {"num_key_value_heads": 8},
+}  # fmt: skip
 
 
 def flagged(work: Path, variants: tuple[str, ...]) -> dict[str, float]:

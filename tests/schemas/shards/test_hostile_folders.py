@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,12 @@ def shards(sound: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_unpickled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def nothing_is_unpickled(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a pickle was loaded")
 
     for home, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
         monkeypatch.setattr(home, name, refuse)
-    return
 
 
 def everything(folder: Path, out: Path) -> list[Callable[[], object]]:
