@@ -1,4 +1,4 @@
-"""Before the first rank starts: DeepSpeed's shared-memory operator is built once, in a folder of this environment.
+"""Before the first rank starts: every distributed test has a timeout, and DeepSpeed's shared-memory operator is built.
 
 torch guards a build by a lock file that outlives a killed build, and whoever comes next waits for it without end. So
 the tests share no build folder with anyone, and a build that does not finish ends the run, instead of every test.
@@ -19,18 +19,21 @@ EXTENSIONS = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.pre
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    if session.config.option.collectonly or not any(item.get_closest_marker("distributed") for item in session.items):
+    distributed = [item for item in session.items if item.get_closest_marker("distributed")]
+    if session.config.option.collectonly or not distributed:
         return
+    without = sorted(item.nodeid for item in distributed if item.get_closest_marker("timeout") is None)
+    if without:
+        raise pytest.UsageError("distributed tests without pytest.mark.timeout: " + ", ".join(without))
+    if not list(EXTENSIONS.rglob("deepspeed_shm_comm*.so")):
+        build_shared_memory_operator()
+
+
+def build_shared_memory_operator() -> None:
     build = [sys.executable, "-W", "ignore", "-c", "from deepspeed.comm.torch import build_shm_op; build_shm_op()"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     try:
-        subprocess.run(
-            build,
-            check=True,
-            timeout=BUILD_SECONDS,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "DS_ACCELERATOR": "cpu"},
-        )
+        subprocess.run(build, check=True, timeout=BUILD_SECONDS, capture_output=True, text=True, env=environment)
     except subprocess.TimeoutExpired:
         locks = ", ".join(str(lock) for lock in EXTENSIONS.rglob("lock")) or "none"
         pytest.exit(f"DeepSpeed's build took more than {BUILD_SECONDS} s; locks to remove: {locks}", returncode=2)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +18,8 @@ import pytest
 from autotp_plan.schemas.errors import CompileError, MismatchError
 from tests.helpers.launch import launch
 from tests.helpers.paths import EXAMPLES, ROOT
+from tests.helpers.programs import output_of
 
-BIN = Path(sys.executable).parent
 TIMEOUT = 200
 
 
@@ -42,26 +41,9 @@ def free_port() -> str:
         return str(one.getsockname()[1])
 
 
-def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
-    """Start a program of this environment in `folder`, where `examples/` is as it is in a clone."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    environment.pop("DS_ACCELERATOR", None)
-    # `torchrun` and `deepspeed` are scripts of the environment that `make setup` made, which may be another one here
-    modules = {"torchrun": "torch.distributed.run", "deepspeed": "deepspeed.launcher.runner"}
-    program = Path(words[0]).name
-    python = [sys.executable, "-m", modules[program]] if program in modules else [sys.executable]
-    return subprocess.Popen(
-        [*python, *words[1:]], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
-def finish(process: subprocess.Popen[str], timeout: float = TIMEOUT) -> str:
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    assert process.returncode == 0, output[-4000:]
-    return output
+def run(words: list[str], folder: Path, timeout: float = TIMEOUT) -> str:
+    """What a program prints that is run in `folder`, where `examples/` is as it is in a clone."""
+    return output_of(words, folder, timeout=timeout, unset=["DS_ACCELERATOR"])
 
 
 def losses_of(output: str) -> list[float]:
@@ -121,7 +103,7 @@ BASIC += ["--num_steps", "3", "--precision", "fp32", "--learning_rate", "1e-3"]
 @pytest.mark.timeout(TIMEOUT + 30)
 def test_basic(clone: Path) -> None:
     command = [*command_of("basic.py"), "--learning_rate", "1e-3"]
-    losses = losses_of(finish(start(command, clone)))
+    losses = losses_of(run(command, clone))
     expected = dense_losses(clone / "example-run" / "tiny-llama", synthetic(2, 5), 1e-3)
     assert losses == pytest.approx(expected, rel=1e-5)
     alone = dense_losses(clone / "example-run" / "tiny-llama", synthetic(1, 5), 1e-3)
@@ -131,7 +113,7 @@ def test_basic(clone: Path) -> None:
 @pytest.mark.distributed
 @pytest.mark.timeout(TIMEOUT + 30)
 def test_the_deepspeed_launcher(clone: Path) -> None:
-    output = finish(start(["deepspeed", "--num_gpus", "2", "--master_port", free_port(), *BASIC], clone))
+    output = run(["deepspeed", "--num_gpus", "2", "--master_port", free_port(), *BASIC], clone)
     expected = dense_losses(clone / "example-run" / "tiny-llama", synthetic(1, 3), 1e-3)
     assert losses_of(output) == pytest.approx(expected, rel=1e-5)
 
@@ -150,12 +132,8 @@ def test_two_nodes(clone: Path, launcher: str) -> None:
         meeting = ["--hostfile", "hosts", "--num_nodes", "2", "--num_gpus", "1", "--no_ssh"]
         meeting += ["--master_addr", "127.0.0.1", "--master_port", port]
         commands = [["deepspeed", *meeting, "--node_rank", str(rank), *BASIC] for rank in range(2)]
-    nodes = [start(command, clone) for command in commands]
-    try:
-        outputs = [finish(node) for node in nodes]
-    finally:
-        for node in nodes:
-            node.kill()
+    with ThreadPoolExecutor(len(commands)) as nodes:
+        outputs = list(nodes.map(lambda command: run(command, clone), commands))
     found = [losses for losses in map(losses_of, outputs) if losses]
     expected = dense_losses(clone / "example-run" / "tiny-llama", synthetic(1, 3), 1e-3)
     assert len(found) == 1 and found[0] == pytest.approx(expected, rel=1e-5), "rank 0 alone speaks"
@@ -168,7 +146,7 @@ def test_custom_patterns(examples: Path) -> None:
     from transformers import AutoTokenizer
 
     command = [*command_of("custom_patterns.py"), "--learning_rate", "1e-3", "--batch_size", "2"]
-    losses = losses_of(finish(start(command, examples.parent)))
+    losses = losses_of(run(command, examples.parent))
     import custom_patterns
 
     folder = examples.parent / "example-run" / "tiny-gpt-neox"
@@ -201,8 +179,8 @@ def test_own_model(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     prepare, train = commands_of("own_model/train.py")
-    finish(start(prepare, clone))
-    losses = losses_of(finish(start(train, clone)))
+    run(prepare, clone)
+    losses = losses_of(run(train, clone))
     monkeypatch.syspath_prepend(str(EXAMPLES / "own_model"))
     from gpt import GPT
 
@@ -226,7 +204,7 @@ def test_own_model(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_demo(clone: Path) -> None:
     """What `make demo` runs; it compares a hundred losses with the unsharded run's by itself."""
     assert "\t$(BIN)/python examples/demo.py\n" in (ROOT / "Makefile").read_text()
-    output = finish(start(["python", "examples/demo.py"], clone), timeout=2.5 * TIMEOUT)
+    output = run(["python", "examples/demo.py"], clone, timeout=2.5 * TIMEOUT)
     assert float(re.findall(r"^largest relative difference over all 100 steps: (\S+)$", output, re.MULTILINE)[0]) < 1e-4
 
 
@@ -307,6 +285,7 @@ def old_calls(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(TIMEOUT + 30)
 def test_old_calls(examples: Path) -> None:
     import tiny
 
@@ -337,14 +316,14 @@ def test_trainer(clone: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     command = command_of("trainer.py")
-    sharded = entries(finish(start(command, clone)))
+    sharded = entries(run(command, clone))
     out = clone / "example-run"
     dense_words = ["python", "examples/trainer.py", "--dense", "--batch_size", "4", "--output_dir", str(out / "dense")]
-    dense = entries(finish(start(dense_words, clone)))
+    dense = entries(run(dense_words, clone))
     assert [entry.keys() for entry in sharded] == [entry.keys() for entry in dense] and len(dense) == 9
     for ours, theirs in zip(sharded, dense):
         assert ours == pytest.approx(theirs, rel=1e-5)
-    resumed = entries(finish(start([*command, "--resume", str(out / "trainer" / "checkpoint-3")], clone)))
+    resumed = entries(run([*command, "--resume", str(out / "trainer" / "checkpoint-3")], clone))
     assert resumed == sharded, "to the last bit"
     whole, saved = (
         AutoModelForCausalLM.from_pretrained(out / name / "final").state_dict() for name in ("dense", "trainer")
@@ -362,12 +341,8 @@ def test_a_trainer_that_nobody_adapted(clone: Path) -> None:
     text = (EXAMPLES / "trainer.py").read_text()
     assert text.count(adapt) == 1
     (clone / "examples" / "unadapted.py").write_text(text.replace(adapt, "        pass\n"))
-    process = start([word.replace("trainer.py", "unadapted.py") for word in command_of("trainer.py")], clone)
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT)
-    finally:
-        process.kill()
-    assert process.returncode, output
+    command = [word.replace("trainer.py", "unadapted.py") for word in command_of("trainer.py")]
+    output = output_of(command, clone, timeout=TIMEOUT, fails=True, unset=["DS_ACCELERATOR"])
     assert "the TP ranks of a group were given different batches" in output and "plan.adapt_trainer(trainer)" in output
 
 
@@ -416,6 +391,7 @@ def trainer_saves(folder: Path, out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(TIMEOUT + 30)
 @pytest.mark.parametrize("variant", ["llama_bias_tied"])
 def test_trainer_saves_what_it_trained(tmp_path: Path, variant: str) -> None:
     import torch

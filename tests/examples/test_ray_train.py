@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 
-from tests.examples.test_examples import EXAMPLES, TIMEOUT, command_of, finish, start
+from tests.examples.test_examples import TIMEOUT, command_of, run
+from tests.helpers.paths import EXAMPLES
 
 pytestmark = [
     pytest.mark.distributed,
@@ -55,7 +56,7 @@ def clone() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def calm(clone: Path) -> str:
     """What the undisturbed run said."""
-    return finish(start([*CALM, "--name", "calm"], clone))
+    return run([*CALM, "--name", "calm"], clone)
 
 
 def steps_of(output: str) -> list[tuple[int, float]]:
@@ -114,7 +115,7 @@ def test_a_checkpoint_holds_the_part_of_every_rank(clone: Path, calm: str) -> No
 
 def test_a_killed_worker(clone: Path, calm: str) -> None:
     """Ray starts the workers again; from the last checkpoint on they have the losses of the undisturbed run."""
-    output = finish(start([*COMMAND, "--name", "killed"], clone))
+    output = run([*COMMAND, "--name", "killed"], clone)
     saved = (KILL_AT - 1) // SAVE_EVERY * SAVE_EVERY
     assert saved > 0 and f"going on after step {saved}" in output
     steps, losses = zip(*steps_of(output))

@@ -104,6 +104,7 @@ def resumed(work: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(300)
 def test_a_job_is_resumed_with_the_losses_it_would_have_had(work: Path, resumed: list[dict[str, Any]]) -> None:
     expected = json.loads((work / "losses.json").read_text())["after"]
     for rank in resumed:
@@ -112,6 +113,7 @@ def test_a_job_is_resumed_with_the_losses_it_would_have_had(work: Path, resumed:
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(300)
 def test_a_job_is_saved_as_before(work: Path, resumed: list[dict[str, Any]]) -> None:
     assert resumed
     old, new = contents(OLD / "job"), contents(work / "again")
@@ -124,12 +126,14 @@ def test_a_job_is_saved_as_before(work: Path, resumed: list[dict[str, Any]]) -> 
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(300)
 def test_a_running_job_writes_the_same_shards(work: Path, resumed: list[dict[str, Any]]) -> None:
     assert resumed
     assert contents(work / "trained_again") == contents(OLD / "trained")
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(300)
 def test_a_job_is_resumed_on_another_mesh(work: Path) -> None:
     expected = json.loads((work / "losses.json").read_text())["after"]
     for found in launch(resume_on_another_mesh, 2, work):

@@ -6,11 +6,9 @@ import contextlib
 import json
 import os
 import random
-import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import pytest
 
 from autotp_plan.runtime.verify.workers import RankError
 from tests.helpers.launch import launch
+from tests.helpers.programs import started
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
@@ -84,7 +83,6 @@ def undisturbed(work: Path) -> dict[str, Any]:
 
 def killed(work: Path) -> None:
     """Saves, goes on, and dies without a word."""
-    import os
 
     from autotp_plan.runtime.checkpoint import job
 
@@ -169,24 +167,13 @@ def losses(metrics: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in lines if line.endswith("\n")]
 
 
-@contextlib.contextmanager
-def training(work: Path, stage: int, metrics: Path, *more: object) -> Iterator[subprocess.Popen[bytes]]:
-    """A training job of two ranks, killed with all of its processes, without a word, at the end of the block."""
-    mark = f"{work}/{metrics.name}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+def training(work: Path, stage: int, metrics: Path, *more: object) -> AbstractContextManager[subprocess.Popen[str]]:
+    """A training job of two ranks, which the end of the block kills."""
+    command = ["torchrun", "--standalone", "--nproc-per-node", "2",
                "-m", "autotp_plan.runtime.train", "--plan", work / "plan.json", "--shards", work / "model",
                "--seq-length", "12", "--num-steps", "12", "--learning-rate", "1e-3", "--zero-stage", stage,
                "--metrics", metrics, *more]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "AUTOTP_TEST_JOB": mark}
-    job = subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.DEVNULL)
-    try:
-        yield job
-    finally:
-        for process in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if f"AUTOTP_TEST_JOB={mark}".encode() in (process / "environ").read_bytes().split(b"\0"):
-                    os.kill(int(process.name), signal.SIGKILL)
-        job.wait()
+    return started(command, output=subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize("tag", ["..", ".", "", "a/b", "/abs", "a\\b", "latest"])

@@ -206,6 +206,7 @@ def test_what_verify_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(180)
 def test_a_plan_without_a_config_has_no_twin(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "llama", 2)
     file = tmp_path / "plan.json"
