@@ -6,6 +6,8 @@ export HF_HUB_OFFLINE := 1
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo cpu)
 # what DeepSpeed compiles stays in this environment: torch's lock file outlives a killed build, and all others wait for it
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+# two processes that run tests, a file of tests in one of them: most of their ranks wait for each other
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: help setup demo test test-all quick check bench format plans clean
 
@@ -26,19 +28,19 @@ demo: setup  ## plan, pre-split and train a small model at TP=2, beside an unsha
 	$(BIN)/python examples/demo.py
 
 test: setup  ## every test, the distributed ones too
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: setup  ## every test and the slow ones: every plan and preset proven, at TP 2, 4 and 8 (an hour)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 quick: setup  ## the tests that start no ranks: under two minutes
-	$(BIN)/python -m pytest -m "not distributed and not slow"
+	$(PYTEST) -m "not distributed and not slow"
 
 check: setup  ## what to run before a commit: lint, types, the quick tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not distributed and not slow"
+	$(PYTEST) -m "not distributed and not slow"
 
 # the chart needs matplotlib, which nothing else does
 $(VENV)/ready-to-bench: $(VENV)/ready

@@ -1,7 +1,7 @@
-"""The dense side of the proof: find a twin that runs, give it random weights, write its checkpoints and its numbers.
+"""The dense side of the proof: find a twin that runs, give it random weights, write its checkpoint and its numbers.
 
-Which sizes an architecture accepts is not known beforehand: from small to large, the first that builds, runs and gives
-every parameter a gradient is taken.
+A twin is a small model of the same architecture. Which sizes an architecture accepts is not known beforehand. They are
+tried from small to large, and the first twin that runs and gives every parameter a gradient is taken.
 """
 
 from __future__ import annotations
@@ -39,14 +39,22 @@ ABOUT_NAME = "about.json"
 MOST_PARAMETERS = 100_000_000
 _LENGTH = 12
 _ENOUGH = 3
-"""Twins to run in the hope of one in which every parameter has a gradient."""
+"""So many twins are run in search of one in which every parameter has a gradient."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class About:
-    """What a twin is: its widths are the model's by `divisor`. `refused` says why an attention was not run.
+    """What a twin is.
 
-    `ungraded` are parameters that the loss does not depend on, in the dense model too.
+    Attributes:
+        divisor: of the model's widths.
+        layers: number of layers, None for a model without any.
+        experts: number of routed experts, None for a model without any.
+        num_parameters: number of elements.
+        batches: the tokens that it is run on.
+        attention: the attention implementations that were run.
+        refused: why the others were not.
+        ungraded: parameters without a gradient: the loss does not depend on them.
     """
 
     divisor: int
@@ -76,7 +84,7 @@ class About:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """How a twin is smaller: the divisor of its widths, how many layers and experts it has."""
+    """The divisor of a twin's widths, and its numbers of layers and experts."""
 
     divisor: int
     layers: int | None
@@ -89,11 +97,16 @@ def options(attention: str) -> dict[str, Any]:
 
 
 def write_twin(plan: Plan, folder: Path, attention: tuple[str, ...]) -> None:
-    """Make a twin of the plan's model and write everything that ranks need to compare with it to `folder`.
+    """Make a twin of the plan's model and write what the ranks need to compare with it.
 
-    `float64/` and `float32/` are checkpoints with a `plan.json`, `eager.pt` and `sdpa.pt` the dense numbers,
-    `engine.json` the losses and gradient norms, `about.json` what the twin is. Raises MismatchError when no twin can
-    be made.
+    Args:
+        plan: the plan to prove.
+        folder: is given `float64/` and `float32/`, checkpoints with a `plan.json`; `eager.pt` and `sdpa.pt`, the dense
+            numbers; `engine.json`, losses and gradient norms; and `about.json`, which describes the twin.
+        attention: the attention implementations to run.
+
+    Raises:
+        MismatchError: no twin can be made.
     """
     reasons: list[str] = []
     try:
@@ -124,7 +137,7 @@ def _original(plan: Plan, folder: Path) -> Any:
     if plan.model.config is None:
         raise MismatchError(
             Fault(
-                what="only a transformers model has a twin that can be verified",
+                what="only a model of transformers can be verified: a small one of its architecture is built from its config",
                 where="model.config",
                 got="a plan of a model without config.json",
                 expected="a plan compiled from a checkpoint or config.json of transformers",
@@ -142,7 +155,7 @@ def _original(plan: Plan, folder: Path) -> Any:
 
 
 def _candidates(plan: Plan, original: Any) -> Iterator[Sizes]:
-    """What to try, small twins first."""
+    """The sizes to try, small ones first."""
     config = _as_json(original.config)
     layers, experts = num_layers_needed(plan, config), scale_config.fewest_experts(config)
     for divisor in scale_config.divisors(config):
@@ -151,7 +164,7 @@ def _candidates(plan: Plan, original: Any) -> Iterator[Sizes]:
 
 
 def _try(plan: Plan, original: Any, folder: Path, sizes: Sizes, attention: tuple[str, ...]) -> About:
-    """Make the twin of these sizes and everything that belongs to it."""
+    """Make the twin of these sizes, run it, and write all of its files but `about.json`."""
     config = scale_config.shrink(
         _as_json(original.config),
         divisor=sizes.divisor,
@@ -166,7 +179,7 @@ def _try(plan: Plan, original: Any, folder: Path, sizes: Sizes, attention: tuple
     twin: Any = build_model(folder / "float64", plan)
     num_parameters = sum(parameter.numel() for parameter in twin.parameters())
     if num_parameters > MOST_PARAMETERS:
-        raise TwinError(f"a twin of {num_parameters} parameters is too large")
+        raise TwinError(f"a small model of {num_parameters} parameters is too large")
     scaled = twin_plan(plan, original, twin, sizes.divisor)
     check_model(twin, scaled)
     words = twin.get_input_embeddings().weight.shape[0]
@@ -186,7 +199,7 @@ def _try(plan: Plan, original: Any, folder: Path, sizes: Sizes, attention: tuple
 
 
 def _attention(folder: Path, plan: Plan, wanted: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Those of the attention implementations that the architecture has, and why it has not the others."""
+    """The attention implementations that the architecture has, and why the others cannot be run."""
     runs, refused = [], {}
     for kind in wanted:
         try:
@@ -210,7 +223,7 @@ def _attention(folder: Path, plan: Plan, wanted: tuple[str, ...]) -> tuple[tuple
 def _write_float64(
     folder: Path, plan: Plan, scaled: Plan, attention: tuple[str, ...], batches: Batches
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The checkpoint and the numbers of every attention; the weights, and the names that got no gradient."""
+    """Write the checkpoint, and the numbers by attention. The weights, and the parameters without a gradient."""
     weights: dict[str, Tensor] = {}
     ungraded: set[str] = set()
     for kind in attention:
@@ -239,7 +252,7 @@ def _write_float32(
 
 
 def _save(model: Any, scaled: Plan, folder: Path) -> None:
-    """The checkpoint as transformers writes it, under the names that the plan was compiled from, and its plan."""
+    """Write the checkpoint, its tensors under the names that the plan was compiled from, and its plan."""
     model.save_pretrained(folder)
     tensors = read_checkpoint(folder).tensors
     if any(name not in tensors for parameter in scaled.expanded() for name in parameter.names_on_disk()):
@@ -251,10 +264,10 @@ def _save(model: Any, scaled: Plan, folder: Path) -> None:
 
 
 def _as_the_plan_names_them(model: Any, scaled: Plan) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint with other names than transformers writes today, such as an old one."""
-    whole = dict(parameters_and_buffers(model))
+    """The tensors under the plan's names, where transformers writes other ones today."""
+    tensors = dict(parameters_and_buffers(model))
     for parameter in scaled.expanded():
-        tensor = whole[parameter.name].detach()
+        tensor = tensors[parameter.name].detach()
         sources = parameter.sources
         if sources is None:
             yield parameter.names_on_disk()[0], tensor.clone()
@@ -273,10 +286,10 @@ def _as_json(config: Any) -> dict[str, Any]:
 
 def _no_twin(reasons: list[str]) -> Fault:
     return Fault(
-        what="no small twin of this model could be made",
+        what="no small model of this architecture could be made to run",
         where="model.config",
         got="; ".join(dict.fromkeys((reasons[0], reasons[-1]))) if reasons else "no sizes to try",
-        expected="a transformers causal language model whose widths can be divided alike",
+        expected="a transformers causal language model whose widths have a common divisor",
         next="compare the model with its dense self in a test of your own, as "
         "tests/runtime/test_parity_with_dense.py does",
     )

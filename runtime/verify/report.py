@@ -166,12 +166,12 @@ class Proof:
         }  # fmt: skip
 
     def headline(self) -> str:
-        """`LlamaForCausalLM at TP=8; its small twin: widths divided by 32, 2 layers, 555136 parameters`."""
+        """What was run: the model, the TP size, and by how much the twin is smaller."""
         model = self.plan.model.architecture or self.plan.model.model_type
         counts = {"layers": self.twin.get("layers"), "experts": self.twin.get("experts")}
         sizes = [f"widths divided by {self.twin['divisor']}", *(f"{n} {what}" for what, n in counts.items() if n)]
         return (
-            f"{model} at TP={self.plan.tp_size}; its small twin: {', '.join(sizes)}, "
+            f"{model} at TP={self.plan.tp_size}, as a small model of the same architecture: {', '.join(sizes)}, "
             f"{self.twin['num_parameters']} parameters"
         )
 

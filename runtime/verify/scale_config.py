@@ -1,7 +1,7 @@
-"""A smaller config of the same architecture: narrower, fewer layers, fewer experts, fewer words.
+"""The config of a twin, a small model of the same architecture: narrower, fewer layers, experts and tokens.
 
-Works on the JSON of a transformers config by the names of its keys, and knows no model. What must not change does not:
-head counts, ratios between widths, which kinds of layers there are, and the remainder of the vocabulary by the TP size.
+Works on the JSON of a transformers config by the names of its keys, and knows no model. Unchanged are the numbers of
+heads, the ratios between widths, the kinds of layers, and the remainder of the vocabulary size by the TP size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ WIDTHS = frozenset(
     | {"qk_head_dim", "v_head_dim", "rotary_dim", "word_embed_proj_dim", "embedding_size", "global_head_dim"}
     | {"shared_expert_size", "moe_ffn_hidden_size", "decoder_ffn_dim", "inner_dim", "dense_intermediate_size"}
 )
-"""Keys that hold a number of features: all are divided by one number, so that all ratios stay."""
+"""Keys that hold a number of features: all are divided by the same number, which keeps their ratios."""
 
 _HEAD_DIMS = ("head_dim", "kv_channels", "d_kv", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
               "global_head_dim")  # fmt: skip
@@ -37,7 +37,7 @@ _MIN_HEAD_DIM = 4
 
 
 def divisors(config: Mapping[str, Any]) -> list[int]:
-    """What all widths of `config` may be divided by, the largest first; heads stay even and at least 4 wide."""
+    """The numbers that divide all widths of `config` and leave heads even and at least 4 wide; the largest first."""
     widths = [value for key, value in entries(config) if key in WIDTHS and value]
     common = math.gcd(*widths) if widths else 1
     return [k for k in range(common, 0, -1) if common % k == 0 and (k == 1 or _heads_stay(config, k))]
@@ -49,7 +49,7 @@ def num_layers(config: Mapping[str, Any]) -> int | None:
 
 
 def per_layer(config: Mapping[str, Any], layer: int) -> tuple[tuple[str, str], ...]:
-    """What the lists with an entry for each layer say of one of them; a list of all layers' numbers says nothing."""
+    """The entries for one layer in the lists that have one for each; a list of the layers' numbers does not count."""
     depth = num_layers(config) or 0
     return tuple(
         (key, repr(value[layer]))
@@ -65,7 +65,7 @@ def num_experts(config: Mapping[str, Any]) -> int | None:
 
 
 def fewest_experts(config: Mapping[str, Any]) -> int | None:
-    """The fewest experts that routing still chooses among; None for a model without experts."""
+    """The smallest number of experts among which a router still has a choice; None for a model without experts."""
     values, experts = dict(entries(config)), num_experts(config)
     if experts is None:
         return None
@@ -81,7 +81,18 @@ def fewest_experts(config: Mapping[str, Any]) -> int | None:
 def shrink(
     config: Mapping[str, Any], *, divisor: int, layers: int | None, experts: int | None, tp_size: int
 ) -> dict[str, Any]:
-    """The twin's config: widths by `divisor`, the first `layers`, `experts` experts, no dropout, short windows."""
+    """The twin's config, without dropout and with short attention windows.
+
+    Args:
+        config: of the original model.
+        divisor: one of `divisors(config)`.
+        layers: how many of the first layers to keep; None for all.
+        experts: number of routed experts; None for as many as there are.
+        tp_size: the vocabulary size keeps its remainder by it.
+
+    Returns:
+        A config of the same keys.
+    """
     depth = num_layers(config)
     vocabulary = dict(entries(config)).get("vocab_size")
     words = _vocabulary(vocabulary, tp_size) if vocabulary else 0
@@ -135,7 +146,7 @@ def _all(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _vocabulary(size: int, tp_size: int) -> int:
-    """A few hundred words with the remainder that `size` has by `tp_size`."""
+    """A few hundred tokens; the remainder by `tp_size` is that of `size`."""
     least = max(_MIN_VOCABULARY, 2 * tp_size)
     smaller = least + (size - least) % tp_size
     return min(size, smaller)

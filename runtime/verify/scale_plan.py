@@ -1,7 +1,7 @@
-"""A plan for a smaller model of the same architecture, cut in the same places.
+"""The plan of a twin, a small model of the same architecture, sharded in the same places.
 
-Every layout, attribute and crossing of the twin's plan is the plan's own, scaled to the twin's sizes; no rule is
-consulted again. So what is wrong with the plan is wrong with the twin's, and shows.
+Every layout, module attribute and crossing is taken from the plan and scaled to the twin's sizes. No rule is consulted
+again, so whatever is wrong in the plan is wrong in the twin's plan too, and shows.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _FLOATS = frozenset({"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2"})
 
 
 class TwinError(Exception):
-    """Sizes of a plan that cannot be scaled to a twin's. Another twin may do."""
+    """Sizes of a plan that cannot be scaled to those of a twin. A twin of other sizes may do."""
 
 
 def num_layers_needed(plan: Plan, config: Mapping[str, Any]) -> int | None:
-    """The shortest beginning of the layers, two at least, that has every kind of them; None where there are no layers.
+    """How many of the first layers include every kind of layer: two at least, None for a model without layers.
 
-    A layer's kind is what the plan does with its parameters and modules, and what the config's lists say of it.
+    Two layers are of one kind when the plan shards them in the same way and the config's lists say the same of them.
     """
     depth = scale_config.num_layers(config)
     kinds = None if depth is None else _layer_kinds(plan, depth)
@@ -46,9 +46,20 @@ def num_layers_needed(plan: Plan, config: Mapping[str, Any]) -> int | None:
 
 
 def twin_plan(plan: Plan, original: nn.Module, twin: nn.Module, divisor: int, dtype: str = "F64") -> Plan:
-    """The plan of `twin`, whose widths are those of `original` by `divisor`; floating-point parameters are of `dtype`.
+    """The plan of `twin`.
 
-    Both models may be on meta. Raises TwinError when a size does not scale.
+    Args:
+        plan: the plan of `original`.
+        original: the model at full size; both models may be on meta.
+        twin: its widths are those of `original` divided by `divisor`.
+        divisor: see above.
+        dtype: of all floating-point parameters.
+
+    Returns:
+        A plan with the same rules, its layouts, module attributes and modules scaled.
+
+    Raises:
+        TwinError: a size does not scale.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in parameters_and_buffers(twin)}
     layouts: dict[Layout, str] = {}
@@ -87,22 +98,36 @@ def twin_plan(plan: Plan, original: nn.Module, twin: nn.Module, divisor: int, dt
 
 
 def scaled_layout(layout: Layout, shape: tuple[int, ...], new_shape: tuple[int, ...], divisor: int) -> Layout:
-    """The layout of a parameter of `new_shape` that cuts it where `layout` cuts one of `shape`. Raises TwinError."""
+    """The layout that shards a parameter of `new_shape` where `layout` shards one of `shape`.
+
+    Args:
+        layout: its shape is a view of `shape`.
+        shape: of the parameter in the original model.
+        new_shape: of the same parameter in the twin.
+        divisor: of the model's widths, to choose among possible views of `new_shape`.
+
+    Returns:
+        A layout whose boundaries fall on the same heads, groups or fractions. Where a boundary would fall between two
+        indices it is rounded up.
+
+    Raises:
+        TwinError: some rank would hold nothing, or a size is not a whole number.
+    """
     if layout.dim is None:
         return Layout(shape=new_shape)
     rounded: Layout | None = None
     for view in _views(layout, shape, new_shape, divisor):
-        scaled, exact = _scaled_cut(layout, view)
+        scaled, exact = _scaled_boundaries(layout, view)
         if exact and scaled is not None:
             return scaled
         rounded = rounded or scaled
     if rounded is None:
-        raise TwinError(f"{layout.name} of {list(shape)} cannot be cut alike in {list(new_shape)}")
+        raise TwinError(f"{layout.name} of {list(shape)} cannot be sharded in the same places in {list(new_shape)}")
     return rounded
 
 
 def _layer_kinds(plan: Plan, depth: int) -> list[frozenset[Any]] | None:
-    """What the plan says of each layer, under names without its number; None when no names are numbered so."""
+    """What the plan says of each layer, under names without its number; None when no names are numbered by layer."""
     found: dict[str, dict[int, set[Any]]] = defaultdict(lambda: defaultdict(set))
 
     def add(name: str, what: Any) -> None:
@@ -141,7 +166,7 @@ def _views(
 ) -> Iterator[tuple[int, ...]]:
     """The views of `new_shape` that correspond to the layout's view of `shape`, likely ones first.
 
-    Of several dimensions that make one of the parameter, all but one are as they were or divided by `divisor`.
+    Where several dimensions of the view make one of the parameter, all but one are unchanged or divided by `divisor`.
     """
     groups = group_view(shape, layout.shape)
     if groups is None or len(shape) != len(new_shape):
@@ -151,7 +176,7 @@ def _views(
         old = [layout.shape[dim] for dim in group]
         found: list[tuple[int, ...]] = []
         kept_first = sorted(range(len(old)), key=lambda place: group[place] == layout.dim)
-        for free in kept_first:  # the dimension that is whatever the others leave
+        for free in kept_first:  # the dimension that takes what the others leave
             options = [(n // divisor, n) if n % divisor == 0 else (n,) for n in old]
             for rest in itertools.product(*(options[place] for place in range(len(old)) if place != free)):
                 product = math.prod(rest)
@@ -162,11 +187,11 @@ def _views(
         yield tuple(itertools.chain.from_iterable(combination))
 
 
-def _scaled_cut(layout: Layout, view: tuple[int, ...]) -> tuple[Layout | None, bool]:
-    """The cut of `layout` in a tensor of another shape, and whether every edge fell on a whole number.
+def _scaled_boundaries(layout: Layout, view: tuple[int, ...]) -> tuple[Layout | None, bool]:
+    """`layout` for a tensor of shape `view`, and whether every boundary fell on a whole number of units.
 
-    Edges are counted in units and rounded up: what is cut in as many units (gate and up interleaved, and the weight
-    that takes them) stays cut alike.
+    Boundaries are counted in units and rounded up, so that a weight and the one that consumes its output, which have as
+    many units, are still sharded in the same places.
     """
     assert layout.dim is not None
     ratio = Fraction(view[layout.dim], layout.shape[layout.dim])
@@ -181,7 +206,7 @@ def _scaled_cut(layout: Layout, view: tuple[int, ...]) -> tuple[Layout | None, b
     exact = True
     starts = [0, *itertools.accumulate(sub.size for sub in layout.sub_parameters)]
 
-    def edge(old: int) -> int:
+    def boundary(old: int) -> int:
         nonlocal exact
         index = max(place for place, start in enumerate(starts) if start <= old)
         if index == len(sub_parameters):
@@ -191,14 +216,14 @@ def _scaled_cut(layout: Layout, view: tuple[int, ...]) -> tuple[Layout | None, b
         exact = exact and units.denominator == 1
         return int(starts[index] * ratio) + math.ceil(units) * scaled.unit
 
-    intervals = tuple(tuple((edge(start), edge(stop)) for start, stop in rank) for rank in layout.intervals)
+    intervals = tuple(tuple((boundary(start), boundary(stop)) for start, stop in rank) for rank in layout.intervals)
     if any(start >= stop for rank in intervals for start, stop in rank):
         return None, False
     return Layout(shape=view, dim=layout.dim, sub_parameters=tuple(sub_parameters), intervals=intervals), exact
 
 
 def _scaled_attribute(attribute: ModuleAttribute, original: nn.Module, twin: nn.Module) -> ModuleAttribute:
-    """A count is the same in both models; a width is scaled as the models' own are."""
+    """A count is the same in both models; a width is scaled as it is between the models."""
     old, new = (_value(model.get_submodule(attribute.module), attribute.attribute) for model in (original, twin))
     if old == new or not old:
         return attribute
@@ -225,7 +250,7 @@ def _scaled_module(module: PlannedModule, config: Mapping[str, Any], divisor: in
 
 
 def _scaled_crossing(crossing: Crossing, config: Mapping[str, Any], divisor: int) -> Crossing:
-    """Features scale, counted things do not: what is split is features where only widths are of that size."""
+    """Features scale, heads and experts do not. What is split are features if all config keys of that size are widths."""
     if crossing.interval is not None:
         return replace(crossing, interval=_divided(crossing.interval, divisor))
     sizes = {key in scale_config.WIDTHS for key, value in scale_config.entries(config) if value == crossing.size}

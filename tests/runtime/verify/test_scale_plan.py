@@ -131,7 +131,7 @@ def test_a_view_is_scaled_with_the_parameter() -> None:
 
 
 def test_what_does_not_scale_is_refused() -> None:
-    with pytest.raises(TwinError, match="cannot be cut alike"):
+    with pytest.raises(TwinError, match="cannot be sharded in the same places"):
         scaled_layout(cut(64, 8), (64, 4096), (4, 128), 16)
 
 

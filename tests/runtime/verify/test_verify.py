@@ -171,7 +171,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert file.read_text() == plan.to_json()
 
     text = run("verify", file).stdout
-    assert "LlamaForCausalLM at TP=2; its small twin: widths divided by 4, 2 layers" in text
+    assert "LlamaForCausalLM at TP=2, as a small model of the same architecture: widths divided by 4, 2 layers" in text
     assert "model.layers.{0..5}.mlp.up_proj.weight" in text and "eager and sdpa attention" in text
     stamped = Plan.read(file)
     assert stamped.fingerprint == plan.fingerprint and dataclasses.replace(stamped, verified=None) == plan
@@ -211,7 +211,7 @@ def test_a_plan_without_a_config_has_no_twin(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "llama", 2)
     file = tmp_path / "plan.json"
     file.write_text(dataclasses.replace(plan, model=dataclasses.replace(plan.model, config=None)).to_json())
-    assert "only a transformers model has a twin" in run("verify", file, status=2).output
+    assert "only a model of transformers can be verified" in run("verify", file, status=2).output
 
 
 @pytest.fixture
