@@ -137,7 +137,7 @@ def _original(plan: Plan, folder: Path) -> Any:
     if plan.model.config is None:
         raise MismatchError(
             Fault(
-                what="only a model of transformers can be verified: a small one of its architecture is built from its config",
+                what="only a model of transformers can be verified",
                 where="model.config",
                 got="a plan of a model without config.json",
                 expected="a plan compiled from a checkpoint or config.json of transformers",
