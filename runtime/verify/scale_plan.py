@@ -250,7 +250,7 @@ def _scaled_module(module: PlannedModule, config: Mapping[str, Any], divisor: in
 
 
 def _scaled_crossing(crossing: Crossing, config: Mapping[str, Any], divisor: int) -> Crossing:
-    """Features scale, heads and experts do not: a size is one of features if all config keys of that size are widths."""
+    """Features scale, heads and experts do not. A size counts features if every config key of that size is a width."""
     if crossing.interval is not None:
         return replace(crossing, interval=_divided(crossing.interval, divisor))
     sizes = {key in scale_config.WIDTHS for key, value in scale_config.entries(config) if value == crossing.size}
