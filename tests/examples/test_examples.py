@@ -101,7 +101,7 @@ BASIC += ["--num_steps", "3", "--precision", "fp32", "--learning_rate", "1e-3"]
 
 @pytest.mark.distributed
 @pytest.mark.timeout(TIMEOUT + 30)
-def test_basic(clone: Path) -> None:
+def test_basic_example_has_the_dense_models_losses(clone: Path) -> None:
     command = [*command_of("basic.py"), "--learning_rate", "1e-3"]
     losses = losses_of(run(command, clone))
     expected = dense_losses(clone / "example-run" / "tiny-llama", synthetic(2, 5), 1e-3)
@@ -112,7 +112,7 @@ def test_basic(clone: Path) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(TIMEOUT + 30)
-def test_the_deepspeed_launcher(clone: Path) -> None:
+def test_deepspeed_launcher_starts_the_basic_example(clone: Path) -> None:
     output = run(["deepspeed", "--num_gpus", "2", "--master_port", free_port(), *BASIC], clone)
     expected = dense_losses(clone / "example-run" / "tiny-llama", synthetic(1, 3), 1e-3)
     assert losses_of(output) == pytest.approx(expected, rel=1e-5)
@@ -121,7 +121,7 @@ def test_the_deepspeed_launcher(clone: Path) -> None:
 @pytest.mark.distributed
 @pytest.mark.timeout(TIMEOUT + 30)
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_two_nodes(clone: Path, launcher: str) -> None:
+def test_a_tp_group_may_span_two_nodes(clone: Path, launcher: str) -> None:
     """Two agents that meet on the loopback address, one process each: the TP group spans both nodes."""
     port = free_port()
     if launcher == "torchrun":
@@ -141,7 +141,7 @@ def test_two_nodes(clone: Path, launcher: str) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(TIMEOUT + 30)
-def test_custom_patterns(examples: Path) -> None:
+def test_custom_patterns_example_has_the_dense_models_losses(examples: Path) -> None:
     from torch.utils.data.distributed import DistributedSampler
     from transformers import AutoTokenizer
 
@@ -163,7 +163,7 @@ def test_custom_patterns(examples: Path) -> None:
     assert losses == pytest.approx(dense_losses(folder, batches[:10], 1e-3), rel=1e-5)
 
 
-def test_the_original_shape_is_refused(examples: Path) -> None:
+def test_the_original_shape_of_custom_patterns_is_refused(examples: Path) -> None:
     import custom_patterns
     import tiny
 
@@ -175,7 +175,7 @@ def test_the_original_shape_is_refused(examples: Path) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(TIMEOUT + 30)
-def test_own_model(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_model_example_has_the_dense_models_losses(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     prepare, train = commands_of("own_model/train.py")
@@ -201,14 +201,14 @@ def test_own_model(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(3 * TIMEOUT)
-def test_demo(clone: Path) -> None:
+def test_demo_has_the_unsharded_runs_losses(clone: Path) -> None:
     """What `make demo` runs; it compares a hundred losses with the unsharded run's by itself."""
     assert "\t$(BIN)/python examples/demo.py\n" in (ROOT / "Makefile").read_text()
     output = run(["python", "examples/demo.py"], clone, timeout=2.5 * TIMEOUT)
     assert float(re.findall(r"^largest relative difference over all 100 steps: (\S+)$", output, re.MULTILINE)[0]) < 1e-4
 
 
-def test_every_example_says_how_it_is_run() -> None:
+def test_every_example_is_run_here_and_says_how() -> None:
     run_here = {"basic.py", "custom_patterns.py", "trainer.py", "ray_train.py", "own_model/train.py"}
     modules = {"tiny.py", "own_model/gpt.py"}
     found = {path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.py")}
@@ -286,7 +286,7 @@ def old_calls(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(TIMEOUT + 30)
-def test_old_calls(examples: Path) -> None:
+def test_calls_written_for_autotp_work_or_are_refused_with_the_line_to_delete(examples: Path) -> None:
     import tiny
 
     folder = tiny.checkpoint("tiny-llama")
@@ -310,7 +310,7 @@ def entries(output: str) -> list[dict[str, Any]]:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(2 * TIMEOUT)
-def test_trainer(clone: Path) -> None:
+def test_trainer_example_trains_evaluates_resumes_and_saves_like_the_unsharded_one(clone: Path) -> None:
     """Training, accumulation, evaluation and the batch size as unsharded; resumed; saved as a plain checkpoint."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -335,7 +335,7 @@ def test_trainer(clone: Path) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(TIMEOUT + 30)
-def test_a_trainer_that_nobody_adapted(clone: Path) -> None:
+def test_a_trainer_that_was_not_adapted_is_refused_at_the_first_step(clone: Path) -> None:
     """Each process would get samples of its own: said at the first step."""
     adapt = "        plan.adapt_trainer(trainer)\n"
     text = (EXAMPLES / "trainer.py").read_text()

@@ -98,7 +98,7 @@ def test_losses_equal_the_dense_run(clone: Path, calm: str) -> None:
     assert losses == pytest.approx(dense_losses(clone / "example-run" / "tiny-llama"), rel=1e-5)
 
 
-def test_a_checkpoint_holds_the_part_of_every_rank(clone: Path, calm: str) -> None:
+def test_ray_registers_a_checkpoint_with_every_ranks_files(clone: Path, calm: str) -> None:
     run = clone / "runs" / "calm"
     parts = {f"mp_rank_0{tp}_model_states.pt" for tp in range(2)}
     parts |= {f"zero_pp_rank_{dp}_mp_rank_0{tp}_optim_states.pt" for dp in range(2) for tp in range(2)}
@@ -113,7 +113,7 @@ def test_a_checkpoint_holds_the_part_of_every_rank(clone: Path, calm: str) -> No
     assert f"Ray's last checkpoint: {run.resolve() / saved[-1]}, of {{'step': {NUM_STEPS}, " in calm
 
 
-def test_a_killed_worker(clone: Path, calm: str) -> None:
+def test_a_killed_worker_resumes_from_the_last_checkpoint(clone: Path, calm: str) -> None:
     """Ray starts the workers again; from the last checkpoint on they have the losses of the undisturbed run."""
     output = run([*COMMAND, "--name", "killed"], clone)
     saved = (KILL_AT - 1) // SAVE_EVERY * SAVE_EVERY
@@ -148,7 +148,7 @@ print(json.dumps(found))
 """
 
 
-def test_where_ray_may_place_workers(clone: Path) -> None:
+def test_workers_that_split_a_tp_group_or_cannot_write_are_refused(clone: Path) -> None:
     """TP groups inside a node, and storage that every worker can write to: or a refusal that says what to do."""
     here, nowhere = str(clone), str(clone / "nowhere")
     cases = [[8, "local", here], [6, "local", here], [4, "s3", here], [4, "local", nowhere], [2, "s3", here]]

@@ -314,6 +314,7 @@ def sharing(work: Path) -> dict[str, Any]:
     def steps() -> list[tuple[int, int]]:
         gc.collect()
         gc.disable()
+        gc.freeze()  # so that `step` counts only what was made since
         try:
             return [step() for _ in range(20)]
         finally:
