@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,9 +43,9 @@ def started(
     try:
         yield process
     finally:
-        process.kill()
         _kill_marked(mark)
-        process.wait()
+        with process:  # which closes its output and waits
+            process.kill()
 
 
 def output_of(
@@ -59,7 +60,17 @@ def output_of(
 
 def _kill_marked(mark: str) -> None:
     """Kill the processes that inherited the mark; torchrun puts each rank in a session of its own."""
+    while processes := _marked(mark):
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _marked(mark: str) -> list[int]:
+    found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if f"{_MARK}={mark}".encode() in (process / "environ").read_bytes().split(b"\0"):
-                os.kill(int(process.name), signal.SIGKILL)
+                found.append(int(process.name))
+    return found
