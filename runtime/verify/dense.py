@@ -141,7 +141,7 @@ def _original(plan: Plan, folder: Path) -> Any:
                 where="model.config",
                 got="a plan of a model without config.json",
                 expected="a plan compiled from a checkpoint or config.json of transformers",
-                next="compare your model with its dense self in a test of your own, as "
+                next="compare your sharded model with the unsharded one in a test of your own, as "
                 "tests/runtime/test_parity_with_dense.py does",
             )
         )
@@ -290,6 +290,6 @@ def _no_twin(reasons: list[str]) -> Fault:
         where="model.config",
         got="; ".join(dict.fromkeys((reasons[0], reasons[-1]))) if reasons else "no sizes to try",
         expected="a transformers causal language model whose widths have a common divisor",
-        next="compare the model with its dense self in a test of your own, as "
+        next="compare the sharded model with the unsharded one in a test of your own, as "
         "tests/runtime/test_parity_with_dense.py does",
     )

@@ -179,7 +179,7 @@ class Proof:
         """What the table of parameters does not show, a line each; the last one is the verdict."""
         lines = [f"{kind} attention was not run: {why}" for kind, why in self.twin["refused"].items()]
         if self.twin["ungraded"]:
-            lines.append(f"the dense model has no gradient either of: {', '.join(self.twin['ungraded'])}")
+            lines.append(f"without a gradient in the unsharded model too: {', '.join(self.twin['ungraded'])}")
         if self.float64:
             logits, loss = error_text(self.largest("logits")), error_text(self.largest("loss"))
             kinds = " and ".join(self.float64)
