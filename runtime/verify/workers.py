@@ -61,7 +61,7 @@ def run_ranks(
     with tempfile.TemporaryDirectory(prefix="autotp-ranks-") as name:
         folder = Path(name)
         processes = [
-            context.Process(target=_run, args=(function, rank, world_size, folder, arguments), daemon=True)
+            context.Process(target=_run, args=(function, rank, world_size, folder, arguments))
             for rank in range(world_size)
         ]
         deadline = time.monotonic() + timeout
