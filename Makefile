@@ -6,8 +6,8 @@ export HF_HUB_OFFLINE := 1
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo cpu)
 # what DeepSpeed compiles stays in this environment: torch's lock file outlives a killed build, and all others wait for it
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
-# two processes that run tests, a file of tests in one of them: most of their ranks wait for each other
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# two processes, each with a file of tests at a time (tests/conftest.py says in which order)
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo test test-all quick check bench format plans clean
 
