@@ -1,6 +1,6 @@
 """Try an installed autotp-plan where there is no torch: `python .ci/try_wheel.py`, with the Python it is installed in.
 
-Plans, checks, pre-splits and merges a small checkpoint by the command line, and looks at what `import autotp_plan` gives.
+Plans, checks, pre-splits and merges a small checkpoint by the command line; looks at what `import autotp_plan` gives.
 """
 
 from __future__ import annotations
