@@ -1,6 +1,6 @@
 # Each target does its own set-up: only Python 3.10 to 3.13, a C++ compiler, make and a package index are needed.
 PYTHON ?= python3
-# the oldest versions are tried with the oldest Python: it must be on the path, or be named
+# test-upstream may run on other Pythons: make test-upstream OLDEST_PYTHON=python3.10 NEWEST_PYTHON=python3.13
 OLDEST_PYTHON ?= $(PYTHON)
 NEWEST_PYTHON ?= $(PYTHON)
 VENV := .venv
@@ -78,7 +78,7 @@ test-wheel:  ## build dist/, install the wheel in an environment without torch, 
 	rm -rf dist .venv-wheel .venv-installed
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install --quiet --upgrade pip build twine
-	.venv-wheel/bin/python -m build
+	.venv-wheel/bin/python -m build --quiet
 	.venv-wheel/bin/python -m twine check --strict dist/*
 	$(PYTHON) -m venv .venv-installed
 	.venv-installed/bin/python -m pip install --quiet dist/*.whl

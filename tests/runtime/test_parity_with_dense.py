@@ -78,7 +78,7 @@ def selected(request: pytest.FixtureRequest) -> set[str]:
     for item in request.session.items:
         if item.path == request.path and isinstance(item, pytest.Function):
             parameters = item.callspec.params if hasattr(item, "callspec") else {"name": FORGOTTEN}
-            found.add(parameters.get("variant") or parameters["name"])
+            found.add(str(parameters.get("variant", parameters["name"])))
     return found | (set(PLANTED.values()) if found & PLANTED.keys() else set())
 
 
