@@ -1,5 +1,8 @@
 # Each target does its own set-up: only Python 3.10 to 3.13, a C++ compiler, make and a package index are needed.
 PYTHON ?= python3
+# test-upstream may run on other Pythons: make test-upstream OLDEST_PYTHON=python3.10 NEWEST_PYTHON=python3.13
+OLDEST_PYTHON ?= $(PYTHON)
+NEWEST_PYTHON ?= $(PYTHON)
 VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
@@ -9,10 +12,10 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 # two processes, each with a file of tests at a time (tests/conftest.py says in which order)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test test-all quick check bench format plans clean
+.PHONY: help setup demo test test-all quick check test-upstream test-oldest test-newest test-wheel bench format plans clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 setup: $(VENV)/ready  ## make .venv with everything
 
@@ -42,6 +45,45 @@ check: setup  ## what to run before a commit: lint, types, the quick tests
 	$(BIN)/mypy
 	$(PYTEST) -m "not distributed and not slow"
 
+test-upstream: test-oldest test-newest  ## the tests of upstream names and of parity, with the oldest and the newest versions
+
+# what is tested with other versions of torch, DeepSpeed, transformers and accelerate: the private names of theirs that
+# are in use, and a model of each kind against the unsharded one, under every ZeRO stage, the Trainer and LoRA
+CANARIES := tests/runtime/test_canaries.py tests/huggingface/test_canaries.py
+define test-with
+	TORCH_EXTENSIONS_DIR=$(CURDIR)/$(1)/torch_extensions $(1)/bin/python -m pytest $(CANARIES)
+	TORCH_EXTENSIONS_DIR=$(CURDIR)/$(1)/torch_extensions $(1)/bin/python -m pytest -m upstream
+endef
+
+# torch first, as in setup: an index that has builds of it without CUDA hands them out by themselves
+test-oldest: .venv-oldest/ready  ## with the oldest versions that pyproject.toml allows
+	$(call test-with,.venv-oldest)
+
+.venv-oldest/ready: pyproject.toml .ci/lower_bounds.py
+	$(OLDEST_PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --upgrade pip build
+	.venv-oldest/bin/python .ci/lower_bounds.py > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/constraints.txt torch
+	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/constraints.txt --editable '.[dev]'
+	touch $@
+
+test-newest:  ## with the newest versions on the index
+	test -e .venv-newest/bin/python || $(NEWEST_PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade pip
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager torch
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
+	$(call test-with,.venv-newest)
+
+test-wheel:  ## build dist/, install the wheel in an environment without torch, and use it there
+	rm -rf dist .venv-wheel .venv-installed
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet --upgrade pip build twine
+	.venv-wheel/bin/python -m build --quiet
+	.venv-wheel/bin/python -m twine check --strict dist/*
+	$(PYTHON) -m venv .venv-installed
+	.venv-installed/bin/python -m pip install --quiet dist/*.whl
+	env -u PYTHONPATH .venv-installed/bin/python .ci/try_wheel.py
+
 # the chart needs matplotlib, which nothing else does
 $(VENV)/ready-to-bench: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
@@ -58,4 +100,4 @@ plans: setup  ## compile every plan of plans/ again
 	$(BIN)/python -m tests.plans.test_golden_plans
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) demo-run example-run build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-wheel .venv-installed demo-run example-run build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

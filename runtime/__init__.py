@@ -13,6 +13,8 @@ if __name__ != "autotp_plan.runtime":
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from autotp_plan.schemas.errors import Fault, MissingDependencyError
+
 if TYPE_CHECKING:
     from autotp_plan.runtime.loading.shard_model import local_shard
     from autotp_plan.runtime.training_plan import TrainingPlan, load_plan
@@ -27,6 +29,7 @@ _HOMES = {
     "try_plan": "verify.run",
     "verify_plan": "verify.run",
 }
+_NEEDED = ("torch", "deepspeed", "transformers", "accelerate", "safetensors")
 
 
 def __getattr__(name: str) -> Any:
@@ -34,4 +37,18 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"autotp_plan.runtime.{home}"), name)
+    try:
+        module = importlib.import_module(f"autotp_plan.runtime.{home}")
+    except ModuleNotFoundError as error:
+        if error.name not in _NEEDED:
+            raise
+        raise MissingDependencyError(
+            Fault(
+                what="training by a plan needs packages that planning does not need",
+                where=f"autotp_plan.runtime.{name}",
+                got=f"no module named {error.name!r}",
+                expected=", ".join(_NEEDED),
+                next="pip install 'autotp-plan[train]'",
+            )
+        ) from None
+    return getattr(module, name)

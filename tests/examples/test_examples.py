@@ -390,6 +390,7 @@ def trainer_saves(folder: Path, out: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.upstream
 @pytest.mark.distributed
 @pytest.mark.timeout(TIMEOUT + 30)
 @pytest.mark.parametrize("variant", ["llama_bias_tied"])

@@ -1,6 +1,7 @@
 """The sharded model equals the dense one: logits, loss, every gradient, losses and gradient norms of the engine.
 
-Each fixture starts its ranks once and runs every model in them; the tests look at one number each.
+Each fixture starts its ranks once and runs every model that a selected test needs; the tests look at one number each.
+So `pytest -k tp2-llama` runs one family on one mesh, in seconds.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ IN_FULL = [
 ZERO_STAGES = [0, 1, 2, 3]
 RUNS = [*(f"zero{stage}" for stage in ZERO_STAGES), "accumulation", "overlap"]
 MESHES = {"tp2": (2, 1), "tp2 x dp2": (2, 2), "tp4": (4, 1)}
+UPSTREAM = {"llama_bias_tied", "mixtral"}
+"""Run at TP=2 by `make test-upstream` too, with other versions of DeepSpeed, torch and transformers."""
 FLOAT64_TOLERANCE = 1e-9
 FLOAT32_TOLERANCE = 1e-5
 
@@ -69,8 +72,19 @@ def dense_model(folder: Path, variant: str, dtype: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints, plans, shards and the dense model's numbers of every variant."""
+def selected(request: pytest.FixtureRequest) -> set[str]:
+    """The variants and planted errors that the selected tests look at."""
+    found: set[str] = set()
+    for item in request.session.items:
+        if item.path == request.path and isinstance(item, pytest.Function):
+            parameters = item.callspec.params if hasattr(item, "callspec") else {"name": FORGOTTEN}
+            found.add(str(parameters.get("variant", parameters["name"])))
+    return found | (set(PLANTED.values()) if found & PLANTED.keys() else set())
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, selected: set[str]) -> Path:
+    """Checkpoints, plans, shards and the dense model's numbers of every selected variant."""
     import torch
     from safetensors.torch import save_file
 
@@ -80,7 +94,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.helpers.models import save_checkpoint
 
     work = tmp_path_factory.mktemp("parity")
-    for variant in VARIANTS:
+    for variant in [variant for variant in VARIANTS if variant in selected]:
         checkpoint = work / variant
         specs = []
         if variant == OWN:
@@ -106,7 +120,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     dense_model(checkpoint, variant, torch.float32), dp_size, forward, accumulation
                 )
                 (work / f"{variant}.dp{dp_size}.ga{accumulation}.json").write_text(json.dumps(steps))
-    plant_errors(work)
+    if selected & PLANTED.keys():
+        plant_errors(work)
     return work
 
 
@@ -122,9 +137,7 @@ def plant_errors(work: Path) -> None:
     (work / "qkv concatenated.json").write_text(wrong.to_json())
     qwen3 = Plan.read(work / "qwen3.tp2.json")
     without = [dataclasses.replace(entry, partial_gradient=False) for entry in qwen3.parameters]
-    (work / "partial gradient forgotten.json").write_text(
-        dataclasses.replace(qwen3, parameters=tuple(without)).to_json()
-    )
+    (work / f"{FORGOTTEN}.json").write_text(dataclasses.replace(qwen3, parameters=tuple(without)).to_json())
     phi3 = Plan.read(work / "phi3.tp2.json")
     (work / "head counts forgotten.json").write_text(dataclasses.replace(phi3, module_attributes=()).to_json())
     swapped = {
@@ -144,9 +157,10 @@ def plant_errors(work: Path) -> None:
     (work / "partial gradient of a bias forgotten.json").write_text(phi.to_json())
 
 
+FORGOTTEN = "partial gradient forgotten"
 PLANTED = {
     "qkv concatenated": "gpt_neox",
-    "partial gradient forgotten": "qwen3",
+    FORGOTTEN: "qwen3",
     "head counts forgotten": "phi3",
     "down_proj of the other rank": "llama",
     "gate to one rank and up to the other": "glm",
@@ -159,13 +173,13 @@ def variants_on(tp_size: int, dp_size: int) -> list[str]:
     return VARIANTS if dp_size == 1 else IN_FULL
 
 
-def in_ranks(work: Path, tp_size: int, dp_size: int, planted: dict[str, str]) -> dict[str, Any]:
+def in_ranks(work: Path, tp_size: int, dp_size: int, variants: list[str], planted: dict[str, str]) -> dict[str, Any]:
     """Everything that one mesh is asked for, by variant."""
     from autotp_plan.runtime import load_plan
     from tests.helpers import parity
 
     found: dict[str, Any] = {}
-    for variant in variants_on(tp_size, dp_size):
+    for variant in variants:
         forward, build = forward_of(variant), builder_of(variant)
         plan_file, shards = work / f"{variant}.tp{tp_size}.json", work / f"{variant}.tp{tp_size}"
         plan = load_plan(plan_file)
@@ -194,19 +208,28 @@ def in_ranks(work: Path, tp_size: int, dp_size: int, planted: dict[str, str]) ->
     return found
 
 
-@pytest.fixture(scope="module")
-def tp2(work: Path) -> dict[str, Any]:
-    return launch(in_ranks, 2, work, 2, 1, PLANTED, timeout=600)[0]
+def on_mesh(name: str, work: Path, selected: set[str], planted: dict[str, str]) -> dict[str, Any]:
+    tp_size, dp_size = MESHES[name]
+    variants = [variant for variant in variants_on(tp_size, dp_size) if variant in selected]
+    ranks = launch(in_ranks, tp_size * dp_size, work, tp_size, dp_size, variants, planted, timeout=800)
+    found: dict[str, Any] = ranks[0]
+    return found
 
 
 @pytest.fixture(scope="module")
-def tp2_dp2(work: Path) -> dict[str, Any]:
-    return launch(in_ranks, 4, work, 2, 2, {}, timeout=800)[0]
+def tp2(work: Path, selected: set[str]) -> dict[str, Any]:
+    planted = PLANTED if selected & PLANTED.keys() else {}
+    return on_mesh("tp2", work, selected, planted)
 
 
 @pytest.fixture(scope="module")
-def tp4(work: Path) -> dict[str, Any]:
-    return launch(in_ranks, 4, work, 4, 1, {}, timeout=800)[0]
+def tp2_dp2(work: Path, selected: set[str]) -> dict[str, Any]:
+    return on_mesh("tp2 x dp2", work, selected, {})
+
+
+@pytest.fixture(scope="module")
+def tp4(work: Path, selected: set[str]) -> dict[str, Any]:
+    return on_mesh("tp4", work, selected, {})
 
 
 @pytest.fixture
@@ -216,11 +239,15 @@ def mesh(request: pytest.FixtureRequest, name: str) -> dict[str, Any]:
     return found
 
 
+def upstream(name: str, variant: str) -> Any:
+    return [pytest.mark.upstream] if name == "tp2" and variant in UPSTREAM else []
+
+
 ON_MESHES = [(name, variant) for name, mesh in MESHES.items() for variant in variants_on(*mesh)]
 
 
 @pytest.mark.parametrize("source", ["shards", "checkpoint"])
-@pytest.mark.parametrize(("name", "variant"), ON_MESHES)
+@pytest.mark.parametrize(("name", "variant"), [pytest.param(n, v, marks=upstream(n, v)) for n, v in ON_MESHES])
 def test_float64_gradients(mesh: dict[str, Any], name: str, variant: str, source: str) -> None:
     errors = mesh[variant][source]
     assert len(errors) > 10
@@ -228,7 +255,12 @@ def test_float64_gradients(mesh: dict[str, Any], name: str, variant: str, source
 
 
 @pytest.mark.parametrize(
-    ("name", "variant", "run"), [(n, v, run) for n, v in ON_MESHES for run in (RUNS if v in IN_FULL else ["zero2"])]
+    ("name", "variant", "run"),
+    [
+        pytest.param(n, v, run, marks=upstream(n, v))
+        for n, v in ON_MESHES
+        for run in (RUNS if v in IN_FULL else ["zero2"])
+    ],
 )
 def test_engine_steps(mesh: dict[str, Any], work: Path, name: str, variant: str, run: str) -> None:
     accumulation, dp_size = 2 if run == "accumulation" else 1, MESHES[name][1]
@@ -245,4 +277,4 @@ def test_a_wrong_plan_is_caught(tp2: dict[str, Any], name: str) -> None:
 
 
 def test_forgotten_partial_gradient_shows_in_gradients_only(tp2: dict[str, Any]) -> None:
-    assert "norm" in tp2["partial gradient forgotten"][0]
+    assert "norm" in tp2[FORGOTTEN][0]

@@ -128,6 +128,7 @@ def in_two_ranks(folder: Path) -> dict[str, Any]:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers for it
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
+@pytest.mark.upstream
 def test_adapters_on_column_and_row_layers(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     import torch
