@@ -9,7 +9,7 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 # two processes that run tests, a file of tests in one of them: most of their ranks wait for each other
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help setup demo test test-all quick check bench format plans clean
+.PHONY: help setup demo test test-all quick check bench docs format plans clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,18 @@ $(VENV)/ready-to-bench: $(VENV)/ready
 bench: $(VENV)/ready-to-bench  ## load and train beside AutoTP and transformers; writes docs/benchmark.* (twenty minutes)
 	$(BIN)/python -m benchmarks.training
 
+# an environment of its own: the site needs neither torch nor DeepSpeed
+$(VENV)-docs/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-docs/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)-docs/ready  ## draw the figures and build the documentation into site/, without a warning
+	$(VENV)-docs/bin/python -m scripts.figures
+	$(VENV)-docs/bin/python -m scripts.site
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --strict
+
 format: setup  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -58,4 +70,4 @@ plans: setup  ## compile every plan of plans/ again
 	$(BIN)/python -m tests.plans.test_golden_plans
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) demo-run example-run build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-docs site demo-run example-run build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,51 +1,47 @@
-"""What `mkdocs build` does beyond Markdown: a hook, named in mkdocs.yml.
+"""Stages the documentation site: `python -m scripts.site` writes `build/docs/`, which the site generator turns into HTML.
 
 - The home page is README.md.
-- `<!-- generated: NAME -->` becomes what `scripts.reference` makes from the code.
+- A line `<!-- generated: NAME -->` becomes what `scripts.reference` makes from the code.
 - A link to a file of the repository (`../schemas/plan.schema.json`, `../examples/basic.py`) works on GitHub as it is.
   In the site it leads to a page that shows the file, so that the site is complete without a network.
+
+It needs no site generator, so that the quick tests can read every page as the site will have it.
 """
 
 from __future__ import annotations
 
 import posixpath
 import re
+import shutil
 from pathlib import Path
-from typing import Any
-
-from mkdocs.structure.files import File, Files
 
 from scripts.reference import PARTS
 
 ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+STAGE = ROOT / "build" / "docs"
 GENERATED = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
-LINK = re.compile(r"(?<!`)(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
-FENCE = re.compile(r"(^ *```.*?^ *```$)", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
+FENCE = re.compile(r"(^ *(`{3,}).*?^ *\2$)", re.MULTILINE | re.DOTALL)
 BADGES = re.compile(r"<!-- badges -->.*?<!-- /badges -->\n", re.DOTALL)
-LANGUAGES = {".py": "python", ".json": "json", ".md": "markdown", ".toml": "toml"}
+LANGUAGES = {".py": "python", ".json": "json", ".toml": "toml"}
 
 
-def on_files(files: Files, config: Any) -> Files:
-    """Add the home page and a page for each file of the repository that a page links to."""
-    home = BADGES.sub("", (ROOT / "README.md").read_text(encoding="utf-8"))
-    files.append(File.generated(config, "index.md", content=_links(home, "README.md", files, config)))
-    for file in [file for file in files.documentation_pages() if file.src_uri != "index.md"]:
-        text = GENERATED.sub(lambda found: PARTS[found[1]](), file.content_string)
-        file.content_string = _links(text, f"docs/{file.src_uri}", files, config)
-    return files
+def pages() -> dict[str, str]:
+    """Every page of the site: its path in the site -> its Markdown."""
+    found: dict[str, str] = {}
+    waiting = ["README.md", *(f"docs/{path.name}" for path in sorted(DOCS.glob("*.md")))]
+    while waiting:
+        path = waiting.pop()
+        if page_of(path) not in found:
+            text, linked = rewrite(source(path), path)
+            found[page_of(path)] = text
+            waiting += linked
+    return found
 
 
-def _links(text: str, path: str, files: Files, config: Any) -> str:
-    """`text`, which is the file `path` of the repository, with its links as the site needs them."""
-    page = _page(path)
-    parts = FENCE.split(text)
-    parts[::2] = [LINK.sub(lambda found: found[1] + _target(found[2], path, page, files, config) + found[3], part)
-                  for part in parts[::2]]  # fmt: skip
-    return "".join(parts)
-
-
-def _page(path: str) -> str:
-    """The source path, in the site, of what is `path` in the repository."""
+def page_of(path: str) -> str:
+    """The path in the site of what is `path` in the repository."""
     if path == "README.md":
         return "index.md"
     if path.startswith("docs/"):
@@ -53,26 +49,45 @@ def _page(path: str) -> str:
     return f"source/{path}" if path.endswith(".md") else f"source/{path}.md"
 
 
-def _target(target: str, path: str, page: str, files: Files, config: Any) -> str:
-    if "://" in target or target.startswith("mailto:"):
-        return target
-    wanted = posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
-    if (ROOT / wanted).is_file():
-        _add(wanted, files, config)
-    return posixpath.relpath(_page(wanted), posixpath.dirname(page) or ".")
-
-
-def _add(path: str, files: Files, config: Any) -> None:
-    """The page that shows the repository's file `path`; pages of the documentation are there already."""
-    page = _page(path)
-    if path.startswith("docs/") or page == "index.md" or files.get_file_from_path(page) is not None:
-        return
+def source(path: str) -> str:
+    """The Markdown of one page: a Markdown file with its generated parts, or another file as a block of code."""
     text = (ROOT / path).read_text(encoding="utf-8")
-    file = File.generated(config, page, content="")
-    files.append(file)
     if path.endswith(".md"):
-        file.content_string = _links(text, path, files, config)
-        return
-    language = LANGUAGES.get(posixpath.splitext(path)[1], "text")
-    ticks = "`" * (3 + max((len(run) for run in re.findall("`{3,}", text)), default=0))
-    file.content_string = f"# {path}\n\n{ticks}{language}\n{text}\n{ticks}\n"
+        return GENERATED.sub(lambda found: PARTS[found[1]](), BADGES.sub("", text))
+    ticks = "`" * (1 + max(2, *map(len, re.findall("`+", text)), 0))
+    return f"# {path}\n\n{ticks}{LANGUAGES.get(posixpath.splitext(path)[1], 'text')}\n{text}\n{ticks}\n"
+
+
+def rewrite(text: str, path: str) -> tuple[str, list[str]]:
+    """The text of the page for `path` with links as the site needs them, and the files that get a page for it."""
+    linked: list[str] = []
+
+    def target(found: re.Match[str]) -> str:
+        if "://" in found[2]:
+            return found[0]
+        wanted = posixpath.normpath(posixpath.join(posixpath.dirname(path), found[2]))
+        if wanted.startswith("docs/"):
+            page = wanted.removeprefix("docs/")
+        else:
+            linked.append(wanted)
+            page = page_of(wanted)
+        return found[1] + posixpath.relpath(page, posixpath.dirname(page_of(path)) or ".") + found[3]
+
+    code = FENCE.split(text)  # text, fence, its backticks, text, ...
+    del code[2::3]
+    code[::2] = [LINK.sub(target, part) for part in code[::2]]
+    return "".join(code), linked
+
+
+def main() -> None:
+    """Write the pages, and everything in `docs/` that is not a page, to `build/docs/`."""
+    shutil.rmtree(STAGE, ignore_errors=True)
+    shutil.copytree(DOCS, STAGE, ignore=shutil.ignore_patterns("*.md", "benchmark.json"))
+    for page, text in pages().items():
+        file = STAGE / page
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
