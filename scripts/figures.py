@@ -53,8 +53,7 @@ def document(width: int, height: int, title: str, parts: Sequence[str]) -> str:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
             f'height="{height}" role="img" {FONT}>',
             f"<title>{escape(title)}</title>",
-            f'<rect x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="8" fill="#ffffff" '
-            'stroke="#d1d9e0"/>',
+            f'<rect x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="8" fill="#ffffff" stroke="#d1d9e0"/>',
             *parts,
             "</svg>\n",
         ]
@@ -107,9 +106,7 @@ def bar(x: float, y: float, height: float, scale: float, segments: Sequence[Segm
     parts = []
     for sub, start, stop, at in segments:
         left, width = x + at * scale, (stop - start) * scale
-        parts.append(
-            f'<rect x="{left:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{FILL[sub]}"/>'
-        )
+        parts.append(f'<rect x="{left:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{FILL[sub]}"/>')
         for row in range(start, stop, HEAD_DIM):
             line = left + (row - start) * scale
             parts.append(
@@ -117,9 +114,7 @@ def bar(x: float, y: float, height: float, scale: float, segments: Sequence[Segm
                 f'stroke-width="{2 if row == start else 0.7}"/>'
             )
         label = LETTERS[sub]
-        parts.append(
-            text(left + width / 2, y + height / 2 + 4.5, label, fill="#ffffff", anchor="middle", weight=700)
-        )
+        parts.append(text(left + width / 2, y + height / 2 + 4.5, label, fill="#ffffff", anchor="middle", weight=700))
     return parts
 
 
@@ -194,7 +189,9 @@ def box(x: float, y: float, width: float, words: Sequence[str], *, fill: str = "
     return parts
 
 
-def arrow(points: Sequence[tuple[float, float]], label: str = "", *, at: tuple[float, float] | None = None) -> list[str]:
+def arrow(
+    points: Sequence[tuple[float, float]], label: str = "", *, at: tuple[float, float] | None = None
+) -> list[str]:
     """An arrow along `points`; `label` is a command or a call."""
     path = "M" + "L".join(f"{x} {y}" for x, y in points)
     parts = [f'<path d="{path}" fill="none" stroke="{INK}" stroke-width="1.4" marker-end="url(#tip)"/>']

@@ -1,8 +1,8 @@
 """The parts of the documentation that are made from the code, so that no copy of it can go stale.
 
 The command-line reference comes from the click commands, the tables of fields from the JSON schemas, the file tree from
-the first lines of the modules' docstrings, the list of presets from the presets. `scripts.site` puts them into the site;
-`python -m scripts.reference tree` (or `cli`, `plan`, `shards`, `presets`) prints one.
+the first lines of the modules' docstrings, the list of presets from the presets. `scripts.site` puts them into the
+site; `python -m scripts.reference tree` (or `cli`, `plan`, `shards`, `presets`) prints one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stages the documentation site: `python -m scripts.site` writes `build/docs/`, which the site generator turns into HTML.
+"""Stages the documentation site: `python -m scripts.site` writes `build/docs/`, which mkdocs turns into HTML.
 
 - The home page is README.md.
 - A line `<!-- generated: NAME -->` becomes what `scripts.reference` makes from the code.
