@@ -1,7 +1,7 @@
 """Runs the commands of `docs/quickstart.md` and puts what they print into the page: `python -m scripts.quickstart`.
 
-A block of output in the page follows a line `<!-- output of: COMMAND -->`. The commands run in the order of the page, in
-a new folder with a copy of `examples/` and of the README, in the environment of the interpreter that runs this. It
+A block of output in the page follows a line `<!-- output of: COMMAND -->`. The commands run in the page's order, in a
+new folder with a copy of `examples/` and of the README, in the environment of the interpreter that runs this. It
 takes about three minutes.
 """
 

@@ -11,7 +11,7 @@ import ast
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,29 +128,28 @@ def _cell(text: str) -> str:
 
 
 def tree() -> str:
-    """The packages, one line per file: the first sentence of each docstring."""
-    lines = []
-    for room in ROOMS:
-        lines += _folder(ROOT / room, 0)
-    return "\n".join([*lines, *(f"{name:<32}{line}" for name, line in OTHER_FOLDERS.items())])
+    """The packages, folder by folder: a line per file, the first sentence of its docstring. As Markdown."""
+    parts = [section for room in ROOMS for section in _folder(ROOT / room)]
+    return "\n".join([*parts, "### Other folders\n", *_table("folder", OTHER_FOLDERS.items())])
 
 
-def _folder(folder: Path, depth: int) -> Iterator[str]:
-    indent = "  " * depth
-    yield f"{indent + folder.name + '/':<32}{summary(folder / '__init__.py')}"
-    if folder.name == "presets":
-        number = len(list(folder.glob("*.json")))
-        yield f"{indent + '  *.json':<32}{number} presets, one file per architecture"
-        return
+def _folder(folder: Path) -> Iterator[str]:
+    yield f"### `{folder.relative_to(ROOT)}/`\n\n{summary(folder / '__init__.py')}.\n"
+    files = {path.name: summary(path) for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"}
     for path in sorted(folder.glob("*.schema.json")):
-        title = json.loads(path.read_text(encoding="utf-8")).get("description", "")
-        yield f"{indent + '  ' + path.name:<32}{_sentence(title)}"
-    for path in sorted(folder.glob("*.py")):
-        if path.name != "__init__.py":
-            yield f"{indent + '  ' + path.name:<32}{summary(path)}"
+        files[path.name] = _sentence(json.loads(path.read_text(encoding="utf-8"))["description"])
+    if presets := [path for path in folder.glob("*.json") if path.name not in files]:
+        files["*.json"] = f"{len(presets)} presets, one file per architecture"
+    yield from _table("file", files.items())
     for path in sorted(folder.iterdir()):
         if (path / "__init__.py").exists():
-            yield from _folder(path, depth + 1)
+            yield from _folder(path)
+
+
+def _table(title: str, rows: Iterable[tuple[str, str]]) -> Iterator[str]:
+    yield f"| {title} | |\n|---|---|"
+    yield from (f"| `{name}` | {_cell(line)} |" for name, line in rows)
+    yield ""
 
 
 def summary(path: Path) -> str:
@@ -177,7 +176,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "cli": cli,
     "plan": lambda: fields("plan"),
     "shards": lambda: fields("shards"),
-    "tree": lambda: f"```text\n{tree()}\n```",
+    "tree": tree,
     "presets": presets,
 }
 """What a line `<!-- generated: NAME -->` of a page stands for."""
