@@ -12,7 +12,7 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 # two processes, each with a file of tests at a time (tests/conftest.py says in which order)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test test-all quick check test-upstream test-oldest test-newest test-wheel bench format plans clean
+.PHONY: help setup demo test test-all quick check test-upstream test-oldest test-newest test-wheel bench docs format plans clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -92,6 +92,18 @@ $(VENV)/ready-to-bench: $(VENV)/ready
 bench: $(VENV)/ready-to-bench  ## load and train beside AutoTP and transformers; writes docs/benchmark.* (twenty minutes)
 	$(BIN)/python -m benchmarks.training
 
+# an environment of its own: the site needs neither torch nor DeepSpeed
+$(VENV)-docs/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-docs/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)-docs/ready  ## draw the figures and build the documentation into site/, without a warning
+	$(VENV)-docs/bin/python -m scripts.figures
+	$(VENV)-docs/bin/python -m scripts.site
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --strict
+
 format: setup  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -100,4 +112,4 @@ plans: setup  ## compile every plan of plans/ again
 	$(BIN)/python -m tests.plans.test_golden_plans
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) .venv-oldest .venv-newest .venv-wheel .venv-installed demo-run example-run build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-wheel .venv-installed $(VENV)-docs site demo-run example-run build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -159,9 +159,9 @@ def table(outcomes: list[Outcome], tp_size: int) -> str:
         "# Every causal language model of transformers",
         "",
         f"Written by `python -m benchmarks.every_family --tp {tp_size}` with transformers {transformers.__version__}. "
-        "Each family's config (that in `plans/`, or else the default) is planned and, where a plan came out, proven on "
-        "a twin, as `autotp-plan verify` does. `share` is the part of the model that a rank holds "
-        f"(an even cut of everything: {1 / tp_size:.2f}), `error` the largest in float64.",
+        "Each family's config (from `plans/`, or else the default) is planned. Where that gives a plan, the plan is "
+        "proven on a small model, as `autotp-plan verify` does. `share` is the fraction of the model that a rank holds "
+        f"(everything sharded evenly: {1 / tp_size:.2f}), `error` the largest in float64.",
         "",
         f"{len(outcomes)} families: {counted}.",
         "",
