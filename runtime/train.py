@@ -25,7 +25,7 @@ from autotp_plan.schemas.errors import AutoTPError, Fault, MismatchError
 from autotp_plan.schemas.shards.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:
-    from autotp_plan.runtime.data.batches import TokenDataset
+    from autotp_plan.runtime.data.text import TokenDataset
 
 _PATH = click.Path(path_type=Path)
 
@@ -72,7 +72,7 @@ def _train(
 ) -> None:  # fmt: skip
     from autotp_plan.runtime import load_plan
     from autotp_plan.runtime.checkpoint.job import LATEST_NAME
-    from autotp_plan.runtime.data.batches import endless
+    from autotp_plan.runtime.data.sampler import endless
 
     if save_shards is not None and (save_shards / MANIFEST_NAME).exists():
         raise MismatchError(
@@ -233,7 +233,7 @@ def _deepspeed_config(
 def _dataset(
     data: Path | None, shards: Path, model: torch.nn.Module, seq_length: int, needed: int, seed: int
 ) -> TokenDataset:
-    from autotp_plan.runtime.data.batches import TokenDataset, synthetic_tokens, text_tokens
+    from autotp_plan.runtime.data.text import TokenDataset, synthetic_tokens, text_tokens
 
     if data is None:
         vocab_size: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]

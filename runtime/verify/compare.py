@@ -14,7 +14,7 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor, nn
 
-from autotp_plan.runtime.loading.shard_model import local_shard
+from autotp_plan.runtime.loading.local_shard import local_shard
 from autotp_plan.runtime.tensor_parallel.collectives import take
 from autotp_plan.runtime.verify.float64 import PromoteToFloat64
 from autotp_plan.runtime.verify.report import FLOAT64_TOLERANCE

@@ -14,8 +14,9 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from autotp_plan.huggingface.meta_model import parameters_and_buffers
 from autotp_plan.runtime.verify import scale_config
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.layout import Layout, SubParameter, group_view
@@ -98,15 +99,6 @@ def scaled_layout(layout: Layout, shape: tuple[int, ...], new_shape: tuple[int, 
     if rounded is None:
         raise TwinError(f"{layout.name} of {list(shape)} cannot be cut alike in {list(new_shape)}")
     return rounded
-
-
-def parameters_and_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Everything that a plan may name: all parameters, under each of their names, and buffers that are saved."""
-    yield from model.named_parameters(remove_duplicate=False)
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, buffer
 
 
 def _layer_kinds(plan: Plan, depth: int) -> list[frozenset[Any]] | None:

@@ -45,7 +45,7 @@ def whole_gradients(
     model: nn.Module, plan: Any, forward: Forward = causal_lm, float64: bool = True
 ) -> dict[str, Tensor]:
     """As `gradients`, with the ranks' shards put together. Every rank of the TP group must call it."""
-    from autotp_plan.runtime.loading.shard_model import local_shard
+    from autotp_plan.runtime.loading.local_shard import local_shard
     from autotp_plan.runtime.tensor_parallel.collectives import gather_shards
 
     found = gradients(model, forward, float64=float64)
