@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_INFO
 from deepspeed.module_inject.layers import (
     DS_IS_REPLACED_MODULE,
     DS_TENSOR_MODEL_PARALLEL,
+    GatherReplacedLayerParams,
     TensorParallel_Layer,
     collect_autotp_universal_checkpoint_info,
 )
@@ -154,6 +155,15 @@ def mark_as_shard(parameter: Any, gather: Callable[[list[Any]], None], shard: Ca
     parameter._tp_partition = shard
     setattr(parameter, DS_TENSOR_MODEL_PARALLEL, True)
     setattr(parameter, DS_IS_REPLACED_MODULE, True)
+
+
+def full_tensors(parameters: list[nn.Parameter], module: nn.Module) -> AbstractContextManager[None]:
+    """While active, the data of a module's shards are the full tensors, gathered over the TP ranks.
+
+    Relies on `GatherReplacedLayerParams(params, module, enabled)`, which calls what `mark_as_shard` was given.
+    """
+    gathered: AbstractContextManager[None] = GatherReplacedLayerParams(parameters, module, enabled=True)
+    return gathered
 
 
 def count_on_first_rank_only(parameter: Tensor) -> None:

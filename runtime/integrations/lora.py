@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.module_inject.layers import GatherReplacedLayerParams
 from deepspeed.runtime.zero import GatheredParameters
 from torch import nn
 
 from autotp_plan.huggingface.internals import register_lora_layers
+from autotp_plan.runtime.deepspeed.internals import full_tensors
 from autotp_plan.runtime.tensor_parallel.collectives import take
 from autotp_plan.runtime.tensor_parallel.linear import ColumnParallelLinear, PlannedLayer, RowParallelLinear
 from autotp_plan.runtime.tensor_parallel.partly_replicated import SHARED
@@ -72,7 +72,7 @@ def save_adapter(engine: Any, folder: Path) -> None:
         held = [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
         if not held:
             continue
-        with GatheredParameters(held), GatherReplacedLayerParams(held, module, enabled=True):
+        with GatheredParameters(held), full_tensors(held, module):
             for leaf, parameter in module.named_parameters(recurse=False):
                 state[f"{name}.{leaf}"] = parameter.detach().cpu().clone()
     if dist.get_rank() == 0:
