@@ -96,13 +96,14 @@ def build_model(
 
 def parameters_and_buffers(module: Any) -> Iterator[tuple[str, Any]]:
     """Every parameter of `module` under every name it has, and every buffer that checkpoints hold."""
-    saved = module.state_dict(keep_vars=True).keys()
     yield from module.named_parameters(remove_duplicate=False)
-    for prefix, inside in module.named_modules():
-        for leaf, buffer in inside.named_buffers(recurse=False):
-            name = f"{prefix}.{leaf}" if prefix else leaf
-            if name in saved:
-                yield name, buffer
+    buffers = {
+        f"{prefix}.{leaf}" if prefix else leaf: buffer
+        for prefix, inside in module.named_modules()
+        for leaf, buffer in inside.named_buffers(recurse=False)
+    }
+    saved = module.state_dict(keep_vars=True).keys() if buffers else ()
+    yield from ((name, buffer) for name, buffer in buffers.items() if name in saved)
 
 
 def _keep_in_float32(model: Any, dtype: Any) -> None:

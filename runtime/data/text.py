@@ -60,7 +60,7 @@ def text_tokens(path: Path, tokenizer: Any, limit: int | None = None) -> Tensor:
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     tokens: list[int] = []
     for file in files:
-        text = _text(file, required=not path.is_dir())
+        text = _text(file, may_be_binary=path.is_dir())
         if text:
             tokens.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
             if tokenizer.eos_token_id is not None:
@@ -75,11 +75,11 @@ def synthetic_tokens(vocab_size: int, count: int, seed: int = 0) -> Tensor:
     return torch.randint(vocab_size, (count,), generator=torch.Generator().manual_seed(seed))
 
 
-def _text(file: Path, required: bool) -> str:
+def _text(file: Path, may_be_binary: bool) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        if not required:
+        if may_be_binary and isinstance(error, UnicodeDecodeError):
             return ""
         raise DataError(
             Fault(
