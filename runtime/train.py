@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 4 -m autotp_plan.runtime.train --plan plan.json --shards SHARDS --dp-size 2 \\
         --zero-stage 2 --batch-size 1 --seq-length 512 --num-steps 20 --data texts/
 
-A short program on purpose: the loop is DeepSpeed's own, and copying it is how to start your own. Rank 0 alone prints.
+A short program on purpose: the loop is DeepSpeed's, and copying it is how to write yours. Rank 0 alone prints.
 """
 
 from __future__ import annotations

@@ -258,7 +258,7 @@ class TrainingPlan:
 
         Raises:
             CheckpointError: there is no complete checkpoint, or it cannot be read.
-            MismatchError: it is of another model, or can be resumed on its own mesh only.
+            MismatchError: it is of another model, or can be resumed only on the mesh it was saved on.
 
         Both before anything is changed.
         """
@@ -269,7 +269,7 @@ class TrainingPlan:
     ) -> None:
         """Save the weights as a shards folder, in the checkpoint's dtypes. Every rank calls it.
 
-        Each rank writes its own bytes; `autotp-plan merge` makes a checkpoint of the folder.
+        Each rank writes the bytes it holds; `autotp-plan merge` makes a checkpoint of the folder.
 
         Args:
             engine: the engine, or the model.

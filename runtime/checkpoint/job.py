@@ -75,7 +75,7 @@ def save_checkpoint(
                 what="something would be overwritten",
                 where=str(target),
                 got="a folder or file that no unfinished save has left",
-                expected="a tag of its own for each checkpoint",
+                expected="another tag for each checkpoint",
                 next="give another tag, or remove it yourself",
             )
         )
@@ -116,7 +116,7 @@ def load_checkpoint(engine: Any, folder: Path, plan: Plan, ranks: Ranks, tag: st
 
     Raises:
         CheckpointError: there is no complete checkpoint, or it cannot be read.
-        MismatchError: it is of another model, or of a different mesh and can be resumed only on its own.
+        MismatchError: it is of another model, or can be resumed only on the mesh it was saved on.
         MissingDependencyError: this version of DeepSpeed keeps its state where it is not looked for.
     """
     tag = tag if tag is not None else _latest(folder)
@@ -207,7 +207,7 @@ def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 
 def _saved_job(engine: Any, folder: Path, about: dict[str, Any], plan: Plan, ranks: Ranks) -> SavedJob:
-    """What was saved. Raises MismatchError when it can be resumed only on its own mesh, before anything is changed."""
+    """What was saved. Raises MismatchError when it cannot be resumed here, before anything is changed."""
     wanted = _about(engine, plan, ranks)
     saved_plan = Plan.read(folder / PLAN_NAME)
     faults = model_differences(saved_plan, plan)
@@ -215,7 +215,7 @@ def _saved_job(engine: Any, folder: Path, about: dict[str, Any], plan: Plan, ran
     if not faults and reason:
         faults = [
             Fault(
-                what="the checkpoint is of a different mesh, and can be resumed only on its own",
+                what="the checkpoint can be resumed only on the mesh it was saved on",
                 where=f"{folder}: {key}",
                 got=str(about.get(key)),
                 expected=str(wanted[key]),

@@ -1,7 +1,7 @@
 """Resuming a job on a different TP x DP mesh, ZeRO stage, or plan of the same model.
 
 The state that this rank's optimizer would have saved is put together from the saved one, shard by shard, and loaded
-the way DeepSpeed loads its own. Its universal checkpoint would be rewritten on disk first, knows Adam alone, and pairs
+as DeepSpeed loads what it saved. Its universal checkpoint would be rewritten on disk first, knows Adam alone, and pairs
 parameters by name, which partly replicated parameters do not keep from one TP size to another.
 """
 
@@ -32,12 +32,12 @@ from autotp_plan.schemas.storage.checkpoint import config_hash
 
 
 def why_this_mesh_only(engine: Any) -> str:
-    """Why a job of `engine` can be resumed on its own mesh only; empty when it can be resumed on every mesh."""
+    """Why a job of `engine` can be resumed only on the mesh it was saved on; empty when it can be on every mesh."""
     stage = engine.zero_optimization_stage()
     if stage == 0:
         return "under ZeRO stage 0 only the number of DP ranks may change; use stage 1, 2 or 3"
     if stage == 3 and not all(parameter.requires_grad for parameter in engine.module.parameters()):
-        return "ZeRO stage 3 saves frozen parameters in a form of its own; use stage 1 or 2"
+        return "ZeRO stage 3 saves frozen parameters in another form; use stage 1 or 2"
     if swaps_to_disk(engine.optimizer):
         return "the optimizer's state lies on NVMe, in files of each rank"
     return ""
@@ -83,7 +83,7 @@ def load_from_other_mesh(engine: Any, saved: SavedJob, plan: Plan, ranks: Ranks)
         ranks: this process's place in the mesh.
 
     Returns:
-        What the engine saved beside the weights: counters, scheduler, client state.
+        What the engine saved next to the weights: counters, scheduler, client state.
 
     Raises:
         MismatchError: the optimizer has other parameter groups, or parameters that the plan does not have (adapters,

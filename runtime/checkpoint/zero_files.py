@@ -33,7 +33,7 @@ from autotp_plan.schemas.layout import Layout, parameter_shape
 from autotp_plan.schemas.plan.document import Plan
 
 WEIGHTS = "fp32"
-"""The key of the float32 weights, beside the optimizer's own keys, such as `exp_avg`."""
+"""The key of the float32 weights, next to the optimizer's keys, such as `exp_avg`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -68,7 +68,14 @@ def tp_sampler(dataset: Any, ranks: Ranks, *, shuffle: bool = True, seed: int = 
 
 
 def endless(loader: Any) -> Iterator[Any]:
-    """The batches of a loader from `initialize`, epoch after epoch, each in its own order, from where it stands."""
+    """The batches of a loader from `initialize`, epoch after epoch, each in another order, from where it stands.
+
+    Args:
+        loader: a loader that `initialize` made of data with a length.
+
+    Returns:
+        An iterator without end.
+    """
     epoch = loader.data_sampler.epoch
     while True:
         loader.data_sampler.set_epoch(epoch)

@@ -37,7 +37,7 @@ def check_autotp_calls(mpu: Any, ranks: Ranks) -> None:
     if recorded.get("tp_size", ranks.tp_size) != ranks.tp_size:
         faults.append(_recorded_fault("tp_size", str(recorded["tp_size"]), f"{ranks.tp_size}, the plan's tp_size"))
     if recorded.get("tp_group") is not None:
-        faults.append(_recorded_fault("tp_group", "a group of its own", "the groups of the plan"))
+        faults.append(_recorded_fault("tp_group", "another process group", "the groups of the plan"))
     if faults:
         raise MismatchError(faults)
 

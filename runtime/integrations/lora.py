@@ -154,7 +154,7 @@ def _faults(adapted: Any, partial: set[str]) -> Iterator[Fault]:
             if any(leaf.endswith(SHARED) for leaf, _ in base.named_parameters()):
                 got = "a partly replicated weight"
             elif base.transposed or layout.shape != base.shards.shapes["weight"]:
-                got = "a weight that is transposed, or sharded in another shape than its own"
+                got = "a weight that is transposed, or sharded in another shape than it has"
         elif f"{name}.weight" in partial:
             got = "a replicated weight of whose gradient each rank computes a part"
         if got:

@@ -118,8 +118,8 @@ def _check_common(seed: int) -> None:
     dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=_region.group)
     if ends[0] != -ends[1]:
         raise RuntimeError(
-            "The ranks of a TP group draw different random numbers, and would drop out different parts of what they "
-            "all hold. Got: different seeds on ranks of one TP group. Expected: one seed for all ranks of a group. "
+            "The ranks of a TP group draw different random numbers, and would drop out different elements of the same "
+            "activations. Got: different seeds on ranks of one TP group. Expected: one seed for all ranks of a group. "
             "Next: seed by plan.ranks.dp_rank, not by the global rank."
         )
     _region.checked = True

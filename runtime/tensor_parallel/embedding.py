@@ -19,7 +19,7 @@ from autotp_plan.schemas import intervals as iv
 
 
 class _Bare(nn.Embedding):
-    """An `nn.Embedding` that makes no table of its own."""
+    """An `nn.Embedding` that makes no table."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)

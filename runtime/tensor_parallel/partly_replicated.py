@@ -26,7 +26,7 @@ class HeldParameter:
 
     Attributes:
         name: its name, that of the plan's parameter with `_shared` at the end where it holds what is replicated.
-        layout: its own layout: which of its indices each rank holds.
+        layout: which of its indices each rank holds.
         shape: the shape of it on all ranks together.
         copies: where it lies in the shard, along the sharded dimension: `source` in the shard, `target` in it.
         is_alone: whether it holds the shard by itself.

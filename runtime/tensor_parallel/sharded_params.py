@@ -153,7 +153,7 @@ class ShardedParams:
 def _sum_over_replicas(gradient: Tensor, layout: Layout, tp_rank: int, group: Any) -> Tensor:
     """The sum of a shard's gradients over the ranks that hold it, each of which computed part of it.
 
-    Every rank adds its own to a gradient of the full parameter, which has the rows of all KV heads.
+    Every rank adds it to a gradient of the full parameter, which has the rows of all KV heads.
     """
     assert layout.dim is not None
     full = gradient.new_zeros(layout.shape)

@@ -118,7 +118,7 @@ def vocab_parallel_cross_entropy(
             f"{logits.shape[0]} tokens. Expected: as many. Next: give labels for the same tokens (logits_to_keep?)."
         )
     known = (targets == ignore_index) | ((targets >= 0) & (targets < sharding.size))
-    assert_without_waiting(  # as torch's own cross entropy
+    assert_without_waiting(  # as torch's cross entropy
         known.all(),
         f"A label is not in the vocabulary. Expected: 0 to {sharding.size - 1}, or {ignore_index} to ignore.",
     )
