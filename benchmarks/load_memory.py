@@ -61,7 +61,7 @@ def load_planned(plan_file: Path, folder: Path) -> tuple[int, int, int, int]:
 
     import_model_code()
     plan = load_plan(plan_file)
-    assert plan.ranks.tp_size == TP_SIZE  # the groups are made here
+    assert plan.init_mesh().tp_size == TP_SIZE  # the groups are made here
     with Sampler() as sampler:
         model = plan.load_model(folder)
         loaded = sampler.peak

@@ -111,7 +111,7 @@ def dense() -> None:
     from torch.utils.data.distributed import DistributedSampler
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from autotp_plan.runtime.data.batches import TokenDataset, text_tokens
+    from autotp_plan.runtime.data.text import TokenDataset, text_tokens
 
     os.chdir(RUN)
     model = AutoModelForCausalLM.from_pretrained("checkpoint", dtype=torch.float32).train()

@@ -84,7 +84,8 @@ def train(config: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from autotp_plan.runtime import load_plan
-    from autotp_plan.runtime.data.batches import TokenDataset, endless, synthetic_tokens
+    from autotp_plan.runtime.data.sampler import endless
+    from autotp_plan.runtime.data.text import TokenDataset, synthetic_tokens
 
     plan = load_plan(config["shards"] / "autotp_plan.json")
     context = ray.train.get_context()

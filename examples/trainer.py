@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from autotp_plan.planner import compile_plan
 from autotp_plan.runtime import TrainingPlan
-from autotp_plan.runtime.data.batches import TokenDataset, synthetic_tokens
+from autotp_plan.runtime.data.text import TokenDataset, synthetic_tokens
 
 
 def parse_args() -> argparse.Namespace:

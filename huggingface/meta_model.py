@@ -1,22 +1,50 @@
-"""A model without weights, from its config: the one place where the planner needs transformers and torch.
+"""A transformers model without weights, from its config: for its names, shapes and dtypes, or to be filled with shards.
 
-Both are imported when it is called, never before: planning from a checkpoint does without them.
+torch and transformers are imported when it is called, never before: planning from a checkpoint does without them.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from autotp_plan.huggingface.internals import kept_in_float32, model_of_config, without_zero_init
 from autotp_plan.schemas.errors import CheckpointError, Fault, MissingDependencyError
 from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, read_config
 
+_LARGE = 2**27
+"""Number of elements from which on a new tensor is a parameter, not a buffer."""
+_UNBUILDABLE = (
+    ValueError, KeyError, TypeError, AttributeError, AssertionError, ImportError, OSError, RuntimeError,
+)  # fmt: skip
+"""What transformers raises for configs that it cannot build a model from."""
 
-def model_on_meta(folder: Path) -> Any:
-    """The transformers model of the config.json in `folder`, its parameters and buffers on meta.
 
-    Raises MissingDependencyError, or CheckpointError when transformers cannot build it.
+def build_model(
+    folder: Path,
+    architecture: str | None = None,
+    *,
+    on_meta: Literal["all", "parameters", "nothing"] = "parameters",
+    **options: Any,
+) -> Any:
+    """The transformers model of the config.json in `folder`, with random weights or none.
+
+    Args:
+        folder: a folder with a config.json.
+        architecture: a class of transformers; None for the one that the config names. Where transformers has no such
+            class, the causal language model of the config's `model_type`.
+        on_meta: `all` for shapes and dtypes alone, which are then those of checkpoints; `parameters` for a model that
+            is filled with weights, whose buffers are real; `nothing` for a model with random weights.
+        options: for transformers, such as `attn_implementation="sdpa"`.
+
+    Returns:
+        A `transformers.PreTrainedModel` whose weights are tied as its config says.
+
+    Raises:
+        CheckpointError: transformers cannot build a model from the config.
+        MissingDependencyError: transformers or torch is not installed, or transformers is not as it is needed.
     """
     config = read_config(folder) or {}
     try:
@@ -32,55 +60,89 @@ def model_on_meta(folder: Path) -> Any:
                 next="pip install 'autotp-plan[train]', or give the checkpoint folder: its headers are enough",
             )
         ) from None
+    places: dict[str, contextlib.AbstractContextManager[Any]] = {
+        "all": torch.device("meta"),
+        "parameters": _parameters_on_meta(),
+        "nothing": contextlib.nullcontext(),
+    }
     try:
         model_config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         dtype = getattr(model_config, "dtype", None) or torch.float32
-        architecture = getattr(transformers, (config.get("architectures") or [""])[0], None)
-        with torch.device("meta"):
-            if architecture is not None and hasattr(architecture, "_from_config"):
-                model = architecture._from_config(model_config, dtype=dtype)
+        if on_meta == "all":  # the text part of a config may name another dtype, or none
+            options = {"dtype": dtype, **options}
+        named = getattr(transformers, architecture or (config.get("architectures") or [""])[0], None)
+        with places[on_meta], without_zero_init():
+            model: Any
+            if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+                model = model_of_config(named, model_config, **options)
             else:
-                model = transformers.AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+                model = transformers.AutoModelForCausalLM.from_config(model_config, **options)
         model.tie_weights()
-        _keep_in_fp32(model, dtype)
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        AssertionError,
-        ImportError,
-        OSError,
-        RuntimeError,
-    ) as error:
+        if on_meta == "all":
+            _keep_in_float32(model, dtype)
+    except _UNBUILDABLE as error:
         raise CheckpointError(
             Fault(
                 what="transformers cannot build a model from this config",
                 where=str(folder / CONFIG_NAME),
                 got=f"{type(error).__name__}: {error}",
-                expected="the config.json of a causal language model that transformers knows",
-                next="correct the config, or give a folder with safetensors files",
+                expected=f"the config.json of {architecture or 'a causal language model that transformers knows'}",
+                next="correct the config; or, to plan, give a folder with safetensors files; to train, give the model "
+                "yourself: plan.load_model(path, model=module_on_meta)",
             )
         ) from None
     return model
 
 
-def _keep_in_fp32(model: Any, dtype: Any) -> None:
-    """What transformers loads in float32 whatever the model's dtype, and checkpoints hold so."""
+def parameters_and_buffers(module: Any) -> Iterator[tuple[str, Any]]:
+    """Every parameter of `module` under every name it has, and every buffer that checkpoints hold."""
+    yield from module.named_parameters(remove_duplicate=False)
+    buffers = {
+        f"{prefix}.{leaf}" if prefix else leaf: buffer
+        for prefix, inside in module.named_modules()
+        for leaf, buffer in inside.named_buffers(recurse=False)
+    }
+    saved = module.state_dict(keep_vars=True).keys() if buffers else ()
+    yield from ((name, buffer) for name, buffer in buffers.items() if name in saved)
+
+
+def _keep_in_float32(model: Any, dtype: Any) -> None:
+    """Give tensors that are float32 whatever the model's dtype that dtype, as in checkpoints."""
     import torch
 
-    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     if dtype not in (torch.float16, torch.bfloat16):
         return
+    kept = kept_in_float32(model)
     for name, tensor in parameters_and_buffers(model):
         if tensor.dtype == dtype and any(part in name for part in kept):
             tensor.data = tensor.data.to(torch.float32)
 
 
-def parameters_and_buffers(module: Any) -> Iterator[tuple[str, Any]]:
-    """Every parameter under every name it has, and every buffer that checkpoints hold."""
-    yield from module.named_parameters(remove_duplicate=False)
-    for prefix, inside in module.named_modules():
-        for name, buffer in inside.named_buffers(recurse=False):
-            if name not in inside._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, buffer
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """While active, new modules have parameters on meta and real buffers.
+
+    accelerate moves a parameter to meta only once it is made. The fused experts of one layer can be 30 GB, so tensors
+    of many elements are made on meta at once. Random numbers for what is on meta are not drawn: torch would take half
+    a millisecond for each parameter.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from torch.overrides import TorchFunctionMode
+
+    makers = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn}
+    fillers = {torch.Tensor.normal_, torch.Tensor.uniform_}
+
+    class LargeOnMeta(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if func in fillers and args[0].is_meta:
+                return args[0]
+            if func in makers:
+                empty = func(*args, **{**kwargs, "device": "meta"})
+                if empty.numel() >= _LARGE:
+                    return empty
+            return func(*args, **kwargs)
+
+    with init_empty_weights(include_buffers=False), LargeOnMeta():
+        yield

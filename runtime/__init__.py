@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from autotp_plan.schemas.errors import Fault, MissingDependencyError
 
 if TYPE_CHECKING:
-    from autotp_plan.runtime.loading.shard_model import local_shard
+    from autotp_plan.runtime.loading.local_shard import local_shard
     from autotp_plan.runtime.training_plan import TrainingPlan, load_plan
     from autotp_plan.runtime.verify.run import try_plan, verify_plan
 
@@ -25,7 +25,7 @@ __all__ = ["TrainingPlan", "load_plan", "local_shard", "try_plan", "verify_plan"
 _HOMES = {
     "TrainingPlan": "training_plan",
     "load_plan": "training_plan",
-    "local_shard": "loading.shard_model",
+    "local_shard": "loading.local_shard",
     "try_plan": "verify.run",
     "verify_plan": "verify.run",
 }

@@ -1,11 +1,10 @@
-"""`load_plan`, and what its plan can do: load this rank's model, start a DeepSpeed engine, feed it."""
+"""`load_plan`, and what its plan can do: load this rank's model, start an engine, feed it, save and resume the job."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +14,50 @@ from accelerate import init_empty_weights
 from deepspeed.utils import groups, log_dist
 from torch import nn
 
+from autotp_plan.huggingface.meta_model import build_model
 from autotp_plan.runtime.checkpoint.job import load_checkpoint, save_checkpoint
-from autotp_plan.runtime.checkpoint.mesh_change import why_not
+from autotp_plan.runtime.checkpoint.mesh_change import why_this_mesh_only
 from autotp_plan.runtime.checkpoint.save_shards import save_shards
-from autotp_plan.runtime.data.batches import ResumableSampler, check_batches, tp_sampler
-from autotp_plan.runtime.deepspeed.autotp_calls import check_old_calls
+from autotp_plan.runtime.data.batch_check import check_batches
+from autotp_plan.runtime.data.sampler import ResumableSampler, tp_sampler
+from autotp_plan.runtime.deepspeed.autotp_calls import check_autotp_calls
 from autotp_plan.runtime.deepspeed.engine_config import engine_config
+from autotp_plan.runtime.deepspeed.internals import skip_sums_over_one_rank
 from autotp_plan.runtime.deepspeed.mesh import Ranks, check_world_size, init_ranks
 from autotp_plan.runtime.loading.check_model import check_model
-from autotp_plan.runtime.loading.meta_model import build_model
 from autotp_plan.runtime.loading.shard_model import shard_model
 from autotp_plan.runtime.loading.weights import open_weights
+from autotp_plan.schemas.errors import Fault, MismatchError
 from autotp_plan.schemas.plan.document import Plan
+
+_deepspeed_initialize = deepspeed.initialize  # which `adapt_trainer` replaces while a Trainer prepares its engine
 
 
 def load_plan(path: str | os.PathLike[str]) -> TrainingPlan:
-    """The plan in the file `path`. Raises DocumentError with every fault found."""
+    """Read a plan to train by.
+
+    Args:
+        path: a plan file.
+
+    Returns:
+        The plan, at work in this process.
+
+    Raises:
+        DocumentError: with everything that is wrong with the file.
+    """
     return TrainingPlan(Plan.read(Path(path)))
 
 
-@dataclass(frozen=True)
 class TrainingPlan:
-    """A plan at work in one process. `document` is the plan as it was read."""
+    """A plan at work in one process.
 
-    document: Plan
+    Args:
+        document: the plan as it was read.
+    """
+
+    def __init__(self, document: Plan) -> None:
+        self.document = document
+        self._ranks: Ranks | None = None
 
     @property
     def tp_size(self) -> int:
@@ -47,8 +66,37 @@ class TrainingPlan:
 
     @property
     def ranks(self) -> Ranks:
-        """TP and DP ranks, groups and device of this process; initialises them where the caller has not."""
-        return init_ranks(self.tp_size)
+        """TP and DP ranks, sizes, process groups and device of this process.
+
+        Raises:
+            MismatchError: the mesh has not been made yet, by `init_mesh` or a method that calls it.
+        """
+        if self._ranks is None:
+            raise MismatchError(
+                Fault(
+                    what="the process groups of this plan have not been made yet",
+                    where="plan.ranks",
+                    got="a plan whose mesh was not initialised",
+                    expected="to be read after load_model, sampler or init_mesh",
+                    next="call plan.init_mesh() first: it makes the groups and returns the ranks",
+                )
+            )
+        return self._ranks
+
+    def init_mesh(self) -> Ranks:
+        """Make the TP x DP mesh, once; `load_model`, `sampler` and the other methods call it where it is needed.
+
+        Initialises torch.distributed and DeepSpeed's process groups where the caller has not. Every rank calls it.
+
+        Returns:
+            TP and DP ranks, sizes, process groups and device of this process; the same as `ranks` from then on.
+
+        Raises:
+            MismatchError: the world size, or process groups that exist already, do not fit the plan.
+        """
+        if self._ranks is None:
+            self._ranks = init_ranks(self.tp_size)
+        return self._ranks
 
     def load_model(
         self,
@@ -62,32 +110,44 @@ class TrainingPlan:
         vocab_parallel_loss: bool = True,
         **options: Any,
     ) -> nn.Module:
-        """This rank's part of the model, ready for `initialize`.
+        """Load this rank's part of the model, ready for `initialize`. Every rank calls it.
+
+        The model's first forward in training, and in evaluation, raises MismatchError when the TP ranks were given
+        different batches.
 
         Args:
             path: a shards folder, or the original checkpoint (then only this rank's intervals are read).
-            model: a module of your own, built on meta, or a function that builds it; None builds the transformers
-                model that the folder's config.json describes.
+            model: your own module, built on meta, or a function that builds it; None builds the transformers model that
+                the folder's config.json describes.
             dtype: floating-point dtype to convert to; None keeps the checkpoint's (or what the plan says).
             verify_checksums: read every shard file once more and compare its checksum (sizes, headers and fingerprints
                 are always compared).
-            map_shards: a pre-split weight that stays on the CPU in its dtype is a page of its file until it is written
-                to. False reads it at once, for a folder that is gone or slow while the job trains.
-            share_input_gradients: sum the gradient of a tensor over the ranks once, not once for each of the layers
-                that take it (q, k and v; gate and up). With `tp_overlap_comm` each layer sums its own.
-            vocab_parallel_loss: in training with labels, a transformers causal LM computes its loss from each rank's
-                part of the logits. `output.logits` are then gathered when they are used, which every rank of the TP
-                group must do; without labels, or in evaluation, they are gathered at once.
+            map_shards: map a pre-split weight that stays on the CPU in its dtype: each page is read when it is used,
+                and copied when it is written to. False reads it at once, for a folder that is removed or slow while the
+                job trains.
+            share_input_gradients: all-reduce the gradient of a tensor once, not once for each of the layers that take
+                it (q, k and v; gate and up). With `tp_overlap_comm` each layer all-reduces its own.
+            vocab_parallel_loss: in training with labels, let a transformers causal LM compute its loss from each rank's
+                logits. The all-gather of `output.logits` is then deferred to first use, which every rank of the TP
+                group must make; without labels, or in evaluation, they are gathered at once.
             options: for transformers, such as `attn_implementation`.
 
-        Every mismatch between plan, folder, model and world size raises before any communication, on every rank alike:
-        MismatchError, ShardsError, CheckpointError or DocumentError. The model's first forward in training, and in
-        evaluation, raises MismatchError when the TP ranks were given different batches.
+        Returns:
+            The model, on this rank's device.
+
+        Raises:
+            MismatchError: plan, folder, model and world size do not belong together.
+            ShardsError: the shards folder is not complete, or not what its manifest says.
+            CheckpointError: the checkpoint cannot be read, or transformers cannot build its model.
+            DocumentError: a JSON file in the folder is not what it should be.
+
+        All of them before any communication, and on every rank.
         """
         check_world_size(self.tp_size)
         source = open_weights(Path(path), self.document, verify_checksums=verify_checksums, map_shards=map_shards)
+        built: nn.Module
         if model is None:
-            built = build_model(Path(path), self.document, **options)
+            built = build_model(Path(path), self.document.model.architecture, **options)
         elif isinstance(model, nn.Module):
             built = model
         else:
@@ -96,17 +156,18 @@ class TrainingPlan:
         check_model(built, self.document)
         if dtype is None and self.document.runtime.dtype is not None:
             dtype = getattr(torch, self.document.runtime.dtype)
+        ranks = self.init_mesh()
         shard_model(
             built,
             self.document,
             source,
-            self.ranks,
+            ranks,
             dtype,
             share_input_gradients=share_input_gradients,
             vocab_parallel_loss=vocab_parallel_loss,
         )
         if self.tp_size > 1:
-            check_batches(built, self.ranks)
+            check_batches(built, ranks)
         built.autotp_loaded_from = Path(path).absolute()  # type: ignore[assignment]
         return built
 
@@ -121,114 +182,168 @@ class TrainingPlan:
         skip_lone_sums: bool = True,
         **kwargs: Any,
     ) -> tuple[Any, Any, Any, Any]:
-        """`deepspeed.initialize` for a model from `load_model`: `(engine, optimizer, loader, scheduler)`.
+        """`deepspeed.initialize` for a model from `load_model`. Every rank calls it.
 
-        `config` is a DeepSpeed config file or dict; its batch sizes count data-parallel ranks, and its
-        `tensor_parallel` section, where it has one, must be of the plan's TP size. `kwargs` go to
-        `deepspeed.initialize` unchanged. The loader gives all TP ranks of a data-parallel group the same batches, in an
-        order that `seed` and the epoch decide. With `skip_lone_sums` and one DP rank, without ZeRO, gradients are not
-        copied for DeepSpeed's sum over that rank. An `mpu` of an older script is compared with the plan's ranks and not
-        used. Raises MismatchError.
+        Args:
+            model: the model.
+            config: a DeepSpeed config file or dict. Its batch sizes count data-parallel ranks; its `tensor_parallel`
+                section, where it has one, must be of the plan's TP size.
+            training_data: a dataset for the loader.
+            collate_fn: makes a batch of samples; None for torch's.
+            seed: decides the order of the samples, together with the epoch.
+            skip_lone_sums: with one DP rank and without ZeRO, do not copy gradients for DeepSpeed's all-reduce over
+                that rank.
+            kwargs: for `deepspeed.initialize`. An `mpu` of an older script is compared with the plan and not used.
+
+        Returns:
+            `(engine, optimizer, loader, scheduler)`. The loader gives all TP ranks of a data-parallel group the same
+            batches; None without `training_data`.
+
+        Raises:
+            MismatchError: the config, an `mpu` or a call of `deepspeed.tp_model_init` is for another mesh.
+            DocumentError: the config file cannot be read.
         """
         settings = engine_config(config, self.document)
-        ranks = self.ranks
-        check_old_calls(kwargs.pop("mpu", None), ranks)
+        ranks = self.init_mesh()
+        check_autotp_calls(kwargs.pop("mpu", None), ranks)
         if kwargs.get("model_parameters") is None:
             kwargs["model_parameters"] = [p for p in model.parameters() if p.requires_grad]
-        engine, optimizer, _, scheduler = deepspeed.initialize(model=model, config=settings, mpu=groups, **kwargs)
+        engine, optimizer, _, scheduler = _deepspeed_initialize(model=model, config=settings, mpu=groups, **kwargs)
         if skip_lone_sums:
-            _skip_lone_sums(engine)
-        if reason := why_not(engine):
+            skip_sums_over_one_rank(engine)
+        if reason := why_this_mesh_only(engine):
             log_dist(f"Checkpoints of this job cannot be resumed on every mesh: {reason}", [0], logging.WARNING)
         loader = None
         if training_data is not None:
-            sampler = (
-                None
-                if isinstance(training_data, torch.utils.data.IterableDataset)
-                else tp_sampler(training_data, ranks, seed=seed)
-            )
-            on_cpu = ranks.device.type == "cpu"  # then processes that load data take what the model computes with
-            loader = engine.deepspeed_io(
-                training_data,
-                data_sampler=sampler,
-                collate_fn=collate_fn,
-                pin_memory=not on_cpu,
-                num_local_io_workers=0 if on_cpu else None,
-            )
-            engine.training_dataloader = loader
+            loader = _loader(engine, training_data, collate_fn, seed, ranks)
         return engine, optimizer, loader, scheduler
 
     def save_checkpoint(
         self, engine: Any, folder: str | os.PathLike[str], tag: str | None = None, client_state: Any = None
     ) -> str:
-        """Save a job to resume it: weights, optimizer, scheduler, random streams, data position. Returns the tag.
+        """Save a job to resume it. Every rank calls it, right after an optimizer step.
 
-        Every rank calls it, right after an optimizer step. `client_state` is a dict of your own. The default tag is the
-        step. A save that dies leaves the checkpoint before it chosen.
+        Saved are weights, optimizer, scheduler, random state and data position. A save that dies leaves the checkpoint
+        before it as the latest.
+
+        Args:
+            engine: the engine from `initialize`.
+            folder: the folder of all checkpoints of the job.
+            tag: the name of this one; None for the number of the step.
+            client_state: a dict that `load_checkpoint` returns.
+
+        Returns:
+            The tag.
+
+        Raises:
+            MismatchError: gradients have been accumulated since the last optimizer step.
+            CheckpointError: the tag is no name of a folder, or something would be overwritten.
         """
-        return save_checkpoint(engine, Path(folder), self.document, self.ranks, tag, dict(client_state or {}))
+        return save_checkpoint(engine, Path(folder), self.document, self.init_mesh(), tag, dict(client_state or {}))
 
     def load_checkpoint(self, engine: Any, folder: str | os.PathLike[str], tag: str | None = None) -> dict[str, Any]:
-        """Resume a job from `tag`, the latest by default. Returns the client state.
+        """Resume a job. Every rank calls it, after `initialize`.
 
-        Every rank calls it, after `initialize`. On the plan, mesh and ZeRO stage it was saved with, a job goes on
-        exactly as it would have. It may also be another plan of the same model, another number of DP ranks, or
-        another of the ZeRO stages 1, 2 and 3: then only the random streams (dropout) are others. Raises
-        CheckpointError or MismatchError before anything is changed.
+        On the plan, mesh and ZeRO stage it was saved with, a job continues exactly as it would have. It may also resume
+        by another plan of the same model, on another number of DP ranks, or under another of the ZeRO stages 1, 2 and
+        3: then only the random numbers (dropout) are others.
+
+        Args:
+            engine: the engine from `initialize`.
+            folder: the folder of all checkpoints of the job.
+            tag: which checkpoint; None for the latest.
+
+        Returns:
+            The client state that was saved.
+
+        Raises:
+            CheckpointError: there is no complete checkpoint, or it cannot be read.
+            MismatchError: it is of another model, or can be resumed only on the mesh it was saved on.
+
+        Both before anything is changed.
         """
-        return load_checkpoint(engine, Path(folder), self.document, self.ranks, tag)
+        return load_checkpoint(engine, Path(folder), self.document, self.init_mesh(), tag)
 
     def save_shards(
         self, engine: Any, folder: str | os.PathLike[str], *, like: str | os.PathLike[str] | None = None
     ) -> None:
-        """Save the weights as a shards folder, every rank its own bytes; `autotp-plan merge` makes a checkpoint of it.
+        """Save the weights as a shards folder, in the checkpoint's dtypes. Every rank calls it.
 
-        Every rank calls it; `engine` may be a model too. The weights are written in the checkpoint's dtypes. What is
-        not trained (tensor names, file split, config, tokenizer) is taken from `like`, a checkpoint or shards folder;
-        by default the one that the model was loaded from. Raises ShardsError when `folder` is not a new one.
+        Each rank writes the bytes it holds; `autotp-plan merge` makes a checkpoint of the folder.
+
+        Args:
+            engine: the engine, or the model.
+            folder: a new folder.
+            like: a checkpoint or shards folder to take from what is not trained: tensor names, file split, config,
+                tokenizer. None for the folder that the model was loaded from.
+
+        Raises:
+            ShardsError: `folder` is not a new one, or cannot be written.
         """
         model = getattr(engine, "module", engine)
         source = Path(like) if like is not None else model.autotp_loaded_from
-        save_shards(model, Path(folder), self.document, self.ranks, source)
+        save_shards(model, Path(folder), self.document, self.init_mesh(), source)
 
     def adapt_trainer(self, trainer: Any) -> None:
-        """Make a transformers Trainer with a model from `load_model` count by data-parallel ranks; before it is run.
+        """Let a transformers Trainer with a model from `load_model` count by data-parallel ranks; before it is run.
 
-        Raises MismatchError when it does not run under DeepSpeed, is of another TP size, or its model is another one.
+        Args:
+            trainer: the Trainer, of any class.
+
+        Raises:
+            MismatchError: it does not run under DeepSpeed, is of another TP size, or its model is not the plan's.
         """
         from autotp_plan.runtime.integrations.trainer import adapt_trainer
 
         adapt_trainer(trainer, self)
 
     def add_lora(self, model: nn.Module, config: Any) -> Any:
-        """`peft.get_peft_model` for a model from `load_model`, before `initialize`. Raises MismatchError."""
+        """`peft.get_peft_model` for a model from `load_model`, before `initialize`. Every rank calls it.
+
+        Args:
+            model: the model.
+            config: a `peft.LoraConfig`.
+
+        Returns:
+            The `PeftModel`.
+
+        Raises:
+            MismatchError: the config has options, or names modules, that no tensor-parallel adapter is there for.
+        """
         from autotp_plan.runtime.integrations.lora import add_lora
 
         adapted = add_lora(model, config, self.document)
         if self.tp_size > 1:
-            check_batches(adapted, self.ranks)
+            check_batches(adapted, self.init_mesh())
         return adapted
 
     def save_adapter(self, engine: Any, folder: str | os.PathLike[str]) -> None:
-        """Write the adapter of a model from `add_lora`, to load on the whole model; every rank calls it."""
+        """Write the adapter of a model from `add_lora` as PEFT does for an unsharded model. Every rank calls it."""
         from autotp_plan.runtime.integrations.lora import save_adapter
 
         save_adapter(engine, Path(folder))
 
     def sampler(self, dataset: Any, *, shuffle: bool = True, seed: int = 0) -> ResumableSampler:
-        """A sampler that gives all TP ranks of a data-parallel group the same samples and each DP rank its own."""
-        return tp_sampler(dataset, self.ranks, shuffle=shuffle, seed=seed)
+        """A sampler that gives each DP rank its samples, and all TP ranks of a DP rank the same.
+
+        Args:
+            dataset: anything with a length.
+            shuffle: whether the order is random.
+            seed: decides the order, together with the epoch.
+        """
+        return tp_sampler(dataset, self.init_mesh(), shuffle=shuffle, seed=seed)
 
 
-def _skip_lone_sums(engine: Any) -> None:
-    """Without ZeRO the engine sums gradients through a flat copy of them all; over one rank that is for nothing.
-
-    What else it does stays: parameters without a gradient get zeros, experts are divided by their number of ranks.
-    """
-    through_copy = engine.allreduce_and_copy
-
-    def allreduce_and_copy(small_bucket: Any, dp_group: Any, dp_world_size: int | None = None) -> None:
-        if torch.distributed.get_world_size(dp_group) > 1 or dp_world_size not in (None, 1):
-            through_copy(small_bucket, dp_group, dp_world_size)
-
-    engine.allreduce_and_copy = allreduce_and_copy
+def _loader(engine: Any, data: Any, collate_fn: Callable[[Any], Any] | None, seed: int, ranks: Ranks) -> Any:
+    """The engine's loader, with a sampler where the data has a length."""
+    is_stream = isinstance(data, torch.utils.data.IterableDataset)
+    on_cpu = ranks.device.type == "cpu"  # then processes that load data take what the model computes with
+    loader = engine.deepspeed_io(
+        data,
+        data_sampler=None if is_stream else tp_sampler(data, ranks, seed=seed),
+        collate_fn=collate_fn,
+        pin_memory=not on_cpu,
+        num_local_io_workers=0 if on_cpu else None,
+    )
+    engine.training_dataloader = loader
+    return loader

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from autotp_plan.huggingface.meta_model import model_on_meta
+from autotp_plan.huggingface.meta_model import build_model
 from autotp_plan.planner.fallback.tp_plan import NAME, rules_of_model
 from autotp_plan.schemas.errors import CheckpointError, CompileError, Fault, MissingDependencyError
 from autotp_plan.schemas.plan.document import Plan
@@ -39,7 +39,7 @@ def fallback_rules(model: Path | Any, tp_size: int) -> SpecFile | None:
     live, where = model, type(model).__name__
     if isinstance(model, Path):
         try:
-            live, where = model_on_meta(model), str(model)
+            live, where = build_model(model, on_meta="all"), str(model)
         except (CheckpointError, MissingDependencyError):
             return None
     config = getattr(live, "config", None)

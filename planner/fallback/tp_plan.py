@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from autotp_plan.huggingface.internals import checkpoint_conversions, tensor_parallel_plan
 from autotp_plan.schemas.errors import CompileError, Fault
 from autotp_plan.schemas.names import starred
 from autotp_plan.schemas.spec import CrossingSpec, ModuleSpec, Spec, SpecFile, TieSpec
@@ -36,7 +37,7 @@ def rules_of_model(model: Any, tp_size: int, where: str) -> SpecFile:
     Raises CompileError when it has no `tp_plan`, or one that is not complete or not understood; the fault shows a spec
     file to fill in.
     """
-    plan = {str(key): str(style) for key, style in (getattr(model, "_tp_plan", None) or {}).items()}
+    plan = tensor_parallel_plan(model)
     translation = _Translation(model, plan, tp_size)
     translation.run()
     undecided = translation.undecided
@@ -232,38 +233,31 @@ def _ties(model: Any) -> Iterator[TieSpec]:
 
 def _disk_names(model: Any) -> tuple[dict[str, str], dict[str, tuple[str, ...]], list[str]]:
     """transformers' conversion tables as `renamed_tensors` and `assembled_tensors`, and what is neither."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange, WeightConverter, apply_renamings
-
-    conversions = get_model_conversion_mapping(model, add_legacy=False)
-    conversions = [one for one in conversions if not isinstance(one, PrefixChange)]
-    converters = [one for one in conversions if isinstance(one, WeightConverter)]
-    back = [one.reverse_transform() for one in conversions[::-1] if not isinstance(one, WeightConverter)]
+    conversions, on_disk = checkpoint_conversions(model)
     renamed: dict[str, str] = {}
     assembled: dict[str, tuple[str, ...]] = {}
     odd: list[str] = []
     for name in [*dict(model.named_parameters()), *dict(model.named_buffers())]:
-        converter = next((one for one in converters if any(target in name for target in one.target_patterns)), None)
-        if converter is None:
-            disk = apply_renamings(name, back)
+        conversion = next((one for one in conversions if any(target in name for target in one.targets)), None)
+        if conversion is None:
+            disk = on_disk(name)
             if disk != name:
                 renamed[starred(disk)] = starred(name)
             continue
-        operations = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations]
-        if operations not in _BYTE_CONCATENATIONS:
-            odd.append(f"{starred(name)}: {', '.join(operation for operation, _ in operations)}")
+        if conversion.operations not in _BYTE_CONCATENATIONS:
+            odd.append(f"{starred(name)}: {', '.join(operation for operation, _ in conversion.operations)}")
             continue
-        target = next(pattern for pattern in converter.target_patterns if pattern in name)
-        sources = [apply_renamings(name.replace(target, source), back) for source in converter.source_patterns]
+        target = next(target for target in conversion.targets if target in name)
+        sources = [on_disk(name.replace(target, source)) for source in conversion.sources]
         assembled[starred(name)] = tuple(map(starred, sources))
     return renamed, assembled, sorted(set(odd))
 
 
-_BYTE_CONCATENATIONS: list[list[tuple[str, int | None]]] = [
-    [("MergeModulelist", 0)],
-    [("MergeModulelist", 0), ("Concatenate", 1)],
-    [("Concatenate", 0)],
-]
+_BYTE_CONCATENATIONS: tuple[tuple[tuple[str, int | None], ...], ...] = (
+    (("MergeModulelist", 0),),
+    (("MergeModulelist", 0), ("Concatenate", 1)),
+    (("Concatenate", 0),),
+)
 """Conversions whose result has the bytes of its sources one after the other."""
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autotp_plan.huggingface.meta_model import model_on_meta, parameters_and_buffers
+from autotp_plan.huggingface.meta_model import build_model, parameters_and_buffers
 from autotp_plan.planner.model.fused_tensors import assemble
 from autotp_plan.planner.model.quantized import refuse_quantised
 from autotp_plan.planner.model.tensor_names import DiskNames, Part, ToDisk, ToMemory
@@ -185,7 +185,7 @@ def _of_checkpoint(folder: Path, names: DiskNames) -> Inventory:
 def _of_config(folder: Path, names: DiskNames) -> Inventory:
     config = read_config(folder)
     refuse_quantised(config, (), str(folder))
-    inventory = inventory_of_module(model_on_meta(folder), names)
+    inventory = inventory_of_module(build_model(folder, on_meta="all"), names)
     return Inventory(parameters=inventory.parameters, tied=inventory.tied, config=config)
 
 

@@ -1,31 +1,25 @@
-"""Checkpoints of a running job: DeepSpeed's own, and what it leaves out.
+"""Checkpoints of a running job: what DeepSpeed saves, and what it leaves out.
 
-DeepSpeed saves weights, optimizer and scheduler. Beside them lie the random streams of every rank, how much data was
-consumed, and which plan and mesh it was. On the same mesh a job goes on exactly as it would have; on another one
-(`remesh.py`) its random streams begin anew. The file `latest` names the checkpoint to resume from; it is written when
-all ranks are done, so a save that dies is not chosen.
+DeepSpeed saves weights, optimizer and scheduler. Next to them are written the random state of every rank, how much
+data was consumed, and which plan and mesh it was. Resumed on the same mesh, a job continues exactly as it would have;
+on a different one (`mesh_change.py`) it gets new random seeds. The file `latest` names the checkpoint to resume from;
+it is written when all ranks are done, so a save that dies is not chosen.
 """
 
 from __future__ import annotations
 
-import json
-import random
 import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from deepspeed import comm as dist
-from deepspeed.accelerator import get_accelerator
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from autotp_plan.runtime.checkpoint.mesh_change import load_elsewhere, unlike, why_not
+from autotp_plan.runtime.checkpoint.mesh_change import load_from_other_mesh, model_differences, why_this_mesh_only
+from autotp_plan.runtime.checkpoint.rng_state import load_rng_state, save_rng_state, seed_from_rng_state
 from autotp_plan.runtime.checkpoint.zero_files import SavedJob
-from autotp_plan.runtime.data.batches import ResumableSampler
+from autotp_plan.runtime.data.sampler import ResumableSampler
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.schemas.documents import format_json, read_json, write_atomically
 from autotp_plan.schemas.errors import CheckpointError, Fault, MismatchError
@@ -44,17 +38,29 @@ LATEST_NAME = "latest"
 def save_checkpoint(
     engine: Any, folder: Path, plan: Plan, ranks: Ranks, tag: str | None, client_state: dict[str, Any]
 ) -> str:
-    """Save `engine` to `folder/tag` and make it the latest; every rank calls it. Returns the tag.
+    """Save `engine` to `folder/tag` and make it the latest; every rank calls it, right after an optimizer step.
 
-    Raises MismatchError between two optimizer steps, and CheckpointError when there is anything under the tag but
-    what a save that died has left.
+    Args:
+        engine: the DeepSpeed engine.
+        folder: the folder of all checkpoints of the job.
+        plan: the plan that the model is sharded by.
+        ranks: this process's place in the mesh.
+        tag: name of the folder to write; None for the number of the step.
+        client_state: what the caller wants back when the job resumes.
+
+    Returns:
+        The tag.
+
+    Raises:
+        MismatchError: gradients have been accumulated since the last optimizer step.
+        CheckpointError: the tag is not the name of a folder, or names anything but what an unfinished save has left.
     """
     tag = tag if tag is not None else f"step{engine.global_steps}"
     about = {**_about(engine, plan, ranks), "client_state": sorted(client_state)}
     if engine.micro_steps % engine.gradient_accumulation_steps():
         raise MismatchError(
             Fault(
-                what="gradients that are half accumulated cannot be saved",
+                what="gradients that are accumulated in part cannot be saved",
                 where=str(folder / tag),
                 got=f"{engine.micro_steps % engine.gradient_accumulation_steps()} backward passes since the last step",
                 expected="to be called right after an optimizer step",
@@ -69,7 +75,7 @@ def save_checkpoint(
                 what="something would be overwritten",
                 where=str(target),
                 got="a folder or file that no unfinished save has left",
-                expected="a tag of its own for each checkpoint",
+                expected="another tag for each checkpoint",
                 next="give another tag, or remove it yourself",
             )
         )
@@ -81,7 +87,7 @@ def save_checkpoint(
         (target / UNFINISHED_NAME).touch()
     dist.barrier()
     engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
-    _save_streams(folder / tag / f"random-{dist.get_rank()}.safetensors")
+    save_rng_state(folder / tag / f"random-{dist.get_rank()}.safetensors")
     dist.barrier()
     if dist.get_rank() == 0:
         write_atomically(target / PLAN_NAME, plan.to_json())
@@ -93,11 +99,25 @@ def save_checkpoint(
 
 
 def load_checkpoint(engine: Any, folder: Path, plan: Plan, ranks: Ranks, tag: str | None) -> dict[str, Any]:
-    """Resume `engine` from `folder/tag` (default: the latest); every rank calls it. Returns the client state.
+    """Resume `engine` from `folder/tag`; every rank calls it.
 
-    Also puts back the random streams, and the position of the loader that `initialize` made. On another mesh, or by
-    another plan of the same model, the random streams begin anew. Raises CheckpointError when there is none,
-    MismatchError when it is of another model, or of another mesh and cannot be cut anew.
+    Also restores the random state, and the position of the loader that `initialize` made. On a different mesh, or by
+    another plan of the same model, the random number generators are seeded anew.
+
+    Args:
+        engine: the DeepSpeed engine, as `initialize` made it.
+        folder: the folder of all checkpoints of the job.
+        plan: the plan that the model is sharded by.
+        ranks: this process's place in the mesh.
+        tag: which checkpoint; None for the latest.
+
+    Returns:
+        The client state that was saved.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint, or it cannot be read.
+        MismatchError: it is of another model, or can be resumed only on the mesh it was saved on.
+        MissingDependencyError: this version of DeepSpeed keeps its state where it is not looked for.
     """
     tag = tag if tag is not None else _latest(folder)
     if tag is not None:
@@ -115,20 +135,20 @@ def load_checkpoint(engine: Any, folder: Path, plan: Plan, ranks: Ranks, tag: st
     about = read_json(folder / tag / ABOUT_NAME, "checkpoint")
     differences = _differences(about, _about(engine, plan, ranks))
     if differences and (differences != ["dp_size"] or engine.zero_optimization_stage() > 0):
-        client_state = load_elsewhere(engine, _saved_job(engine, folder / tag, about, plan, ranks), plan, ranks)
+        client_state = load_from_other_mesh(engine, _saved_job(engine, folder / tag, about, plan, ranks), plan, ranks)
     else:  # without ZeRO, what DeepSpeed saves does not depend on the number of DP ranks
         _, client_state = engine.load_checkpoint(str(folder), tag=tag)
     if differences:
-        restore = partial(_begin_streams, folder / tag / "random-0.safetensors", ranks.dp_rank)
+        restore = partial(seed_from_rng_state, folder / tag / "random-0.safetensors", ranks.dp_rank)
     else:
-        restore = partial(_load_streams, folder / tag / f"random-{dist.get_rank()}.safetensors")
+        restore = partial(load_rng_state, folder / tag / f"random-{dist.get_rank()}.safetensors")
     restore()
     _set_position(engine, about, ranks, restore)
     return {key: value for key, value in client_state.items() if key in about["client_state"]}
 
 
 def _set_position(engine: Any, about: dict[str, Any], ranks: Ranks, restore: Callable[[], None]) -> None:
-    """Let the loader that `initialize` made go on with the sample after the last that was trained on."""
+    """Let the loader that `initialize` made continue with the sample after the last that was trained on."""
     sampler = _sampler(engine)
     if sampler is not None and about["position"] is not None:
         epoch, samples = about["position"]
@@ -178,7 +198,7 @@ def _about(engine: Any, plan: Plan, ranks: Ranks) -> dict[str, Any]:
         "zero_stage": engine.zero_optimization_stage(),
         "position": _position(engine, ranks),
         "step": engine.global_steps,
-        "this_mesh_only": why_not(engine),
+        "this_mesh_only": why_this_mesh_only(engine),
     }
 
 
@@ -187,15 +207,15 @@ def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 
 def _saved_job(engine: Any, folder: Path, about: dict[str, Any], plan: Plan, ranks: Ranks) -> SavedJob:
-    """What was saved, to be cut anew. Raises MismatchError when it cannot be, before anything is changed."""
+    """What was saved. Raises MismatchError when it cannot be resumed here, before anything is changed."""
     wanted = _about(engine, plan, ranks)
     saved_plan = Plan.read(folder / PLAN_NAME)
-    faults = unlike(saved_plan, plan)
+    faults = model_differences(saved_plan, plan)
     reason = about["this_mesh_only"] or wanted["this_mesh_only"]
     if not faults and reason:
         faults = [
             Fault(
-                what="the checkpoint is of another mesh, and cannot be cut anew",
+                what="the checkpoint can be resumed only on the mesh it was saved on",
                 where=f"{folder}: {key}",
                 got=str(about.get(key)),
                 expected=str(wanted[key]),
@@ -211,39 +231,3 @@ def _saved_job(engine: Any, folder: Path, about: dict[str, Any], plan: Plan, ran
 def _latest(folder: Path) -> str | None:
     path = folder / LATEST_NAME
     return path.read_text(encoding="utf-8").strip() if path.exists() else None
-
-
-def _save_streams(path: Path) -> None:
-    """The random streams of this process: torch's (CPU and accelerator), numpy's and Python's."""
-    of_numpy: Any = np.random.get_state(legacy=False)
-    words = torch.from_numpy(of_numpy["state"]["key"].astype(np.int64))
-    tensors = {"torch": torch.get_rng_state(), "numpy": words}
-    if get_accelerator().device_name() != "cpu":
-        tensors["accelerator"] = get_accelerator().get_rng_state()
-    rest = {
-        "numpy": [of_numpy["state"]["pos"], of_numpy["has_gauss"], of_numpy["gauss"]],
-        "python": random.getstate(),
-    }
-    save_file(tensors, path, {"streams": json.dumps(rest)})
-
-
-def _begin_streams(path: Path, dp_rank: int) -> None:
-    """New random streams, one for each DP rank, that follow from the saved ones."""
-    _load_streams(path)
-    seed = int(torch.randint(2**31, ())) + dp_rank
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
-
-
-def _load_streams(path: Path) -> None:
-    with safe_open(path, "pt") as file:
-        rest = json.loads(file.metadata()["streams"])
-        torch.set_rng_state(file.get_tensor("torch"))
-        if "accelerator" in file.keys():  # noqa: SIM118 - not a mapping
-            get_accelerator().set_rng_state(file.get_tensor("accelerator"))
-        position, has_gauss, gauss = rest["numpy"]
-        words = file.get_tensor("numpy").numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", words, position, has_gauss, gauss))
-    version, state, gauss_next = rest["python"]
-    random.setstate((version, tuple(state), gauss_next))

@@ -23,8 +23,13 @@ import torch.distributed
 from torch import Tensor, nn
 
 from autotp_plan.runtime.deepspeed.mesh import Ranks
+from autotp_plan.runtime.deepspeed.zero_internals import partition_of
 from autotp_plan.runtime.loading.weights import DTYPES
-from autotp_plan.runtime.tensor_parallel.partly_replicated import piece_runs, split_shared, whole_runs
+from autotp_plan.runtime.tensor_parallel.partly_replicated import (
+    element_copies,
+    first_held_elements,
+    held_parameters,
+)
 from autotp_plan.schemas.documents import write_atomically
 from autotp_plan.schemas.errors import AutoTPError, Fault, ShardsError
 from autotp_plan.schemas.names import expand
@@ -191,31 +196,30 @@ class _Writer:
         if parameter is None or (file.unused and name not in self.copies):
             return
         layout, shape = self.plan.layouts[parameter.layout], self.plan.shape_of(parameter)
-        into = whole_runs(layout, self.ranks.tp_rank) if file.unused else None
         owner, _, leaf = parameter.name.rpartition(".")
-        pieces = split_shared(leaf, layout, shape, self.ranks.tp_rank)
-        assert into is None or len(pieces) == 1, f"{name} is tied, and shared by some of the ranks"
+        held = held_parameters(leaf, layout, shape, self.ranks.tp_rank)
+        assert not file.unused or len(held) == 1, f"{name} is tied, and partly replicated"
         itemsize = DTYPES[parameter.dtype].itemsize
-        for piece in pieces:
-            start, elements = self._owned(self.model.get_submodule(owner), piece.name)
-            runs = into if into is not None else piece_runs(piece, layout, self.ranks.tp_rank, only=len(pieces) == 1)
-            for at, first, count in runs:
-                begin, end = max(first, start), min(first + count, start + elements.numel())
+        for one in held:
+            start, elements = self._owned(self.model.get_submodule(owner), one.name)
+            if file.unused:
+                copies = first_held_elements(layout, self.ranks.tp_rank)
+            else:
+                copies = element_copies(one, layout, self.ranks.tp_rank)
+            for source, target, length in copies:
+                begin, end = max(source, start), min(source + length, start + elements.numel())
                 if begin < end:
-                    yield (at + begin - first) * itemsize, elements[begin - start : end - start]
+                    yield (target + begin - source) * itemsize, elements[begin - start : end - start]
 
     def _owned(self, owner: nn.Module, leaf: str) -> tuple[int, Tensor]:
         """The run of a flattened parameter that this DP rank writes: where it begins, and its elements."""
         dp_rank, dp_size = self.ranks.dp_rank, self.ranks.dp_size
-        held: Any = owner._parameters.get(leaf)
-        if held is None:
-            buffer = owner._buffers[leaf]
-            assert buffer is not None
-            return 0, buffer.reshape(-1)[: buffer.numel() if dp_rank == 0 else 0]
-        if hasattr(held, "ds_tensor"):
-            size = held.ds_tensor.ds_numel
-            start = dp_rank * size
-            return start, held.ds_tensor.detach().reshape(-1)[: max(0, min(size, held.ds_numel - start))]
+        held: Any = getattr(owner, leaf)
+        if not isinstance(held, nn.Parameter):
+            return 0, held.reshape(-1)[: held.numel() if dp_rank == 0 else 0]
+        partition = partition_of(held, dp_rank)
+        if partition is not None:
+            return partition
         size = -(-held.numel() // dp_size)
         return dp_rank * size, held.detach().reshape(-1)[dp_rank * size : (dp_rank + 1) * size]
 

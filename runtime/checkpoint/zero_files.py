@@ -1,47 +1,48 @@
-"""What DeepSpeed saved of a job under ZeRO 1, 2 or 3, parameter by parameter: for a job on another mesh.
+"""What DeepSpeed saved of a job under ZeRO 1, 2 or 3, parameter by parameter, to resume on a different mesh.
 
-Every file of a job holds one TP rank's pieces of the parameters (`pieces.py`), of which ZeRO gives each DP rank a run.
-The files are mapped into memory, and only the bytes that are asked for are read. They are pickles, as DeepSpeed writes
-them: a job's checkpoint is loaded by whoever trained it, unlike shards, which may come from strangers.
+Every file of a job belongs to one TP rank and one DP rank: ZeRO gives each DP rank a range of the elements of what the
+TP rank holds (`partly_replicated`). The files are mapped into memory, and only the bytes that are asked for are read.
+They are pickles, as DeepSpeed writes them: a job's checkpoint is loaded by whoever trained it, unlike shards, which may
+come from strangers.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.checkpoint.constants import (
-    BASE_OPTIMIZER_STATE,
-    FP32_FLAT_GROUPS,
-    OPTIMIZER_STATE_DICT,
-    PARAM_SHAPES,
-    PARAM_SLICE_MAPPINGS,
-    SINGLE_PARTITION_OF_FP32_GROUPS,
-)
 from torch import Tensor
 
+from autotp_plan.runtime.deepspeed.zero_internals import (
+    SavedOptimizer,
+    model_states_file,
+    optimizer_states_files,
+    trainable_shapes,
+)
 from autotp_plan.runtime.tensor_parallel.collectives import take
-from autotp_plan.runtime.tensor_parallel.partly_replicated import join_pieces, split_shared
+from autotp_plan.runtime.tensor_parallel.partly_replicated import HeldParameter, held_parameters, join_held
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.errors import CheckpointError, Fault
 from autotp_plan.schemas.layout import Layout, parameter_shape
 from autotp_plan.schemas.plan.document import Plan
 
 WEIGHTS = "fp32"
-"""The key of the float32 weights, beside the optimizer's own keys, such as `exp_avg`."""
+"""The key of the float32 weights, next to the optimizer's keys, such as `exp_avg`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Fragment:
-    """A run of a flattened parameter in one DP rank's flat group."""
+class SavedRange:
+    """Consecutive elements of a flattened parameter in one DP rank's flat group."""
 
     dp_rank: int
     group: int
-    start: int
+    at: int
     numel: int
 
 
@@ -59,14 +60,25 @@ class SavedJob:
         self.folder, self.plan, self.dp_size, self.zero_stage = folder, plan, dp_size, zero_stage
         self.parameters = {parameter.name: parameter for parameter in plan.expanded()}
 
+    def check(self) -> None:
+        """Check that the saved flat groups hold every trainable parameter once. Opens every file of the job.
+
+        Raises:
+            CheckpointError: a file cannot be read, or an element is missing or there twice.
+        """
+        for tp_rank in range(self.plan.tp_size):
+            faults = list(self._faults(tp_rank))
+            if faults:
+                raise CheckpointError(faults)
+
     @functools.cached_property
     def engine_state(self) -> dict[str, Any]:
-        """What is the same for all ranks: scheduler, counters, buffers; as the first rank saved it."""
+        """What is the same for all ranks (scheduler, counters, buffers), as the first rank saved it."""
         return self._model_states(0)
 
     @property
-    def optimizer_state(self) -> dict[str, Any]:
-        """The optimizer's state dict, with its hyperparameters, of the first rank."""
+    def optimizer_state(self) -> SavedOptimizer:
+        """The optimizer's state of the first rank, with its hyperparameters."""
         return self._optimizer(0, 0)
 
     def keys(self, name: str) -> list[str]:
@@ -86,38 +98,48 @@ class SavedJob:
         return {key: value for key, value in states.items() if not _is_flat(value, weights)}
 
     def shard(self, name: str, key: str, layout: Layout, tp_rank: int) -> Tensor:
-        """The shard of the parameter `name` that `tp_rank` of another plan holds by `layout`, in the layout's view.
+        """The shard of the parameter `name` that `tp_rank` of another plan holds by `layout`.
 
-        Beside it, at most one saved rank's shard is in memory (the whole parameter, where the two views differ).
+        Of what was saved, at most one rank's shard is in memory (the full parameter, where the plans shard it in
+        different shapes).
+
+        Args:
+            name: a parameter of the plan.
+            key: `fp32` for the weights, or a key of the optimizer such as `exp_avg`.
+            layout: the layout of the parameter in the other plan.
+            tp_rank: a rank of the other plan.
+
+        Returns:
+            The shard, of shape `layout.rank_shape(tp_rank)`.
         """
         saved = self.plan.layouts[self.parameters[name].layout]
         wanted = layout.rank_intervals(tp_rank)
         if saved.dim is None:
-            whole = self._held(name, key, 0)
+            full = self._held(name, key, 0)
         elif saved.shape == layout.shape and saved.dim == layout.dim:
             return self._collected(name, key, wanted)
         else:
-            whole = self._collected(name, key, ((0, saved.shape[saved.dim]),))
-        whole = whole.reshape(layout.shape)
-        return whole if layout.dim is None else take(whole, wanted, layout.dim)
+            full = self._collected(name, key, ((0, saved.shape[saved.dim]),))
+        full = full.reshape(layout.shape)
+        return full if layout.dim is None else take(full, wanted, layout.dim)
 
     def _collected(self, name: str, key: str, wanted: iv.Intervals) -> Tensor:
-        """The indices `wanted` of the dimension that is cut, from the first rank that holds each."""
+        """The indices `wanted` of the sharded dimension, each from the first rank that holds it."""
         layout = self.plan.layouts[self.parameters[name].layout]
         dim = layout.dim
         assert dim is not None
         shape = (*layout.shape[:dim], iv.length(wanted), *layout.shape[dim + 1 :])
         found = torch.empty(0)
         by_rank: dict[int, list[iv.Interval]] = {}
-        for run, ranks in iv.holders(layout.intervals):
-            if iv.copies((run,), wanted):
-                by_rank.setdefault(ranks[0], []).append(run)
+        for interval, ranks in iv.holders(layout.intervals):
+            if iv.copies((interval,), wanted):
+                by_rank.setdefault(ranks[0], []).append(interval)
         for rank, held in by_rank.items():
             shard = self._held(name, key, rank).reshape(layout.rank_shape(rank))
             found = found if found.numel() else torch.empty(shape, dtype=shard.dtype)
-            for run in held:
-                for start, to, count in iv.copies((run,), wanted):
-                    first = run[0] + start
+            for interval in held:
+                for start, to, count in iv.copies((interval,), wanted):
+                    first = interval[0] + start
                     for at, further, length in iv.copies(layout.intervals[rank], ((first, first + count),)):
                         found.narrow(dim, to + further, length).copy_(shard.narrow(dim, at, length))
         return found
@@ -126,87 +148,103 @@ class SavedJob:
         """What `tp_rank` held of the parameter `name`."""
         parameter = self.parameters[name]
         layout, shape = self.plan.layouts[parameter.layout], self.plan.shape_of(parameter)
-        owner, dot, leaf = name.rpartition(".")
-        pieces = split_shared(leaf, layout, shape, tp_rank)
-        held = []
-        for piece in pieces:
-            local = parameter_shape(piece.shape, piece.layout.shape, piece.layout.rank_shape(tp_rank))
-            held.append(self._piece(owner + dot + piece.name, key, tp_rank).reshape(local))
-        return join_pieces(pieces, held, layout, shape, tp_rank)
+        held = self._held_parameters(name, tp_rank)
+        tensors = []
+        for one in held:
+            local = parameter_shape(one.shape, one.layout.shape, one.layout.rank_shape(tp_rank))
+            tensors.append(self._elements(one.name, key, tp_rank).reshape(local))
+        return join_held(held, tensors, layout, shape, tp_rank)
 
-    def _piece(self, name: str, key: str, tp_rank: int) -> Tensor:
-        fragments = self._fragments(tp_rank).get(name)
-        if fragments is None:
+    def _held_parameters(self, name: str, tp_rank: int) -> tuple[HeldParameter, ...]:
+        parameter = self.parameters[name]
+        return held_parameters(name, self.plan.layouts[parameter.layout], self.plan.shape_of(parameter), tp_rank)
+
+    def _elements(self, name: str, key: str, tp_rank: int) -> Tensor:
+        """The elements of a parameter as the module of `tp_rank` named it, from all DP ranks."""
+        ranges = self._ranges(tp_rank).get(name)
+        if ranges is None:  # frozen, or a buffer
             module: Mapping[str, Tensor] = self._model_states(tp_rank)["module"]
             return module[name].detach()
-        parts = [
-            self._flat(tp_rank, part.dp_rank, part.group, key).narrow(0, part.start, part.numel) for part in fragments
-        ]
+        parts = [self._flat(tp_rank, one.dp_rank, one.group, key).narrow(0, one.at, one.numel) for one in ranges]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _flat(self, tp_rank: int, dp_rank: int, group: int, key: str) -> Tensor:
         saved = self._optimizer(tp_rank, dp_rank)
-        weights = SINGLE_PARTITION_OF_FP32_GROUPS if self.zero_stage < 3 else FP32_FLAT_GROUPS
-        flat: Tensor = saved[weights][group] if key == WEIGHTS else self._states(saved)[group][key]
+        flat: Tensor = saved.flat_groups[group] if key == WEIGHTS else saved.states[group][key]
         return flat.detach()
-
-    def _states(self, saved: dict[str, Any]) -> dict[int, dict[str, Any]]:
-        states: dict[int, dict[str, Any]] = saved[self.base_key]["state"]
-        return states
-
-    @property
-    def base_key(self) -> str:
-        """Where torch's optimizer is in the state dict of DeepSpeed's."""
-        key: str = BASE_OPTIMIZER_STATE if self.zero_stage < 3 else OPTIMIZER_STATE_DICT
-        return key
 
     def _state_of(self, name: str) -> tuple[dict[str, Any], Tensor] | None:
         """The states of the flat group that holds a part of the parameter, and that group's float32 weights."""
-        owner, dot, leaf = name.rpartition(".")
-        parameter = self.parameters[name]
-        layout, shape = self.plan.layouts[parameter.layout], self.plan.shape_of(parameter)
-        for piece in split_shared(leaf, layout, shape, 0):
-            for part in self._fragments(0).get(owner + dot + piece.name, ()):
-                if not part.numel:
+        for held in self._held_parameters(name, 0):
+            for one in self._ranges(0).get(held.name, ()):
+                if not one.numel:
                     continue
-                states = self._states(self._optimizer(0, part.dp_rank)).get(part.group, {})
-                return states, self._flat(0, part.dp_rank, part.group, WEIGHTS)
+                states = self._optimizer(0, one.dp_rank).states.get(one.group, {})
+                return states, self._flat(0, one.dp_rank, one.group, WEIGHTS)
         return None
 
     @functools.cache  # noqa: B019 - a SavedJob lives as long as one load
-    def _fragments(self, tp_rank: int) -> dict[str, list[Fragment]]:
-        """Where the pieces of `tp_rank` lie, each in the order of its elements."""
-        found: dict[str, list[Fragment]] = {}
+    def _ranges(self, tp_rank: int) -> dict[str, list[SavedRange]]:
+        """Where the trainable parameters of `tp_rank` lie, each in the order of its elements."""
+        found: dict[str, list[SavedRange]] = {}
         for dp_rank in range(self.dp_size):
             listed = self._stage_3(tp_rank, dp_rank) if self.zero_stage == 3 else self._stage_1_and_2(tp_rank, dp_rank)
-            for name, fragment in listed:
-                found.setdefault(name, []).append(fragment)
+            for name, one in listed:
+                found.setdefault(name, []).append(one)
         return found
 
-    def _stage_1_and_2(self, tp_rank: int, dp_rank: int) -> Iterator[tuple[str, Fragment]]:
-        for group, mapping in enumerate(self._optimizer(tp_rank, dp_rank)[PARAM_SLICE_MAPPINGS]):
-            for name, address in mapping.items():
-                yield name, Fragment(dp_rank=dp_rank, group=group, start=address.start, numel=address.numel)
+    def _stage_1_and_2(self, tp_rank: int, dp_rank: int) -> Iterator[tuple[str, SavedRange]]:
+        for name, group, at, numel in self._optimizer(tp_rank, dp_rank).addresses():
+            yield name, SavedRange(dp_rank=dp_rank, group=group, at=at, numel=numel)
 
-    def _stage_3(self, tp_rank: int, dp_rank: int) -> Iterator[tuple[str, Fragment]]:
-        """Every parameter is cut into as many equal runs as there are DP ranks, the last ones padded."""
-        for group, shapes in enumerate(self._model_states(tp_rank)[PARAM_SHAPES]):
-            start = 0
+    def _stage_3(self, tp_rank: int, dp_rank: int) -> Iterator[tuple[str, SavedRange]]:
+        """Every parameter is divided into equal ranges, one for each DP rank, the last ones padded."""
+        for group, shapes in enumerate(trainable_shapes(self._model_states(tp_rank))):
+            at = 0
             for name, shape in shapes.items():
-                size = -(-shape.numel() // self.dp_size)
-                numel = max(0, min(size, shape.numel() - dp_rank * size))
-                yield name, Fragment(dp_rank=dp_rank, group=group, start=start, numel=numel)
-                start += size
+                size = -(-math.prod(shape) // self.dp_size)
+                numel = max(0, min(size, math.prod(shape) - dp_rank * size))
+                yield name, SavedRange(dp_rank=dp_rank, group=group, at=at, numel=numel)
+                at += size
+
+    def _faults(self, tp_rank: int) -> Iterator[Fault]:
+        """Trainable parameters of which elements are missing, and ranges that overlap or lie outside of their group."""
+        ranges = self._ranges(tp_rank)
+        for shapes in trainable_shapes(self._model_states(tp_rank)):
+            for name, shape in shapes.items():
+                numel = sum(one.numel for one in ranges.get(name, ()))
+                if numel != math.prod(shape):
+                    yield self._fault(name, f"{numel} elements", f"{math.prod(shape)} elements")
+        by_group: dict[tuple[int, int], list[iv.Interval]] = defaultdict(list)
+        for held in ranges.values():
+            for one in held:
+                if one.numel:
+                    by_group[one.dp_rank, one.group].append((one.at, one.at + one.numel))
+        for (dp_rank, group), intervals in sorted(by_group.items()):
+            where = f"flat group {group} of TP rank {tp_rank}, DP rank {dp_rank}"
+            intervals.sort()
+            if any(stop > start for (_, stop), (start, _) in zip(intervals, intervals[1:])):
+                yield self._fault(where, "elements that two parameters hold", "each element once")
+            size = self._flat(tp_rank, dp_rank, group, WEIGHTS).numel()
+            if intervals[-1][1] > size:
+                yield self._fault(where, f"{size} elements", f"at least {intervals[-1][1]} elements")
+
+    def _fault(self, where: str, got: str, expected: str) -> Fault:
+        return Fault(
+            what="the saved flat groups of ZeRO do not hold the weights where they were looked for",
+            where=f"{self.folder}: {where}",
+            got=got,
+            expected=expected,
+            next="resume on the mesh and ZeRO stage the job was saved on, or from another tag",
+        )
 
     def _model_states(self, tp_rank: int) -> dict[str, Any]:
-        first = "zero_pp_rank_0_" if self.zero_stage == 3 else ""
-        return self._load(f"{first}mp_rank_{tp_rank:02d}_model_states.pt")
+        return self._load(model_states_file(self.zero_stage, tp_rank))
 
-    def _optimizer(self, tp_rank: int, dp_rank: int) -> dict[str, Any]:
-        name = f"zero_pp_rank_{dp_rank}_mp_rank_{tp_rank:02d}_optim_states.pt"
-        prefix = "" if (self.folder / name).exists() else "bf16_"
-        state: dict[str, Any] = self._load(prefix + name)["optimizer_state_dict"]
-        return state
+    def _optimizer(self, tp_rank: int, dp_rank: int) -> SavedOptimizer:
+        names = optimizer_states_files(tp_rank, dp_rank)
+        name = next((name for name in names if (self.folder / name).exists()), names[0])
+        return SavedOptimizer.of_file(self._load(name), self.zero_stage)
 
     @functools.cache  # noqa: B019 - a SavedJob lives as long as one load
     def _load(self, name: str) -> dict[str, Any]:

@@ -1,1 +1,4 @@
-"""Batches: the same on all TP ranks of a data-parallel group, others on each DP rank."""
+"""Data: which samples a rank trains on, text as tokens, and the check that TP ranks get the same batches.
+
+Not here: the loop (`runtime.train`) and where a resumed job stands in its data (`runtime.checkpoint`).
+"""

@@ -1,15 +1,14 @@
-"""What a script written for AutoTP may still say when it trains by a plan: it must agree, and changes nothing.
+"""Calls of AutoTP that a script may still make when it trains by a plan: they must agree with it, and change nothing.
 
-`set_autotp_mode`, `deepspeed.tp_model_init` and an `mpu` of one's own say what the plan says already. Where they say
-something else the line to delete is named: DeepSpeed would take their word against the groups that the model is cut by.
+`set_autotp_mode`, `deepspeed.tp_model_init` and an `mpu` say what the plan says already. Where one differs, the error
+names the line to delete: DeepSpeed would follow it, against the groups over which the model is sharded.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from deepspeed.runtime.tensor_parallel import init_utils
-
+from autotp_plan.runtime.deepspeed.internals import recorded_tp_model_init
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.schemas.errors import Fault, MismatchError
 
@@ -23,19 +22,27 @@ _ASKED = {
 }
 
 
-def check_old_calls(mpu: Any, ranks: Ranks) -> None:
-    """Raise MismatchError where `mpu` (or None), or what `tp_model_init` recorded, differs from the plan's `ranks`."""
-    faults = [] if mpu is None else _faults_of_mpu(mpu, ranks)
-    recorded = init_utils._TP_MODEL_INIT_ARGS or {}
+def check_autotp_calls(mpu: Any, ranks: Ranks) -> None:
+    """Compare an `mpu` of the script, and its call of `deepspeed.tp_model_init`, with the plan.
+
+    Args:
+        mpu: an object with Megatron's `get_model_parallel_rank` and the like, or None.
+        ranks: this process's place in the plan's mesh.
+
+    Raises:
+        MismatchError: one of them is of another mesh.
+    """
+    faults = [] if mpu is None else _mpu_faults(mpu, ranks)
+    recorded = recorded_tp_model_init()
     if recorded.get("tp_size", ranks.tp_size) != ranks.tp_size:
-        faults.append(_of_recorded("tp_size", str(recorded["tp_size"]), f"{ranks.tp_size}, the plan's tp_size"))
+        faults.append(_recorded_fault("tp_size", str(recorded["tp_size"]), f"{ranks.tp_size}, the plan's tp_size"))
     if recorded.get("tp_group") is not None:
-        faults.append(_of_recorded("tp_group", "a group of its own", "the groups of the plan"))
+        faults.append(_recorded_fault("tp_group", "another process group", "the groups of the plan"))
     if faults:
         raise MismatchError(faults)
 
 
-def _faults_of_mpu(mpu: Any, ranks: Ranks) -> list[Fault]:
+def _mpu_faults(mpu: Any, ranks: Ranks) -> list[Fault]:
     return [
         Fault(
             what="the mpu that the script passes is of another mesh than the plan",
@@ -49,7 +56,7 @@ def _faults_of_mpu(mpu: Any, ranks: Ranks) -> list[Fault]:
     ]
 
 
-def _of_recorded(key: str, got: str, expected: str) -> Fault:
+def _recorded_fault(key: str, got: str, expected: str) -> Fault:
     return Fault(
         what="deepspeed.tp_model_init was called for something else than the plan",
         where=f"tp_model_init({key}=...)",

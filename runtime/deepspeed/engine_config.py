@@ -1,4 +1,4 @@
-"""The DeepSpeed config as the engine gets it: the user's own, with the plan's TP size and nothing left to guess."""
+"""The DeepSpeed config that the engine gets: the user's, with the plan's TP size and without what the plan decides."""
 
 from __future__ import annotations
 
@@ -18,7 +18,16 @@ _DECIDED = ("preset_model", "partition_config", "vocab_parallel_lm_head")
 def engine_config(config: str | os.PathLike[str] | dict[str, Any], plan: Plan) -> dict[str, Any]:
     """A copy of `config` with its `tensor_parallel` section set for a model that is sharded already.
 
-    Raises MismatchError when the section is of another TP size, DocumentError when a file cannot be read.
+    Args:
+        config: a DeepSpeed config, or a JSON file with one.
+        plan: the plan that the model is sharded by.
+
+    Returns:
+        The config for `deepspeed.initialize`.
+
+    Raises:
+        MismatchError: it is no object, or its `tensor_parallel` section is of another TP size.
+        DocumentError: the file cannot be read.
     """
     if isinstance(config, dict):
         settings = copy.deepcopy(config)

@@ -1,12 +1,10 @@
-"""Where this process stands: TP and DP ranks and groups, made by DeepSpeed, TP innermost."""
+"""The TP x DP mesh as this process sees it: its ranks and process groups, made by DeepSpeed, TP innermost."""
 
 from __future__ import annotations
 
-import importlib
 import os
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed
@@ -14,12 +12,23 @@ from deepspeed import init_distributed, set_autotp_mode
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups
 
+from autotp_plan.runtime.deepspeed.internals import make_tp_groups, without_inference_operator
 from autotp_plan.schemas.errors import Fault, MismatchError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranks:
-    """Ranks, sizes and process groups of this process, and the device it computes on."""
+    """Ranks, sizes and process groups of this process, and the device it computes on.
+
+    Attributes:
+        tp_rank: this process's rank in its tensor-parallel group.
+        tp_size: number of tensor-parallel ranks.
+        dp_rank: this process's rank in its data-parallel group.
+        dp_size: number of data-parallel ranks.
+        tp_group: the process group of the ranks that hold the shards of one copy of the model.
+        dp_group: the process group of the ranks that hold the same shards and see different batches.
+        device: where this process computes.
+    """
 
     tp_rank: int
     tp_size: int
@@ -31,7 +40,11 @@ class Ranks:
 
 
 def check_world_size(tp_size: int) -> None:
-    """Raise MismatchError when the world size is not a multiple of `tp_size`. No communication."""
+    """Check that the processes can be a mesh with `tp_size` TP ranks. No communication.
+
+    Raises:
+        MismatchError: the world size is not a multiple of `tp_size`.
+    """
     if torch.distributed.is_initialized():
         world_size = torch.distributed.get_world_size()
     else:
@@ -49,9 +62,18 @@ def check_world_size(tp_size: int) -> None:
 
 
 def init_ranks(tp_size: int) -> Ranks:
-    """Initialise torch.distributed and DeepSpeed's TP groups where the caller has not, and say where we stand.
+    """Initialise torch.distributed and the process groups, those that the caller has not made, and find this rank.
 
-    Raises MismatchError when the world size or groups that exist already do not fit `tp_size`.
+    A process without a launcher (no `RANK` in its environment) becomes a mesh of one.
+
+    Args:
+        tp_size: number of tensor-parallel ranks.
+
+    Returns:
+        This process's place in the mesh.
+
+    Raises:
+        MismatchError: the world size, or groups that exist already, do not fit `tp_size`.
     """
     check_world_size(tp_size)
     accelerator = get_accelerator()
@@ -60,10 +82,9 @@ def init_ranks(tp_size: int) -> Ranks:
         os.environ.setdefault("MASTER_PORT", "0")
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    # on CPU DeepSpeed would compile an operator for inference: half a minute, and a compiler; nothing here calls it
-    with patch.object(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None):
+    with without_inference_operator():
         init_distributed(dist_backend="gloo" if accelerator.device_name() == "cpu" else None, verbose=False)
-    groups._init_tp_mesh_device(tensor_model_parallel_size=tp_size)
+    make_tp_groups(tp_size)
     existing = groups.get_tensor_model_parallel_world_size()
     if existing != tp_size:
         raise MismatchError(

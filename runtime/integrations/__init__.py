@@ -1,1 +1,4 @@
-"""Libraries that people train with: Hugging Face's Trainer and Accelerate, PEFT's LoRA."""
+"""Libraries that people train with: Hugging Face's Trainer and Accelerate, PEFT's LoRA.
+
+Not here: their private names (`huggingface.internals`).
+"""

@@ -1,4 +1,4 @@
-"""From a plan and a folder to a sharded model: build it on meta, check it, replace modules, read this rank's weights.
+"""From a plan, a folder and a model on meta to a sharded model: check it, replace modules, read this rank's weights.
 
 Not here: training it.
 """

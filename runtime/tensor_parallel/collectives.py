@@ -1,8 +1,8 @@
-"""The collectives that tensor parallelism puts into forward and backward, as autograd functions.
+"""The collectives of tensor parallelism in forward and backward, as autograd functions.
 
-As in Megatron-LM (Shoeybi et al., 2019, figure 3): `copy_to_ranks` is f, `sum_over_ranks` is g. Each hands its
-collective a contiguous tensor that it owns, and returns a tensor of its own: DeepSpeed's lose the sum of a
-non-contiguous gradient (`dist.all_reduce(x.contiguous())`), and return a view that cannot be modified in place.
+As in Megatron-LM (Shoeybi et al., 2019, figure 3): `copy_to_ranks` is f, `sum_over_ranks` is g. Each gives its
+collective a new contiguous tensor, and returns a new tensor: DeepSpeed's lose the sum of a non-contiguous gradient
+(`dist.all_reduce(x.contiguous())`), and return a view that cannot be modified in place.
 """
 
 from __future__ import annotations
@@ -17,32 +17,49 @@ from deepspeed import comm as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from autotp_plan.runtime.tensor_parallel.torch_internals import version_of
 from autotp_plan.schemas import intervals as iv
 
 
 def copy_to_ranks(input: Tensor, group: Any, *, shared: bool = False) -> Tensor:
-    """`input` as it is; its gradient is summed over the ranks, each of which computes part of it.
+    """`input` unchanged; its gradient is all-reduced, as each rank computes part of it.
 
-    The copies of one tensor that are `shared` add their gradients up first, and sum them over the ranks once: those
-    made in one thread, of the same tensor object, while nothing has changed it and a graph of one of them is alive.
+    Args:
+        input: a tensor that is the same on every rank.
+        group: the TP process group.
+        shared: add up the gradients of all copies of this tensor before the all-reduce, so that there is one. Those
+            are the copies made with `shared` in one thread, of the same tensor object, while nothing has changed it in
+            place and a graph of one of them is alive.
+
+    Returns:
+        A new view of `input`.
     """
     if not (torch.is_grad_enabled() and input.requires_grad):
         return input.view_as(input)
-    meeting = _shared_meeting(input, group) if shared else _meeting(input, group)
-    result: Tensor = _Copy.apply(input.detach(), meeting)  # type: ignore[no-untyped-call]
+    summed = _shared_sum(input, group) if shared else _gradient_sum(input, group)
+    result: Tensor = _CopyToRanks.apply(input.detach(), summed)  # type: ignore[no-untyped-call]
     return result
 
 
 def sum_over_ranks(input: Tensor, group: Any) -> Tensor:
-    """The sum of every rank's `input`; the gradient passes unchanged, as it is the same on every rank."""
+    """The sum of every rank's `input`, by an all-reduce; the gradient passes unchanged, as it is equal on all ranks."""
     result: Tensor = _SumOverRanks.apply(input, group)  # type: ignore[no-untyped-call]
     return result
 
 
 def gather_last_dim(input: Tensor, group: Any, intervals: Sequence[iv.Intervals], tp_rank: int) -> Tensor:
-    """Every rank's part of the last dimension put together; the gradient is this rank's part of the whole's.
+    """All-gather a tensor that is sharded along its last dimension; the gradient is this rank's shard of the gradient.
 
     Valid where what follows computes the same on every rank, as a loss on gathered logits does.
+
+    Args:
+        input: this rank's shard, `(..., length of intervals[tp_rank])`.
+        group: the TP process group.
+        intervals: the indices that each rank holds.
+        tp_rank: this rank.
+
+    Returns:
+        The full tensor, `(..., size)`.
     """
     held = tuple(intervals)
     result: Tensor = _GatherLastDim.apply(input, group, held, tp_rank)  # type: ignore[no-untyped-call]
@@ -50,9 +67,18 @@ def gather_last_dim(input: Tensor, group: Any, intervals: Sequence[iv.Intervals]
 
 
 def gather_shards(shard: Tensor, group: Any, intervals: Sequence[iv.Intervals], dim: int) -> Tensor:
-    """The whole tensor of which `shard` is this rank's part: `intervals` of `dim`, by rank. No gradient.
+    """All-gather the tensor of which `shard` is this rank's shard. No gradient.
 
-    Shards of different sizes travel padded to the largest.
+    Shards of different sizes are padded to the largest for the collective.
+
+    Args:
+        shard: this rank's shard.
+        group: the TP process group.
+        intervals: the indices of `dim` that each rank holds.
+        dim: the sharded dimension.
+
+    Returns:
+        The full tensor.
     """
     lengths = [iv.length(rank) for rank in intervals]
     local = shard.movedim(dim, 0)
@@ -61,53 +87,53 @@ def gather_shards(shard: Tensor, group: Any, intervals: Sequence[iv.Intervals], 
     parts = padded.new_empty((len(lengths) * max(lengths), *local.shape[1:]))
     dist.all_gather_into_tensor(parts, padded, group=group)
     size = max(stop for rank in intervals for _, stop in rank)
-    whole = shard.new_empty((*shard.shape[:dim], size, *shard.shape[dim + 1 :]))
-    along = whole.movedim(dim, 0)
+    full = shard.new_empty((*shard.shape[:dim], size, *shard.shape[dim + 1 :]))
+    along = full.movedim(dim, 0)
     for rank, held in enumerate(intervals):
         for held_at, at, count in iv.copies(held, ((0, size),)):
             start = rank * max(lengths) + held_at
             along[at : at + count] = parts[start : start + count]
-    return whole
+    return full
 
 
-def take(whole: Tensor, intervals: iv.Intervals, dim: int) -> Tensor:
-    """A rank's shard of `whole`: the concatenation of its `intervals` of `dim`. A new, contiguous tensor."""
-    parts = [whole.narrow(dim, start, stop - start) for start, stop in intervals]
+def take(full: Tensor, intervals: iv.Intervals, dim: int) -> Tensor:
+    """A rank's shard of `full`: the concatenation of its `intervals` of `dim`. A new, contiguous tensor."""
+    parts = [full.narrow(dim, start, stop - start) for start, stop in intervals]
     return torch.cat(parts, dim=dim).contiguous()
 
 
-class _Meetings(threading.local):
-    """Where the gradients of each tensor's shared copies meet: `(version of the tensor, group, meeting)`.
+class _SharedSums(threading.local):
+    """For each tensor with shared copies: its version when the first was made, the group, and their gradient sum.
 
-    Keeps neither alive: a meeting lives as long as a graph with one of the copies.
+    Keeps neither alive: a gradient sum lives as long as a graph with one of the copies.
     """
 
     def __init__(self) -> None:
-        self.of: MutableMapping[Tensor, tuple[int, Any, weakref.ref[Tensor]]] = WeakTensorKeyDictionary()
+        self.by_input: MutableMapping[Tensor, tuple[int, Any, weakref.ref[Tensor]]] = WeakTensorKeyDictionary()
 
 
-_meetings = _Meetings()
+_shared_sums = _SharedSums()
 
 
-def _meeting(input: Tensor, group: Any) -> Tensor:
-    """A tensor of `input`'s shape without data of its own, whose gradient is that of all copies made with it."""
+def _gradient_sum(input: Tensor, group: Any) -> Tensor:
+    """A tensor of `input`'s shape without data, whose gradient is that of all copies made with it, all-reduced."""
     result: Tensor = _SumOfGradients.apply(input, group)  # type: ignore[no-untyped-call]
     return result
 
 
-def _shared_meeting(input: Tensor, group: Any) -> Tensor:
-    version, of_group, found = _meetings.of.get(input, (None, None, None))
-    meeting = found() if found is not None else None
-    if meeting is None or version != input._version or of_group is not group:
-        meeting = _meeting(input, group)
-        _meetings.of[input] = (input._version, group, weakref.ref(meeting))
-    return meeting
+def _shared_sum(input: Tensor, group: Any) -> Tensor:
+    version, of_group, found = _shared_sums.by_input.get(input, (None, None, None))
+    summed = found() if found is not None else None
+    if summed is None or version != version_of(input) or of_group is not group:
+        summed = _gradient_sum(input, group)
+        _shared_sums.by_input[input] = (version_of(input), group, weakref.ref(summed))
+    return summed
 
 
-class _Copy(torch.autograd.Function):
+class _CopyToRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, meeting: Tensor) -> Tensor:
-        ctx.meeting = meeting
+    def forward(ctx: Any, input: Tensor, summed: Tensor) -> Tensor:
+        ctx.summed = summed
         return input.view_as(input)
 
     @staticmethod

@@ -1,11 +1,12 @@
-"""Dropout under tensor parallelism: the same masks on what every rank has whole, different ones on what is cut.
+"""Dropout under tensor parallelism: equal masks on replicated activations, different ones on sharded activations.
 
-All ranks of a TP group run on one random stream. Between a column-parallel layer and the row-parallel one that takes
-its output they leave it: each continues on a stream of its own, seeded by a number drawn from the common one and by its
-rank. Nothing else is kept, so restoring the common stream (as activation checkpointing does) restores the masks.
+The ranks of a TP group draw the same random numbers. Between a column-parallel layer and the row-parallel layer that
+takes its output, the sharded region, each draws others: it is seeded by a number drawn before and by its rank. Nothing
+else is kept, so restoring the random state from before the region (as activation checkpointing does) restores the
+masks.
 
-Recomputing activations may stop inside a region. Such a region is over when a layer of another module enters one, or
-the layer that entered it enters again.
+Recomputing activations may stop inside a region. Such a region ends when a layer of another module enters one, or the
+layer that entered it enters again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _LARGEST_SEED = 2**62
 
 @dataclass
 class _Region:
-    """The layer that took this process into a cut region, None outside of one, and the common stream to go back to."""
+    """The layer that entered the sharded region, None outside of one, and the random state to restore after it."""
 
     opened_by: str | None = None
     group: Any = None
@@ -34,31 +35,60 @@ class _Region:
 _region = _Region()
 
 
-def use_cut_regions(group: Any) -> None:
-    """Switch streams from now on, with a common one for the TP `group`; a model without dropout has no need to."""
+def use_sharded_regions(group: Any) -> None:
+    """Seed the ranks of a TP group equally, and switch seeds at sharded regions from now on.
+
+    A model without dropout has no need of it.
+
+    Args:
+        group: the TP process group.
+    """
     _region.group = group
     _synchronise(group)
 
 
+_DROPOUT_WORDS = frozenset({"dropout", "pdrop", "drop", "layerdrop", "droppath"})
+"""Words of attributes that hold a probability to drop: `attention_dropout`, `attn_dropout_p`, `resid_pdrop`."""
+
+
 def has_dropout(model: nn.Module) -> bool:
-    """Whether any module of `model` drops out: an `nn.Dropout`, or an attribute such as `attention_dropout`."""
+    """Whether any module of `model` drops out.
+
+    Those are torch's dropout modules with `p` above zero, and modules with a float above zero in an attribute one of
+    whose words (between underscores) is a word for dropout. transformers' attention modules hold their probability so,
+    and give it to functions.
+    """
     return any(
-        (isinstance(module, nn.Dropout) and module.p > 0)
-        or any("drop" in name and type(value) is float and value > 0 for name, value in vars(module).items())
+        (isinstance(module, _DROPOUT_MODULES) and module.p > 0)
+        or any(type(value) is float and value > 0 and _names_dropout(name) for name, value in vars(module).items())
         for module in model.modules()
     )
 
 
+_DROPOUT_MODULES = (
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+)  # fmt: skip
+
+
+def _names_dropout(attribute: str) -> bool:
+    return not _DROPOUT_WORDS.isdisjoint(attribute.lower().split("_"))
+
+
 def _synchronise(group: Any) -> None:
-    """Give all ranks of a TP group the common stream of the first of them."""
+    """Seed all ranks of a TP group by a number that the first of them draws."""
     device = torch.device(get_accelerator().current_device_name())
     seed = torch.randint(_LARGEST_SEED, (), dtype=torch.int64).to(device)
     dist.broadcast(seed, dist.get_global_rank(group, 0), group=group)
     torch.manual_seed(int(seed))
 
 
-def enter_cut_region(layer: str, tp_rank: int) -> None:
-    """Continue on this rank's own stream, from the layer called `layer` on. In the region of its module: nothing."""
+def enter_sharded_region(layer: str, tp_rank: int) -> None:
+    """Draw other random numbers than the other ranks from now on; inside a region of the layer's module, do nothing.
+
+    Args:
+        layer: the name of the layer, in its model.
+        tp_rank: this rank.
+    """
     if _region.group is None or _is_inside(layer):
         return
     seed = int(torch.randint(_LARGEST_SEED, ()))
@@ -71,8 +101,8 @@ def enter_cut_region(layer: str, tp_rank: int) -> None:
     torch.manual_seed((seed + tp_rank) % _LARGEST_SEED)
 
 
-def leave_cut_region() -> None:
-    """Back to the common stream. Outside of a region: nothing."""
+def leave_sharded_region() -> None:
+    """Draw the same random numbers as the other ranks again; outside of a region, do nothing."""
     if _region.opened_by is None:
         return
     torch.set_rng_state(_region.saved[0])
@@ -82,14 +112,14 @@ def leave_cut_region() -> None:
 
 
 def _check_common(seed: int) -> None:
-    """Once: the ranks of a TP group must be on one stream, which a seed of each rank's own after loading ends."""
+    """Check, once, that the ranks of a TP group draw the same: seeding by the global rank after loading ends that."""
     device = torch.device(get_accelerator().current_device_name())
     ends = torch.tensor([seed, -seed], device=device)
     dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=_region.group)
     if ends[0] != -ends[1]:
         raise RuntimeError(
-            "The ranks of a TP group draw different random numbers, and would drop out different parts of what they "
-            "all hold. Got: different seeds on ranks of one TP group. Expected: one seed for all ranks of a group. "
+            "The ranks of a TP group draw different random numbers, and would drop out different elements of the same "
+            "activations. Got: different seeds on ranks of one TP group. Expected: one seed for all ranks of a group. "
             "Next: seed by plan.ranks.dp_rank, not by the global rank."
         )
     _region.checked = True

@@ -1,4 +1,4 @@
-"""The vocabulary-parallel embedding, also for embedding classes that do something with what they looked up.
+"""The vocabulary-parallel embedding, also for embedding classes that change what they looked up.
 
 Gemma's `Gemma2TextScaledWordEmbedding.forward` is `super().forward(ids) * scale`. Such a class keeps its forward: it is
 given a subclass in which `super().forward` is the vocabulary-parallel lookup.
@@ -19,14 +19,14 @@ from autotp_plan.schemas import intervals as iv
 
 
 class _Bare(nn.Embedding):
-    """An `nn.Embedding` that makes no table of its own."""
+    """An `nn.Embedding` that makes no table."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
 
 
 class VocabParallelEmbedding(PlannedLayer, _Bare):
-    """An embedding table cut by rows: each rank looks up its own tokens, the results are summed."""
+    """An embedding table sharded by rows: each rank looks up the tokens it holds, an all-reduce sums the results."""
 
     partition_type = "column"
 
@@ -37,7 +37,7 @@ class VocabParallelEmbedding(PlannedLayer, _Bare):
         self.held = self.shards.layouts["weight"].rank_intervals(self.tp_index)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Token ids `(...)` to `(..., embedding_dim)`, whole on every rank."""
+        """Token ids `(...)` to `(..., embedding_dim)`, the same on every rank."""
         if not self.is_tp_parallel:
             return F.embedding(input, self.local_weight, self.padding_idx)
         local, mine = find_held(input, self.held)
@@ -50,7 +50,16 @@ class VocabParallelEmbedding(PlannedLayer, _Bare):
 
 
 def find_held(ids: Tensor, held: iv.Intervals) -> tuple[Tensor, Tensor]:
-    """Where in a rank's shard `ids` are, 0 for those that it does not hold; and which it holds. Both as `ids`."""
+    """Where `ids` lie in a rank's shard.
+
+    Args:
+        ids: token ids, of any shape.
+        held: the ids that the rank holds.
+
+    Returns:
+        The position of each id in the shard (int64), 0 where the rank does not hold it; and whether it does (bool).
+        Both of the shape of `ids`.
+    """
     local = torch.zeros_like(ids)
     mine = torch.zeros_like(ids, dtype=torch.bool)
     at = 0
@@ -63,21 +72,27 @@ def find_held(ids: Tensor, held: iv.Intervals) -> tuple[Tensor, Tensor]:
 
 
 def vocab_parallel(module: nn.Embedding, **kwargs: Any) -> VocabParallelEmbedding:
-    """The layer that stands for `module`: with the forward of its class, where that has one of its own."""
+    """The vocabulary-parallel layer that replaces `module`, with the forward of its class.
+
+    Args:
+        module: an embedding for which `can_be_vocab_parallel` holds.
+        kwargs: for `VocabParallelEmbedding`.
+    """
     layer = VocabParallelEmbedding(module, **kwargs)
     cls = type(module)
     if cls.forward is not nn.Embedding.forward:
         layer.__class__ = type(f"VocabParallel{cls.__name__}", (cls, VocabParallelEmbedding), {})
-        for name, buffer in module._buffers.items():
-            layer.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
+        saved = module.state_dict(keep_vars=True).keys()
+        for name, buffer in module.named_buffers(recurse=False):
+            layer.register_buffer(name, buffer, persistent=name in saved)
         for name, value in vars(module).items():
             if not name.startswith("_") and name not in vars(layer):
                 setattr(layer, name, value)
     return layer
 
 
-def can_be_cut(module: nn.Module) -> bool:
-    """Whether a table of this class may be cut: its forward reaches the weights through `super().forward` alone."""
+def can_be_vocab_parallel(module: nn.Module) -> bool:
+    """Whether a table of this class may be sharded: its forward reaches the weights through `super().forward` alone."""
     if not isinstance(module, nn.Embedding):
         return False
     forward = type(module).forward

@@ -1,46 +1,45 @@
-"""The tensor-parallel modules: their common base, and column- and row-parallel linear layers.
+"""Column- and row-parallel linear layers, and the base class of all tensor-parallel layers.
 
-They subclass DeepSpeed's `TensorParallel_Layer`, so that its consolidated saving and universal checkpoint see shards
-they can put together, but take every size from the plan's layouts: DeepSpeed's own subclasses work theirs out from
-names and head counts. A layer is built with parameters on the meta device; `finish` marks them once they are loaded.
+They subclass DeepSpeed's `TensorParallel_Layer`, so that its consolidated saving and universal checkpoint can put the
+shards together, but take every size from the plan's layouts, where DeepSpeed's subclasses derive theirs from names and
+head counts. A layer is built with parameters on the meta device; `finish` marks them once they are loaded.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from deepspeed import comm as dist
-from deepspeed.module_inject.layers import TensorParallel_Layer
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
+from autotp_plan.runtime.deepspeed.internals import ShardedLayer, are_all_of_deepspeed
 from autotp_plan.runtime.tensor_parallel.collectives import copy_to_ranks, sum_over_ranks, take
-from autotp_plan.runtime.tensor_parallel.dropout_rng import enter_cut_region, leave_cut_region
-from autotp_plan.runtime.tensor_parallel.lazy_logits import GatheredWhenUsed, Parts
-from autotp_plan.runtime.tensor_parallel.sharded_params import Shards
+from autotp_plan.runtime.tensor_parallel.dropout_rng import enter_sharded_region, leave_sharded_region
+from autotp_plan.runtime.tensor_parallel.lazy_logits import LastDimSharding, LazilyGathered
+from autotp_plan.runtime.tensor_parallel.sharded_params import ShardedParams
+from autotp_plan.runtime.tensor_parallel.torch_internals import forward_pre_hooks
 from autotp_plan.schemas.layout import Layout
 
 
-class PlannedLayer(TensorParallel_Layer):  # type: ignore[misc]
+class PlannedLayer(ShardedLayer):
     """A module whose `weight` (and `bias`) are one rank's shards by a layout.
 
     Args:
-        module: the whole module it replaces; only its parameters' dtypes and options are read.
+        module: the module it replaces; only its parameters' dtypes and options are read.
+        name: its name in the model.
         layouts: the layout of `weight`, and of `bias` where there is one.
         shapes: the full shape of each.
         group: the TP process group.
     """
 
     share_input_gradients: bool = True
-    """Sum the gradient of an input over the ranks once for all layers that take it, not once for each."""
+    """All-reduce the gradient of an input once for all layers that take it, not once for each."""
     partition_type: ClassVar[str]
-    tp_index: int
-    tp_world_size: int
-    is_tp_parallel: bool
 
     def __init__(
         self,
@@ -51,22 +50,22 @@ class PlannedLayer(TensorParallel_Layer):  # type: ignore[misc]
         shapes: Mapping[str, tuple[int, ...]],
         group: Any,
     ) -> None:
-        super().__init__(group, name=name)
-        self.support_training = True
-        self.shards = Shards(layouts=layouts, shapes=shapes, partition_type=self.partition_type, group=group)
+        super().__init__(group, name)
+        self.shards = ShardedParams(layouts=layouts, shapes=shapes, partition_type=self.partition_type, group=group)
         for leaf in ("weight", "bias"):
-            whole = getattr(module, leaf, None)
-            if whole is None:
+            full = getattr(module, leaf, None)
+            if full is None:
                 self.register_parameter(leaf, None)
             else:
-                self.shards.replace(self, leaf, whole)
+                self.shards.replace(self, leaf, full)
 
     def gather_params(self, params_list: list[Any]) -> None:
-        """Replace the data of cut parameters by the whole ones. Called by DeepSpeed when it saves."""
+        """Replace the data of sharded parameters by the full ones. DeepSpeed calls it when it saves."""
         self.shards.gather_params(self, params_list)
 
-    def _tp_partition(self, params_list: list[Any]) -> None:
-        self.shards.tp_partition(self, params_list)
+    def shard_params(self, params_list: list[Any]) -> None:
+        """Replace the data of full parameters by this rank's shards. The reverse of `gather_params`."""
+        self.shards.shard_params(self, params_list)
 
     @property
     def local_weight(self) -> Tensor:
@@ -80,7 +79,7 @@ class PlannedLayer(TensorParallel_Layer):  # type: ignore[misc]
 
 
 class _Linear(PlannedLayer):
-    """What column- and row-parallel layers share: the sizes, and which way the weight lies (transposed in a Conv1D)."""
+    """What column- and row-parallel layers share: their sizes, and whether the weight is transposed (in a Conv1D)."""
 
     def __init__(self, module: nn.Module, **kwargs: Any) -> None:
         super().__init__(module, **kwargs)
@@ -95,58 +94,58 @@ class _Linear(PlannedLayer):
 
 
 class ColumnParallelLinear(_Linear):
-    """A linear layer cut by output features. `gather_output` puts the whole output together on every rank."""
+    """A linear layer sharded by output features. `gather_output` all-gathers the output.
+
+    While `defer_gather` is set, that all-gather is deferred to the first use of the output.
+    """
 
     partition_type = "column"
 
     def __init__(self, module: nn.Module, *, gather_output: bool = False, **kwargs: Any) -> None:
         super().__init__(module, **kwargs)
         self.gather_output = gather_output
-        self.gather_when_used = False
+        self.defer_gather = False
 
     def __call__(self, input: Tensor) -> Tensor:
-        """As any module's. But ZeRO 3's hooks give every module an input of its own, by which layers that take the
-        same one would no longer know it: then it is copied before them. Not before hooks of others, which may add to
-        it what has gradients of its own.
+        """As any module's, but with `copy_to_ranks` before the hooks of ZeRO 3.
+
+        Those give every module another tensor as input, and layers that take the same one would no longer share its
+        gradient. Hooks of others come first, as they may change the input.
         """
-        hooks = self._forward_pre_hooks.values()
         output: Tensor
-        if hooks and all(getattr(hook, "__module__", "").startswith("deepspeed.") for hook in hooks):
+        if are_all_of_deepspeed(forward_pre_hooks(self)):
             output = super().__call__(self._copied(input), is_copied=True)
         else:
             output = super().__call__(input)
         return output
 
     def forward(self, input: Tensor, *, is_copied: bool = False) -> Tensor:
-        """`(..., in_features)` to this rank's `(..., out_features)`, or to all of them when gathered.
-
-        While `gather_when_used` is set, what is to be gathered is so by whoever uses it.
-        """
+        """`(..., in_features)` to this rank's part of `(..., out_features)`, or to all of it when gathered."""
         weight, bias = self.local_weight, self.local_bias
         if not self.is_tp_parallel:
             return F.linear(input, weight, bias)
         output: Tensor
-        if self.__class__.tp_overlap_comm:
+        if self.overlaps_communication:
             output = _OverlappedColumn.apply(input, weight, bias, self.mp_group)  # type: ignore[no-untyped-call]
         else:
             output = F.linear(input if is_copied else self._copied(input), weight, bias)
         if self.gather_output:
-            parts = Parts(self.mp_group, self.shards.layouts["weight"].intervals, self.tp_index)
-            return GatheredWhenUsed.of(output, parts) if self.gather_when_used else parts.gather(output)
+            sharding = LastDimSharding(self.mp_group, self.shards.layouts["weight"].intervals, self.tp_index)
+            return LazilyGathered.of(output, sharding) if self.defer_gather else sharding.gather(output)
         if self.training:
-            enter_cut_region(self.name, self.tp_index)
+            enter_sharded_region(self.name, self.tp_index)
         return output
 
     def _copied(self, input: Tensor) -> Tensor:
-        if not self.is_tp_parallel or self.__class__.tp_overlap_comm:  # that sums each layer's own, meanwhile
+        if not self.is_tp_parallel or self.overlaps_communication:  # which all-reduces in `_OverlappedColumn`
             return input
         return copy_to_ranks(input, self.mp_group, shared=self.share_input_gradients)
 
 
 class RowParallelLinear(_Linear):
-    """A linear layer cut by input features; the bias is whole and added once, after the sum.
+    """A linear layer sharded by input features; the bias is replicated and added once, after the all-reduce.
 
-    With `split_input` the input is whole on every rank, and this takes its part of it.
+    With `split_input` the input is replicated, and each rank takes its part of it.
     """
 
     partition_type = "row"
@@ -156,23 +155,23 @@ class RowParallelLinear(_Linear):
         self.split_input = split_input
 
     def forward(self, input: Tensor) -> Tensor:
-        """This rank's `(..., in_features)` to `(..., out_features)`, whole on every rank."""
+        """This rank's part of `(..., in_features)` to `(..., out_features)`, the same on every rank."""
         if self.split_input and self.is_tp_parallel:
-            mine = self.shards.layouts["weight"].intervals[self.tp_index]
+            held = self.shards.layouts["weight"].intervals[self.tp_index]
             copied = copy_to_ranks(input, self.mp_group, shared=self.share_input_gradients)
-            input = take(copied, mine, input.dim() - 1)
+            input = take(copied, held, input.dim() - 1)
         output: Tensor = F.linear(input, self.local_weight)
         if self.is_tp_parallel:
             output = sum_over_ranks(output, self.mp_group)
             if self.training:
-                leave_cut_region()
+                leave_sharded_region()
         return output if self.bias is None else output + self.bias
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` computes `x W^T + b` (or, a Conv1D, `x W + b`) and nothing else.
 
-    A subclass of `nn.Linear` with a forward of its own is tried out on small numbers: Falcon's is a plain product, a
+    A subclass of `nn.Linear` that overrides forward is tried out on small numbers: Falcon's is a plain product, a
     router's is not.
     """
     if isinstance(module, Conv1D):
@@ -181,20 +180,21 @@ def is_linear(module: nn.Module) -> bool:
         return False
     if type(module).forward is nn.Linear.forward:
         return True
-    trial = copy.copy(module)
-    trial._parameters = {"weight": nn.Parameter(torch.arange(6.0).view(3, 2)), "bias": None}
-    if module.bias is not None:
-        trial._parameters["bias"] = nn.Parameter(torch.tensor([0.5, -2.0, 1.0]))
+    if {name for name, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}:
+        return False
+    weight = nn.Parameter(torch.arange(6.0).view(3, 2))
+    bias = None if module.bias is None else nn.Parameter(torch.tensor([0.5, -2.0, 1.0]))
+    parameters: dict[str, Tensor] = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
     input = torch.tensor([[[1.0, -3.0], [0.25, 2.0]]])
     try:
-        output = trial.forward(input)
+        output = functional_call(module, parameters, (input,))
+        return isinstance(output, Tensor) and torch.equal(output, F.linear(input, weight, bias))
     except Exception:  # a forward that wants something else is not a linear layer's
         return False
-    return isinstance(output, Tensor) and torch.equal(output, F.linear(input, trial.weight, trial.bias))
 
 
 class _OverlappedColumn(torch.autograd.Function):
-    """Column-parallel linear whose input gradient is summed while the weight gradient is computed."""
+    """Column-parallel linear whose input gradient is all-reduced while the weight gradient is computed."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, group: Any) -> Tensor:

@@ -1,8 +1,8 @@
-"""Modules that keep their own forward and meet the other ranks: fused experts, norms over a cut width, attention with
-tables per head.
+"""Wrappers that add collectives at a module's inputs and outputs: fused experts, norms over a sharded width, attention
+with tables per head.
 
 Such a module keeps its class's arithmetic to the last bit. It is given a subclass that does what the plan says to the
-tensors that enter and leave, and the parameters of it that the plan cuts are this rank's shards.
+tensors that enter and leave, and its sharded parameters are this rank's shards.
 """
 
 from __future__ import annotations
@@ -19,22 +19,26 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from autotp_plan.runtime.tensor_parallel.collectives import copy_to_ranks, sum_over_ranks, take
-from autotp_plan.runtime.tensor_parallel.dropout_rng import enter_cut_region, leave_cut_region
-from autotp_plan.runtime.tensor_parallel.sharded_params import Shards
+from autotp_plan.runtime.tensor_parallel.dropout_rng import enter_sharded_region, leave_sharded_region
+from autotp_plan.runtime.tensor_parallel.sharded_params import ShardedParams
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.plan.document import Crossing, PlannedModule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Border:
-    """What a module does at its border: the plan's words for it, its shards, and the ranks it meets.
+class Boundary:
+    """Which collectives a module has at its inputs and outputs.
 
-    `added_once` are the parameters that are added to a sum over the ranks.
+    Attributes:
+        name: its name in the model.
+        planned: what the plan says of its inputs and outputs.
+        shards: its sharded parameters.
+        added_once: its parameters that are added to a sum over the ranks, which one rank alone may add.
     """
 
     name: str
     planned: PlannedModule
-    shards: Shards
+    shards: ShardedParams
     added_once: Sequence[str] = ()
 
     @property
@@ -43,44 +47,46 @@ class Border:
         return self.shards.group
 
 
-class BorderedModule(nn.Module):
-    """The forward of a module that meets the other ranks; mixed into the module's own class."""
+class WithCollectives(nn.Module):
+    """The forward of a module with collectives at its inputs and outputs; mixed into the module's class."""
 
     share_input_gradients: bool = True
-    _border: Border
+    tp_boundary: Boundary
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        border = self._border
-        planned = border.planned
-        if border.shards.tp_world_size == 1:
+        boundary = self.tp_boundary
+        planned = boundary.planned
+        if boundary.shards.tp_world_size == 1:
             return super().forward(*args, **kwargs)
         if planned.inputs:
             bound = inspect.signature(super().forward).bind(*args, **kwargs)
             for name, crossing in planned.inputs.items():
                 if isinstance(bound.arguments.get(name), Tensor):
-                    bound.arguments[name] = _cross(bound.arguments[name], crossing, border, self.share_input_gradients)
+                    bound.arguments[name] = _communicate(
+                        bound.arguments[name], crossing, boundary, self.share_input_gradients
+                    )
             args, kwargs = bound.args, bound.kwargs
         reduces = planned.output is not None and planned.output.operation == "reduce"
         if reduces and self.training:
-            enter_cut_region(border.name, border.shards.tp_rank)
+            enter_sharded_region(boundary.name, boundary.shards.tp_rank)
         with contextlib.ExitStack() as stack:
             if planned.mean_over_ranks:
-                stack.enter_context(_MeanOverRanks(border))
-            if border.added_once and border.shards.tp_rank != 0:
-                stack.enter_context(_zeroed(self, border.added_once))
+                stack.enter_context(_MeanOverRanks(boundary))
+            if boundary.added_once and boundary.shards.tp_rank != 0:
+                stack.enter_context(_zeroed(self, boundary.added_once))
             output = super().forward(*args, **kwargs)
         if planned.output is not None:
-            output = _cross(output, planned.output, border, self.share_input_gradients)
+            output = _communicate(output, planned.output, boundary, self.share_input_gradients)
         if reduces and self.training:
-            leave_cut_region()
+            leave_sharded_region()
         return output
 
 
-def plan_module(module: nn.Module, border: Border) -> None:
-    """Make `module` meet the ranks as `border` says, in place."""
+def add_collectives(module: nn.Module, boundary: Boundary) -> None:
+    """Add collectives at the inputs and outputs of `module`, in place: its class becomes a subclass of what it was."""
     cls = type(module)
-    module._border = border  # type: ignore[assignment]
-    module.__class__ = type(f"Planned{cls.__name__}", (BorderedModule, cls), {"__module__": cls.__module__})
+    module.tp_boundary = boundary  # type: ignore[assignment]
+    module.__class__ = type(f"Planned{cls.__name__}", (WithCollectives, cls), {"__module__": cls.__module__})
 
 
 class _Recorder(TorchFunctionMode):
@@ -118,41 +124,41 @@ def unknown_inputs(module: nn.Module, planned: PlannedModule) -> list[str]:
     return [name for name in planned.inputs if name not in known]
 
 
-def _cross(tensor: Tensor, crossing: Crossing, border: Border, shared: bool) -> Tensor:
+def _communicate(tensor: Tensor, crossing: Crossing, boundary: Boundary, shared: bool) -> Tensor:
     if crossing.operation == "reduce":
-        return sum_over_ranks(tensor, border.group)
+        return sum_over_ranks(tensor, boundary.group)
     if crossing.operation == "copy":
         if crossing.interval is None:
-            return copy_to_ranks(tensor, border.group, shared=shared)
+            return copy_to_ranks(tensor, boundary.group, shared=shared)
         start, stop = crossing.interval
         before, middle, after = tensor.tensor_split((start, stop), dim=-1)
-        return torch.cat((before, copy_to_ranks(middle, border.group), after), dim=-1)
+        return torch.cat((before, copy_to_ranks(middle, boundary.group), after), dim=-1)
     assert crossing.dim is not None and crossing.size is not None
     length = tensor.shape[crossing.dim]
     if length == 1 < crossing.size:
         return tensor
     if length % crossing.size:
         raise RuntimeError(
-            f"{crossing.size} things are to be split over the ranks along dim {crossing.dim} of a tensor of "
-            f"{list(tensor.shape)}"
+            f"Dim {crossing.dim} of a tensor of {list(tensor.shape)} cannot be sharded: it is no multiple of the "
+            f"{crossing.size} indices (heads, say) that the plan shards over the ranks."
         )
-    mine = crossing.intervals[border.shards.tp_rank]
+    held = crossing.intervals[boundary.shards.tp_rank]
     repeated: iv.Intervals = tuple(
-        (start + first, stop + first) for first in range(0, length, crossing.size) for start, stop in mine
+        (start + first, stop + first) for first in range(0, length, crossing.size) for start, stop in held
     )
     if tensor.requires_grad:
-        tensor = copy_to_ranks(tensor, border.group, shared=shared)
+        tensor = copy_to_ranks(tensor, boundary.group, shared=shared)
     return take(tensor, repeated, crossing.dim)
 
 
 class _MeanOverRanks(TorchFunctionMode):
-    """While active, the mean over a last dimension that is cut is that over all ranks."""
+    """While active, the mean over a sharded last dimension is the mean over all ranks."""
 
-    def __init__(self, border: Border) -> None:
+    def __init__(self, boundary: Boundary) -> None:
         super().__init__()
-        self.border = border
-        layout = border.shards.layouts["weight"]
-        self.local = iv.length(layout.intervals[border.shards.tp_rank])
+        self.boundary = boundary
+        layout = boundary.shards.layouts["weight"]
+        self.local = iv.length(layout.intervals[boundary.shards.tp_rank])
         self.total = sum(iv.length(rank) for rank in layout.intervals)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -160,7 +166,7 @@ class _MeanOverRanks(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         mean: Tensor = func(*args, **(kwargs or {}))
         part = mean * (self.local / self.total)
-        return copy_to_ranks(sum_over_ranks(part, self.border.group), self.border.group)
+        return copy_to_ranks(sum_over_ranks(part, self.boundary.group), self.boundary.group)
 
 
 @contextlib.contextmanager

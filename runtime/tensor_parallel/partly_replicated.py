@@ -1,6 +1,6 @@
-"""The parameters that a module holds one shard in: one, or two where other ranks hold part of it too.
+"""The parameters in which a module holds one shard: one, or two where part of the shard is replicated.
 
-DeepSpeed counts a parameter in the gradient norm on every rank or on the first one only. So a shard of which some
+DeepSpeed counts a parameter in the gradient norm on every TP rank or on the first one only. So a shard of which some
 indices are on other ranks too and some are not is held as two parameters, `weight` and `weight_shared`.
 """
 
@@ -21,100 +21,135 @@ SHARED = "_shared"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
-    """A parameter of a module that holds a shard or part of one, as a layout of its own.
+class HeldParameter:
+    """A parameter of a module that holds a rank's shard, or one of the two that hold it.
 
-    `runs` are the `(position in the shard, position in the piece, length)` along the cut dimension.
+    Attributes:
+        name: its name, that of the plan's parameter with `_shared` at the end where it holds what is replicated.
+        layout: which of its indices each rank holds.
+        shape: the shape of it on all ranks together.
+        copies: where it lies in the shard, along the sharded dimension: `source` in the shard, `target` in it.
+        is_alone: whether it holds the shard by itself.
     """
 
     name: str
     layout: Layout
     shape: tuple[int, ...]
-    runs: tuple[tuple[int, int, int], ...]
+    copies: tuple[iv.Copy, ...]
+    is_alone: bool
 
 
-def split_shared(name: str, layout: Layout, shape: tuple[int, ...], tp_rank: int) -> tuple[Piece, ...]:
-    """The pieces that a rank holds a parameter in: one, or two where it shares part of its shard with other ranks."""
-    size = iv.length(layout.rank_intervals(tp_rank)) if layout.dim is not None else 0
+def held_parameters(name: str, layout: Layout, shape: tuple[int, ...], tp_rank: int) -> tuple[HeldParameter, ...]:
+    """The parameters in which a rank holds its shard of `name`: one, or two where part of the shard is replicated.
+
+    Args:
+        name: the plan's parameter, with or without the module in front.
+        layout: its layout.
+        shape: the shape of the full parameter.
+        tp_rank: the rank.
+    """
     if layout.dim is None or iv.replica_groups(layout.intervals) is not None:
-        return (Piece(name=name, layout=layout, shape=shape, runs=((0, 0, size),)),)
-    pieces = []
-    for shared, ending in ((False, ""), (True, SHARED)):
-        runs = [run for run, ranks in iv.holders(layout.intervals) if (len(ranks) > 1) is shared]
-        own = Layout(
-            shape=(*layout.shape[: layout.dim], iv.length(runs), *layout.shape[layout.dim + 1 :]),
-            dim=layout.dim,
-            sub_parameters=(SubParameter(size=iv.length(runs), unit=1),),
-            intervals=tuple(
-                iv.join_touching([(to, to + count) for _, to, count in _renumbered(held, runs)])
-                for held in layout.intervals
-            ),
-        )
-        held = iv.copies(layout.intervals[tp_rank], runs)
-        compact = own.intervals[tp_rank]
-        found = []
-        for at, to, count in held:  # position in the shard, index in the compact numbering
-            for start, in_piece, length in iv.copies(((to, to + count),), compact):
-                found.append((at + start, in_piece, length))
-        piece_shape = parameter_shape(shape, layout.shape, own.shape)
-        pieces.append(Piece(name=name + ending, layout=own, shape=piece_shape, runs=tuple(found)))
-    return tuple(pieces)
+        size = iv.length(layout.rank_intervals(tp_rank)) if layout.dim is not None else 0
+        copies = (iv.Copy(0, 0, size),)
+        return (HeldParameter(name=name, layout=layout, shape=shape, copies=copies, is_alone=True),)
+    return tuple(
+        _one_of_two(name + ending, layout, shape, tp_rank, replicated)
+        for replicated, ending in ((False, ""), (True, SHARED))
+    )
 
 
-def _renumbered(held: iv.Intervals, runs: list[iv.Interval]) -> list[tuple[int, int, int]]:
-    """Where `held` lies in the concatenation of `runs`, in the order of `held`."""
-    return sorted(iv.copies(held, runs), key=lambda one: one[0])
+def _one_of_two(name: str, layout: Layout, shape: tuple[int, ...], tp_rank: int, replicated: bool) -> HeldParameter:
+    """The parameter of the indices that several ranks hold, or that one rank holds, numbered without the others."""
+    assert layout.dim is not None
+    indices = [interval for interval, ranks in iv.holders(layout.intervals) if (len(ranks) > 1) is replicated]
+    renumbered = Layout(
+        shape=(*layout.shape[: layout.dim], iv.length(indices), *layout.shape[layout.dim + 1 :]),
+        dim=layout.dim,
+        sub_parameters=(SubParameter(size=iv.length(indices), unit=1),),
+        intervals=tuple(
+            iv.join_touching([(copy.target, copy.target + copy.length) for copy in sorted(iv.copies(held, indices))])
+            for held in layout.intervals
+        ),
+    )
+    return HeldParameter(
+        name=name,
+        layout=renumbered,
+        shape=parameter_shape(shape, layout.shape, renumbered.shape),
+        copies=tuple(
+            iv.Copy(copy.source + start, target, length)
+            for copy in iv.copies(layout.intervals[tp_rank], indices)
+            for start, target, length in iv.copies(
+                ((copy.target, copy.target + copy.length),), renumbered.intervals[tp_rank]
+            )
+        ),
+        is_alone=False,
+    )
 
 
-def join_pieces(
-    pieces: Sequence[Piece], tensors: Sequence[Tensor], layout: Layout, shape: tuple[int, ...], tp_rank: int
+def join_held(
+    held: Sequence[HeldParameter], tensors: Sequence[Tensor], layout: Layout, shape: tuple[int, ...], tp_rank: int
 ) -> Tensor:
-    """A rank's shard of a parameter of `shape`, put together from the tensors of its pieces (of any shape)."""
-    if len(pieces) == 1:
+    """A rank's shard of a parameter, put together from the tensors of the parameters that hold it.
+
+    Args:
+        held: the parameters from `held_parameters`.
+        tensors: this rank's tensor of each, of any shape with as many elements.
+        layout: the layout of the parameter.
+        shape: the shape of the full parameter.
+        tp_rank: the rank.
+    """
+    if len(held) == 1:
         return tensors[0]
     assert layout.dim is not None
     in_order = [
-        (at, tensor.reshape(piece.layout.rank_shape(tp_rank)).narrow(layout.dim, start, count))
-        for piece, tensor in zip(pieces, tensors)
-        for at, start, count in piece.runs
+        (copy.source, tensor.reshape(one.layout.rank_shape(tp_rank)).narrow(layout.dim, copy.target, copy.length))
+        for one, tensor in zip(held, tensors)
+        for copy in one.copies
     ]
-    in_order.sort(key=lambda one: one[0])
-    whole = torch.cat([tensor for _, tensor in in_order], dim=layout.dim)
-    return whole.reshape(parameter_shape(shape, layout.shape, whole.shape))
+    in_order.sort(key=lambda part: part[0])
+    shard = torch.cat([tensor for _, tensor in in_order], dim=layout.dim)
+    return shard.reshape(parameter_shape(shape, layout.shape, shard.shape))
 
 
-def cut_piece(piece: Piece, shard: Tensor, layout: Layout, tp_rank: int) -> Tensor:
-    """The tensor of one of two pieces, cut out of a rank's shard. The reverse of `join_pieces`."""
+def slice_held(one: HeldParameter, shard: Tensor, layout: Layout, tp_rank: int) -> Tensor:
+    """This rank's tensor of one of the parameters that hold `shard`. The reverse of `join_held`."""
+    if one.is_alone:
+        return shard
     assert layout.dim is not None
     local = shard.reshape(layout.rank_shape(tp_rank))
-    part = torch.cat([local.narrow(layout.dim, at, count) for at, _, count in piece.runs], dim=layout.dim)
-    return part.reshape(parameter_shape(piece.shape, piece.layout.shape, part.shape)).contiguous()
+    part = torch.cat([local.narrow(layout.dim, copy.source, copy.length) for copy in one.copies], dim=layout.dim)
+    return part.reshape(parameter_shape(one.shape, one.layout.shape, part.shape)).contiguous()
 
 
-def piece_runs(piece: Piece, layout: Layout, tp_rank: int, *, only: bool) -> Iterator[tuple[int, int, int]]:
-    """`(element of the shard, element of the piece, count)` of the runs of a piece: one of two, or the `only` one."""
-    if only:
-        yield 0, 0, math.prod(layout.rank_shape(tp_rank))
+def element_copies(one: HeldParameter, layout: Layout, tp_rank: int) -> Iterator[iv.Copy]:
+    """Where the elements of a flattened parameter (`source`) lie in the flattened shard of the rank (`target`)."""
+    if one.is_alone:
+        yield iv.Copy(0, 0, math.prod(layout.rank_shape(tp_rank)))
         return
     assert layout.dim is not None
-    shard, held = layout.rank_shape(tp_rank), piece.layout.rank_shape(tp_rank)
+    shard, held = layout.rank_shape(tp_rank), one.layout.rank_shape(tp_rank)
     inner = math.prod(shard[layout.dim + 1 :])
     for block in range(math.prod(shard[: layout.dim])):
-        for at, start, count in piece.runs:
-            yield (block * shard[layout.dim] + at) * inner, (block * held[layout.dim] + start) * inner, count * inner
+        for copy in one.copies:
+            yield iv.Copy(
+                (block * held[layout.dim] + copy.target) * inner,
+                (block * shard[layout.dim] + copy.source) * inner,
+                copy.length * inner,
+            )
 
 
-def whole_runs(layout: Layout, tp_rank: int) -> Iterator[tuple[int, int, int]]:
-    """`(element of the whole, element of the shard, count)` of what this rank is the first to hold."""
+def first_held_elements(layout: Layout, tp_rank: int) -> Iterator[iv.Copy]:
+    """The elements that no rank before `tp_rank` holds: `source` in its flattened shard, `target` in the parameter."""
     if layout.dim is None:
         if tp_rank == 0:
-            yield 0, 0, math.prod(layout.shape)
+            yield iv.Copy(0, 0, math.prod(layout.shape))
         return
-    size, mine = layout.shape[layout.dim], layout.intervals[tp_rank]
-    first = [run for run, ranks in iv.holders(layout.intervals) if ranks[0] == tp_rank]
+    size, held = layout.shape[layout.dim], layout.intervals[tp_rank]
+    first = [interval for interval, ranks in iv.holders(layout.intervals) if ranks[0] == tp_rank]
     inner = math.prod(layout.shape[layout.dim + 1 :])
     for block in range(math.prod(layout.shape[: layout.dim])):
         for start, stop in first:
-            for at, further, count in iv.copies(mine, ((start, stop),)):
-                whole = (block * size + start + further) * inner
-                yield whole, (block * iv.length(mine) + at) * inner, count * inner
+            for source, offset, length in iv.copies(held, ((start, stop),)):
+                yield iv.Copy(
+                    (block * iv.length(held) + source) * inner, (block * size + start + offset) * inner, length * inner
+                )

@@ -1,8 +1,8 @@
-"""The loss of a transformers causal LM whose head is cut by the vocabulary, without ever gathering the logits.
+"""The vocabulary-parallel loss of a transformers causal LM, which never gathers the logits.
 
 The cross entropy of a token needs three numbers over the whole vocabulary: the largest logit, the sum of exponentials,
 and the target's logit. Each rank computes its part of them (Shoeybi et al., 2019, section 3). The gradient of a rank's
-logits, softmax minus one-hot, is then its own affair.
+logits, softmax minus one-hot, then needs no communication.
 """
 
 from __future__ import annotations
@@ -17,16 +17,23 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from autotp_plan.runtime.tensor_parallel.embedding import find_held
-from autotp_plan.runtime.tensor_parallel.lazy_logits import GatheredWhenUsed, Parts
+from autotp_plan.runtime.tensor_parallel.lazy_logits import LastDimSharding, LazilyGathered
 from autotp_plan.runtime.tensor_parallel.linear import ColumnParallelLinear
+from autotp_plan.runtime.tensor_parallel.torch_internals import assert_without_waiting
 from autotp_plan.schemas import intervals as iv
 
 
 def use_vocab_parallel_loss(model: nn.Module) -> bool:
-    """Let `model`, sharded, compute its loss from each rank's logits where it is one that can; whether it is.
+    """Let a sharded model compute its loss from each rank's logits, where it can.
 
-    It can when it is a transformers model whose loss is `ForCausalLMLoss`, and its head is a gathered column-parallel
-    layer in which each rank has words that no other has.
+    It can when it is a transformers model whose loss is `ForCausalLMLoss`, and its head is a column-parallel layer with
+    gathered output in which each rank has words that no other has.
+
+    Args:
+        model: a model with its layers replaced.
+
+    Returns:
+        Whether it does from now on.
     """
     head = _head(model)
     if head is None or getattr(model, "loss_function", None) is not ForCausalLMLoss:
@@ -49,7 +56,7 @@ def causal_lm_loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """transformers' `ForCausalLMLoss`, which it leaves everything to but logits that are still in parts.
+    """transformers' `ForCausalLMLoss`, which it calls unless the logits are still sharded.
 
     Args:
         logits: `(batch, length, vocab_size)`.
@@ -60,20 +67,25 @@ def causal_lm_loss(
         shift_labels: labels that are shifted already, taken instead of `labels`.
         kwargs: for transformers.
 
-    Raises ValueError when there are not as many labels as logits, RuntimeError when a label is not in the vocabulary.
+    Returns:
+        The loss, a scalar, the same on every rank.
+
+    Raises:
+        ValueError: there are not as many labels as logits.
+        RuntimeError: a label is not in the vocabulary.
     """
-    part = logits.part if isinstance(logits, GatheredWhenUsed) and logits.shape[-1] == vocab_size else None
-    if part is None:
+    shard = logits.shard if isinstance(logits, LazilyGathered) and logits.shape[-1] == vocab_size else None
+    if shard is None:
         loss: Tensor = ForCausalLMLoss(
             logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
         )
         return loss
-    assert isinstance(logits, GatheredWhenUsed)
+    assert isinstance(logits, LazilyGathered)
     if shift_labels is None:
         assert labels is not None
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    targets = shift_labels.reshape(-1).to(part.device)
-    losses = vocab_parallel_cross_entropy(part.float().flatten(0, -2), targets, logits.parts, ignore_index)
+    targets = shift_labels.reshape(-1).to(shard.device)
+    losses = vocab_parallel_cross_entropy(shard.float().flatten(0, -2), targets, logits.sharding, ignore_index)
     if num_items_in_batch is None:
         num_items_in_batch = (targets != ignore_index).sum()
     if isinstance(num_items_in_batch, Tensor):
@@ -82,42 +94,50 @@ def causal_lm_loss(
     return mean
 
 
-def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, parts: Parts, ignore_index: int = -100) -> Tensor:
+def vocab_parallel_cross_entropy(
+    logits: Tensor, targets: Tensor, sharding: LastDimSharding, ignore_index: int = -100
+) -> Tensor:
     """The cross entropy of each token, the same on every rank; 0 for a target of `ignore_index`.
 
     Args:
         logits: `(tokens, words of this rank)`, in the precision to compute in.
         targets: `(tokens,)` ids in the whole vocabulary, the same on every rank.
-        parts: which words each rank has.
+        sharding: which words each rank has.
         ignore_index: the target of tokens that do not count.
 
-    Returns `(tokens,)`. Raises ValueError and RuntimeError as `causal_lm_loss`.
+    Returns:
+        The cross entropies, `(tokens,)`.
+
+    Raises:
+        ValueError: there are not as many targets as logits.
+        RuntimeError: a target is not in the vocabulary.
     """
     if targets.shape != logits.shape[:1]:
         raise ValueError(
             f"The labels do not belong to the logits. Got: {targets.numel()} labels for the logits of "
             f"{logits.shape[0]} tokens. Expected: as many. Next: give labels for the same tokens (logits_to_keep?)."
         )
-    known = (targets == ignore_index) | ((targets >= 0) & (targets < parts.size))
-    torch._assert_async(  # on CUDA without waiting for the device, as torch's own cross entropy
-        known.all(), f"A label is not in the vocabulary. Expected: 0 to {parts.size - 1}, or {ignore_index} to ignore."
+    known = (targets == ignore_index) | ((targets >= 0) & (targets < sharding.size))
+    assert_without_waiting(  # as torch's cross entropy
+        known.all(),
+        f"A label is not in the vocabulary. Expected: 0 to {sharding.size - 1}, or {ignore_index} to ignore.",
     )
-    losses: Tensor = _CrossEntropy.apply(logits, targets, parts, ignore_index)  # type: ignore[no-untyped-call]
+    losses: Tensor = _CrossEntropy.apply(logits, targets, sharding, ignore_index)  # type: ignore[no-untyped-call]
     return losses
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, parts: Parts, ignore_index: int) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, sharding: LastDimSharding, ignore_index: int) -> Tensor:
         highest = logits.amax(dim=-1)
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=parts.group)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=sharding.group)
         softmax = logits - highest.unsqueeze(-1)
-        column, mine = find_held(targets, parts.held)
+        column, mine = find_held(targets, sharding.held)
         column = column.unsqueeze(-1)
         target = softmax.gather(-1, column).squeeze(-1).masked_fill(~mine, 0.0)
         softmax.exp_()
         sums = torch.stack((softmax.sum(dim=-1), target))
-        dist.all_reduce(sums, group=parts.group)
+        dist.all_reduce(sums, group=sharding.group)
         total, target = sums
         softmax.div_(total.unsqueeze(-1))
         counted = targets != ignore_index
@@ -135,11 +155,11 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _head(model: nn.Module) -> ColumnParallelLinear | None:
-    """The layer that makes the logits, where every rank makes its part of them."""
+    """The layer that makes the logits, where it is column-parallel and its output is gathered."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
-    cut = isinstance(head, ColumnParallelLinear) and head.gather_output and head.is_tp_parallel
-    return head if cut else None
+    is_sharded = isinstance(head, ColumnParallelLinear) and head.gather_output and head.is_tp_parallel
+    return head if is_sharded else None
 
 
 def _before_forward(model: nn.Module, args: Any, kwargs: Any) -> None:
@@ -148,11 +168,11 @@ def _before_forward(model: nn.Module, args: Any, kwargs: Any) -> None:
         positional = list(inspect.signature(type(model).forward).parameters)[1:]
         labels = {**dict(zip(positional, args)), **kwargs}.get("labels")
         ours = model.loss_function is causal_lm_loss  # until someone sets another
-        traced = torch.compiler.is_compiling()  # torch.compile guards sizes that a part only seems to have
-        head.gather_when_used = ours and model.training and labels is not None and not traced
+        traced = torch.compiler.is_compiling()  # torch.compile guards sizes that a shard only seems to have
+        head.defer_gather = ours and model.training and labels is not None and not traced
 
 
 def _after_forward(model: nn.Module, *_: Any) -> None:
     head = _head(model)
     if head is not None:
-        head.gather_when_used = False
+        head.defer_gather = False

@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from autotp_plan.huggingface.meta_model import build_model, parameters_and_buffers
 from autotp_plan.runtime.loading.check_model import check_model
-from autotp_plan.runtime.loading.meta_model import build_model
 from autotp_plan.runtime.verify import scale_config
 from autotp_plan.runtime.verify.float64_passes import EXPERTS, dense_reader, run_passes_and_steps
 from autotp_plan.runtime.verify.optimizer_steps import Training, dense_steps
-from autotp_plan.runtime.verify.random_inputs import Batches, parameters_and_buffers, randomise
+from autotp_plan.runtime.verify.random_inputs import Batches, randomise
 from autotp_plan.runtime.verify.scale_plan import TwinError, num_layers_needed, twin_plan
 from autotp_plan.schemas.errors import AutoTPError, Fault, MismatchError
 from autotp_plan.schemas.plan.document import Plan
@@ -149,7 +149,7 @@ def _original(plan: Plan, folder: Path) -> Any:
     config = {**plan.model.config, "pad_token_id": 0}  # plans hold no token ids, and a default may be out of range
     (folder / CONFIG_NAME).write_text(json.dumps(config))
     with torch.device("meta"):  # its buffers too: nothing of it is ever run
-        model = build_model(folder, plan)
+        model = build_model(folder, plan.model.architecture)
     check_model(model, plan)
     return model
 
@@ -176,7 +176,7 @@ def _try(plan: Plan, original: Any, folder: Path, sizes: Sizes, attention: tuple
         shutil.rmtree(folder / dtype, ignore_errors=True)
         (folder / dtype).mkdir()
         (folder / dtype / CONFIG_NAME).write_text(json.dumps({**config, "dtype": dtype}))
-    twin: Any = build_model(folder / "float64", plan)
+    twin: Any = build_model(folder / "float64", plan.model.architecture)
     num_parameters = sum(parameter.numel() for parameter in twin.parameters())
     if num_parameters > MOST_PARAMETERS:
         raise TwinError(f"a small model of {num_parameters} parameters is too large")
@@ -203,7 +203,7 @@ def _attention(folder: Path, plan: Plan, wanted: tuple[str, ...]) -> tuple[tuple
     runs, refused = [], {}
     for kind in wanted:
         try:
-            build_model(folder, plan, **options(kind))
+            build_model(folder, plan.model.architecture, **options(kind))
             runs.append(kind)
         except AutoTPError as error:
             refused[kind] = error.faults[0].got
@@ -227,7 +227,11 @@ def _write_float64(
     weights: dict[str, Tensor] = {}
     ungraded: set[str] = set()
     for kind in attention:
-        model: Any = build_model(folder / "float64", plan, on_meta=False, **options(kind)).train().double()
+        model: Any = (
+            build_model(folder / "float64", plan.model.architecture, on_meta="nothing", **options(kind))
+            .train()
+            .double()
+        )
         randomise(model)
         if not weights:
             weights = {name: tensor.detach().clone() for name, tensor in parameters_and_buffers(model)}
@@ -243,7 +247,11 @@ def _write_float64(
 def _write_float32(
     folder: Path, plan: Plan, scaled: Plan, attention: str, batches: Batches, weights: dict[str, Tensor]
 ) -> None:
-    model: Any = build_model(folder / "float32", plan, on_meta=False, **options(attention)).train().float()
+    model: Any = (
+        build_model(folder / "float32", plan.model.architecture, on_meta="nothing", **options(attention))
+        .train()
+        .float()
+    )
     with torch.no_grad():
         for name, tensor in parameters_and_buffers(model):
             tensor.copy_(weights[name])

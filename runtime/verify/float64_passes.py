@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from autotp_plan.runtime.loading.shard_model import local_shard
+from autotp_plan.runtime.loading.local_shard import local_shard
 from autotp_plan.runtime.verify.random_inputs import Batches
 from autotp_plan.runtime.verify.report import Pass
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from autotp_plan.huggingface.meta_model import parameters_and_buffers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,12 +44,3 @@ def randomise(model: nn.Module) -> None:
                 tensor.copy_(noise / math.sqrt(tensor.shape[-1]))
             else:
                 tensor.copy_(noise * 0.2 + (1.0 if name.endswith("weight") else 0.0))
-
-
-def parameters_and_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Everything that a plan may name: all parameters, under each of their names, and buffers that are saved."""
-    yield from model.named_parameters(remove_duplicate=False)
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, buffer

@@ -19,7 +19,7 @@ def run_rank(folder: Path) -> None:
     """Compare this rank's numbers with the dense ones in `folder`; each part's errors are written when it is done."""
     about = About.read(folder)
     plan = load_plan(folder / "float64" / PLAN_NAME)
-    rank = plan.ranks.tp_rank
+    rank = plan.init_mesh().tp_rank
     for attention in about.attention:
         dense = torch.load(folder / f"{attention}.pt")
         model = plan.load_model(folder / "float64", **options(attention)).train()

@@ -355,8 +355,8 @@ def trainer_saves(folder: Path, out: Path) -> dict[str, Any]:
 
     from autotp_plan.planner import compile_plan
     from autotp_plan.runtime import TrainingPlan
-    from autotp_plan.runtime.data.batches import TokenDataset, synthetic_tokens
-    from autotp_plan.runtime.loading.shard_model import local_shard
+    from autotp_plan.runtime.data.text import TokenDataset, synthetic_tokens
+    from autotp_plan.runtime.loading.local_shard import local_shard
 
     plan = TrainingPlan(compile_plan(folder, tp_size=2))
     data = TokenDataset(synthetic_tokens(256, 32 * 12), 12)

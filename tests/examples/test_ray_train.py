@@ -69,7 +69,7 @@ def dense_losses(folder: Path) -> list[float]:
     import torch
     from torch.utils.data.distributed import DistributedSampler
 
-    from autotp_plan.runtime.data.batches import TokenDataset, synthetic_tokens
+    from autotp_plan.runtime.data.text import TokenDataset, synthetic_tokens
     from tests.helpers.models import load_dense
 
     dataset = TokenDataset(synthetic_tokens(260, 40 * 32, seed=0), 32)

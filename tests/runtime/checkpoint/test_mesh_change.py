@@ -31,7 +31,7 @@ def start(
     import torch
 
     from autotp_plan.runtime import load_plan
-    from autotp_plan.runtime.data.batches import TokenDataset, synthetic_tokens
+    from autotp_plan.runtime.data.text import TokenDataset, synthetic_tokens
     from tests.helpers import parity
 
     plan = load_plan(work / f"{name} {tp_size}.json")
@@ -51,7 +51,7 @@ def steps(plan: Any, engine: Any, loader: Any, first: int, last: int, save: Any 
     """The loss of each optimizer step, averaged over its whole batch."""
     import torch
 
-    from autotp_plan.runtime.data.batches import endless
+    from autotp_plan.runtime.data.sampler import endless
 
     source, found = endless(loader), []
     for step in range(first, last):

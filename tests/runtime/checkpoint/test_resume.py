@@ -36,7 +36,7 @@ NUM_STEPS, SAVED_AT, KILLED_AT = 6, 3, 5
 
 
 def dataset() -> Any:
-    from autotp_plan.runtime.data.batches import TokenDataset, synthetic_tokens
+    from autotp_plan.runtime.data.text import TokenDataset, synthetic_tokens
 
     return TokenDataset(synthetic_tokens(250, 16 * 12 + 12), 12)  # 17 windows: epochs end inside the run
 
@@ -57,7 +57,7 @@ def start(work: Path, name: str, stage: int) -> tuple[Any, Any, Any]:
 
 
 def steps(plan: Any, engine: Any, loader: Any, first: int, last: int, save: Any = None) -> list[float]:
-    from autotp_plan.runtime.data.batches import endless
+    from autotp_plan.runtime.data.sampler import endless
 
     losses = []
     source = endless(loader)
@@ -90,10 +90,10 @@ def killed(work: Path) -> None:
         plan, engine, loader = start(work, name, stage)
         folder = work / f"{name} zero{stage}"
         steps(plan, engine, loader, 0, KILLED_AT, folder)
-        save, job._save_streams = job._save_streams, died  # type: ignore[assignment]
+        save, job.save_rng_state = job.save_rng_state, died  # type: ignore[assignment]
         with contextlib.suppress(InterruptedError):
             plan.save_checkpoint(engine, folder)
-        job._save_streams = save
+        job.save_rng_state = save
         engine.destroy()
     os._exit(0)
 

@@ -106,12 +106,12 @@ def test_modules_that_no_layer_of_ours_runs(work: Path) -> None:
     import torch
     from torch import nn
 
+    from autotp_plan.huggingface.meta_model import build_model
     from autotp_plan.runtime.loading.check_model import check_model
-    from autotp_plan.runtime.loading.meta_model import build_model
     from autotp_plan.schemas.plan.document import Plan
 
     plan = Plan.read(work / "llama.tp2.json")
-    model: Any = build_model(work / "llama", plan)
+    model: Any = build_model(work / "llama", plan.model.architecture)
 
     class Scaled(nn.Linear):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -128,8 +128,8 @@ def test_modules_that_no_layer_of_ours_runs(work: Path) -> None:
 
 
 def test_parts_shared_in_part_are_refused(work: Path) -> None:
+    from autotp_plan.huggingface.meta_model import build_model
     from autotp_plan.runtime.loading.check_model import check_model
-    from autotp_plan.runtime.loading.meta_model import build_model
     from autotp_plan.schemas.plan.document import Plan
 
     plan = Plan.read(work / "llama.tp2.json")
@@ -137,7 +137,7 @@ def test_parts_shared_in_part_are_refused(work: Path) -> None:
     shared = dataclasses.replace(plan.layouts[name], intervals=(((0, 96),), ((48, 96),)))
     wrong = dataclasses.replace(plan, layouts={**plan.layouts, name: shared})
     with pytest.raises(MismatchError, match="share parts of this parameter in a way that no"):
-        check_model(build_model(work / "llama", plan), wrong)
+        check_model(build_model(work / "llama", plan.model.architecture), wrong)
 
 
 def test_deepspeed_config_of_another_tp_size(work: Path) -> None:
@@ -195,7 +195,7 @@ def batches_and_bf16(plan_file: Path, shards: Path) -> dict[str, Any]:
     import torch
 
     from autotp_plan.runtime import load_plan
-    from autotp_plan.runtime.data.batches import TokenDataset, synthetic_tokens
+    from autotp_plan.runtime.data.text import TokenDataset, synthetic_tokens
     from tests.helpers.parity import engine_settings, engine_steps
 
     plan = load_plan(plan_file)
@@ -277,13 +277,13 @@ def test_training_program_with_bad_input(work: Path) -> None:
     assert "there is no tokenizer to read the text with" in output
 
 
-def test_embedding_classes_that_can_be_cut() -> None:
+def test_embedding_classes_that_can_be_vocab_parallel() -> None:
     import torch
     from torch import nn
     from transformers.models.gemma2.modeling_gemma2 import Gemma2TextScaledWordEmbedding
     from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 
-    from autotp_plan.runtime.tensor_parallel.embedding import can_be_cut
+    from autotp_plan.runtime.tensor_parallel.embedding import can_be_vocab_parallel
 
     class Normed(nn.Embedding):
         def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -293,12 +293,14 @@ def test_embedding_classes_that_can_be_cut() -> None:
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return nn.functional.embedding(input, self.weight)
 
-    assert can_be_cut(nn.Embedding(4, 4))
-    assert can_be_cut(Gemma2TextScaledWordEmbedding(4, 4, 0, 2.0))
-    assert can_be_cut(OPTLearnedPositionalEmbedding(4, 4)), "it shifts its input and looks up through super()"
-    assert not can_be_cut(Normed(4, 4)), "it needs the whole table"
-    assert not can_be_cut(Own(4, 4)), "it goes past super()"
-    assert not can_be_cut(nn.Linear(4, 4))
+    assert can_be_vocab_parallel(nn.Embedding(4, 4))
+    assert can_be_vocab_parallel(Gemma2TextScaledWordEmbedding(4, 4, 0, 2.0))
+    assert can_be_vocab_parallel(OPTLearnedPositionalEmbedding(4, 4)), (
+        "it shifts its input and looks up through super()"
+    )
+    assert not can_be_vocab_parallel(Normed(4, 4)), "it needs the whole table"
+    assert not can_be_vocab_parallel(Own(4, 4)), "it goes past super()"
+    assert not can_be_vocab_parallel(nn.Linear(4, 4))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])

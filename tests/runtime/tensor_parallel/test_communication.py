@@ -293,14 +293,14 @@ def sharing(work: Path) -> dict[str, Any]:
         found["changed_copy"] = str(error)
 
     def careless(input: Any, group: Any) -> Any:
-        known = collectives._meetings.of.get(input)
+        known = collectives._shared_sums.by_input.get(input)
         meeting = known[2]() if known else None
         if meeting is None:
             return right(input, group)
         return meeting
 
-    right = collectives._shared_meeting
-    with planted(collectives, "_shared_meeting", careless):
+    right = collectives._shared_sum
+    with planted(collectives, "_shared_sum", careless):
         found["changed, carelessly"] = users(changed)
     with planted(collectives._SumOfGradients, "backward", staticmethod(lambda ctx, gradient: (gradient, None))):
         found["two, not summed"] = users(two)
@@ -309,7 +309,7 @@ def sharing(work: Path) -> dict[str, Any]:
         out = model(input_ids=batch(1), labels=batch(1), use_cache=False)
         out.loss.backward()
         del out
-        return sum(isinstance(one, torch.Tensor) for one in gc.get_objects()), len(collectives._meetings.of)
+        return sum(isinstance(one, torch.Tensor) for one in gc.get_objects()), len(collectives._shared_sums.by_input)
 
     def steps() -> list[tuple[int, int]]:
         gc.collect()
@@ -322,18 +322,18 @@ def sharing(work: Path) -> dict[str, Any]:
 
     found["steps"] = steps()
     kept: list[Any] = []
-    meeting = collectives._meeting
+    meeting = collectives._gradient_sum
 
     def keeping(input: Any, group: Any) -> Any:
         kept.append(input)
         return meeting(input, group)
 
-    with planted(collectives, "_meeting", keeping):
+    with planted(collectives, "_gradient_sum", keeping):
         found["steps that keep"] = steps()
     with torch.no_grad():
-        before = len(collectives._meetings.of)
+        before = len(collectives._shared_sums.by_input)
         model(input_ids=batch(1), labels=batch(1), use_cache=False)
-        found["evaluated"] = len(collectives._meetings.of) - before
+        found["evaluated"] = len(collectives._shared_sums.by_input) - before
     return found
 
 
@@ -535,7 +535,7 @@ def vocabulary(work: Path) -> dict[str, Any]:
     import torch.nn.functional as F
 
     from autotp_plan.runtime.tensor_parallel import lazy_logits, vocab_loss
-    from autotp_plan.runtime.tensor_parallel.lazy_logits import GatheredWhenUsed
+    from autotp_plan.runtime.tensor_parallel.lazy_logits import LazilyGathered
     from autotp_plan.runtime.tensor_parallel.vocab_loss import _CrossEntropy
     from tests.helpers.models import batch
 
@@ -553,7 +553,7 @@ def vocabulary(work: Path) -> dict[str, Any]:
     found["nothing counts"] = model(input_ids=tokens, labels=torch.full_like(tokens, -100)).loss.item()
     found["too few labels"] = refused(model, labels=tokens, logits_to_keep=4)
     found["no such word"] = refused(model, labels=tokens.masked_fill(tokens == tokens[1, 3], WORDS))
-    found["after an error"] = model.lm_head.gather_when_used
+    found["after an error"] = model.lm_head.defer_gather
 
     reference = model.eval()(input_ids=tokens).logits
     asked = {
@@ -568,12 +568,12 @@ def vocabulary(work: Path) -> dict[str, Any]:
     found["types"]["another's loss"] = type(model(input_ids=tokens, labels=tokens).logits) is torch.Tensor
     model.loss_function = ours
     positional = model(tokens, None, None, None, None, tokens)
-    found["positional"] = type(positional.logits) is GatheredWhenUsed
+    found["positional"] = type(positional.logits) is LazilyGathered
     lazy = model(input_ids=tokens, labels=tokens).logits
     with gathers() as seen:
         found["about"] = (
             tuple(lazy.shape), lazy.size(-1), lazy.numel(), lazy.dim(), len(lazy.shape), lazy.dtype, lazy.requires_grad,
-            repr(lazy), f"{lazy}", type(lazy.float().detach()) is GatheredWhenUsed, isinstance(lazy, torch.Tensor),
+            repr(lazy), f"{lazy}", type(lazy.float().detach()) is LazilyGathered, isinstance(lazy, torch.Tensor),
         )  # fmt: skip
         found["gathered to be told about"] = len(seen)
         with torch.no_grad():
@@ -672,9 +672,7 @@ def test_what_logits_are(vocabularies: dict[str, Any]) -> None:
     shape, last, numel, dim, length, dtype, requires_grad, shown, formatted, stays, is_tensor = vocabularies["about"]
     assert (shape, last, numel, dim, length) == ((2, 12, WORDS), WORDS, 24 * WORDS, 3, 3)
     assert str(dtype) == "torch.float64" and requires_grad and stays and is_tensor
-    assert (
-        shown == formatted == "GatheredWhenUsed(shape=[2, 12, 257], of which this rank has 129 of the last dimension)"
-    )
+    assert shown == formatted == "LazilyGathered(shape=[2, 12, 257], of which this rank has 129 of the last dimension)"
     assert vocabularies["gathered to be told about"] == 0
     assert set(vocabularies["uses"].values()) == {True}, vocabularies["uses"]
     assert vocabularies["gathered to be used"] == 1, "from then on it is whole"

@@ -1,0 +1,153 @@
+"""The private names of transformers, accelerate and PEFT. No other file says them.
+
+Each function states what it relies on and raises MissingDependencyError when it is gone;
+`tests/huggingface/test_canaries.py` asserts all of it in a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from autotp_plan.schemas.upstream import private, replaced
+
+_TRANSFORMERS = "transformers"
+_ACCELERATE = "accelerate"
+
+
+# transformers: models
+
+
+def model_of_config(architecture: type[Any], config: Any, **options: Any) -> Any:
+    """A model of the class `architecture`, with random weights.
+
+    Relies on `PreTrainedModel._from_config(config, **options)`, which `AutoModel.from_config` calls.
+    """
+    return private(architecture, "_from_config", _TRANSFORMERS, "building a model from its config")(config, **options)
+
+
+@contextmanager
+def without_zero_init() -> Iterator[None]:
+    """While active, transformers does not let ZeRO 3 partition a model as it builds it.
+
+    It would, once TrainingArguments with ZeRO 3 exist; here the engine partitions the shards. Relies on
+    `transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref`.
+    """
+    from transformers.integrations import deepspeed as settings
+
+    name = "_hf_deepspeed_config_weak_ref"
+    private(settings, name, _TRANSFORMERS, "building a model that ZeRO 3 does not partition")
+    with replaced(settings, name, None):
+        yield
+
+
+def kept_in_float32(model: Any) -> tuple[str, ...]:
+    """Parts of names of tensors that are float32 whatever the model's dtype, in memory and in checkpoints.
+
+    Relies on `_keep_in_fp32_modules_strict`, None or a collection of strings.
+    """
+    return tuple(
+        private(model, "_keep_in_fp32_modules_strict", _TRANSFORMERS, "the dtypes of a model without weights") or ()
+    )
+
+
+def tensor_parallel_plan(model: Any) -> dict[str, str]:
+    """The model's `tp_plan`: style by module or parameter, with `*` for numbers; empty when it has none.
+
+    Relies on `_tp_plan`, a dict or None.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    found = private(model, "_tp_plan", _TRANSFORMERS, "planning a model without a preset") or {}
+    return {str(key): str(style) for key, style in found.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversion:
+    """How tensors of a checkpoint become one parameter.
+
+    Attributes:
+        sources: parts of the tensors' names.
+        targets: parts of the parameter's name.
+        operations: the names of the operations, each with its dim, None where it has none.
+    """
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    operations: tuple[tuple[str, int | None], ...]
+
+
+def checkpoint_conversions(model: Any) -> tuple[list[Conversion], Callable[[str], str]]:
+    """How a checkpoint's tensors become `model`'s parameters, and the name on disk of a tensor that is only renamed.
+
+    Relies on `conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)`, and in `core_model_loading` on
+    `WeightConverter`, `PrefixChange`, `apply_renamings` and `reverse_transform`.
+    """
+    from transformers import conversion_mapping, core_model_loading
+
+    used_for = "planning a model without a preset"
+    table = private(conversion_mapping, "get_model_conversion_mapping", _TRANSFORMERS, used_for)
+    converter = private(core_model_loading, "WeightConverter", _TRANSFORMERS, used_for)
+    prefix = private(core_model_loading, "PrefixChange", _TRANSFORMERS, used_for)
+    rename = private(core_model_loading, "apply_renamings", _TRANSFORMERS, used_for)
+    found = [one for one in table(model, add_legacy=False) if not isinstance(one, prefix)]
+    back = [
+        private(one, "reverse_transform", _TRANSFORMERS, used_for)()
+        for one in reversed(found)
+        if not isinstance(one, converter)
+    ]
+    conversions = [
+        Conversion(
+            sources=tuple(one.source_patterns),
+            targets=tuple(one.target_patterns),
+            operations=tuple((type(step).__name__, getattr(step, "dim", None)) for step in one.operations),
+        )
+        for one in found
+        if isinstance(one, converter)
+    ]
+    return conversions, lambda name: rename(name, back)
+
+
+# accelerate
+
+
+def prepare_engine_with(accelerator: Any, initialize: Callable[..., Any]) -> None:
+    """Let `accelerator.prepare` make its engine with `initialize` in the place of `deepspeed.initialize`.
+
+    Relies on `Accelerator._prepare_deepspeed(*args)` looking up `deepspeed.initialize` when it is called, and calling
+    it with `model`, `config_params` and other keywords.
+    """
+    import deepspeed
+
+    prepare = private(accelerator, "_prepare_deepspeed", _ACCELERATE, "Hugging Face's Trainer")
+
+    def prepare_with(*args: Any) -> Any:
+        with replaced(deepspeed, "initialize", initialize):
+            return prepare(*args)
+
+    accelerator._prepare_deepspeed = prepare_with
+
+
+def gathering_objects_with(
+    of_each: Callable[[Callable[[Any], Any], Any], Any],
+) -> AbstractContextManager[None]:
+    """While active, accelerate gathers Python objects by `of_each(gather, objects)`.
+
+    Relies on `accelerate.accelerator.gather_object(objects)`, which `gather_for_metrics` calls.
+    """
+    from accelerate import accelerator
+
+    gather = private(accelerator, "gather_object", _ACCELERATE, "the results of an evaluation")
+    return replaced(accelerator, "gather_object", lambda objects: of_each(gather, objects))
+
+
+# PEFT
+
+
+def register_lora_layers(config: Any, layers: Mapping[type[Any], type[Any]]) -> None:
+    """Tell PEFT which adapter goes with which class of layers. Relies on `LoraConfig._register_custom_module(dict)`."""
+    private(config, "_register_custom_module", "peft", "LoRA on tensor-parallel layers")(dict(layers))

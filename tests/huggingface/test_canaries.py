@@ -1,0 +1,121 @@
+"""Every private name of transformers, accelerate and PEFT that is relied on is there, and as it was.
+
+A new version of one of them fails here first, in a second, and says what would break.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.canaries import Canary, problem, takes, uses
+
+TABLES = "planning a model without a preset"
+LOADING = "transformers.core_model_loading"
+TRAINER = "Hugging Face's Trainer"
+
+
+def zero_3_is_read_from_it(_: Any) -> bool:
+    from transformers.integrations import deepspeed
+
+    class Config:
+        def is_zero3(self) -> bool:
+            return True
+
+    config = Config()
+    before = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed._hf_deepspeed_config_weak_ref = lambda: config
+    try:
+        return bool(deepspeed.is_deepspeed_zero3_enabled())
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = before
+
+
+def loss_is_of_causal_lms(loss: Any) -> bool:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    with torch.device("meta"):
+        config = LlamaConfig(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8
+        )
+        return AutoModelForCausalLM.from_config(config).loss_function is loss
+
+
+def mixtral_stacks_experts(table: Any) -> bool:
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    from autotp_plan.huggingface.internals import checkpoint_conversions
+
+    with torch.device("meta"):
+        config = MixtralConfig(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+            vocab_size=8, num_local_experts=2,
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_config(config)
+    conversions, on_disk = checkpoint_conversions(model)
+    operations = {conversion.operations for conversion in conversions}
+    stacked = (("MergeModulelist", 0),), (("MergeModulelist", 0), ("Concatenate", 1))
+    return operations >= set(stacked) and on_disk("lm_head.weight") == "lm_head.weight"
+
+
+def modules_are_registered(_: Any) -> bool:
+    from peft import LoraConfig
+
+    config = LoraConfig()
+    config._register_custom_module({int: str})
+    return config._custom_modules == {int: str}
+
+
+CANARIES = [
+    Canary("transformers:PreTrainedModel._from_config", "building a model from its config", uses("dtype")),
+    Canary("transformers.integrations.deepspeed:_hf_deepspeed_config_weak_ref",
+           "a model under TrainingArguments with ZeRO 3: transformers would partition it before it is sharded",
+           zero_3_is_read_from_it),
+    Canary("transformers:PreTrainedModel._keep_in_fp32_modules_strict",
+           "the dtypes of a plan from a bare config.json: tensors kept in float32 would be planned in bf16",
+           lambda names: names is None),
+    Canary("transformers:PreTrainedModel._tp_plan", TABLES, lambda plan: plan is None or isinstance(plan, dict)),
+    Canary("transformers.conversion_mapping:get_model_conversion_mapping", TABLES, takes("model", "add_legacy")),
+    Canary(f"{LOADING}:WeightConverter", TABLES, mixtral_stacks_experts),
+    Canary(f"{LOADING}:PrefixChange", TABLES),
+    Canary(f"{LOADING}:apply_renamings", TABLES, takes("source_key", "weight_renamings")),
+    Canary(f"{LOADING}:WeightRenaming.reverse_transform", TABLES),
+    Canary("transformers.loss.loss_utils:ForCausalLMLoss",
+           "the vocabulary-parallel loss: logits would be gathered again, in silence", loss_is_of_causal_lms),
+    Canary("transformers.pytorch_utils:Conv1D", "sharding GPT-2's layers",
+           lambda cls: tuple(cls(3, 2).weight.shape) == (2, 3)),
+    Canary("accelerate.accelerator:Accelerator._prepare_deepspeed", f"{TRAINER}: the batch size of its engine",
+           uses("initialize", "config_params")),
+    Canary("accelerate.accelerator:gather_object", f"{TRAINER}: results of an evaluation that are Python objects"),
+    Canary("accelerate.accelerator:Accelerator.gather_for_metrics", f"{TRAINER}: the results of an evaluation",
+           lambda function: takes("input_data", "use_gather_object")(function)
+           and uses("gather", "gather_object")(function)),
+    Canary("accelerate.accelerator:Accelerator.get_state_dict", f"{TRAINER}: save_model", takes("model", "unwrap")),
+    Canary("peft:LoraConfig._register_custom_module", "LoRA on tensor-parallel layers", modules_are_registered),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("canary", CANARIES, ids=lambda canary: canary.name)
+def test_private_names_are_as_they_were(canary: Canary) -> None:
+    assert not problem(canary), problem(canary)
+
+
+@pytest.mark.parametrize("canary", CANARIES, ids=lambda canary: canary.name)
+def test_a_name_that_moved_is_found(canary: Canary, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(*canary.owner())
+    assert f"This breaks: {canary.breaks}." in problem(canary)
+
+
+def test_a_name_that_moved_is_an_error_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import PreTrainedModel
+
+    from autotp_plan.huggingface.internals import model_of_config
+    from autotp_plan.schemas.errors import MissingDependencyError
+
+    monkeypatch.delattr(PreTrainedModel, "_from_config")
+    with pytest.raises(MissingDependencyError, match=r"transformers \d[\w.]* is not as autotp-plan needs it") as caught:
+        model_of_config(PreTrainedModel, SimpleNamespace())
+    assert "building a model from its config" in str(caught.value)
