@@ -90,10 +90,10 @@ def killed(work: Path) -> None:
         plan, engine, loader = start(work, name, stage)
         folder = work / f"{name} zero{stage}"
         steps(plan, engine, loader, 0, KILLED_AT, folder)
-        save, job.save_rng_state = job.save_rng_state, died  # type: ignore[assignment]
+        save, job.save_rng_state = job.save_rng_state, died  # type: ignore[attr-defined, assignment]
         with contextlib.suppress(InterruptedError):
             plan.save_checkpoint(engine, folder)
-        job.save_rng_state = save
+        job.save_rng_state = save  # type: ignore[attr-defined]
         engine.destroy()
     os._exit(0)
 
