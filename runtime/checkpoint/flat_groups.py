@@ -11,33 +11,31 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch.distributed
+from torch import Tensor
 
 from autotp_plan.runtime.deepspeed.mesh import Ranks
-from autotp_plan.runtime.deepspeed.zero_internals import FlatRange, flat_groups, full_numel
+from autotp_plan.runtime.deepspeed.zero_internals import FlatRange
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.errors import Fault, MismatchError
 from autotp_plan.schemas.upstream import version
 
 
-def check_flat_groups(engine: Any, ranges: Mapping[str, Sequence[FlatRange]], ranks: Ranks) -> None:
+def check_flat_groups(
+    groups: Sequence[Tensor], ranges: Mapping[str, Sequence[FlatRange]], sizes: Mapping[str, int], ranks: Ranks
+) -> None:
     """Check that `ranges` fill this rank's flat groups, and those of all DP ranks every parameter; all ranks call it.
 
     Args:
-        engine: an engine under ZeRO 1, 2 or 3.
-        ranges: what this rank's flat groups hold of each trainable parameter.
+        groups: this rank's flat groups.
+        ranges: what they hold of each trainable parameter.
+        sizes: the number of elements that this TP rank holds of each of them, by the plan.
         ranks: this process's place in the mesh.
 
     Raises:
         MismatchError: on every rank, when an element is held twice, by no DP rank, or by no parameter.
     """
-    stage = engine.zero_optimization_stage()
-    sizes = {
-        name: full_numel(parameter, stage)
-        for name, parameter in engine.module.named_parameters()
-        if parameter.requires_grad
-    }
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    mine = (ranks.tp_rank, sizes, dict(ranges), _group_faults(flat_groups(engine.optimizer), ranges))
+    mine = (ranks.tp_rank, dict(sizes), dict(ranges), _group_faults(groups, ranges))
     torch.distributed.all_gather_object(gathered, mine)
     problems = [problem for *_, found in gathered for problem in found]
     for tp_rank in range(ranks.tp_size):
@@ -77,7 +75,7 @@ def _times(start: int, reached: int) -> str:
     return "by no DP rank" if start > reached else "twice"
 
 
-def _group_faults(groups: Sequence[torch.Tensor], ranges: Mapping[str, Sequence[FlatRange]]) -> list[tuple[str, str]]:
+def _group_faults(groups: Sequence[Tensor], ranges: Mapping[str, Sequence[FlatRange]]) -> list[tuple[str, str]]:
     """Elements of this rank's flat groups that two parameters hold, or none and that are no padding (zeros)."""
     found: list[tuple[str, str]] = []
     by_group: dict[int, list[iv.Interval]] = defaultdict(list)

@@ -7,8 +7,9 @@ parameters by name, which partly replicated parameters do not keep from one TP s
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,8 +98,8 @@ def load_from_other_mesh(engine: Any, saved: SavedJob, plan: Plan, ranks: Ranks)
     saved.check()
     _check_param_groups(len(optimizer.param_groups), len(saved.optimizer_state.param_groups))
     ranges = held_ranges(optimizer, engine.module, stage)
-    _check_names(ranges, plan, ranks.tp_rank)
-    check_flat_groups(engine, ranges, ranks)
+    sizes = _planned_sizes(ranges, plan, ranks.tp_rank)
+    check_flat_groups(flat_groups(optimizer), ranges, sizes, ranks)
     with full_parameters(engine):
         _load_unoptimized(engine, saved, plan, ranks)
         states = _fill_flat_groups(flat_groups(optimizer), ranges, saved, plan, ranks)
@@ -124,9 +125,10 @@ def _check_param_groups(have: int, saved: int) -> None:
         )
 
 
-def _check_names(ranges: Mapping[str, Sequence[FlatRange]], plan: Plan, tp_rank: int) -> None:
-    planned = {
-        one.name
+def _planned_sizes(names: Collection[str], plan: Plan, tp_rank: int) -> dict[str, int]:
+    """Number of elements that a rank holds of each of its parameters `names`. Raises MismatchError for other names."""
+    sizes = {
+        one.name: math.prod(one.layout.rank_shape(tp_rank))
         for parameter in plan.expanded()
         for one in held_parameters(parameter.name, plan.layouts[parameter.layout], plan.shape_of(parameter), tp_rank)
     }
@@ -138,10 +140,11 @@ def _check_names(ranges: Mapping[str, Sequence[FlatRange]], plan: Plan, tp_rank:
             expected="parameters of the plan",
             next="resume on the mesh and ZeRO stage the job was saved on",
         )
-        for name in sorted(ranges.keys() - planned)
+        for name in sorted(set(names) - sizes.keys())
     ]
     if faults:
         raise MismatchError(faults)
+    return {name: sizes[name] for name in names}
 
 
 def _fill_flat_groups(

@@ -108,21 +108,19 @@ def _range_at_stage_3(optimizer: Any, parameter: nn.Parameter) -> Iterator[FlatR
         raise moved(_PACKAGE, "engine.optimizer.grad_position", "a parameter is not in it", "every trainable parameter")
     group, at, size = positions[identifier]
     start = private(optimizer, "_get_param_partition_rank", _PACKAGE, used_for)(parameter) * size
-    numel = max(0, min(size, full_numel(parameter, 3) - start))
+    numel = max(0, min(size, full_numel(parameter) - start))
     yield FlatRange(group=group, start=start, at=at, numel=numel, padding=size - numel)
 
 
-def full_numel(parameter: nn.Parameter, stage: int) -> int:
-    """Number of elements of a parameter before ZeRO 3 partitioned it. Relies on `parameter.ds_numel` at stage 3."""
-    numel: int = private(parameter, "ds_numel", _PACKAGE, "resuming under ZeRO 3") if stage == 3 else parameter.numel()
+def full_numel(parameter: nn.Parameter) -> int:
+    """Number of elements of a parameter before ZeRO 3 partitioned it. Relies on `parameter.ds_numel`."""
+    numel: int = private(parameter, "ds_numel", _PACKAGE, "the size of a parameter under ZeRO 3")
     return numel
 
 
-def is_partitioned(parameter: Tensor) -> bool:
+def is_partitioned(parameter: nn.Parameter) -> bool:
     """Whether ZeRO 3 has taken the elements of a parameter away, until they are gathered. Relies on `ds_numel`."""
-    return hasattr(parameter, "ds_id") and parameter.numel() != private(
-        parameter, "ds_numel", _PACKAGE, "reading a shard under ZeRO 3"
-    )
+    return hasattr(parameter, "ds_id") and parameter.numel() != full_numel(parameter)
 
 
 def partition_of(parameter: nn.Parameter, dp_rank: int) -> tuple[int, Tensor] | None:
@@ -136,7 +134,7 @@ def partition_of(parameter: nn.Parameter, dp_rank: int) -> tuple[int, Tensor] | 
     held = private(parameter, "ds_tensor", _PACKAGE, "saving weights under ZeRO 3")
     size = private(held, "ds_numel", _PACKAGE, "saving weights under ZeRO 3")
     start = dp_rank * size
-    return start, held.detach().reshape(-1)[: max(0, min(size, full_numel(parameter, 3) - start))]
+    return start, held.detach().reshape(-1)[: max(0, min(size, full_numel(parameter) - start))]
 
 
 def swaps_to_disk(optimizer: Any) -> bool:
