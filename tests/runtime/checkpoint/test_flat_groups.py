@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from autotp_plan.schemas.errors import AutoTPError
+from autotp_plan.schemas.errors import AutoTPError, CheckpointError, MismatchError, MissingDependencyError
 from tests.helpers.launch import launch
+from tests.helpers.paths import ROOT
 
 STAGES = (1, 2, 3)
 SAVED_UNDER = {1: 2, 2: 1, 3: 1}
@@ -160,3 +163,67 @@ def test_what_tiles_a_parameter() -> None:
     assert tiling_faults(ranges((0, 4), (3, 4)), 7) == ["elements 3 to 4 are held twice"]
     assert tiling_faults(ranges((0, 3)), 7) == ["3 of 7 elements are held"]
     assert tiling_faults([], 7) == ["0 of 7 elements are held"]
+
+
+def saved_job(folder: Path) -> Any:
+    from autotp_plan.runtime.checkpoint.zero_files import SavedJob
+    from autotp_plan.schemas.plan.document import Plan
+
+    about = json.loads((folder / "autotp_checkpoint.json").read_text())
+    return SavedJob(folder, Plan.read(folder / "autotp_plan.json"), about["dp_size"], about["zero_stage"])
+
+
+def without_one(mapping: dict[str, Any]) -> None:
+    mapping.pop(next(iter(mapping)))
+
+
+def without_any(mapping: dict[str, Any]) -> None:
+    mapping.clear()
+
+
+def shifted(mapping: dict[str, Any]) -> None:
+    mapping[next(iter(mapping))].start += 1
+
+
+def shorter(mapping: dict[str, Any]) -> None:
+    mapping[next(iter(mapping))].numel -= 1
+
+
+@pytest.mark.parametrize("plant", [None, without_one, shifted, shorter, without_any])
+def test_a_saved_job_with_weights_elsewhere_is_refused(tmp_path: Path, plant: Callable[[Any], None] | None) -> None:
+    import torch
+
+    folder = tmp_path / "step2"
+    shutil.copytree(ROOT / "tests" / "golden" / "version_0_1" / "job" / "step2", folder)
+    file = folder / "zero_pp_rank_0_mp_rank_01_optim_states.pt"
+    content = torch.load(file, weights_only=False)
+    if plant is None:
+        saved_job(folder).check()
+        return
+    plant(content["optimizer_state_dict"]["param_slice_mappings"][0])
+    torch.save(content, file)
+    with pytest.raises(CheckpointError, match="do not hold the weights where they were looked for"):
+        saved_job(folder).check()
+
+
+def test_a_saved_job_with_other_keys_is_refused(tmp_path: Path) -> None:
+    import torch
+
+    folder = tmp_path / "step2"
+    shutil.copytree(ROOT / "tests" / "golden" / "version_0_1" / "job" / "step2", folder)
+    file = folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    content = torch.load(file, weights_only=False)
+    content["optimizer_state_dict"]["slices"] = content["optimizer_state_dict"].pop("param_slice_mappings")
+    torch.save(content, file)
+    with pytest.raises(MissingDependencyError, match="param_slice_mappings"):
+        saved_job(folder).check()
+
+
+def test_parameters_that_were_added_are_refused() -> None:
+    from autotp_plan.runtime.checkpoint.mesh_change import _planned_sizes
+    from autotp_plan.schemas.plan.document import Plan
+
+    plan = Plan.read(ROOT / "tests" / "golden" / "version_0_1" / "tp2.json")
+    assert _planned_sizes(["model.norm.weight"], plan, 0) == {"model.norm.weight": plan.model.config["hidden_size"]}  # type: ignore[index]
+    with pytest.raises(MismatchError, match="a trained parameter is not the plan's"):
+        _planned_sizes(["model.norm.weight", "adapter.weight"], plan, 0)
