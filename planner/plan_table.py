@@ -9,7 +9,8 @@ from typing import Any
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.layout import Layout
 from autotp_plan.schemas.names import expand
-from autotp_plan.schemas.plan.document import Parameter, Plan, PlannedModule
+from autotp_plan.schemas.plan.document import Plan
+from autotp_plan.schemas.plan.entries import Parameter, PlannedModule
 from autotp_plan.schemas.storage.safetensors_header import num_bytes
 
 _LAYER = re.compile(r"([^.{]+\.)*?(\{[^}]*\}|\d+)\.")
@@ -17,8 +18,8 @@ _LAYER = re.compile(r"([^.{]+\.)*?(\{[^}]*\}|\d+)\.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One line of the table: a group of alike parameters."""
+class TableRow:
+    """One line of the table: an entry of the plan, which may be a parameter of many layers."""
 
     name: str
     count: int
@@ -40,14 +41,14 @@ class Summary:
     num_parameters: int
 
 
-def rows(plan: Plan) -> list[Row]:
+def rows(plan: Plan) -> list[TableRow]:
     """The table of a plan, a row per entry; `bytes_per_rank` is that of the rank that holds most."""
     table = []
     for entry in plan.parameters:
         layout = plan.layouts[entry.layout]
         count = len(expand(entry.name))
         table.append(
-            Row(
+            TableRow(
                 name=entry.name,
                 count=count,
                 shape=" x ".join(map(str, plan.shape_of(entry))) or "scalar",
@@ -55,7 +56,7 @@ def rows(plan: Plan) -> list[Row]:
                 style=_style(entry),
                 share=_share(layout, plan.tp_size),
                 bytes_per_rank=count * max(_rank_bytes(entry, layout, rank) for rank in range(plan.tp_size)),
-                rule=entry.rule,
+                rule=str(entry.rule),
             )
         )
     return table
@@ -92,7 +93,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "shape": list(shape),
             "dtype": parameter.dtype,
             "style": parameter.style,
-            "rule": parameter.rule,
+            "rule": str(parameter.rule),
             "dim": layout.dim,
             "intervals": [[list(run) for run in layout.rank_intervals(rank)] for rank in range(plan.tp_size)],
         }
@@ -152,9 +153,9 @@ def _rank_bytes(entry: Parameter, layout: Layout, rank: int) -> int:
     return num_bytes(entry.dtype, layout.rank_shape(rank))
 
 
-def groups(plan: Plan) -> list[tuple[str, list[Row]]]:
+def groups(plan: Plan) -> list[tuple[str, list[TableRow]]]:
     """The table in groups: `("model.layers.{0..31}.", rows of those layers)`, and `("", rows outside of layers)`."""
-    found: list[tuple[str, list[Row]]] = []
+    found: list[tuple[str, list[TableRow]]] = []
     for row in rows(plan):
         match = _LAYER.match(row.name)
         prefix = match.group() if match else ""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from autotp_plan.planner.cli.output import not_written, reported
-from autotp_plan.schemas.errors import ShardsError
+from autotp_plan.schemas.errors import OutputError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -52,7 +52,7 @@ def export(plan_file: Path, target: str, output: Path | None, partial: bool, out
         try:
             write_atomically(output, format_json(section))
         except OSError as error:
-            raise ShardsError(not_written(output, error)) from None
+            raise OutputError(not_written(output, error)) from None
     if output_format == "json":
         click.echo(json.dumps(_as_json(exported, section if written else None), indent=1))
     elif written and output is not None:
@@ -109,7 +109,7 @@ def presets() -> None:
 @reported
 def list_presets(output_format: str) -> None:
     """List the presets."""
-    from autotp_plan.planner.rules.rule_set import preset_names, read_preset
+    from autotp_plan.planner.rules.preset_files import preset_names, read_preset
 
     found = [read_preset(name) for name in preset_names()]
     if output_format == "json":
@@ -130,7 +130,7 @@ def list_presets(output_format: str) -> None:
 @reported
 def show_preset(name: str) -> None:
     """Print a preset: a spec file, to read or to start one's own from."""
-    from autotp_plan.planner.rules.rule_set import preset_text
+    from autotp_plan.planner.rules.preset_files import preset_text
 
     click.echo(preset_text(name), nl=False)
 

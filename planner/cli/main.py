@@ -17,7 +17,7 @@ import click
 from autotp_plan.planner.cli.export import export, presets
 from autotp_plan.planner.cli.output import not_written, reported
 from autotp_plan.planner.cli.shards import check_shards, merge, presplit, reshard
-from autotp_plan.schemas.errors import AutoTPError, Fault, ShardsError
+from autotp_plan.schemas.errors import AutoTPError, Fault, OutputError
 from autotp_plan.schemas.shards.manifest import MANIFEST_NAME, PLAN_NAME
 
 if TYPE_CHECKING:
@@ -66,18 +66,17 @@ def compile(
     """Compile a plan: decide how every parameter of a model is cut."""
     from autotp_plan.planner.compiler import compile_plan
     from autotp_plan.planner.deepspeed.read_config import read_deepspeed_config
-    from autotp_plan.planner.rules.rule_set import read_spec_file
     from autotp_plan.schemas.documents import write_atomically
+    from autotp_plan.schemas.spec import SpecFile
 
     faults: list[Fault] = []
     files = []
     for path in specs:
         try:
-            files.append(read_spec_file(path))
+            files.append(SpecFile.read(path))
         except AutoTPError as error:
             prefix = f"{path}: " if len(specs) > 1 else ""
-            faults += [Fault(what=f.what, where=prefix + f.where, got=f.got, expected=f.expected, next=f.next)
-                       for f in error.faults]  # fmt: skip
+            faults += [dataclasses.replace(fault, where=prefix + fault.where) for fault in error.faults]
     section = None
     if ds_config is not None:
         try:
@@ -92,7 +91,7 @@ def compile(
     try:
         write_atomically(output, plan.to_json())
     except OSError as error:
-        raise ShardsError(not_written(output, error)) from None
+        raise OutputError(not_written(output, error)) from None
     _report_compiled(plan, output)
 
 
@@ -227,7 +226,7 @@ def verify(plan_file: Path, output_format: str, no_stamp: bool, attention: tuple
         try:
             write_atomically(plan_file, dataclasses.replace(plan, verified=proof.stamp()).to_json())
         except OSError as error:
-            raise ShardsError(not_written(plan_file, error)) from None
+            raise OutputError(not_written(plan_file, error)) from None
 
 
 def _verified(plan: Plan, attention: tuple[str, ...]) -> Proof:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from autotp_plan.planner.cli.output import progress, reported
-from autotp_plan.schemas.errors import Fault, MismatchError
+from autotp_plan.schemas.errors import Fault, OptionError
 
 if TYPE_CHECKING:
     from autotp_plan.schemas.shards.manifest import Manifest
@@ -78,9 +78,16 @@ def reshard(
     from autotp_plan.schemas.plan.document import Plan
 
     if (tp_size is None) == (plan_file is None):
-        got = "neither" if tp_size is None else "both"
-        what = "reshard needs to know what to cut for"
-        raise MismatchError(Fault(what=what, where="--tp", got=got, expected="either --tp or --plan"))
+        raise OptionError(
+            Fault(
+                code="tp-or-plan",
+                what="reshard needs a number of ranks or a plan",
+                where="--tp",
+                got="neither" if tp_size is None else "both",
+                expected="either --tp or --plan",
+                next="give --tp N for the plan of the same preset, or --plan FILE for another one",
+            )
+        )
     plan = None if plan_file is None else Plan.read(plan_file)
     started = time.monotonic()
     with progress("reshard", quiet) as shown:

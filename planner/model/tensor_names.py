@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from autotp_plan.schemas.names import NameSet, starred
-from autotp_plan.schemas.plan.document import Sources
+from autotp_plan.schemas.plan.entries import Sources
 
 _T = TypeVar("_T")
 _HEAD = "lm_head."
@@ -34,10 +34,10 @@ class DiskNames:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
+class DiskTensor:
     """What a tensor on disk is: a whole parameter, or the one of `sources` at `position`, with its `number`.
 
-    `stack` is alike for all tensors that are numbered together: those of all experts of all layers.
+    `stack` is the same for all tensors that are numbered together: those of all experts of all layers.
     """
 
     parameter: str
@@ -62,7 +62,7 @@ class ToMemory:
         self._missing = "" if any(name.startswith(prefix) for name in on_disk) else prefix
         self._ignored = NameSet(names.ignored)
 
-    def part(self, disk: str) -> Part | None:
+    def role(self, disk: str) -> DiskTensor | None:
         """What the tensor called `disk` is; None when it is to be ignored."""
         prefixed = disk if not self._missing or self._is_named(disk) else self._missing + disk
         if disk in self._ignored or prefixed in self._ignored:
@@ -70,16 +70,16 @@ class ToMemory:
         found = self._assembled.find(prefixed)
         if found is None:
             renamed = self._renamed.find(prefixed)
-            return Part(parameter=prefixed if renamed is None else _fill(*renamed))
+            return DiskTensor(parameter=prefixed if renamed is None else _fill(*renamed))
         (memory, disks, position), numbers = found
         stacked = len(numbers) > memory.count("*")
         shared = numbers[:-1] if stacked else numbers
-        own = [_fill(pattern, shared) for pattern in disks]
+        names = [_fill(pattern, shared) for pattern in disks]
         if prefixed != disk:
-            own = [name.removeprefix(self._missing) for name in own]
-        return Part(
+            names = [name.removeprefix(self._missing) for name in names]
+        return DiskTensor(
             parameter=_fill(memory, shared),
-            sources=Sources(names=tuple(own)),
+            sources=Sources(names=tuple(names)),
             position=position,
             number=int(numbers[-1]) if stacked else 0,
             stack=disks[position].rpartition("*")[0] if stacked else "",
