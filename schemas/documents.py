@@ -35,6 +35,7 @@ def read_json(path: Path, kind: str) -> Any:
         if path.stat().st_size > MAX_DOCUMENT_BYTES:
             raise DocumentError(
                 Fault(
+                    code="document-too-large",
                     what=f"the {kind} is too large to be one",
                     where=str(path),
                     got=f"{path.stat().st_size} bytes",
@@ -46,6 +47,7 @@ def read_json(path: Path, kind: str) -> Any:
     except OSError as error:
         raise DocumentError(
             Fault(
+                code="unreadable-document",
                 what=f"cannot read the {kind}",
                 where=str(path),
                 got=error.strerror or str(error),
@@ -161,6 +163,7 @@ def _faults_of(error: ValidationError, kind: str, schema_name: str) -> list[Faul
         known = schema.get("properties", {})
         return [
             Fault(
+                code="unknown-key",
                 what=f"the {kind} has an unknown key",
                 where=f"{dotted(error.absolute_path)}.{key}".lstrip("."),
                 got=_short(key),
@@ -175,6 +178,7 @@ def _faults_of(error: ValidationError, kind: str, schema_name: str) -> list[Faul
         missing = [key for key in wanted if key not in instance]
         return [
             Fault(
+                code="missing-key",
                 what=f"the {kind} lacks a key",
                 where=where,
                 got="keys " + (", ".join(sorted(map(str, instance))) or "none"),
@@ -186,6 +190,7 @@ def _faults_of(error: ValidationError, kind: str, schema_name: str) -> list[Faul
     expected = schema.get("description") or f"{error.validator} {_short(error.validator_value)}"
     return [
         Fault(
+            code="wrong-value",
             what=f"the {kind} has a wrong value",
             where=where,
             got=_short(instance),
@@ -214,6 +219,7 @@ def _no_constant(name: str) -> Any:
 
 def _not_json(path: Path | str, kind: str, got: str) -> Fault:
     return Fault(
+        code="not-json",
         what=f"the {kind} is not JSON",
         where=str(path),
         got=got,

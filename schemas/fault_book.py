@@ -56,9 +56,7 @@ class FaultBook:
         for place, mentioned in enumerate(mentions):
             got = got.replace(mentioned, f"\0{place}")
         templates = tuple(map(starred, mentions))
-        kind = _Kind(
-            code=code, what=what, rule=str(rule), got=got, expected=expected, next=next, mentions=templates
-        )
+        kind = _Kind(code=code, what=what, rule=str(rule), got=got, expected=expected, next=next, mentions=templates)
         self._found[kind].setdefault(name, mentions)
 
     def __bool__(self) -> bool:

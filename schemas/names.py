@@ -141,6 +141,7 @@ def _braces(numbers: Sequence[int]) -> str:
 
 def _bad_braces(pattern: str, got: str) -> Fault:
     return Fault(
+        code="bad-name-pattern",
         what="a name pattern cannot be expanded",
         where=pattern,
         got=got,

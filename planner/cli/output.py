@@ -93,6 +93,7 @@ def _fail(faults: Sequence[Fault]) -> None:
 
 def _refused(error: OSError) -> Fault:
     return Fault(
+        code="operating-system",
         what="the operating system refused",
         where=str(error.filename or "a file"),
         got=error.strerror or str(error),
@@ -104,6 +105,7 @@ def _refused(error: OSError) -> Fault:
 def not_written(path: Path, error: OSError) -> Fault:
     """The fault of a file that cannot be written."""
     return Fault(
+        code="file-not-written",
         what="the file cannot be written",
         where=str(path),
         got=error.strerror or str(error),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ TRIED = frozenset(
     | {"granitemoe"}
 )
 """The `model_type`s whose export plain DeepSpeed computed with, compared with the dense model (test_export.py)."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Export:
     """A `partition_config`, what becomes `whole` by it though the plan cuts it, and what cannot be said at all.

@@ -159,6 +159,7 @@ def _typed(section: dict[str, Any], key: str, kind: type, faults: list[Fault]) -
 
 def _fault(where: str, got: str, expected: str, hint: str = "") -> Fault:
     return Fault(
+        code="deepspeed-config-value",
         what="the DeepSpeed config has a wrong value",
         where=where,
         got=got,

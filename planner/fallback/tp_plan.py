@@ -7,6 +7,7 @@ and what is compiled from it must be proven before it is used.
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections import defaultdict
@@ -48,6 +49,7 @@ def rules_of_model(model: Any, tp_size: int, where: str) -> SpecFile:
     if odd:
         raise CompileError(
             Fault(
+                code="unsupported-conversion",
                 what="the checkpoint's tensors become parameters in a way that cannot be cut from disk",
                 where=where,
                 got=", ".join(odd),
@@ -172,11 +174,11 @@ class _Translation:
 
     def _unit(self, owner: str, size: int) -> int | None:
         """The width of one head in an attention module's projection."""
-        parent = self.by_module[owner.rpartition(".")[0]]
+        attention = self.by_module[owner.rpartition(".")[0]]
         heads = _count(self.config, "num_attention_heads")
-        if "attention" not in type(parent).__name__.lower() or heads is None:
+        if heads is None or not _is_attention(attention):
             return None
-        head_dim = getattr(parent, "head_dim", None)
+        head_dim = getattr(attention, "head_dim", None)
         counts = (heads, _count(self.config, "num_key_value_heads"))
         if type(head_dim) is int and size % head_dim == 0 and size // head_dim in counts:
             return head_dim
@@ -190,7 +192,7 @@ class _Translation:
                 continue
             module = self.by_module[matched[0]]
             if style == "moe_tp_experts":
-                inputs = {name: CrossingSpec(operation="copy") for name in _float_inputs(module)}
+                inputs = {name: CrossingSpec(operation="copy") for name in _differentiable_inputs(module)}
                 self.modules.append(
                     ModuleSpec(patterns=(pattern,), inputs=inputs, output=CrossingSpec(operation="reduce"))
                 )
@@ -211,12 +213,20 @@ def _count(config: Any, key: str) -> int | None:
     return found if type(found) is int and found > 0 else None
 
 
-def _float_inputs(module: Any) -> list[str]:
-    """The inputs of an experts module that gradients flow through: the first, and the weights of the routing."""
-    import inspect
+def _is_attention(module: Any) -> bool:
+    """Whether a module's forward masks positions and its attributes describe heads, as all attention modules' do."""
+    heads = hasattr(module, "head_dim") or hasattr(module, "is_causal")
+    return heads and "attention_mask" in inspect.signature(type(module).forward).parameters
 
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    return [name for name in names if name not in ("args", "kwargs") and "ind" not in name]
+
+def _differentiable_inputs(experts: Any) -> list[str]:
+    """The inputs of an experts module that gradients flow through: hidden states and routing weights.
+
+    transformers passes `(hidden_states, indices, weights)` in this order (MoeExpertsParallel in
+    transformers/distributed/tensor_parallel.py).
+    """
+    _, *names = inspect.signature(type(experts).forward).parameters
+    return names[:3:2]
 
 
 def _pattern(template: str) -> str:
@@ -272,6 +282,7 @@ def _refusal(translation: _Translation, unknown: Sequence[str], where: str) -> l
     undecided = ", ".join(dict.fromkeys(starred(name) for name in translation.undecided))
     return [
         Fault(
+            code="no-preset",
             what="there is no preset for this model, and it cannot be planned without one",
             where=where,
             got=f"model_type {translation.config.model_type}: {'; '.join(reasons)}; undecided: {undecided}",

@@ -18,6 +18,7 @@ from autotp_plan.schemas.plan.entries import Style
 from autotp_plan.schemas.plan.rule_ref import RuleRef
 from autotp_plan.schemas.spec import Spec
 
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rule:
     """A rule with its reference and compiled patterns."""

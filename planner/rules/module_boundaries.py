@@ -76,7 +76,9 @@ def planned_modules(
     Args and faults as for `module_attributes`.
     """
     sharded = sharded_modules(decisions)
-    adjacent = {name.rpartition(".")[0]: None for name in decisions if name.rpartition(".")[0].rpartition(".")[0] in sharded}
+    adjacent = {
+        name.rpartition(".")[0]: None for name in decisions if name.rpartition(".")[0].rpartition(".")[0] in sharded
+    }
     done: set[str] = set()
     for rules in lists:
         for index, spec in enumerate(rules.modules, 1):
@@ -91,7 +93,9 @@ def planned_modules(
                     yield module, planned
 
 
-def _planned(spec: ModuleSpec, symbols: Symbols, tp_size: int, rule: RuleRef, faults: FaultBook) -> PlannedModule | None:
+def _planned(
+    spec: ModuleSpec, symbols: Symbols, tp_size: int, rule: RuleRef, faults: FaultBook
+) -> PlannedModule | None:
     try:
         return PlannedModule(
             module="",
@@ -102,7 +106,9 @@ def _planned(spec: ModuleSpec, symbols: Symbols, tp_size: int, rule: RuleRef, fa
     except SymbolError as error:
         _unresolved(rule, error, faults)
     except pt.PartitionError as error:
-        faults.add(error.code, error.what, rule=rule, got=error.got, expected=error.expected, next="choose another tp_size")
+        faults.add(
+            error.code, error.what, rule=rule, got=error.got, expected=error.expected, next="choose another tp_size"
+        )
     return None
 
 
@@ -146,7 +152,9 @@ def _matched(
         yield from matched
 
 
-def _values(symbols: Symbols, tp_size: int, faults: FaultBook, rule: RuleRef, size: int | str) -> tuple[int, ...] | None:
+def _values(
+    symbols: Symbols, tp_size: int, faults: FaultBook, rule: RuleRef, size: int | str
+) -> tuple[int, ...] | None:
     """The value on each rank; None when it cannot be resolved."""
     try:
         return tuple(symbols.resolve(size, {"tp_size": tp_size, "tp_rank": rank}) for rank in range(tp_size))

@@ -37,7 +37,9 @@ class IndivisibleError(PartitionError):
         few = indivisible == "uneven"
         super().__init__(
             "fewer-units-than-ranks" if few else "indivisible",
-            "a weight has fewer units than there are ranks" if few else "a weight cannot be split evenly over the ranks",
+            "a weight has fewer units than there are ranks"
+            if few
+            else "a weight cannot be split evenly over the ranks",
             f"{units} over {tp_size} ranks",
             expected[indivisible],
         )
@@ -79,7 +81,9 @@ def partition(shape: Sequence[int], sharding: Sharding, tp_size: int) -> Layout:
     """
     view, sizes = _view(tuple(shape), sharding)
     units = sharding.unit if isinstance(sharding.unit, tuple) else (sharding.unit,) * len(sizes)
-    indivisibles = sharding.indivisible if isinstance(sharding.indivisible, tuple) else (sharding.indivisible,) * len(sizes)
+    indivisibles = (
+        sharding.indivisible if isinstance(sharding.indivisible, tuple) else (sharding.indivisible,) * len(sizes)
+    )
     if not len(units) == len(sizes) == len(indivisibles):
         got = f"{len(units)} units, {len(indivisibles)} of indivisible"
         raise PartitionError("units-do-not-pair", "units and sub-parameters do not pair up", got, f"{len(sizes)}")
@@ -125,8 +129,12 @@ def tp_size_fits(shape: Sequence[int], sharding: Sharding, tp_size: int) -> bool
         PartitionError: the rule does not fit the shape, whatever the tp_size.
     """
     subs = partition(shape, sharding, 1).sub_parameters
-    indivisibles = sharding.indivisible if isinstance(sharding.indivisible, tuple) else (sharding.indivisible,) * len(subs)
-    return all(_fits(sub.num_units, indivisible, sharding.uneven, tp_size) for sub, indivisible in zip(subs, indivisibles))
+    indivisibles = (
+        sharding.indivisible if isinstance(sharding.indivisible, tuple) else (sharding.indivisible,) * len(subs)
+    )
+    return all(
+        _fits(sub.num_units, indivisible, sharding.uneven, tp_size) for sub, indivisible in zip(subs, indivisibles)
+    )
 
 
 def _fits(num_units: int, indivisible: Indivisible, uneven: bool, tp_size: int) -> bool:
@@ -144,7 +152,9 @@ def _units_of_ranks(sub: SubParameter, tp_size: int) -> list[iv.Interval]:
 
 def _sub_parameter(size: int, unit: int) -> SubParameter:
     if size < 1 or unit < 1:
-        raise PartitionError("size-not-positive", "a size is not positive", f"size {size}, unit {unit}", "positive integers")
+        raise PartitionError(
+            "size-not-positive", "a size is not positive", f"size {size}, unit {unit}", "positive integers"
+        )
     if size % unit:
         raise PartitionError(
             "broken-unit", "a sub-parameter is not whole units", f"{size} in units of {unit}", f"a multiple of {unit}"
@@ -157,13 +167,22 @@ def _view(shape: tuple[int, ...], sharding: Sharding) -> tuple[tuple[int, ...], 
     logical = sharding.shape if sharding.shape is not None else (-1,) * len(shape)
     if sharding.dim >= len(logical):
         raise PartitionError(
-            "partition-dim", "partition_dim is not a dimension", f"{sharding.dim} of {list(logical)}", f"0 to {len(logical) - 1}"
+            "partition-dim",
+            "partition_dim is not a dimension",
+            f"{sharding.dim} of {list(logical)}",
+            f"0 to {len(logical) - 1}",
         )
     at_dim = logical[sharding.dim]
     if any(isinstance(size, tuple) for dim, size in enumerate(logical) if dim != sharding.dim):
-        raise PartitionError("sizes-not-at-partition-dim", "sub-parameter sizes are not at partition_dim", f"{list(logical)}", f"them at {sharding.dim}")
+        raise PartitionError(
+            "sizes-not-at-partition-dim",
+            "sub-parameter sizes are not at partition_dim",
+            f"{list(logical)}",
+            f"them at {sharding.dim}",
+        )
     known = [
-        sum(size) if isinstance(size, tuple) else -1 if dim == sharding.dim else size for dim, size in enumerate(logical)
+        sum(size) if isinstance(size, tuple) else -1 if dim == sharding.dim else size
+        for dim, size in enumerate(logical)
     ]
     if any(size < 1 and size != -1 for size in [*known, at_dim] if isinstance(size, int)) or (
         isinstance(at_dim, tuple) and min(at_dim) < 1
@@ -172,7 +191,8 @@ def _view(shape: tuple[int, ...], sharding: Sharding) -> tuple[tuple[int, ...], 
     view = _infer(shape, known)
     if view is None or group_view(shape, view) is None:
         raise PartitionError(
-            "shape-does-not-fit", "the rule's shape does not fit the parameter",
+            "shape-does-not-fit",
+            "the rule's shape does not fit the parameter",
             f"{_text(logical)} for {_text(shape)}",
             "a logical shape of the same elements, row-major",
         )
@@ -183,7 +203,10 @@ def _view(shape: tuple[int, ...], sharding: Sharding) -> tuple[tuple[int, ...], 
         return view, (size,)
     if size % at_dim:
         raise PartitionError(
-            "unequal-sub-parameters", "the dimension is not equal sub-parameters", f"{size} in {at_dim}", f"a multiple of {at_dim}"
+            "unequal-sub-parameters",
+            "the dimension is not equal sub-parameters",
+            f"{size} in {at_dim}",
+            f"a multiple of {at_dim}",
         )
     return view, (size // at_dim,) * at_dim
 

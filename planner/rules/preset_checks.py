@@ -64,9 +64,7 @@ def misreads_fused_weight(
         faults: gets a fault where the sub-parameters differ.
     """
     try:
-        found, right = (
-            pt.partition(shape, dataclasses.replace(resolve(one), unit=1), 1) for one in (spec, known.spec)
-        )
+        found, right = (pt.partition(shape, dataclasses.replace(resolve(one), unit=1), 1) for one in (spec, known.spec))
     except (SymbolError, pt.PartitionError):
         return False  # then the rule is at fault when it is applied; or the config does not fit, and the preset's is
     got, expected = ([sub.size for sub in one.sub_parameters] for one in (found, right))
@@ -84,7 +82,9 @@ def misreads_fused_weight(
     return True
 
 
-def check_modules_sharded_together(decisions: Mapping[str, Decision], trusted: Sequence[Rule], faults: FaultBook) -> None:
+def check_modules_sharded_together(
+    decisions: Mapping[str, Decision], trusted: Sequence[Rule], faults: FaultBook
+) -> None:
     """What a preset shards in one module is sharded or replicated together: a head count cannot be both.
 
     Args:

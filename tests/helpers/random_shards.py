@@ -85,7 +85,10 @@ def random_plan(model: Model, tp_size: int, random: Random) -> Plan:
         tp_size=tp_size,
         layouts=layouts,
         parameters=tuple(parameters),
-        tied=tuple(Tie(name=name, to=to, style=by_name[to].style, rule=RuleRef(Origin.UNKNOWN, "random")) for name, to in model.tied),
+        tied=tuple(
+            Tie(name=name, to=to, style=by_name[to].style, rule=RuleRef(Origin.UNKNOWN, "random"))
+            for name, to in model.tied
+        ),
         ignored=tuple(model.ignored),
     )
 

@@ -226,7 +226,10 @@ def test_biases_follow_their_weights(make: Make) -> None:
     assert of(plan, "alone.bias")["rule"] == "default for 1-D"
     against = rules(rule(r"up\.bias$", "skip"), rule(r"up\.weight$"), rule(r"down\.weight$", "row"))
     (fault,) = faults_of(folder, specs=[against])
-    assert (fault.where, fault.what) == ("up.bias (spec file #1)", "a rule shards a bias in another way than its weight")
+    assert (fault.where, fault.what) == (
+        "up.bias (spec file #1)",
+        "a rule shards a bias in another way than its weight",
+    )
     misfit = make({"up.weight": (8, 4), "up.bias": (6,)}, {})
     assert whats(faults_of(misfit, specs=[rules(rule(r"up\.weight$"))])) == [
         ("up.bias", "a bias does not fit its weight")

@@ -33,7 +33,12 @@ def plan_of(*parameters: tuple[str, Style, Layout], tied: tuple[Tie, ...] = (), 
         layouts=layouts,
         parameters=tuple(
             Parameter(
-                name=name, layout=f"layout {index}", dtype="F32", style=style, rule=RuleRef(Origin.UNKNOWN, "r"), gather_output=name == gather
+                name=name,
+                layout=f"layout {index}",
+                dtype="F32",
+                style=style,
+                rule=RuleRef(Origin.UNKNOWN, "r"),
+                gather_output=name == gather,
             )
             for index, (name, style, _) in enumerate(parameters)
         ),
@@ -110,7 +115,8 @@ def test_alike_layers_are_one_fault() -> None:
 )  # fmt: skip
 def test_ties(style: Style, layout: Layout, tied: Style, sound: bool) -> None:
     plan = plan_of(
-        ("embed.weight", style, layout), tied=(Tie(name="head.weight", to="embed.weight", style=tied, rule=RuleRef(Origin.UNKNOWN, "r")),)
+        ("embed.weight", style, layout),
+        tied=(Tie(name="head.weight", to="embed.weight", style=tied, rule=RuleRef(Origin.UNKNOWN, "r")),),
     )
     what = "a tied parameter runs in styles that need different layouts"
     assert found(plan) == ([] if sound else [("head.weight", what)])

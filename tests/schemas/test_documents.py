@@ -15,8 +15,8 @@ import pytest
 
 from autotp_plan.planner import compile_plan
 from autotp_plan.schemas import documents
-from autotp_plan.schemas.errors import AutoTPError, DocumentError, Fault
 from autotp_plan.schemas.codec import decode, encode
+from autotp_plan.schemas.errors import AutoTPError, DocumentError, Fault
 from autotp_plan.schemas.layout import Layout, SubParameter, group_view, parameter_shape
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.manifest import Manifest, ShardFile, Source, SourceFile, owner_name, shard_file_name

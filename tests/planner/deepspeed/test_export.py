@@ -14,7 +14,8 @@ from click.testing import CliRunner, Result
 
 from autotp_plan.planner import compile_plan
 from autotp_plan.planner.cli.main import main
-from autotp_plan.planner.deepspeed.export import DIVIDED, TRIED, export_to_deepspeed
+from autotp_plan.planner.deepspeed.export import TRIED, export_to_deepspeed
+from autotp_plan.planner.deepspeed.limits import DIVIDED
 from autotp_plan.planner.deepspeed.read_config import parse_section, read_deepspeed_config
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.spec import SpecFile

@@ -171,7 +171,9 @@ def test_the_documented_bloom_form_is_refused_where_heads_would_be_cut(tmp_path:
     plan = compiled(folder, {"autotp_size": 2, "partition_config": {"layer_specs": [fused]}})
     assert intervals(plan, f"{at}.attention.query_key_value.weight") == [[[0, 12]], [[12, 24]]]
     (fault, *_) = refused(folder, {"autotp_size": 4, "partition_config": {"layer_specs": [fused]}})
-    assert fault.what == "a weight cannot be split evenly over the ranks", "a rule without a unit takes the preset's: whole heads"
+    assert fault.what == "a weight cannot be split evenly over the ranks", (
+        "a rule without a unit takes the preset's: whole heads"
+    )
 
 
 def test_the_docstrings_of_tp_layer_spec(tmp_path: Path) -> None:

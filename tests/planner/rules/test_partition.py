@@ -9,7 +9,14 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from autotp_plan.planner.rules.partition import Sharding, IndivisibleError, PartitionError, bias_layout, partition, replicated
+from autotp_plan.planner.rules.partition import (
+    IndivisibleError,
+    PartitionError,
+    Sharding,
+    bias_layout,
+    partition,
+    replicated,
+)
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.layout import group_view
 
