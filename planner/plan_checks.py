@@ -1,7 +1,7 @@
 """What can be wrong with a consistent plan: column- and row-parallel weights that do not pair, and another checkpoint.
 
-A row-parallel weight multiplies the output of column-parallel ones of its layer, so both must be sharded the same way: in
-the same number of units, and the same units on each rank.
+A row-parallel weight multiplies the output of column-parallel ones of its layer, so both must be sharded the same way:
+in the same number of units, and the same units on each rank.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class FaultBook:
             next: the next step.
             mentions: names of other parameters that stand in `got`, and differ between layers as `name` does.
         """
-        for place, mentioned in enumerate(mentions):
+        for place, mentioned in sorted(enumerate(mentions), key=lambda one: -len(one[1])):
             got = got.replace(mentioned, f"\0{place}")
         templates = tuple(map(starred, mentions))
         kind = _Kind(code=code, what=what, rule=str(rule), got=got, expected=expected, next=next, mentions=templates)
@@ -63,7 +63,7 @@ class FaultBook:
         return bool(self._found)
 
     def faults(self) -> list[Fault]:
-        """Every fault, those that differ only in numbers of layers folded: `model.layers.{0..31}.mlp.up_proj.weight`."""
+        """Every fault; those that differ only in the layer are one: `model.layers.{0..31}.mlp.up_proj.weight`."""
         return [
             Fault(code=kind.code, what=kind.what, where=where, got=got, expected=kind.expected, next=kind.next)
             for kind, names in self._found.items()

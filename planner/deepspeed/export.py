@@ -1,7 +1,7 @@
 """A plan in the words of plain DeepSpeed: a `partition_config`, where those words are enough.
 
-Whatever no pattern of a `partition_config` matches is replicated. So embeddings and a tied head become replicated, which
-is right and takes more memory; fused experts may be. What else DeepSpeed cannot do is in `limits`.
+Whatever no pattern of a `partition_config` matches is replicated. So embeddings and a tied head become replicated,
+which is right and takes more memory; fused experts may be. What else DeepSpeed cannot do is in `limits`.
 """
 
 from __future__ import annotations

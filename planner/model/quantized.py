@@ -1,7 +1,7 @@
 """Checkpoints whose weights are quantised with separate scales: recognised, and refused.
 
 Their tensors are not the module's parameters: fp8 blocks with `weight_scale_inv` (DeepSeek-V3), MXFP4 `_blocks` and
-`_scales` (gpt-oss), GPTQ, AWQ and bitsandbytes. Sharding them as if they were weights would separate them from their scales.
+`_scales` (gpt-oss), GPTQ, AWQ and bitsandbytes. Sharded as if they were weights, they would lose their scales.
 """
 
 from __future__ import annotations

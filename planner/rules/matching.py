@@ -47,7 +47,7 @@ class Decision:
 
     @property
     def shards_activations(self) -> bool:
-        """Whether activations around this parameter's module stay sharded: not gathered after it nor split before it."""
+        """Whether activations around this module stay sharded: not gathered after it, nor split before it."""
         return self.style in ("column", "row", "shard") and not self.gather_output and not self.split_input
 
 

@@ -1,7 +1,7 @@
 """Users' rules, and the decisions for all parameters, compared with what a preset knows about the architecture.
 
-A user's rule may replicate what a preset shards, one module at a time. It may not run a weight in another style, misread
-what is fused in it, or forget that a gradient is partial.
+A user's rule may replicate what a preset shards, one module at a time. It may not run a weight in another style,
+misread what is fused in it, or forget that a gradient is partial.
 """
 
 from __future__ import annotations

@@ -98,11 +98,24 @@ def test_a_row_without_a_column() -> None:
     ]
 
 
-def test_alike_layers_are_one_fault() -> None:
+def test_the_same_fault_in_ten_layers_is_one() -> None:
+    """Also where the fault names the other weight of each layer."""
     plan = plan_of(("l.{0..9}.up.weight", "column", COLUMN), ("l.{0..9}.down.weight", "row", swapped(ROW)))
-    assert {where for where, _ in found(plan)} <= {f"l.{n}.down.weight (r)" for n in range(10)} | {
-        "l.{0..9}.down.weight (r)"
-    }
+    (fault,) = check_plan(plan)
+    assert (fault.code, fault.where) == ("row-unlike-column", "l.{0..9}.down.weight (r)")
+    assert fault.got == "units 3..5 | 0..2 per rank; l.{0..9}.up.weight: 0..2 | 3..5"
+
+
+def test_two_columns_unlike_one_row_are_two_faults() -> None:
+    plan = plan_of(
+        ("l.{0..2}.gate.weight", "column", COLUMN),
+        ("l.{0..2}.up.weight", "column", COLUMN),
+        ("l.{0..2}.down.weight", "row", swapped(ROW)),
+    )
+    assert [fault.got.split("; ")[1] for fault in check_plan(plan)] == [
+        "l.{0..2}.gate.weight: 0..2 | 3..5",
+        "l.{0..2}.up.weight: 0..2 | 3..5",
+    ]
 
 
 @pytest.mark.parametrize(
