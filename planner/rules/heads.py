@@ -25,7 +25,7 @@ def describe_units(spec: Spec, position: int, sub: SubParameter, symbols: Symbol
         tp_size: number of TP ranks, which a unit may depend on.
 
     Returns:
-        `8 heads of 4 rows`, `2 KV heads of 4 rows`, `2 groups of 4 heads, 16 rows each`; `6 units of 8` where the
+        `8 heads of 4 rows`, `2 KV heads of 4 rows`, `2 groups of 4 heads (16 rows each)`; `6 units of 8` where the
         rule's unit is not made of heads, and `6` where a unit is a single index.
     """
     unit = spec.unit[position] if isinstance(spec.unit, tuple) else spec.unit
@@ -40,7 +40,7 @@ def describe_units(spec: Spec, position: int, sub: SubParameter, symbols: Symbol
             return f"{_plural(kv_heads, 'KV head')} of {sub.unit} {indices}"
         if heads is not None and heads % sub.num_units == 0:
             groups = _plural(sub.num_units, "group")
-            return f"{groups} of {heads // sub.num_units} heads, {sub.unit} {indices} each"
+            return f"{groups} of {heads // sub.num_units} heads ({sub.unit} {indices} each)"
     return f"{sub.num_units} units of {sub.unit}" if sub.unit > 1 else str(sub.size)
 
 

@@ -49,10 +49,10 @@ def test_one_code_is_one_kind_of_fault() -> None:
             if isinstance(code, ast.Constant) and isinstance(what, ast.Constant):
                 titles[str(code.value)].add(str(what.value))
     assert len(titles) > 60
-    assert {code: found for code, found in titles.items() if len(found) > 1} == {}
-    assert [code for code in titles if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", code)] == []
+    assert {name: found for name, found in titles.items() if len(found) > 1} == {}
+    assert [name for name in titles if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name)] == []
     by_title: dict[str, set[str]] = defaultdict(set)
-    for code, found in titles.items():
+    for name, found in titles.items():
         for title in found:
-            by_title[title].add(code)
+            by_title[title].add(name)
     assert {title: codes for title, codes in by_title.items() if len(codes) > 1} == {}
