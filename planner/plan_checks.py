@@ -30,7 +30,8 @@ def check_plan(plan: Plan) -> list[Fault]:
     book = FaultBook()
     columns: dict[str, list[Parameter]] = defaultdict(list)
     rows: list[Parameter] = []
-    for parameter in plan.expanded():
+    parameters = list(plan.expanded())
+    for parameter in parameters:
         if len(plan.shape_of(parameter)) < 2:
             continue
         if parameter.style == "column" and not parameter.gather_output:
@@ -52,8 +53,8 @@ def check_plan(plan: Plan) -> list[Fault]:
             expected="one that multiplies this output, or an output gathered on every rank",
             next='make the weight after it row-parallel, or say "gather_output": true',
         )
-    _check_shards(plan, book)
-    _check_ties(plan, book)
+    _check_shards(parameters, plan, book)
+    _check_ties(parameters, plan, book)
     return book.faults()
 
 
@@ -148,15 +149,15 @@ def _check_row(row: Parameter, feeding: Sequence[Parameter], plan: Plan, book: F
     )
 
 
-def _check_shards(plan: Plan, book: FaultBook) -> None:
+def _check_shards(parameters: Sequence[Parameter], plan: Plan, book: FaultBook) -> None:
     """Parameters that one module computes with, such as fused experts: the same number of units, the same ranks."""
     inside: dict[str, list[Parameter]] = defaultdict(list)
-    for parameter in plan.expanded():
+    for parameter in parameters:
         if parameter.style == "shard":
             inside[parameter.name.rpartition(".")[0]].append(parameter)
-    for parameters in inside.values():
+    for members in inside.values():
         by_count: dict[int, tuple[Parameter, list[list[tuple[int, int]]]]] = {}
-        for parameter in parameters:
+        for parameter in members:
             layout = plan.layouts[parameter.layout]
             for sub, start in _sub_parameters(layout):
                 units = _units(sub, start, layout)
@@ -213,8 +214,8 @@ def _brief(units: list[list[tuple[int, int]]]) -> str:
     return shown if len(shown) < 70 else shown[:67] + "..."
 
 
-def _check_ties(plan: Plan, book: FaultBook) -> None:
-    by_name = {parameter.name: parameter for parameter in plan.expanded()}
+def _check_ties(parameters: Sequence[Parameter], plan: Plan, book: FaultBook) -> None:
+    by_name = {parameter.name: parameter for parameter in parameters}
     for tie in plan.tied:
         style = by_name[tie.to].style
         if (tie.style == "replicated") != (style == "replicated") or "row" in (tie.style, style):
