@@ -33,7 +33,7 @@ class TableRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Summary:
-    """The totals of a plan, in bytes. `replicated` is what every rank holds of parameters that are not cut."""
+    """The totals of a plan, in bytes. `replicated` is what every rank holds of parameters that are not sharded."""
 
     total: int
     per_rank: tuple[int, ...]
@@ -68,13 +68,13 @@ def summary(plan: Plan) -> Summary:
     total = replicated = count = 0
     for entry in plan.parameters:
         layout = plan.layouts[entry.layout]
-        alike = len(expand(entry.name))
-        count += alike
-        size = alike * num_bytes(entry.dtype, plan.shape_of(entry))
+        layers = len(expand(entry.name))
+        count += layers
+        size = layers * num_bytes(entry.dtype, plan.shape_of(entry))
         total += size
         replicated += size if layout.dim is None else 0
         for rank in range(plan.tp_size):
-            per_rank[rank] += alike * _rank_bytes(entry, layout, rank)
+            per_rank[rank] += layers * _rank_bytes(entry, layout, rank)
     return Summary(total=total, per_rank=tuple(per_rank), replicated=replicated, num_parameters=count)
 
 
@@ -82,7 +82,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     """`{"tp_size", "parameters": [{"name", "shape", "dtype", "style", "rule", "dim", "intervals"}]}`, expanded.
 
     One entry per module parameter. `dim` is null and every rank holds all of it when a parameter is replicated. Where a
-    weight is cut in a logical view of its shape, the entry has that as `view`, and `dim` is a dimension of it.
+    weight is sharded in a logical view of its shape, the entry has that as `view`, and `dim` is a dimension of it.
     """
     parameters = []
     for parameter in plan.expanded():
@@ -113,8 +113,8 @@ def human_bytes(count: int) -> str:
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
 
 
-def _meets(module: PlannedModule) -> str:
-    """What a module does with the other ranks, in words."""
+def _collectives(module: PlannedModule) -> str:
+    """The collectives at a module's inputs and output, in words."""
     words = {"copy": "gradient of {} summed", "split": "{} split", "reduce": "{} summed"}
     crossings = {**module.inputs, **({"output": module.output} if module.output is not None else {})}
     said = []
@@ -179,7 +179,7 @@ def describe(plan: Plan) -> list[str]:
     held = human_bytes(most) if least == most else f"{human_bytes(least)} to {human_bytes(most)}"
     copies = sum(totals.per_rank) - totals.total
     lines = [
-        f"each rank holds {held} of {human_bytes(totals.total)} ({most / max(1, totals.total):.1%}; an even cut of "
+        f"each rank holds {held} of {human_bytes(totals.total)} ({most / max(1, totals.total):.1%}; an even share of "
         f"everything is {1 / plan.tp_size:.1%}, {human_bytes(totals.total // plan.tp_size)})",
         f"replicated: {human_bytes(totals.replicated)} on every rank, {human_bytes(copies)} of copies over all ranks",
     ]
@@ -188,6 +188,6 @@ def describe(plan: Plan) -> list[str]:
         same = len(set(attribute.values)) == 1
         value = attribute.values[0] if same else list(attribute.values)
         lines.append(f"set on each rank: {attribute.module}.{attribute.attribute} = {value}")
-    lines += [f"{module.module}: {_meets(module)}" for module in plan.modules]
+    lines += [f"{module.module}: {_collectives(module)}" for module in plan.modules]
     lines += [f"note: {note}" for note in plan.notes]
     return [*lines, f"verified: {plan.verified}" if plan.verified else "not verified: run `autotp-plan verify`"]

@@ -67,7 +67,9 @@ def _decode(kind: Any, value: Any) -> Any:
 
 
 def _is_written_as(kind: Any, json_type: type) -> bool:
-    """Whether `kind` is the member of a union that a JSON list or object becomes; scalars stay as they are."""
+    """Whether `kind` is the member of a union that a value of a JSON type becomes; other scalars stay as they are."""
+    if hasattr(kind, "from_value"):
+        return json_type is not type(None)
     if json_type is list:
         return typing.get_origin(kind) is tuple
     return json_type is dict and (dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict)

@@ -1,4 +1,4 @@
-"""How a command ends and what long work shows: with cli.py and the other cli_*.py, all that prints or exits."""
+"""How a command reports errors and exits, and what it shows of long work."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def reported(function: _F) -> _F:
 def progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A callback for (bytes done, bytes in all): a bar with rate and time left, or a plain line every few seconds.
 
-    Nothing when `quiet`.
+    Args:
+        what: the name of the work.
+        quiet: show nothing; the callback is None.
     """
     if quiet:
         yield None

@@ -28,14 +28,14 @@ TRIED = frozenset(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Export:
-    """A `partition_config`, what becomes `whole` by it though the plan cuts it, and what cannot be said at all.
+    """A `partition_config`, what is `replicated` by it though the plan shards it, and what it cannot express.
 
     `share` is the part of all parameters that a rank then holds. `tried`: plain DeepSpeed was compared with the dense
     model for models of this type.
     """
 
     partition_config: dict[str, Any]
-    whole: tuple[str, ...]
+    replicated: tuple[str, ...]
     obstacles: tuple[Obstacle, ...]
     share: float
     tried: bool
@@ -56,35 +56,35 @@ def export_to_deepspeed(plan: Plan) -> Export:
     reasons = {obstacle.where: obstacle for obstacle in found}
     tied = {tie.to for tie in plan.tied}
     rules: dict[str, dict[str, Any] | None] = {}
-    whole: list[str] = []
+    replicated: list[str] = []
     for entry in plan.parameters:
         rule: dict[str, Any] | None = None
         if entry.name in reasons:
             rule = {"partition_type": "skip"} if reasons[entry.name].may_be_whole else None
         elif entry.style == "vocab" or (entry.gather_output and entry.name in tied):
-            whole.append(entry.name)
+            replicated.append(entry.name)
         else:
             rule = _rule(entry, plan.layouts[entry.layout], plan)
         rules[entry.name] = rule
-    whole += [tie.name for tie in plan.tied if tie.to in whole]
+    replicated += [tie.name for tie in plan.tied if tie.to in replicated]
     return Export(
         partition_config={"use_default_specs": False, "layer_specs": _specs(rules)},
-        whole=tuple(whole),
+        replicated=tuple(replicated),
         obstacles=tuple(found),
-        share=_share(plan, {*whole, *reasons}),
+        share=_share(plan, {*replicated, *reasons}),
         tried=plan.model.model_type in TRIED,
     )
 
 
-def _share(plan: Plan, whole: Collection[str]) -> float:
-    """The part of the parameters that the fullest rank holds when those of `whole` are not cut."""
+def _share(plan: Plan, replicated: Collection[str]) -> float:
+    """The share of the parameters that the fullest rank holds when those of `replicated` are not sharded."""
     total = 0
     held = [0] * plan.tp_size
     for entry in plan.parameters:
-        layout, alike = plan.layouts[entry.layout], len(expand(entry.name))
-        total += alike * math.prod(layout.shape)
+        layout, count = plan.layouts[entry.layout], len(expand(entry.name))
+        total += count * math.prod(layout.shape)
         for rank in range(plan.tp_size):
-            held[rank] += alike * math.prod(layout.shape if entry.name in whole else layout.rank_shape(rank))
+            held[rank] += count * math.prod(layout.shape if entry.name in replicated else layout.rank_shape(rank))
     return max(held) / total
 
 
@@ -109,7 +109,7 @@ def _rule(entry: Parameter, layout: Layout, plan: Plan) -> dict[str, Any] | None
 
 
 def _specs(rules: Mapping[str, dict[str, Any] | None]) -> list[dict[str, Any]]:
-    """Rules, alike ones as one, in order. A pattern stands for all layers only where none of them differs."""
+    """Rules in order, each once. A pattern stands for all layers only where none of them differs."""
     by_template: dict[str, list[dict[str, Any] | None]] = {}
     for name, rule in rules.items():
         by_template.setdefault(starred(expand(name)[0]), []).append(rule)
@@ -117,8 +117,8 @@ def _specs(rules: Mapping[str, dict[str, Any] | None]) -> list[dict[str, Any]]:
     for name, rule in rules.items():
         if rule is None:
             continue
-        alike = all(other == rule for other in by_template[starred(expand(name)[0])])
-        pattern = _pattern(name, r"\d+" if alike else None)
+        in_every_layer = all(other == rule for other in by_template[starred(expand(name)[0])])
+        pattern = _pattern(name, r"\d+" if in_every_layer else None)
         same = next((spec for spec in specs if {**spec, "patterns": 0} == {"patterns": 0, **rule}), None)
         if same is None:
             specs.append({"patterns": [pattern], **rule})

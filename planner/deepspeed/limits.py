@@ -19,11 +19,11 @@ from autotp_plan.schemas.plan.entries import ModuleAttribute, Parameter, Planned
 DIVIDED = frozenset(
     {"n_heads", "num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "embed_dim", "hidden_size"}
 )
-"""Attributes that DeepSpeed divides on modules with a cut weight (AutoTP.update_mp_params), of those in presets."""
+"""Attributes that DeepSpeed divides on modules with a sharded weight (AutoTP.update_mp_params), of those in presets."""
 _KV_HEAD_KEYS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "n_head_kv", "kv_n_heads",
                  "num_attention_heads", "n_heads", "attention_heads")  # fmt: skip
 _CUT_WITHOUT_HEADS = ("mlp", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "lm_head", "embed_out")
-"""In a layer's name: DeepSpeed cuts it evenly, any other by KV heads (module_inject/tp_shard.py, get_shard_size)."""
+"""In a layer's name: DeepSpeed shards it evenly, any other by KV heads (module_inject/tp_shard.py, get_shard_size)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,6 +140,6 @@ def _same(one: Sequence[iv.Interval], other: Sequence[iv.Interval]) -> bool:
 
 
 def _num_kv_heads(config: Mapping[str, Any]) -> int:
-    """The number by which DeepSpeed cuts; 0 when the config has none."""
+    """The number of KV heads by which DeepSpeed shards; 0 when the config has none."""
     value = next((config[key] for key in _KV_HEAD_KEYS if config.get(key) is not None), 0)
     return value if isinstance(value, int) else 0

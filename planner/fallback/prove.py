@@ -1,4 +1,4 @@
-"""Planning a model without a preset: by transformers' own `tp_plan`, and only with proof.
+"""Planning a model without a preset: by transformers' `tp_plan`, and only with proof.
 
 A `tp_plan` says little of gradients that are partial, and some forget other things too. So the plan is tried on a
 small twin of the model; parameters whose gradients turn out to be partial are marked, and what is not right is refused.
@@ -67,7 +67,7 @@ def proven(compile_with: Callable[[SpecFile], Plan], rules: SpecFile, prove: Pro
                 code="unproven-tp-plan",
                 what="a plan without a preset needs proof",
                 where=where,
-                got=f"the {NAME}, which is silent about partial gradients",
+                got=f"the {NAME}, which does not say which gradients are partial",
                 expected="a way to try the plan",
                 next="use `autotp-plan compile`, or compile_plan(..., prove=autotp_plan.runtime.try_plan)",
             )
@@ -85,7 +85,7 @@ def proven(compile_with: Callable[[SpecFile], Plan], rules: SpecFile, prove: Pro
                 what="transformers' tp_plan of this model is wrong",
                 where=where,
                 got=findings.problem or "gradients that stay partial",
-                expected="a twin that computes what the whole model computes",
+                expected="a sharded twin that computes what the dense one computes",
                 next="write a spec file and give it with --spec; `autotp-plan verify` proves it",
             )
         )

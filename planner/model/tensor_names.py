@@ -35,7 +35,7 @@ class DiskNames:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DiskTensor:
-    """What a tensor on disk is: a whole parameter, or the one of `sources` at `position`, with its `number`.
+    """What a tensor on disk is: a parameter, or the one of its `sources` at `position`, with its `number`.
 
     `stack` is the same for all tensors that are numbered together: those of all experts of all layers.
     """
@@ -63,7 +63,11 @@ class ToMemory:
         self._ignored = NameSet(names.ignored)
 
     def role(self, disk: str) -> DiskTensor | None:
-        """What the tensor called `disk` is; None when it is to be ignored."""
+        """What the tensor with the name `disk` is.
+
+        Returns:
+            None for a tensor that is no parameter, and is ignored.
+        """
         prefixed = disk if not self._missing or self._is_named(disk) else self._missing + disk
         if disk in self._ignored or prefixed in self._ignored:
             return None
@@ -100,12 +104,12 @@ class ToDisk:
         self._assembled = _Patterns(names.assembled.items())
 
     def source(self, parameter: str) -> str | None:
-        """The name on disk of a parameter that is one tensor there, None when it has the same."""
+        """The name on disk of a parameter that is one tensor there; None when it is the parameter's name."""
         found = self._renamed.find(parameter)
         return None if found is None else _fill(*found)
 
     def sources(self, parameter: str, shape: Sequence[int]) -> Sources | None:
-        """The names on disk of a parameter that is several tensors there."""
+        """The names on disk of a parameter of `shape` that is several tensors there; None when it is one."""
         found = self._assembled.find(parameter)
         if found is None:
             return None

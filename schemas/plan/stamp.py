@@ -1,6 +1,6 @@
 """The stamp of a plan that `verify` has proved: which plan, with which versions, and how exact it came out.
 
-It is beside the plan, not of it: the plan's fingerprint does not cover it, and shards cut before stay valid.
+The plan's fingerprint does not cover it, so shards that were written before stay valid.
 """
 
 from __future__ import annotations

@@ -23,6 +23,20 @@ class Pair:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Word:
+    """Written as a string or as an object, as collectives of modules are."""
+
+    text: str
+
+    @classmethod
+    def from_value(cls, value: str | dict[str, str]) -> Word:
+        return cls(text=value if isinstance(value, str) else value["text"])
+
+    def to_value(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Leaf:
     name: str
     note: str | None = None
@@ -35,6 +49,7 @@ class Tree:
     leaves: tuple[Leaf, ...] = ()
     by_name: dict[str, Leaf] = field(default_factory=dict)
     pairs: tuple[Pair, ...] = ()
+    word: Word | None = None
     interval: tuple[int, str] | None = None
     shape: tuple[int | tuple[int | str, ...], ...] | None = None
     flag: bool = False
@@ -49,6 +64,7 @@ class Tree:
          {"must": "x", "leaves": [{"name": "a"}, {"name": "b"}]}),
         (Tree(must="x", by_name={"k": Leaf(name="a")}), {"must": "x", "by_name": {"k": {"name": "a"}}}),
         (Tree(must="x", pairs=(Pair(left=1, right=2),)), {"must": "x", "pairs": [[1, 2]]}),
+        (Tree(must="x", word=Word(text="w")), {"must": "x", "word": "w"}),
         (Tree(must="x", interval=(3, "n")), {"must": "x", "interval": [3, "n"]}),
         (Tree(must="x", shape=((1, "q"), -1)), {"must": "x", "shape": [[1, "q"], -1]}),
         (Tree(must="x", shape=()), {"must": "x", "shape": []}),
@@ -64,6 +80,11 @@ def test_keys_have_the_order_of_the_fields() -> None:
     value = decode(Tree, {"flag": True, "leaf": {"note": "n", "name": "a"}, "must": "x"})
     assert list(encode(value)) == ["must", "leaf", "flag"]
     assert list(encode(value)["leaf"]) == ["name", "note"]
+
+
+def test_a_class_may_be_written_in_two_ways() -> None:
+    assert decode(Tree, {"must": "x", "word": {"text": "w"}}).word == Word(text="w")
+    assert decode(Tree, {"must": "x", "word": None}).word is None
 
 
 def test_a_key_with_its_default_may_be_there() -> None:
