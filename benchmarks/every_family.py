@@ -106,7 +106,7 @@ def plan_and_prove(family: str, folder: Path, tp_size: int) -> dict[str, Any]:
     """The outcome of compiling the config in `folder`."""
     from autotp_plan.planner import compile_plan
     from autotp_plan.planner.plan_table import summary
-    from autotp_plan.planner.rules.rule_set import preset_names, read_preset
+    from autotp_plan.planner.rules.preset_files import preset_names, read_preset
     from autotp_plan.runtime.verify.run import try_plan, verify_plan
     from autotp_plan.schemas.errors import AutoTPError, CheckpointError, CompileError
 

@@ -1,7 +1,7 @@
-"""What can be wrong with a plan beyond its own consistency: pairing of column and row, and the checkpoint it is for.
+"""What can be wrong with a consistent plan: column- and row-parallel weights that do not pair, and another checkpoint.
 
-A row-parallel weight multiplies what a column-parallel one next to it put out, so both must be cut alike: in as many
-units, and the same units on each rank.
+A row-parallel weight multiplies the output of column-parallel ones of its layer, so both must be sharded the same way:
+in the same number of units, and the same units on each rank.
 """
 
 from __future__ import annotations
@@ -14,45 +14,62 @@ from autotp_plan.schemas.errors import Fault
 from autotp_plan.schemas.fault_book import FaultBook
 from autotp_plan.schemas.layout import Layout, SubParameter
 from autotp_plan.schemas.names import NameSet, is_index, parent_module
-from autotp_plan.schemas.plan.document import Parameter, Plan
+from autotp_plan.schemas.plan.document import Plan
+from autotp_plan.schemas.plan.entries import Parameter
 from autotp_plan.schemas.storage.byte_ranges import problems
 from autotp_plan.schemas.storage.checkpoint import Checkpoint, config_hash, read_checkpoint, read_config
 
 
 def check_plan(plan: Plan) -> list[Fault]:
-    """Faults in how a plan's modules fit together; empty when they do."""
+    """Faults in how a plan's modules fit together.
+
+    Returns:
+        what is wrong with pairs of column- and row-parallel weights, with parameters that one module computes with, and
+        with ties; the same fault of many layers once. Empty when all fits.
+    """
     book = FaultBook()
     columns: dict[str, list[Parameter]] = defaultdict(list)
     rows: list[Parameter] = []
-    for parameter in plan.expanded():
+    parameters = list(plan.expanded())
+    for parameter in parameters:
         if len(plan.shape_of(parameter)) < 2:
             continue
         if parameter.style == "column" and not parameter.gather_output:
             columns[parent_module(parameter.name)].append(parameter)
         elif parameter.style == "row" and not parameter.split_input:
             rows.append(parameter)
-    taken: set[str] = set()
+    consumed: set[str] = set()
     for row in rows:
         feeding = _feeding(row, columns)
-        taken.update(column.name for column in feeding)
+        consumed.update(column.name for column in feeding)
         _check_row(row, feeding, plan, book)
-    for column in (column for inside in columns.values() for column in inside if column.name not in taken):
+    for column in (column for inside in columns.values() for column in inside if column.name not in consumed):
         book.add(
-            "a column-parallel output stays cut and no row-parallel weight takes it",
-            f"{column.name} ({column.rule})",
-            got="no row-parallel weight beside it",
-            expected="one that multiplies this output, or the whole output on every rank",
-            next='cut the weight after it by row, or say "gather_output": true',
+            "unconsumed-column",
+            "the output is sharded, and no row-parallel layer consumes it",
+            column.name,
+            column.rule,
+            got="no row-parallel weight in its layer",
+            expected="one that multiplies this output, or an output gathered on every rank",
+            next='make the weight after it row-parallel, or say "gather_output": true',
         )
-    _check_shards(plan, book)
-    _check_ties(plan, book)
+    _check_shards(parameters, plan, book)
+    _check_ties(parameters, plan, book)
     return book.faults()
 
 
 def check_checkpoint(plan: Plan, folder: Path) -> list[Fault]:
-    """Faults between a plan and the checkpoint in `folder`: tensors, shapes, dtypes, config; empty when it fits.
+    """Faults between a plan and a checkpoint.
 
-    Raises CheckpointError when the folder cannot be read at all.
+    Args:
+        plan: what is expected.
+        folder: the checkpoint; headers and config.json are read, no tensor.
+
+    Returns:
+        what is wrong with tensors, shapes, dtypes and the config; empty when the checkpoint fits.
+
+    Raises:
+        CheckpointError: the folder cannot be read at all.
     """
     checkpoint = read_checkpoint(folder)
     book = FaultBook()
@@ -62,6 +79,7 @@ def check_checkpoint(plan: Plan, folder: Path) -> list[Fault]:
         for problem in problems(parameter, plan.shape_of(parameter), checkpoint.tensors):
             if problem.got:
                 book.add(
+                    "tensor-differs",
                     "a tensor is not what the plan says",
                     problem.name,
                     got=problem.got,
@@ -70,6 +88,7 @@ def check_checkpoint(plan: Plan, folder: Path) -> list[Fault]:
                 )
             else:
                 book.add(
+                    "tensor-missing",
                     "the checkpoint lacks a tensor of the plan",
                     problem.name,
                     expected=problem.expected,
@@ -81,6 +100,7 @@ def check_checkpoint(plan: Plan, folder: Path) -> list[Fault]:
     if config != planned:
         faults.append(
             Fault(
+                code="another-config",
                 what="config.json is not the one the plan was compiled from",
                 where=str(folder / "config.json"),
                 got=config or "no config.json",
@@ -93,60 +113,70 @@ def check_checkpoint(plan: Plan, folder: Path) -> list[Fault]:
 
 def _check_row(row: Parameter, feeding: Sequence[Parameter], plan: Plan, book: FaultBook) -> None:
     layout = plan.layouts[row.layout]
-    own = [_units(sub, start, layout) for sub, start in _sub_parameters(layout)]
+    row_units = [_units(sub, start, layout) for sub, start in _sub_parameters(layout)]
     comparable = 0
     for column in feeding:
         other = plan.layouts[column.layout]
         for sub, start in _sub_parameters(other):
-            if len(own) == 1 and sub.num_units == layout.sub_parameters[0].num_units:
+            if len(row_units) == 1 and sub.num_units == layout.sub_parameters[0].num_units:
                 comparable += 1
-                if _units(sub, start, other) != own[0]:
+                if _units(sub, start, other) != row_units[0]:
+                    column_units = _brief(_units(sub, start, other))
                     book.add(
-                        "a row-parallel input is cut unlike the column-parallel output that feeds it",
-                        f"{row.name} ({row.rule})",
-                        got=f"units {_brief(own[0])} per rank; {column.name}: {_brief(_units(sub, start, other))}",
+                        "row-unlike-column",
+                        "the input of a row-parallel weight is not sharded as the column-parallel output that feeds it",
+                        row.name,
+                        row.rule,
+                        got=f"units {_brief(row_units[0])} per rank; {column.name}: {column_units}",
                         expected="the same units on each rank",
                         next="correct one of the two rules",
+                        mentions=(column.name,),
                     )
-    if (len(own) > 1 and feeding) or comparable:
+    if (len(row_units) > 1 and feeding) or comparable:
         return
     names = ", ".join(
         f"{c.name} in {[s.num_units for s in plan.layouts[c.layout].sub_parameters]} units" for c in feeding
     )
     book.add(
-        "a row-parallel weight has no column-parallel output that is cut like it",
-        f"{row.name} ({row.rule})",
-        got=names or "no column-parallel weight beside it",
-        expected=f"one whose output is cut in {[sub.num_units for sub in layout.sub_parameters]} units",
-        next="make the weights before it column-parallel with the same unit, or keep this one whole (skip)",
+        "row-without-column",
+        "a row-parallel weight has no column-parallel output that is sharded the same way",
+        row.name,
+        row.rule,
+        got=names or "no column-parallel weight in its layer",
+        expected=f"one whose output is sharded in {[sub.num_units for sub in layout.sub_parameters]} units",
+        next="make the weights before it column-parallel with the same unit, or replicate this one (skip)",
+        mentions=tuple(column.name for column in feeding),
     )
 
 
-def _check_shards(plan: Plan, book: FaultBook) -> None:
-    """Parameters that one module computes with, such as fused experts: those cut in as many units are cut alike."""
+def _check_shards(parameters: Sequence[Parameter], plan: Plan, book: FaultBook) -> None:
+    """Parameters that one module computes with, such as fused experts: the same number of units, the same ranks."""
     inside: dict[str, list[Parameter]] = defaultdict(list)
-    for parameter in plan.expanded():
+    for parameter in parameters:
         if parameter.style == "shard":
             inside[parameter.name.rpartition(".")[0]].append(parameter)
-    for parameters in inside.values():
+    for members in inside.values():
         by_count: dict[int, tuple[Parameter, list[list[tuple[int, int]]]]] = {}
-        for parameter in parameters:
+        for parameter in members:
             layout = plan.layouts[parameter.layout]
             for sub, start in _sub_parameters(layout):
                 units = _units(sub, start, layout)
                 first, expected = by_count.setdefault(sub.num_units, (parameter, units))
                 if units != expected:
                     book.add(
-                        "two parameters of one module are cut in different places",
-                        f"{parameter.name} ({parameter.rule})",
+                        "module-sharded-unevenly",
+                        "two parameters of one module are sharded in different places",
+                        parameter.name,
+                        parameter.rule,
                         got=f"units {_brief(units)} per rank; {first.name}: {_brief(expected)}",
                         expected="the same units on each rank",
                         next="correct one of the two rules",
+                        mentions=(first.name,),
                     )
 
 
 def _feeding(row: Parameter, columns: dict[str, list[Parameter]]) -> list[Parameter]:
-    """The column-parallel weights of the nearest enclosing module that has any, inside the row's own layer.
+    """The column-parallel weights of the nearest enclosing module that has any, inside the row's layer.
 
     For a row outside of all layers: those that are outside of all layers too.
     """
@@ -167,30 +197,31 @@ def _sub_parameters(layout: Layout) -> Iterator[tuple[SubParameter, int]]:
 
 
 def _units(sub: SubParameter, start: int, layout: Layout) -> list[list[tuple[int, int]]]:
-    """For each rank, the runs of units of a sub-parameter that it holds."""
+    """For each rank, the intervals of units of a sub-parameter that it holds."""
     held = []
     for intervals in layout.intervals:
-        runs = []
+        held_by_rank = []
         for first, last in intervals:
             first, last = max(first, start) - start, min(last, start + sub.size) - start
             if first < last:
-                runs.append((first // sub.unit, last // sub.unit))
-        held.append(runs)
+                held_by_rank.append((first // sub.unit, last // sub.unit))
+        held.append(held_by_rank)
     return held
 
 
 def _brief(units: list[list[tuple[int, int]]]) -> str:
-    shown = " | ".join(",".join(f"{start}..{stop - 1}" for start, stop in runs) or "none" for runs in units)
+    shown = " | ".join(",".join(f"{start}..{stop - 1}" for start, stop in rank) or "none" for rank in units)
     return shown if len(shown) < 70 else shown[:67] + "..."
 
 
-def _check_ties(plan: Plan, book: FaultBook) -> None:
-    by_name = {parameter.name: parameter for parameter in plan.expanded()}
+def _check_ties(parameters: Sequence[Parameter], plan: Plan, book: FaultBook) -> None:
+    by_name = {parameter.name: parameter for parameter in parameters}
     for tie in plan.tied:
         style = by_name[tie.to].style
         if (tie.style == "replicated") != (style == "replicated") or "row" in (tie.style, style):
             book.add(
-                "a tied parameter runs in ways that need different cuts",
+                "tied-styles",
+                "a tied parameter runs in styles that need different layouts",
                 tie.name,
                 got=f"{tie.style} and {style}",
                 expected="vocab and column, or replicated under both names",
@@ -206,6 +237,7 @@ def _unplanned(plan: Plan, checkpoint: Checkpoint, wanted: set[str]) -> Iterator
         if name in ignored:
             continue
         book.add(
+            "tensor-unknown",
             "the checkpoint has a tensor that the plan does not know",
             name,
             expected="the plan's tensors only",

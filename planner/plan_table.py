@@ -9,7 +9,8 @@ from typing import Any
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.layout import Layout
 from autotp_plan.schemas.names import expand
-from autotp_plan.schemas.plan.document import Parameter, Plan, PlannedModule
+from autotp_plan.schemas.plan.document import Plan
+from autotp_plan.schemas.plan.entries import Parameter, PlannedModule
 from autotp_plan.schemas.storage.safetensors_header import num_bytes
 
 _LAYER = re.compile(r"([^.{]+\.)*?(\{[^}]*\}|\d+)\.")
@@ -17,8 +18,8 @@ _LAYER = re.compile(r"([^.{]+\.)*?(\{[^}]*\}|\d+)\.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One line of the table: a group of alike parameters."""
+class TableRow:
+    """One line of the table: an entry of the plan, which may be a parameter of many layers."""
 
     name: str
     count: int
@@ -32,7 +33,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Summary:
-    """The totals of a plan, in bytes. `replicated` is what every rank holds of parameters that are not cut."""
+    """The totals of a plan, in bytes. `replicated` is what every rank holds of parameters that are not sharded."""
 
     total: int
     per_rank: tuple[int, ...]
@@ -40,14 +41,14 @@ class Summary:
     num_parameters: int
 
 
-def rows(plan: Plan) -> list[Row]:
+def rows(plan: Plan) -> list[TableRow]:
     """The table of a plan, a row per entry; `bytes_per_rank` is that of the rank that holds most."""
     table = []
     for entry in plan.parameters:
         layout = plan.layouts[entry.layout]
         count = len(expand(entry.name))
         table.append(
-            Row(
+            TableRow(
                 name=entry.name,
                 count=count,
                 shape=" x ".join(map(str, plan.shape_of(entry))) or "scalar",
@@ -55,7 +56,7 @@ def rows(plan: Plan) -> list[Row]:
                 style=_style(entry),
                 share=_share(layout, plan.tp_size),
                 bytes_per_rank=count * max(_rank_bytes(entry, layout, rank) for rank in range(plan.tp_size)),
-                rule=entry.rule,
+                rule=str(entry.rule),
             )
         )
     return table
@@ -67,13 +68,13 @@ def summary(plan: Plan) -> Summary:
     total = replicated = count = 0
     for entry in plan.parameters:
         layout = plan.layouts[entry.layout]
-        alike = len(expand(entry.name))
-        count += alike
-        size = alike * num_bytes(entry.dtype, plan.shape_of(entry))
+        layers = len(expand(entry.name))
+        count += layers
+        size = layers * num_bytes(entry.dtype, plan.shape_of(entry))
         total += size
         replicated += size if layout.dim is None else 0
         for rank in range(plan.tp_size):
-            per_rank[rank] += alike * _rank_bytes(entry, layout, rank)
+            per_rank[rank] += layers * _rank_bytes(entry, layout, rank)
     return Summary(total=total, per_rank=tuple(per_rank), replicated=replicated, num_parameters=count)
 
 
@@ -81,7 +82,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     """`{"tp_size", "parameters": [{"name", "shape", "dtype", "style", "rule", "dim", "intervals"}]}`, expanded.
 
     One entry per module parameter. `dim` is null and every rank holds all of it when a parameter is replicated. Where a
-    weight is cut in a logical view of its shape, the entry has that as `view`, and `dim` is a dimension of it.
+    weight is sharded in a logical view of its shape, the entry has that as `view`, and `dim` is a dimension of it.
     """
     parameters = []
     for parameter in plan.expanded():
@@ -92,7 +93,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "shape": list(shape),
             "dtype": parameter.dtype,
             "style": parameter.style,
-            "rule": parameter.rule,
+            "rule": str(parameter.rule),
             "dim": layout.dim,
             "intervals": [[list(run) for run in layout.rank_intervals(rank)] for rank in range(plan.tp_size)],
         }
@@ -112,8 +113,8 @@ def human_bytes(count: int) -> str:
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
 
 
-def _meets(module: PlannedModule) -> str:
-    """What a module does with the other ranks, in words."""
+def _collectives(module: PlannedModule) -> str:
+    """The collectives at a module's inputs and output, in words."""
     words = {"copy": "gradient of {} summed", "split": "{} split", "reduce": "{} summed"}
     crossings = {**module.inputs, **({"output": module.output} if module.output is not None else {})}
     said = []
@@ -152,9 +153,9 @@ def _rank_bytes(entry: Parameter, layout: Layout, rank: int) -> int:
     return num_bytes(entry.dtype, layout.rank_shape(rank))
 
 
-def groups(plan: Plan) -> list[tuple[str, list[Row]]]:
+def groups(plan: Plan) -> list[tuple[str, list[TableRow]]]:
     """The table in groups: `("model.layers.{0..31}.", rows of those layers)`, and `("", rows outside of layers)`."""
-    found: list[tuple[str, list[Row]]] = []
+    found: list[tuple[str, list[TableRow]]] = []
     for row in rows(plan):
         match = _LAYER.match(row.name)
         prefix = match.group() if match else ""
@@ -178,7 +179,7 @@ def describe(plan: Plan) -> list[str]:
     held = human_bytes(most) if least == most else f"{human_bytes(least)} to {human_bytes(most)}"
     copies = sum(totals.per_rank) - totals.total
     lines = [
-        f"each rank holds {held} of {human_bytes(totals.total)} ({most / max(1, totals.total):.1%}; an even cut of "
+        f"each rank holds {held} of {human_bytes(totals.total)} ({most / max(1, totals.total):.1%}; an even share of "
         f"everything is {1 / plan.tp_size:.1%}, {human_bytes(totals.total // plan.tp_size)})",
         f"replicated: {human_bytes(totals.replicated)} on every rank, {human_bytes(copies)} of copies over all ranks",
     ]
@@ -187,6 +188,6 @@ def describe(plan: Plan) -> list[str]:
         same = len(set(attribute.values)) == 1
         value = attribute.values[0] if same else list(attribute.values)
         lines.append(f"set on each rank: {attribute.module}.{attribute.attribute} = {value}")
-    lines += [f"{module.module}: {_meets(module)}" for module in plan.modules]
+    lines += [f"{module.module}: {_collectives(module)}" for module in plan.modules]
     lines += [f"note: {note}" for note in plan.notes]
     return [*lines, f"verified: {plan.verified}" if plan.verified else "not verified: run `autotp-plan verify`"]

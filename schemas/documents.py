@@ -30,11 +30,20 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_json(path: Path, kind: str) -> Any:
-    """The parsed JSON of `path`. Raises DocumentError when it is missing, too large, not UTF-8 or not JSON."""
+    """The parsed JSON of a file.
+
+    Args:
+        path: the file.
+        kind: what messages call it, such as `plan`.
+
+    Raises:
+        DocumentError: it is missing, too large, not UTF-8 or not JSON.
+    """
     try:
         if path.stat().st_size > MAX_DOCUMENT_BYTES:
             raise DocumentError(
                 Fault(
+                    code="document-too-large",
                     what=f"the {kind} is too large to be one",
                     where=str(path),
                     got=f"{path.stat().st_size} bytes",
@@ -46,6 +55,7 @@ def read_json(path: Path, kind: str) -> Any:
     except OSError as error:
         raise DocumentError(
             Fault(
+                code="unreadable-document",
                 what=f"cannot read the {kind}",
                 where=str(path),
                 got=error.strerror or str(error),
@@ -59,7 +69,11 @@ def read_json(path: Path, kind: str) -> Any:
 
 
 def parse_json(text: str, kind: str, path: Path | str) -> Any:
-    """The parsed JSON of `text`. Raises DocumentError on a syntax error, a repeated key or NaN."""
+    """The parsed JSON of `text`; `kind` and `path` are what messages call it.
+
+    Raises:
+        DocumentError: a syntax error, a repeated key, or NaN.
+    """
     try:
         return loads(text)
     except (ValueError, RecursionError) as error:
@@ -67,7 +81,11 @@ def parse_json(text: str, kind: str, path: Path | str) -> Any:
 
 
 def loads(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError on a syntax error, a repeated key, NaN or half of a character."""
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: a syntax error, a repeated key, NaN, or half of a character.
+    """
     value = json.loads(text, object_pairs_hook=_no_repeated_keys, parse_constant=_no_constant)
     if _SURROGATE.search(text):
         json.dumps(value, ensure_ascii=False).encode("utf-8")  # a pair is a character, one alone is not
@@ -75,7 +93,11 @@ def loads(text: str) -> Any:
 
 
 def validate(data: Any, schema_name: str, kind: str) -> None:
-    """Check `data` against `schemas/{schema_name}.schema.json`. Raises DocumentError with every fault found."""
+    """Check `data` against `schemas/{schema_name}.schema.json`; `kind` is what messages call it.
+
+    Raises:
+        DocumentError: with every fault found.
+    """
     try:
         errors = list(_validator(schema_name).iter_errors(data))
         faults = [fault for error in errors for fault in _faults_of(error, kind, schema_name)]
@@ -97,7 +119,11 @@ def fingerprint(data: Any) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader sees the old file or the whole new one, synced to disk."""
+    """Write `text` to `path` in one step: a reader sees the old file or all of the new one, which is synced to disk.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written to.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
@@ -161,6 +187,7 @@ def _faults_of(error: ValidationError, kind: str, schema_name: str) -> list[Faul
         known = schema.get("properties", {})
         return [
             Fault(
+                code="unknown-key",
                 what=f"the {kind} has an unknown key",
                 where=f"{dotted(error.absolute_path)}.{key}".lstrip("."),
                 got=_short(key),
@@ -175,6 +202,7 @@ def _faults_of(error: ValidationError, kind: str, schema_name: str) -> list[Faul
         missing = [key for key in wanted if key not in instance]
         return [
             Fault(
+                code="missing-key",
                 what=f"the {kind} lacks a key",
                 where=where,
                 got="keys " + (", ".join(sorted(map(str, instance))) or "none"),
@@ -186,6 +214,7 @@ def _faults_of(error: ValidationError, kind: str, schema_name: str) -> list[Faul
     expected = schema.get("description") or f"{error.validator} {_short(error.validator_value)}"
     return [
         Fault(
+            code="wrong-value",
             what=f"the {kind} has a wrong value",
             where=where,
             got=_short(instance),
@@ -214,6 +243,7 @@ def _no_constant(name: str) -> Any:
 
 def _not_json(path: Path | str, kind: str, got: str) -> Fault:
     return Fault(
+        code="not-json",
         what=f"the {kind} is not JSON",
         where=str(path),
         got=got,

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 class Fault:
     """One thing that is wrong: what, where, got, expected, next step.
 
-    `where` is a dotted path into a document (`layer_specs[2].shape`), a parameter's name or a file.
+    `where` is a dotted path into a document (`layer_specs[2].shape`), a parameter's name or a file. `code` is the kind
+    of fault in short (`undecided-weight`), for programs: it stays when a message is reworded, and is not printed.
     """
 
     what: str
@@ -33,6 +34,7 @@ class Fault:
     got: str = ""
     expected: str = ""
     next: str = ""
+    code: str = ""
 
     def __str__(self) -> str:
         lines = [self.what, f"  where:    {self.where}"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from autotp_plan.schemas import intervals as iv
 
@@ -20,6 +19,13 @@ class SubParameter:
 
     size: int
     unit: int
+
+    @classmethod
+    def from_value(cls, value: Sequence[int]) -> SubParameter:
+        return cls(size=value[0], unit=value[1])
+
+    def to_value(self) -> list[int]:
+        return [self.size, self.unit]
 
     @property
     def num_units(self) -> int:
@@ -38,23 +44,6 @@ class Layout:
     dim: int | None = None
     sub_parameters: tuple[SubParameter, ...] = ()
     intervals: tuple[iv.Intervals, ...] = ()
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Layout:
-        return cls(
-            shape=tuple(data["shape"]),
-            dim=data.get("dim"),
-            sub_parameters=tuple(SubParameter(size=size, unit=unit) for size, unit in data.get("sub_parameters", ())),
-            intervals=tuple(tuple((start, stop) for start, stop in rank) for rank in data.get("intervals", ())),
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        data: dict[str, Any] = {"shape": list(self.shape)}
-        if self.dim is not None:
-            data["dim"] = self.dim
-            data["sub_parameters"] = [[sub.size, sub.unit] for sub in self.sub_parameters]
-            data["intervals"] = [[list(interval) for interval in rank] for rank in self.intervals]
-        return data
 
     @property
     def name(self) -> str:

@@ -1,7 +1,7 @@
-"""Folding alike names into one: `model.layers.{0..31}.mlp.up_proj.weight`.
+"""Folding the names of many layers into one: `model.layers.{0..31}.mlp.up_proj.weight`.
 
-A plan stays readable because layers that are alike are one entry. Only whole dotted components that are decimal numbers
-fold. `expand(fold(names))` gives the names back; the rest of the code works on single names.
+A plan stays readable because what is the same in every layer is one entry. Only dotted components that are decimal
+numbers fold. `expand(fold(names))` gives the names back; the rest of the code works on single names.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def starred(name: str) -> str:
 def fold(names: Iterable[str]) -> list[str]:
     """The fewest simple patterns that expand to exactly `names`, in natural order.
 
-    Names that differ only in their numbers become one pattern when the numbers form a full grid; otherwise the first
-    number is folded and the others stay.
+    Names that differ only in their numbers become one pattern when the numbers form a full grid; if they do not, the
+    first number is folded and the others stay.
     """
     by_template: dict[tuple[str | None, ...], set[tuple[int, ...]]] = defaultdict(set)
     for name in names:
@@ -87,9 +87,10 @@ def parent_module(name: str) -> str:
 def expand(pattern: str) -> list[str]:
     """Every name that `pattern` stands for, in natural order.
 
-    Raises DocumentError when the braces are not `{a..b}` or `{a,b,c..d}`, or stand for an unreasonable number of names.
+    Raises:
+        DocumentError: the braces are not `{a..b}` or `{a,b,c..d}`, or stand for more than `MAX_NAMES` names.
     """
-    choices = [[str(n) for run in runs for n in range(run[0], run[-1] + 1)] for runs in _runs(pattern)]
+    choices = [[str(n) for ends in ranges for n in range(ends[0], ends[-1] + 1)] for ranges in _ranges(pattern)]
     literals = _BRACES.split(pattern)[::2]
     names = []
     for combination in itertools.product(*choices):
@@ -99,24 +100,28 @@ def expand(pattern: str) -> list[str]:
 
 
 def num_names(pattern: str) -> int:
-    """How many names `pattern` stands for, without making them. Raises DocumentError as `expand` does."""
-    return math.prod(sum(run[-1] - run[0] + 1 for run in runs) for runs in _runs(pattern))
+    """How many names `pattern` stands for, without making them.
+
+    Raises:
+        DocumentError: as `expand`.
+    """
+    return math.prod(sum(ends[-1] - ends[0] + 1 for ends in ranges) for ranges in _ranges(pattern))
 
 
-def _runs(pattern: str) -> list[list[list[int]]]:
-    """For each pair of braces its runs of numbers, each `[number]` or `[first, last]`."""
+def _ranges(pattern: str) -> list[list[list[int]]]:
+    """For each pair of braces its ranges of numbers, each `[number]` or `[first, last]`."""
     found: list[list[list[int]]] = []
     count = 1
     for body in _BRACES.findall(pattern):
         if not _LIST.fullmatch(body):
             raise DocumentError(_bad_braces(pattern, "{" + body + "}"))
-        runs = [[int(end) for end in run.split("..")] for run in body.split(",")]
-        if any(run[0] > run[-1] for run in runs):
+        ranges = [[int(end) for end in part.split("..")] for part in body.split(",")]
+        if any(ends[0] > ends[-1] for ends in ranges):
             raise DocumentError(_bad_braces(pattern, "{" + body + "}"))
-        count *= sum(run[-1] - run[0] + 1 for run in runs)
+        count *= sum(ends[-1] - ends[0] + 1 for ends in ranges)
         if count > MAX_NAMES:
             raise DocumentError(_bad_braces(pattern, f"more than {MAX_NAMES} names"))
-        found.append(runs)
+        found.append(ranges)
     if any("{" in literal or "}" in literal for literal in _BRACES.split(pattern)[::2]):
         raise DocumentError(_bad_braces(pattern, "an unbalanced brace"))
     return found
@@ -130,17 +135,18 @@ def _fill(template: Sequence[str | None], values: Sequence[str]) -> str:
 def _braces(numbers: Sequence[int]) -> str:
     if len(numbers) == 1:
         return str(numbers[0])
-    runs: list[list[int]] = []
+    ranges: list[list[int]] = []
     for number in numbers:
-        if runs and runs[-1][-1] + 1 == number:
-            runs[-1] = [runs[-1][0], number]
+        if ranges and ranges[-1][-1] + 1 == number:
+            ranges[-1] = [ranges[-1][0], number]
         else:
-            runs.append([number])
-    return "{" + ",".join("..".join(map(str, run)) for run in runs) + "}"
+            ranges.append([number])
+    return "{" + ",".join("..".join(map(str, ends)) for ends in ranges) + "}"
 
 
 def _bad_braces(pattern: str, got: str) -> Fault:
     return Fault(
+        code="bad-name-pattern",
         what="a name pattern cannot be expanded",
         where=pattern,
         got=got,

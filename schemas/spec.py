@@ -1,4 +1,4 @@
-"""The spec document: rules that say how parameters are cut, as a user or a preset writes them.
+"""The spec document: rules that say how parameters are sharded, as a user or a preset writes them.
 
 Sizes are kept as written (integers or expressions); nothing here resolves them or knows a model.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from autotp_plan.schemas import documents
+from autotp_plan.schemas.codec import decode
 from autotp_plan.schemas.errors import DocumentError, Fault
 
 Size = int | str
@@ -22,7 +23,7 @@ Operation = Literal["copy", "reduce", "split"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spec:
-    """One rule: which parameters, and how they are cut. Fields as in spec.schema.json."""
+    """One rule: which parameters, and how they are sharded. Fields as in spec.schema.json."""
 
     patterns: tuple[str, ...]
     partition_type: PartitionType = "column"
@@ -38,22 +39,6 @@ class Spec:
     optional: bool = False
     when: str | None = None
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Spec:
-        shape, unit, types = data.get("shape"), data.get("unit"), data.get("model_types")
-        indivisible = data.get("indivisible", "error")
-        return cls(
-            **{
-                **data,
-                "patterns": tuple(data["patterns"]),
-                "partition_type": cast(PartitionType, data.get("partition_type", "column").lower()),
-                "shape": None if shape is None else tuple(tuple(s) if isinstance(s, list) else s for s in shape),
-                "model_types": tuple(types) if types else None,
-                "unit": tuple(unit) if isinstance(unit, list) else unit,
-                "indivisible": tuple(indivisible) if isinstance(indivisible, list) else indivisible,
-            }
-        )
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttributeSpec:
@@ -63,17 +48,13 @@ class AttributeSpec:
     attributes: dict[str, Size]
     when: str | None = None
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> AttributeSpec:
-        return cls(patterns=tuple(data["patterns"]), attributes=dict(data["attributes"]), when=data.get("when"))
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CrossingSpec:
-    """What happens to a tensor that enters or leaves a module. Written as `"copy"`, or as an object.
+    """The collective at one input or output of a module. Written as `"copy"`, or as an object.
 
-    `copy` leaves it as it is and sums its gradient over the ranks, all of it or `[start, stop)` of its last dimension;
-    `reduce` sums it over the ranks; `split` takes this rank's part of the `size` that dimension `dim` counts.
+    `copy` leaves the tensor as it is and all-reduces its gradient, all of it or `[start, stop)` of its last dimension;
+    `reduce` all-reduces the tensor; `split` takes this rank's share of the `size` things that dimension `dim` counts.
     """
 
     operation: Operation
@@ -84,6 +65,7 @@ class CrossingSpec:
 
     @classmethod
     def from_value(cls, value: Any) -> CrossingSpec:
+        """The collective that a spec file writes as `value`."""
         if isinstance(value, str):
             return cls(operation=cast(Operation, value))
         if "copy" in value:
@@ -94,7 +76,7 @@ class CrossingSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModuleSpec:
-    """How modules that keep their own forward meet the ranks: what enters, what leaves, what they average over."""
+    """Collectives that modules get at their inputs and output, and whether they average over all ranks."""
 
     patterns: tuple[str, ...]
     inputs: dict[str, CrossingSpec] = field(default_factory=dict)
@@ -102,29 +84,14 @@ class ModuleSpec:
     mean_over_ranks: bool = False
     when: str | None = None
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> ModuleSpec:
-        output = data.get("output")
-        return cls(
-            patterns=tuple(data["patterns"]),
-            inputs={name: CrossingSpec.from_value(value) for name, value in data.get("inputs", {}).items()},
-            output=None if output is None else CrossingSpec.from_value(output),
-            mean_over_ranks=data.get("mean_over_ranks", False),
-            when=data.get("when"),
-        )
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TieSpec:
-    """`name` is the parameter `to` under a second name, when the config key `when` is true (None: always)."""
+    """`name` is a second name of the parameter `to`, when the config key `when` is true (None: always)."""
 
     name: str
     to: str
     when: str | None = None
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> TieSpec:
-        return cls(**data)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,44 +120,50 @@ class SpecFile:
 
     @classmethod
     def read(cls, path: Path) -> SpecFile:
-        """The spec file in `path`. Raises DocumentError with every fault found."""
+        """The spec file in `path`.
+
+        Raises:
+            DocumentError: with every fault found.
+        """
         return cls.from_dict(documents.read_json(path, "spec file"))
 
     @classmethod
     def from_dict(cls, data: Any, kind: str = "spec file") -> SpecFile:
-        """The spec file that the JSON value `data` is. Raises DocumentError with every fault found."""
+        """The spec file that the JSON value `data` is.
+
+        Args:
+            data: as parsed.
+            kind: what messages call it.
+
+        Raises:
+            DocumentError: with every fault found.
+        """
         documents.validate(data, "spec", kind)
         faults = list(_name_faults(data.get("renamed_tensors", {}), data.get("assembled_tensors", {})))
         if faults:
             raise DocumentError(faults)
-        return cls(
-            name=data.get("name"),
-            description=data.get("description", ""),
-            model_types=tuple(data.get("model_types", ())),
-            aliases=tuple(data.get("aliases", ())),
-            deepspeed_presets=dict(data.get("deepspeed_presets", {})),
-            use_default_specs=data.get("use_default_specs", True),
-            defaults=data.get("defaults", {}),
-            symbols={
-                name: tuple(size) if isinstance(size, list) else (size,)
-                for name, size in data.get("symbols", {}).items()
-            },
-            num_layers=data.get("num_layers"),
-            layer_specs=tuple(Spec.from_dict(entry) for entry in data.get("layer_specs", ())),
-            vocabulary_specs=tuple(Spec.from_dict(entry) for entry in data.get("vocabulary_specs", ())),
-            module_attributes=tuple(AttributeSpec.from_dict(entry) for entry in data.get("module_attributes", ())),
-            modules=tuple(ModuleSpec.from_dict(entry) for entry in data.get("modules", ())),
-            tied=tuple(TieSpec.from_dict(entry) for entry in data.get("tied", ())),
-            ignored_tensors=tuple(data.get("ignored_tensors", ())),
-            ignored_layers=dict(data.get("ignored_layers", {})),
-            renamed_tensors=data.get("renamed_tensors", {}),
-            assembled_tensors={name: tuple(disk) for name, disk in data.get("assembled_tensors", {}).items()},
-            base_model_prefix=data.get("base_model_prefix"),
-        )
+        return decode(cls, _normalised(data))
+
+
+def _normalised(data: dict[str, Any]) -> dict[str, Any]:
+    """A spec file with one way of writing each thing: rules in DeepSpeed's words, symbols as lists of candidates."""
+    normal = {key: value for key, value in data.items() if key != "$schema"}
+    for key in ("layer_specs", "vocabulary_specs"):
+        if key in data:
+            normal[key] = [_normalised_rule(rule) for rule in data[key]]
+    symbols: dict[str, Any] = data.get("symbols", {})
+    normal["symbols"] = {name: size if isinstance(size, list) else [size] for name, size in symbols.items()}
+    return normal
+
+
+def _normalised_rule(rule: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed reads `partition_type` in any case, and an empty list of model types as all of them."""
+    normal = {**rule, "partition_type": rule.get("partition_type", "column").lower()}
+    return {**normal, "model_types": rule.get("model_types") or None}
 
 
 def _name_faults(renamed: dict[str, str], assembled: dict[str, list[str]]) -> Iterator[Fault]:
-    """What is wrong with the `*` of names, and names on disk that stand for two things."""
+    """What is wrong with the `*` of names, and names on disk that are used twice."""
     for disk, name in renamed.items():
         if _num_stars(disk) != _num_stars(name) or None in (_num_stars(disk), _num_stars(name)):
             expected = "as many * as in the name on disk, each for a whole number"
@@ -209,13 +182,14 @@ def _name_faults(renamed: dict[str, str], assembled: dict[str, list[str]]) -> It
 
 
 def _num_stars(name: str) -> int | None:
-    """How many numbers `*` stands for in a name; None when one is not a whole component."""
+    """How many numbers `*` stands for in a name; None when a `*` is only part of a component."""
     count = name.split(".").count("*")
     return count if count == name.count("*") else None
 
 
 def _name_fault(where: str, got: str, expected: str) -> Fault:
     return Fault(
+        code="disk-names",
         what="names on disk and in the model do not fit together",
         where=where,
         got=got,

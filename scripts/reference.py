@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from autotp_plan.planner.cli.main import main as command_line
-from autotp_plan.planner.rules.rule_set import preset_names, read_preset
+from autotp_plan.planner.rules.preset_files import preset_names, read_preset
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("schemas", "huggingface", "planner", "runtime")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from autotp_plan.planner.rules.rule_set import preset_names, read_preset
+from autotp_plan.planner.rules.preset_files import preset_names, read_preset
 from tests.helpers.paths import ROOT
 
 PARTS = ("schemas", "huggingface", "planner", "runtime", "plans")

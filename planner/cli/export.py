@@ -1,4 +1,4 @@
-"""The commands that speak of others' words: `export` to plain DeepSpeed, and the presets that are known."""
+"""`export`, which writes a plan for plain DeepSpeed, and the commands that list and show presets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from autotp_plan.planner.cli.output import not_written, reported
-from autotp_plan.schemas.errors import ShardsError
+from autotp_plan.schemas.errors import OutputError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,13 +30,13 @@ _FORMAT = click.option(
 @click.argument("plan_file", metavar="PLAN", type=_FILE)
 @click.option("--to", "target", type=click.Choice(["deepspeed"]), required=True, help="What to write it for.")
 @click.option("-o", "--output", type=_FILE, help="File to write; default: standard output.")
-@click.option("--partial", is_flag=True, help="Leave whole what DeepSpeed cannot cut, where that is right.")
+@click.option("--partial", is_flag=True, help="Replicate what DeepSpeed cannot shard, where that is right.")
 @_FORMAT
 @reported
 def export(plan_file: Path, target: str, output: Path | None, partial: bool, output_format: str) -> None:
     """Write a plan as a partition_config for plain DeepSpeed, or say what that cannot express.
 
-    Exit status 1 and no config when something cannot be expressed. With --partial fused experts are left whole on every
+    Exit status 1 and no config when something cannot be expressed. With --partial fused experts are replicated on every
     rank. A config that would train wrongly is never written.
     """
     from autotp_plan.planner.deepspeed.export import export_to_deepspeed
@@ -47,12 +47,12 @@ def export(plan_file: Path, target: str, output: Path | None, partial: bool, out
     exported = export_to_deepspeed(plan)
     written = not exported.obstacles or (partial and exported.trains_rightly)
     section = {"tensor_parallel": {"autotp_size": plan.tp_size, "partition_config": exported.partition_config}}
-    _say(plan_file, plan, exported, written)
+    _report_differences(plan_file, plan, exported, written)
     if written and output is not None:
         try:
             write_atomically(output, format_json(section))
         except OSError as error:
-            raise ShardsError(not_written(output, error)) from None
+            raise OutputError(not_written(output, error)) from None
     if output_format == "json":
         click.echo(json.dumps(_as_json(exported, section if written else None), indent=1))
     elif written and output is not None:
@@ -63,12 +63,12 @@ def export(plan_file: Path, target: str, output: Path | None, partial: bool, out
         sys.exit(1)
 
 
-def _say(plan_file: Path, plan: Plan, exported: Export, written: bool) -> None:
-    """On standard error, what DeepSpeed does otherwise than the plan says."""
-    for name in exported.whole:
-        click.echo(f"note: {name} is whole on every rank there, which is right and takes more memory", err=True)
+def _report_differences(plan_file: Path, plan: Plan, exported: Export, written: bool) -> None:
+    """On standard error, what DeepSpeed does differently from the plan."""
+    for name in exported.replicated:
+        click.echo(f"note: DeepSpeed replicates {name} on every rank, which is right and takes more memory", err=True)
     if exported.obstacles:
-        outcome = "they are left whole there" if written else "nothing was written"
+        outcome = "they are replicated there" if written else "nothing was written"
         click.echo(f"{plan_file}: plain DeepSpeed cannot express these; {outcome}", err=True)
         rows = _table("where", "why")
         for obstacle in exported.obstacles:
@@ -77,12 +77,12 @@ def _say(plan_file: Path, plan: Plan, exported: Export, written: bool) -> None:
     if written:
         click.echo(f"note: each rank holds {exported.share:.2f} of the model there", err=True)
     elif exported.trains_rightly:
-        click.echo("with --partial they are left whole on every rank, which is right and takes more memory: "
+        click.echo("with --partial they are replicated on every rank, which is right and takes more memory: "
                    f"{exported.share:.2f} of the model on each", err=True)  # fmt: skip
     if written and not exported.tried:
         click.echo(
             f"note: plain DeepSpeed was not tried with model_type {plan.model.model_type}. It also divides attributes "
-            "that it takes for head counts by their names: compare some steps with the whole model first",
+            "that it takes for head counts by their names: compare some steps with the unsharded model first",
             err=True,
         )
 
@@ -93,7 +93,7 @@ def _as_json(exported: Export, section: Mapping[str, object] | None) -> dict[str
         "trains_rightly": exported.trains_rightly,
         "tried": exported.tried,
         "share": exported.share,
-        "whole": list(exported.whole),
+        "whole": list(exported.replicated),
         "obstacles": [dataclasses.asdict(obstacle) for obstacle in exported.obstacles],
         "config": section,
     }
@@ -101,7 +101,7 @@ def _as_json(exported: Export, section: Mapping[str, object] | None) -> dict[str
 
 @click.group()
 def presets() -> None:
-    """The architectures that are known."""
+    """The architectures that have a preset."""
 
 
 @presets.command("list")
@@ -109,7 +109,7 @@ def presets() -> None:
 @reported
 def list_presets(output_format: str) -> None:
     """List the presets."""
-    from autotp_plan.planner.rules.rule_set import preset_names, read_preset
+    from autotp_plan.planner.rules.preset_files import preset_names, read_preset
 
     found = [read_preset(name) for name in preset_names()]
     if output_format == "json":
@@ -129,8 +129,8 @@ def list_presets(output_format: str) -> None:
 @click.argument("name")
 @reported
 def show_preset(name: str) -> None:
-    """Print a preset: a spec file, to read or to start one's own from."""
-    from autotp_plan.planner.rules.rule_set import preset_text
+    """Print a preset: a spec file, to read or to start another one from."""
+    from autotp_plan.planner.rules.preset_files import preset_text
 
     click.echo(preset_text(name), nl=False)
 

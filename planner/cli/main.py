@@ -17,7 +17,7 @@ import click
 from autotp_plan.planner.cli.export import export, presets
 from autotp_plan.planner.cli.output import not_written, reported
 from autotp_plan.planner.cli.shards import check_shards, merge, presplit, reshard
-from autotp_plan.schemas.errors import AutoTPError, Fault, ShardsError
+from autotp_plan.schemas.errors import AutoTPError, Fault, OutputError
 from autotp_plan.schemas.shards.manifest import MANIFEST_NAME, PLAN_NAME
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _FILE = click.Path(path_type=Path)
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="autotp-plan", prog_name="autotp-plan")
 def main() -> None:
-    """Plan how a model is cut for tensor-parallel training under DeepSpeed, check it, and cut it.
+    """Plan how a model is sharded for tensor-parallel training under DeepSpeed, check the plan, and write the shards.
 
     \b
     autotp-plan compile --model CHECKPOINT --tp 4 -o plan.json
@@ -50,9 +50,11 @@ def main() -> None:
 @click.option("--tp", "tp_size", type=int, help="Number of tensor-parallel ranks.")
 @click.option("-o", "--output", type=_FILE, required=True, help="Plan file to write.")
 @click.option("--preset", default="auto", show_default=True, help="auto (by model_type), none, or a preset's name.")
-@click.option("--spec", "specs", type=_FILE, multiple=True, help="Spec file; may be repeated, the first counts most.")
-@click.option("--uneven", is_flag=True, help="Give ranks shares of unequal size where the TP size does not divide.")
-@click.option("--ds-config", type=_FILE, help="DeepSpeed config; its tensor_parallel section is honoured.")
+@click.option(
+    "--spec", "specs", type=_FILE, multiple=True, help="Spec file; may be repeated, the first has precedence."
+)
+@click.option("--uneven", is_flag=True, help="Give ranks shards of unequal size where the TP size does not divide.")
+@click.option("--ds-config", type=_FILE, help="DeepSpeed config; its tensor_parallel section is applied.")
 @reported
 def compile(
     model: Path,
@@ -63,21 +65,20 @@ def compile(
     uneven: bool,
     ds_config: Path | None,
 ) -> None:
-    """Compile a plan: decide how every parameter of a model is cut."""
+    """Compile a plan: decide how every parameter of a model is sharded."""
     from autotp_plan.planner.compiler import compile_plan
     from autotp_plan.planner.deepspeed.read_config import read_deepspeed_config
-    from autotp_plan.planner.rules.rule_set import read_spec_file
     from autotp_plan.schemas.documents import write_atomically
+    from autotp_plan.schemas.spec import SpecFile
 
     faults: list[Fault] = []
     files = []
     for path in specs:
         try:
-            files.append(read_spec_file(path))
+            files.append(SpecFile.read(path))
         except AutoTPError as error:
             prefix = f"{path}: " if len(specs) > 1 else ""
-            faults += [Fault(what=f.what, where=prefix + f.where, got=f.got, expected=f.expected, next=f.next)
-                       for f in error.faults]  # fmt: skip
+            faults += [dataclasses.replace(fault, where=prefix + fault.where) for fault in error.faults]
     section = None
     if ds_config is not None:
         try:
@@ -92,7 +93,7 @@ def compile(
     try:
         write_atomically(output, plan.to_json())
     except OSError as error:
-        raise ShardsError(not_written(output, error)) from None
+        raise OutputError(not_written(output, error)) from None
     _report_compiled(plan, output)
 
 
@@ -120,7 +121,7 @@ def _report_compiled(plan: Plan, output: Path) -> None:
 
 @main.command()
 @click.argument("plan_file", metavar="PLAN_OR_SHARDS", type=_FILE)
-@click.option("--checkpoint", type=_FILE, help="Check that this checkpoint holds what the plan says, too.")
+@click.option("--checkpoint", type=_FILE, help="Also check that this checkpoint holds what the plan says.")
 @reported
 def check(plan_file: Path, checkpoint: Path | None) -> None:
     """Check a plan: schema, fingerprint, coverage, units, column-row pairing, ties, and the checkpoint.
@@ -202,7 +203,7 @@ def _print_table(plan: Plan) -> None:
 @click.option("--attention", multiple=True, type=click.Choice(["eager", "sdpa"]), help="Only this one; repeatable.")
 @reported
 def verify(plan_file: Path, output_format: str, no_stamp: bool, attention: tuple[str, ...]) -> None:
-    """Prove a plan: a small twin of its model, dense and sharded, compared number for number on this machine's CPU.
+    """Prove a plan: run a small twin of its model, dense and sharded, on this machine's CPU, and compare all numbers.
 
     A plan that is proven gets a stamp, which `show` displays; the exit status is 1 when it is not. Errors are absolute,
     over the largest magnitude in a tensor where that is above 1.
@@ -227,7 +228,7 @@ def verify(plan_file: Path, output_format: str, no_stamp: bool, attention: tuple
         try:
             write_atomically(plan_file, dataclasses.replace(plan, verified=proof.stamp()).to_json())
         except OSError as error:
-            raise ShardsError(not_written(plan_file, error)) from None
+            raise OutputError(not_written(plan_file, error)) from None
 
 
 def _verified(plan: Plan, attention: tuple[str, ...]) -> Proof:

@@ -1,4 +1,4 @@
-"""How a command ends and what long work shows: with cli.py and the other cli_*.py, all that prints or exits."""
+"""How a command reports errors and exits, and what it shows of long work."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def reported(function: _F) -> _F:
 def progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A callback for (bytes done, bytes in all): a bar with rate and time left, or a plain line every few seconds.
 
-    Nothing when `quiet`.
+    Args:
+        what: the name of the work.
+        quiet: show nothing; the callback is None.
     """
     if quiet:
         yield None
@@ -93,6 +95,7 @@ def _fail(faults: Sequence[Fault]) -> None:
 
 def _refused(error: OSError) -> Fault:
     return Fault(
+        code="operating-system",
         what="the operating system refused",
         where=str(error.filename or "a file"),
         got=error.strerror or str(error),
@@ -104,6 +107,7 @@ def _refused(error: OSError) -> Fault:
 def not_written(path: Path, error: OSError) -> Fault:
     """The fault of a file that cannot be written."""
     return Fault(
+        code="file-not-written",
         what="the file cannot be written",
         where=str(path),
         got=error.strerror or str(error),

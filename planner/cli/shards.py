@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from autotp_plan.planner.cli.output import progress, reported
-from autotp_plan.schemas.errors import Fault, MismatchError
+from autotp_plan.schemas.errors import Fault, OptionError
 
 if TYPE_CHECKING:
     from autotp_plan.schemas.shards.manifest import Manifest
@@ -21,13 +21,13 @@ _QUIET = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 
 @click.command()
 @click.argument("plan_file", metavar="PLAN", type=_FILE)
-@click.option("--checkpoint", type=_FILE, required=True, help="The checkpoint to cut.")
+@click.option("--checkpoint", type=_FILE, required=True, help="The checkpoint to shard.")
 @click.option("-o", "--output", type=_FILE, required=True, help="New folder for the shards, or one to continue.")
 @_WORKERS
 @_QUIET
 @reported
 def presplit(plan_file: Path, checkpoint: Path, output: Path, workers: int, quiet: bool) -> None:
-    """Cut a checkpoint into a folder of per-rank shards that needs nothing else to train from.
+    """Write a checkpoint as a folder of per-rank shards that needs nothing else to train from.
 
     Stopped at any moment, the same command continues with the files that are missing.
     """
@@ -48,7 +48,7 @@ def presplit(plan_file: Path, checkpoint: Path, output: Path, workers: int, quie
 @_QUIET
 @reported
 def merge(shards: Path, output: Path, workers: int, quiet: bool) -> None:
-    """Put the checkpoint together again that shards were cut from: the same files, to the byte."""
+    """Write the checkpoint that shards were made from: the same files, to the byte."""
     from autotp_plan.planner.plan_table import human_bytes
     from autotp_plan.planner.shards.merge import merge as run
 
@@ -63,9 +63,9 @@ def merge(shards: Path, output: Path, workers: int, quiet: bool) -> None:
 @click.argument("shards", metavar="SHARDS", type=_FILE)
 @click.option("--tp", "tp_size", type=int, help="New number of ranks; the plan is made by the same preset.")
 @click.option(
-    "--plan", "plan_file", type=_FILE, help="Plan to cut by, where the old one was not made by a preset alone."
+    "--plan", "plan_file", type=_FILE, help="Plan to shard by, where the old one was not made by a preset alone."
 )
-@click.option("--uneven", is_flag=True, help="With --tp: ranks get unequal shares where it does not divide.")
+@click.option("--uneven", is_flag=True, help="With --tp: ranks get shards of unequal size where it does not divide.")
 @click.option("-o", "--output", type=_FILE, required=True, help="New folder for the shards, or one to continue.")
 @_WORKERS
 @_QUIET
@@ -73,14 +73,21 @@ def merge(shards: Path, output: Path, workers: int, quiet: bool) -> None:
 def reshard(
     shards: Path, tp_size: int | None, plan_file: Path | None, uneven: bool, output: Path, workers: int, quiet: bool
 ) -> None:
-    """Cut shards anew for another number of ranks: what presplit would write from the original checkpoint."""
+    """Write shards for another number of ranks: what presplit would write from the original checkpoint."""
     from autotp_plan.planner.shards.reshard import reshard as run
     from autotp_plan.schemas.plan.document import Plan
 
     if (tp_size is None) == (plan_file is None):
-        got = "neither" if tp_size is None else "both"
-        what = "reshard needs to know what to cut for"
-        raise MismatchError(Fault(what=what, where="--tp", got=got, expected="either --tp or --plan"))
+        raise OptionError(
+            Fault(
+                code="tp-or-plan",
+                what="reshard needs a number of ranks or a plan",
+                where="--tp",
+                got="neither" if tp_size is None else "both",
+                expected="either --tp or --plan",
+                next="give --tp N for the plan of the same preset, or --plan FILE for another one",
+            )
+        )
     plan = None if plan_file is None else Plan.read(plan_file)
     started = time.monotonic()
     with progress("reshard", quiet) as shown:

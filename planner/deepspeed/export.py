@@ -1,59 +1,41 @@
 """A plan in the words of plain DeepSpeed: a `partition_config`, where those words are enough.
 
-DeepSpeed's AutoTP (0.19.8) cuts linear layers evenly, gathers the output of one, sums the gradient of a replicated
-parameter, and divides some head counts, found by name. Whatever no pattern matches is whole. What a plan needs beyond
-that is an obstacle. Embeddings and a tied head become whole, which is right, at the price of memory; so may
-fused experts be.
+Whatever no pattern of a `partition_config` matches is replicated. So embeddings and a tied head become replicated,
+which is right and takes more memory; fused experts may be. What else DeepSpeed cannot do is in `limits`.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autotp_plan.schemas import intervals as iv
+from autotp_plan.planner.deepspeed.limits import Obstacle, obstacles
 from autotp_plan.schemas.layout import Layout
 from autotp_plan.schemas.names import expand, starred
-from autotp_plan.schemas.plan.document import ModuleAttribute, Parameter, Plan, PlannedModule
+from autotp_plan.schemas.plan.document import Plan
+from autotp_plan.schemas.plan.entries import Parameter
 
-DIVIDED = frozenset(
-    {"n_heads", "num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "embed_dim", "hidden_size"}
-)
-"""Attributes that DeepSpeed divides on modules with a cut weight (AutoTP.update_mp_params), of those in presets."""
 TRIED = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "cohere", "starcoder2", "glm"}
     | {"glm4", "phi", "gpt_neox", "opt", "codegen", "gpt_bigcode", "mixtral", "qwen2_moe", "qwen3_moe", "dbrx"}
     | {"granitemoe"}
 )
 """The `model_type`s whose export plain DeepSpeed computed with, compared with the dense model (test_export.py)."""
-_KV_HEAD_KEYS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "n_head_kv", "kv_n_heads",
-                 "num_attention_heads", "n_heads", "attention_heads")  # fmt: skip
-_CUT_WITHOUT_HEADS = ("mlp", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "lm_head", "embed_out")
-"""In a layer's name: DeepSpeed cuts it evenly, any other by KV heads (module_inject/tp_shard.py, get_shard_size)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Obstacle:
-    """What DeepSpeed cannot do: at a parameter or module, and why. Without `may_be_whole` it would train wrongly."""
-
-    where: str
-    reason: str
-    may_be_whole: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Export:
-    """A `partition_config`, what becomes `whole` by it though the plan cuts it, and what cannot be said at all.
+    """A `partition_config`, what is `replicated` by it though the plan shards it, and what it cannot express.
 
     `share` is the part of all parameters that a rank then holds. `tried`: plain DeepSpeed was compared with the dense
     model for models of this type.
     """
 
     partition_config: dict[str, Any]
-    whole: tuple[str, ...]
+    replicated: tuple[str, ...]
     obstacles: tuple[Obstacle, ...]
     share: float
     tried: bool
@@ -65,142 +47,48 @@ class Export:
 
 
 def export_to_deepspeed(plan: Plan) -> Export:
-    """`plan` as a `partition_config` of DeepSpeed's `tensor_parallel` section (module_inject/autotp_config.py)."""
-    bodies: dict[str, dict[str, Any] | None] = {}
-    whole: list[str] = []
-    obstacles: list[Obstacle] = []
+    """`plan` as a `partition_config` of DeepSpeed's `tensor_parallel` section (module_inject/autotp_config.py).
+
+    Returns:
+        the config, which trains rightly where `Export.trains_rightly`, and what stands in the way of the rest.
+    """
+    found = obstacles(plan)
+    reasons = {obstacle.where: obstacle for obstacle in found}
     tied = {tie.to for tie in plan.tied}
-    experts = tuple(f"{one}." for module in plan.modules if _is_experts(module) for one in expand(module.module))
+    rules: dict[str, dict[str, Any] | None] = {}
+    replicated: list[str] = []
     for entry in plan.parameters:
-        layout = plan.layouts[entry.layout]
-        body: dict[str, Any] | None = None
-        if entry.name.startswith(experts) or expand(entry.name)[0].startswith(experts):
-            obstacles.append(Obstacle(where=entry.name, reason=_EXPERTS, may_be_whole=True))
-            body = {"partition_type": "skip"}
-        elif (reason := _obstacle(entry, layout, plan, entry.name in tied)) is not None:
-            obstacles.append(Obstacle(where=entry.name, reason=reason))
+        rule: dict[str, Any] | None = None
+        if entry.name in reasons:
+            rule = {"partition_type": "skip"} if reasons[entry.name].may_be_whole else None
         elif entry.style == "vocab" or (entry.gather_output and entry.name in tied):
-            whole.append(entry.name)
+            replicated.append(entry.name)
         else:
-            body = _body(entry, layout, plan)
-        bodies[entry.name] = body
-    whole += [tie.name for tie in plan.tied if tie.to in whole]
-    obstacles += _module_obstacles(plan, experts)
-    config = {"use_default_specs": False, "layer_specs": _specs(bodies)}
+            rule = _rule(entry, plan.layouts[entry.layout], plan)
+        rules[entry.name] = rule
+    replicated += [tie.name for tie in plan.tied if tie.to in replicated]
     return Export(
-        partition_config=config,
-        whole=tuple(whole),
-        obstacles=tuple(obstacles),
-        share=_share(plan, {*whole, *(obstacle.where for obstacle in obstacles)}),
+        partition_config={"use_default_specs": False, "layer_specs": _specs(rules)},
+        replicated=tuple(replicated),
+        obstacles=tuple(found),
+        share=_share(plan, {*replicated, *reasons}),
         tried=plan.model.model_type in TRIED,
     )
 
 
-_EXPERTS = "fused experts are no linear layers: DeepSpeed leaves them whole on every rank"
-
-
-def _obstacle(entry: Parameter, layout: Layout, plan: Plan, tied: bool) -> str | None:
-    if entry.add_once:
-        return "it is added to a sum over the ranks, and DeepSpeed would add it on each"
-    if entry.style == "vocab" or (entry.gather_output and tied):
-        return None
-    if entry.style == "replicated":
-        return None
-    if entry.style == "shard":
-        return "DeepSpeed cuts linear layers only; this belongs to a module with a forward of its own"
-    if entry.split_input:
-        return "the layer's input is split over the ranks, which DeepSpeed does for a head only"
-    if entry.gather_output and len(layout.sub_parameters) > 1:
-        return "DeepSpeed does not gather the output of a layer with sub-parameters"
-    if entry.partial_gradient or any(len(ranks) > 1 for _, ranks in iv.holders(layout.intervals)):
-        return "several ranks share it (KV heads), and DeepSpeed does not sum their gradients"
-    if len({iv.length(rank) for rank in layout.intervals}) > 1 and not entry.gather_output:
-        return "the ranks' shares are of unequal size, and DeepSpeed decides those itself, from names"
-    if layout.shape != plan.shape_of(entry):
-        return f"it is cut in a view, {list(layout.shape)}, of a module that DeepSpeed has no layer for"
-    expected = 0 if entry.style == "column" else len(layout.shape) - 1
-    if len(layout.shape) > 1 and layout.dim != expected:
-        return "its weight lies the other way round (Conv1D)"
-    if not entry.gather_output and not _is_even(layout):
-        return "a rank's share is not its even part of each sub-parameter, which is how DeepSpeed cuts"
-    num_kv_heads = _num_kv_heads(plan.model.config or {})
-    if num_kv_heads % plan.tp_size and not any(part in entry.name for part in _CUT_WITHOUT_HEADS):
-        return f"DeepSpeed cuts it by KV heads, and {num_kv_heads} are not divisible by {plan.tp_size}"
-    return None
-
-
-def _module_obstacles(plan: Plan, experts: tuple[str, ...]) -> Iterator[Obstacle]:
-    if _adds_in_place(plan.model.model_type, plan.model.config or {}):
-        reason = "its layers add in place to the output of a row-parallel layer, which raises in DeepSpeed"
-        yield Obstacle(where=f"model_type {plan.model.model_type}", reason=reason)
-    for attribute in plan.module_attributes:
-        inside = f"{expand(attribute.module)[0]}.".startswith(experts)
-        if not inside and not _is_divided(attribute):
-            yield Obstacle(
-                where=f"{attribute.module}.{attribute.attribute}",
-                reason="this count must be local, and it is none of those that DeepSpeed divides evenly by name",
-            )
-    for module in plan.modules:
-        if _is_experts(module):
-            continue  # told of its parameters
-        if module.mean_over_ranks:
-            reason = "its means must be taken over all ranks"
-        elif module.output is not None:
-            reason = "part of its output goes straight to cut neighbours, so its gradient must be summed"
-        else:
-            reason = "its inputs must be split over the ranks (ALiBi, made for all heads)"
-        yield Obstacle(where=module.module, reason=reason)
-
-
-def _share(plan: Plan, whole: Collection[str]) -> float:
-    """The part of the parameters that the fullest rank holds when those of `whole` are not cut."""
+def _share(plan: Plan, replicated: Collection[str]) -> float:
+    """The share of the parameters that the fullest rank holds when those of `replicated` are not sharded."""
     total = 0
     held = [0] * plan.tp_size
     for entry in plan.parameters:
-        layout, alike = plan.layouts[entry.layout], len(expand(entry.name))
-        total += alike * math.prod(layout.shape)
+        layout, count = plan.layouts[entry.layout], len(expand(entry.name))
+        total += count * math.prod(layout.shape)
         for rank in range(plan.tp_size):
-            held[rank] += alike * math.prod(layout.shape if entry.name in whole else layout.rank_shape(rank))
+            held[rank] += count * math.prod(layout.shape if entry.name in replicated else layout.rank_shape(rank))
     return max(held) / total
 
 
-def _adds_in_place(model_type: str | None, config: Mapping[str, Any]) -> bool:
-    """Whether transformers adds to a row-parallel output in place (modeling_falcon.py:619, modeling_llama4.py:172)."""
-    parallel = bool(config.get("parallel_attn", True) or config.get("new_decoder_architecture"))
-    return model_type == "llama4_text" or (model_type == "falcon" and parallel)
-
-
-def _is_experts(module: PlannedModule) -> bool:
-    return module.output is not None and module.output.operation == "reduce"
-
-
-def _is_divided(attribute: ModuleAttribute) -> bool:
-    return attribute.attribute in DIVIDED and len(set(attribute.values)) == 1
-
-
-def _is_even(layout: Layout) -> bool:
-    """Whether each rank's intervals are its even part of every sub-parameter, in order."""
-    tp_size, start = len(layout.intervals), 0
-    parts: list[list[iv.Interval]] = [[] for _ in range(tp_size)]
-    for sub in layout.sub_parameters:
-        size = sub.size // tp_size
-        for rank, held in enumerate(parts):
-            held.append((start + rank * size, start + (rank + 1) * size))
-        start += sub.size
-    return all(map(_same, parts, layout.intervals))
-
-
-def _same(one: Sequence[iv.Interval], other: Sequence[iv.Interval]) -> bool:
-    return iv.join_touching(one) == iv.join_touching(other)
-
-
-def _num_kv_heads(config: Mapping[str, Any]) -> int:
-    """The number by which DeepSpeed cuts; 0 when the config has none."""
-    value = next((config[key] for key in _KV_HEAD_KEYS if config.get(key) is not None), 0)
-    return value if isinstance(value, int) else 0
-
-
-def _body(entry: Parameter, layout: Layout, plan: Plan) -> dict[str, Any] | None:
+def _rule(entry: Parameter, layout: Layout, plan: Plan) -> dict[str, Any] | None:
     """A rule without its patterns; None for what needs no rule."""
     if entry.style == "replicated":
         if entry.partial_gradient:
@@ -208,32 +96,32 @@ def _body(entry: Parameter, layout: Layout, plan: Plan) -> dict[str, Any] | None
         return {"partition_type": "skip"} if len(plan.shape_of(entry)) > 1 else None
     if len(plan.shape_of(entry)) == 1:
         return None  # a bias goes with its weight
-    body: dict[str, Any] = {"partition_type": entry.style}
+    rule: dict[str, Any] = {"partition_type": entry.style}
     if entry.gather_output:
-        return {**body, "gather_output": True}
+        return {**rule, "gather_output": True}
     sizes = [sub.size for sub in layout.sub_parameters]
     if len(sizes) > 1:
         assert layout.dim is not None
         shape: list[Any] = [-1] * len(layout.shape)
         shape[layout.dim] = len(sizes) if len(set(sizes)) == 1 else sizes
-        body |= {"shape": shape, "partition_dim": layout.dim}
-    return body
+        rule |= {"shape": shape, "partition_dim": layout.dim}
+    return rule
 
 
-def _specs(bodies: Mapping[str, dict[str, Any] | None]) -> list[dict[str, Any]]:
-    """Rules, alike ones as one, in order. A pattern stands for all layers only where none of them differs."""
+def _specs(rules: Mapping[str, dict[str, Any] | None]) -> list[dict[str, Any]]:
+    """Rules in order, each once. A pattern stands for all layers only where none of them differs."""
     by_template: dict[str, list[dict[str, Any] | None]] = {}
-    for name, body in bodies.items():
-        by_template.setdefault(starred(expand(name)[0]), []).append(body)
+    for name, rule in rules.items():
+        by_template.setdefault(starred(expand(name)[0]), []).append(rule)
     specs: list[dict[str, Any]] = []
-    for name, body in bodies.items():
-        if body is None:
+    for name, rule in rules.items():
+        if rule is None:
             continue
-        alike = all(other == body for other in by_template[starred(expand(name)[0])])
-        pattern = _pattern(name, r"\d+" if alike else None)
-        same = next((spec for spec in specs if {**spec, "patterns": 0} == {"patterns": 0, **body}), None)
+        in_every_layer = all(other == rule for other in by_template[starred(expand(name)[0])])
+        pattern = _pattern(name, r"\d+" if in_every_layer else None)
+        same = next((spec for spec in specs if {**spec, "patterns": 0} == {"patterns": 0, **rule}), None)
         if same is None:
-            specs.append({"patterns": [pattern], **body})
+            specs.append({"patterns": [pattern], **rule})
         elif pattern not in same["patterns"]:
             same["patterns"].append(pattern)
     return specs

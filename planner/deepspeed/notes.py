@@ -1,28 +1,21 @@
-"""What a preset adds to a DeepSpeed `partition_config`: said, so that nobody believes that the config had it.
+"""Warns about what a preset added to a DeepSpeed `partition_config`: plain DeepSpeed would not do it.
 
-The rules of such a config may cut every weight rightly and plain DeepSpeed still computes something else, because no
-rule of it can say the rest, or because a rule is missing.
+The rules of such a config may shard every weight rightly and plain DeepSpeed still computes something else, because no
+rule of it can express the rest, or because a rule is missing.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 
-from autotp_plan.planner.deepspeed.export import export_to_deepspeed
-from autotp_plan.schemas.plan.document import Parameter, Plan
-
-DS_CONFIG = "ds-config"
-"""The label of the rules of a `partition_config`."""
-
-
-def noted(plan: Plan, preset: str) -> Plan:
-    """`plan`, made by a `partition_config` and `preset`, with notes on what the preset added."""
-    notes = tuple(_notes(plan, preset))
-    return dataclasses.replace(plan, notes=(*plan.notes, *notes)) if notes else plan
+from autotp_plan.planner.deepspeed.limits import obstacles
+from autotp_plan.schemas.plan.document import Plan
+from autotp_plan.schemas.plan.entries import Parameter
+from autotp_plan.schemas.plan.rule_ref import Origin
 
 
-def _notes(plan: Plan, preset: str) -> Iterator[str]:
+def notes_on_partition_config(plan: Plan, preset: str) -> Iterator[str]:
+    """Notes on what `preset` added to the `partition_config` that `plan` was made by, and DeepSpeed would not do."""
     added = [entry for entry in plan.parameters if _is_added(entry)]
     cut = [entry.name for entry in added if entry.style in ("column", "row") and entry.name.endswith(".weight")]
     if cut:
@@ -37,7 +30,7 @@ def _notes(plan: Plan, preset: str) -> Iterator[str]:
             "does. DeepSpeed would not sum them: right logits, wrong gradients, without a word."
         )
     reasons: dict[str, list[str]] = {}
-    for obstacle in export_to_deepspeed(plan).obstacles:
+    for obstacle in obstacles(plan):
         reasons.setdefault(obstacle.reason, []).append(obstacle.where)
     for reason, names in reasons.items():
         yield f"Preset {preset!r} adds what plain DeepSpeed cannot do at {_few(names)}: {reason}."
@@ -45,7 +38,7 @@ def _notes(plan: Plan, preset: str) -> Iterator[str]:
 
 def _is_added(entry: Parameter) -> bool:
     """Whether rules of a preset decided it; the vocabulary is theirs always."""
-    return not entry.rule.startswith(DS_CONFIG) and entry.style != "vocab" and not entry.gather_output
+    return entry.rule.origin is not Origin.DS_CONFIG and entry.style != "vocab" and not entry.gather_output
 
 
 def _few(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""A DeepSpeed JSON config as people have it today: its whole `tensor_parallel` section, honoured or refused.
+"""A DeepSpeed JSON config as people have it today: its `tensor_parallel` section, applied or refused.
 
 Field by field as `TPTrainingConfig` and `AutoTPConfig` of DeepSpeed 0.19.8 read it
 (deepspeed/runtime/tensor_parallel/config.py, deepspeed/module_inject/autotp_config.py). Fields that DeepSpeed parses
@@ -52,7 +52,11 @@ class TensorParallelSection:
 
 
 def read_deepspeed_config(path: Path) -> TensorParallelSection:
-    """The `tensor_parallel` section of the DeepSpeed config in `path`. Raises DocumentError with every fault."""
+    """The `tensor_parallel` section of the DeepSpeed config in `path`.
+
+    Raises:
+        DocumentError: with every fault found.
+    """
     config = documents.read_json(path, "DeepSpeed config")
     if not isinstance(config, dict):
         raise DocumentError(_fault(str(path), type(config).__name__, "a JSON object, as DeepSpeed reads it"))
@@ -64,7 +68,11 @@ def read_deepspeed_config(path: Path) -> TensorParallelSection:
 
 
 def parse_section(section: Any) -> TensorParallelSection:
-    """The section as we understand it. Raises DocumentError with every fault found."""
+    """What a `tensor_parallel` section, a JSON value, asks for.
+
+    Raises:
+        DocumentError: with every fault found.
+    """
     if not isinstance(section, dict):
         raise DocumentError(_fault("tensor_parallel", type(section).__name__, "a JSON object"))
     faults: list[Fault] = []
@@ -159,6 +167,7 @@ def _typed(section: dict[str, Any], key: str, kind: type, faults: list[Fault]) -
 
 def _fault(where: str, got: str, expected: str, hint: str = "") -> Fault:
     return Fault(
+        code="deepspeed-config-value",
         what="the DeepSpeed config has a wrong value",
         where=where,
         got=got,

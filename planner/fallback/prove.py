@@ -1,4 +1,4 @@
-"""Planning a model without a preset: by transformers' own `tp_plan`, and only with proof.
+"""Planning a model without a preset: by transformers' `tp_plan`, and only with proof.
 
 A `tp_plan` says little of gradients that are partial, and some forget other things too. So the plan is tried on a
 small twin of the model; parameters whose gradients turn out to be partial are marked, and what is not right is refused.
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from autotp_plan.huggingface.meta_model import build_model
 from autotp_plan.planner.fallback.tp_plan import NAME, rules_of_model
+from autotp_plan.planner.model.model_input import ModelInput
 from autotp_plan.schemas.errors import CheckpointError, CompileError, Fault, MissingDependencyError
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.spec import Spec, SpecFile
@@ -21,7 +20,7 @@ from autotp_plan.schemas.spec import Spec, SpecFile
 class Findings(Protocol):
     """What trying a plan on a twin showed.
 
-    `partial_gradients` are patterns of parameters that are whole on every rank while each computes part of their
+    `partial_gradients` are patterns of parameters that are replicated while each rank computes part of their
     gradient; `problem` says what else is wrong, None when nothing is.
     """
 
@@ -34,28 +33,41 @@ class Findings(Protocol):
 Prover = Callable[[Plan], Findings]
 
 
-def fallback_rules(model: Path | Any, tp_size: int) -> SpecFile | None:
-    """The rules of the model's `tp_plan`; None for a model that transformers does not know. Raises CompileError."""
-    live, where = model, type(model).__name__
-    if isinstance(model, Path):
-        try:
-            live, where = build_model(model, on_meta="all"), str(model)
-        except (CheckpointError, MissingDependencyError):
-            return None
-    config = getattr(live, "config", None)
-    if not hasattr(config, "model_type") or not hasattr(live, "get_input_embeddings"):
+def fallback_rules(model: ModelInput, tp_size: int) -> SpecFile | None:
+    """The rules of the model's `tp_plan`; None for a model that transformers does not know.
+
+    Raises:
+        CompileError: the model has no `tp_plan`, or one that is not complete or not understood.
+    """
+    try:
+        module = model.module
+    except (CheckpointError, MissingDependencyError):
         return None
-    return rules_of_model(live, tp_size, where)
+    config = getattr(module, "config", None)
+    if not hasattr(config, "model_type") or not hasattr(module, "get_input_embeddings"):
+        return None
+    return rules_of_model(module, tp_size, model.where)
 
 
 def proven(compile_with: Callable[[SpecFile], Plan], rules: SpecFile, prove: Prover | None, where: str) -> Plan:
-    """The plan that `compile_with` makes of `rules`, once it is right. Raises CompileError when it is not."""
+    """The plan that a model's `tp_plan` makes, once a twin has shown that it is right.
+
+    Args:
+        compile_with: makes a plan of such rules.
+        rules: from `fallback_rules`.
+        prove: tries a plan on a twin.
+        where: what faults point to.
+
+    Raises:
+        CompileError: there is no way to prove the plan, or it is wrong.
+    """
     if prove is None:
         raise CompileError(
             Fault(
+                code="unproven-tp-plan",
                 what="a plan without a preset needs proof",
                 where=where,
-                got=f"the {NAME}, which is silent about partial gradients",
+                got=f"the {NAME}, which does not say which gradients are partial",
                 expected="a way to try the plan",
                 next="use `autotp-plan compile`, or compile_plan(..., prove=autotp_plan.runtime.try_plan)",
             )
@@ -69,10 +81,11 @@ def proven(compile_with: Callable[[SpecFile], Plan], rules: SpecFile, prove: Pro
     if findings.problem is not None or findings.partial_gradients:
         raise CompileError(
             Fault(
+                code="wrong-tp-plan",
                 what="transformers' tp_plan of this model is wrong",
                 where=where,
                 got=findings.problem or "gradients that stay partial",
-                expected="a twin that computes what the whole model computes",
+                expected="a sharded twin that computes what the dense one computes",
                 next="write a spec file and give it with --spec; `autotp-plan verify` proves it",
             )
         )

@@ -1,41 +1,55 @@
-"""Rules for a model without a preset: transformers' own `tp_plan` in our words, complete or not at all.
+"""Rules for a model without a preset, made from transformers' `tp_plan`: a complete set, or a fault.
 
-A `tp_plan` names modules and styles (transformers/distributed/tensor_parallel.py) and no head sizes, and it is silent
-about what it forgets. So everything it does not name must be plainly whole (a norm, a router, a table of positions),
-and what is compiled from it must be proven before it is used.
+A `tp_plan` names modules and styles (transformers/distributed/tensor_parallel.py), but no head sizes, and it does not
+say what it leaves out. So a parameter that it does not name must be one that is always replicated (a norm, a router, a
+table of positions), and what is compiled from it must be proven before it is used.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from autotp_plan.huggingface.internals import checkpoint_conversions, tensor_parallel_plan
+from autotp_plan.huggingface.internals import tensor_parallel_plan
+from autotp_plan.planner.fallback.disk_names import disk_names, ties
 from autotp_plan.schemas.errors import CompileError, Fault
 from autotp_plan.schemas.names import starred
-from autotp_plan.schemas.spec import CrossingSpec, ModuleSpec, Spec, SpecFile, TieSpec
+from autotp_plan.schemas.spec import CrossingSpec, ModuleSpec, Spec, SpecFile
 
 NAME = "tp_plan of transformers"
-MAX_WHOLE = 0.1
-"""The largest share of a model that may be whole on every rank because no plan names it."""
+MAX_REPLICATED = 0.1
+"""The largest share of a model that may be replicated because its `tp_plan` does not name it."""
 
 _SILENT = {"local_params", "replicate", "replicated"}
 _GATHERED = {"colwise_gather_output", "colwise_rep"}
 _SPLIT_INPUT = {"rowwise_split_input", "rowwise_rep"}
-_KNOWN = _SILENT | _GATHERED | _SPLIT_INPUT | {
-    "colwise", "rowwise", "packed_colwise", "packed_rowwise", "moe_tp_experts", "mla_kv_a_proj", "all_reduce",
-    "replicated_with_grad_allreduce", "embedding_rowwise", "embedding_colwise",
+_COLUMN = {"colwise", "packed_colwise"}
+_ROW = {"rowwise", "packed_rowwise"}
+_PACKED = {"packed_colwise", "packed_rowwise"}
+_VOCABULARY = {"embedding_rowwise", "embedding_colwise"}
+_MODULES = {"moe_tp_experts", "mla_kv_a_proj", "all_reduce"}
+"""Styles of collectives at a module's inputs and output."""
+_KNOWN = _SILENT | _GATHERED | _SPLIT_INPUT | _COLUMN | _ROW | _VOCABULARY | _MODULES | {
+    "replicated_with_grad_allreduce"
 }  # fmt: skip
 
 
 def rules_of_model(model: Any, tp_size: int, where: str) -> SpecFile:
-    """The rules for `model`, a transformers model with parameters on meta.
+    """The rules for a model by its `tp_plan`.
 
-    Raises CompileError when it has no `tp_plan`, or one that is not complete or not understood; the fault shows a spec
-    file to fill in.
+    Args:
+        model: a transformers model; its parameters may be on meta.
+        tp_size: number of TP ranks.
+        where: what faults point to.
+
+    Raises:
+        CompileError: the model has no `tp_plan`, or one that is not complete or not understood. The fault shows a spec
+            file to fill in.
     """
     plan = tensor_parallel_plan(model)
     translation = _Translation(model, plan, tp_size)
@@ -44,11 +58,12 @@ def rules_of_model(model: Any, tp_size: int, where: str) -> SpecFile:
     unknown = sorted({style for style in plan.values() if style not in _KNOWN})
     if not plan or unknown or undecided:
         raise CompileError(_refusal(translation, unknown, where))
-    renamed, assembled, odd = _disk_names(model)
+    renamed, assembled, odd = disk_names(model)
     if odd:
         raise CompileError(
             Fault(
-                what="the checkpoint's tensors become parameters in a way that cannot be cut from disk",
+                code="unsupported-conversion",
+                what="the checkpoint's tensors become parameters in a way that byte ranges cannot express",
                 where=where,
                 got=", ".join(odd),
                 expected="stacking (MergeModulelist) and concatenation along the rows",
@@ -60,7 +75,7 @@ def rules_of_model(model: Any, tp_size: int, where: str) -> SpecFile:
         model_types=(model.config.model_type,),
         layer_specs=tuple(translation.specs()),
         modules=tuple(translation.modules),
-        tied=tuple(_ties(model)),
+        tied=tuple(ties(model)),
         renamed_tensors=renamed,
         assembled_tensors=assembled,
     )
@@ -85,8 +100,8 @@ class _Translation:
             spec = self._planned(owner, leaf, parameter, style) if style else self._unplanned(name, owner, parameter)
             if spec is not None:
                 self.found[name] = spec
-        self._limit_whole()
-        self._borders()
+        self._limit_replicated()
+        self._collectives()
 
     def specs(self) -> Iterator[Spec]:
         """The rules, a pattern for each group of parameters that differ in numbers only."""
@@ -98,11 +113,11 @@ class _Translation:
             for spec, names in groups.items():
                 alone = len(groups) == 1 and all(starred(n) != template or n in self.found for n in self.parameters)
                 patterns[spec] += [_pattern(template)] if alone else [re.escape(name) + "$" for name in names]
-        for spec, own in patterns.items():
-            yield Spec(**{**{field: getattr(spec, field) for field in spec.__slots__}, "patterns": tuple(own)})
+        for spec, matching in patterns.items():
+            yield dataclasses.replace(spec, patterns=tuple(matching))
 
     def _style(self, name: str) -> str | None:
-        """The style of a parameter: of its own name, or of its module's."""
+        """The style that the `tp_plan` gives to a parameter, or to its module."""
         generic = starred(name)
         return self.plan.get(generic) or self.plan.get(generic.rpartition(".")[0])
 
@@ -113,16 +128,16 @@ class _Translation:
             return None  # goes with its weight
         if style == "replicated_with_grad_allreduce":
             return Spec(patterns=(), partition_type="skip", grad_allreduce=True)
-        if style.startswith("embedding"):
+        if style in _VOCABULARY:
             return Spec(patterns=(), partition_type="vocab", indivisible="uneven")
-        if style in ("moe_tp_experts", "mla_kv_a_proj", "all_reduce") or style in _SILENT:
+        if style in _MODULES | _SILENT:
             return self._unplanned(f"{owner}.{leaf}", owner, parameter, named=True)
         if linear and style in _GATHERED:
             return Spec(patterns=(), partition_type="column", gather_output=True, indivisible="uneven")
         if linear and style in _SPLIT_INPUT:
             return Spec(patterns=(), partition_type="row", split_input=True, indivisible="uneven")
-        packed = style.startswith("packed")
-        if linear and style in ("colwise", "packed_colwise"):
+        packed = style in _PACKED
+        if linear and style in _COLUMN:
             return Spec(
                 patterns=(),
                 partition_type="column",
@@ -131,58 +146,59 @@ class _Translation:
             )
         if linear and style == "rowwise":
             return Spec(patterns=(), partition_type="row", unit=self._unit(owner, parameter.shape[1]))
-        if not hasattr(module, "in_features") and style in ("colwise", "packed_colwise", "rowwise", "packed_rowwise"):
-            dim = max(dims - 2, 0) if style.endswith("colwise") else dims - 1
+        if not hasattr(module, "in_features") and style in _COLUMN | _ROW:
+            dim = max(dims - 2, 0) if style in _COLUMN else dims - 1
             shape = tuple(2 if packed and at == dim else -1 for at in range(dims))
             return Spec(patterns=(), partition_type="shard", shape=shape if packed else None, partition_dim=dim)
         self.undecided.append(f"{owner}.{leaf}")
         return None
 
     def _unplanned(self, name: str, owner: str, parameter: Any, named: bool = False) -> Spec | None:
-        """A parameter that the plan is silent about: whole where that is plain, else undecided."""
+        """A parameter that the `tp_plan` does not name: replicated if its kind always is, else undecided."""
         module = self.by_module[owner]
         if parameter.dim() < 2:
-            return None  # whole, as all of these are by default
-        whole = Spec(patterns=(), partition_type="skip")
+            return None  # replicated by default
+        replicated = Spec(patterns=(), partition_type="skip")
         if module is self.model.get_input_embeddings():
             return Spec(patterns=(), partition_type="vocab", indivisible="uneven")
         if module is self.model.get_output_embeddings() and hasattr(module, "in_features"):
             return Spec(patterns=(), partition_type="column", gather_output=True, indivisible="uneven")
         if named or not hasattr(module, "in_features") or self._is_router(owner, module):
-            return whole
+            return replicated
         self.undecided.append(name)
         return None
 
     def _is_router(self, owner: str, module: Any) -> bool:
-        """A linear layer with one output for each expert beside it, or with fewer outputs than ranks."""
+        """Whether a linear layer has one output for each expert of its module, or fewer outputs than ranks."""
         if module.out_features < max(2, self.tp_size):
             return True
-        beside = f"{owner.rpartition('.')[0]}."
+        siblings = f"{owner.rpartition('.')[0]}."
         return any(
-            name.startswith(beside) and parameter.dim() == 3 and parameter.shape[0] == module.out_features
+            name.startswith(siblings) and parameter.dim() == 3 and parameter.shape[0] == module.out_features
             for name, parameter in self.parameters.items()
         )
 
-    def _limit_whole(self) -> None:
-        """What is whole by the plan's silence must be little."""
-        whole = [n for n, s in self.found.items() if s.partition_type == "skip" and self._style(n) is None]
+    def _limit_replicated(self) -> None:
+        """What is replicated only because the `tp_plan` does not name it must be a small share of the model."""
+        unnamed = [n for n, s in self.found.items() if s.partition_type == "skip" and self._style(n) is None]
         total = sum(parameter.numel() for parameter in self.parameters.values())
-        if sum(self.parameters[name].numel() for name in whole) > MAX_WHOLE * total:
-            self.undecided += whole
+        if sum(self.parameters[name].numel() for name in unnamed) > MAX_REPLICATED * total:
+            self.undecided += unnamed
 
     def _unit(self, owner: str, size: int) -> int | None:
         """The width of one head in an attention module's projection."""
-        parent = self.by_module[owner.rpartition(".")[0]]
+        attention = self.by_module[owner.rpartition(".")[0]]
         heads = _count(self.config, "num_attention_heads")
-        if "attention" not in type(parent).__name__.lower() or heads is None:
+        if heads is None or not _is_attention(attention):
             return None
-        head_dim = getattr(parent, "head_dim", None)
+        head_dim = getattr(attention, "head_dim", None)
         counts = (heads, _count(self.config, "num_key_value_heads"))
         if type(head_dim) is int and size % head_dim == 0 and size // head_dim in counts:
             return head_dim
         return size // heads if size % heads == 0 else None
 
-    def _borders(self) -> None:
+    def _collectives(self) -> None:
+        """The collectives at modules' inputs and outputs."""
         for key, style in self.plan.items():
             pattern = _pattern(key)
             matched = [name for name in self.by_module if re.match(pattern, name)]
@@ -190,7 +206,7 @@ class _Translation:
                 continue
             module = self.by_module[matched[0]]
             if style == "moe_tp_experts":
-                inputs = {name: CrossingSpec(operation="copy") for name in _float_inputs(module)}
+                inputs = {name: CrossingSpec(operation="copy") for name in _differentiable_inputs(module)}
                 self.modules.append(
                     ModuleSpec(patterns=(pattern,), inputs=inputs, output=CrossingSpec(operation="reduce"))
                 )
@@ -211,54 +227,24 @@ def _count(config: Any, key: str) -> int | None:
     return found if type(found) is int and found > 0 else None
 
 
-def _float_inputs(module: Any) -> list[str]:
-    """The inputs of an experts module that gradients flow through: the first, and the weights of the routing."""
-    import inspect
+def _is_attention(module: Any) -> bool:
+    """Whether a module's forward masks positions and its attributes describe heads, as all attention modules' do."""
+    heads = hasattr(module, "head_dim") or hasattr(module, "is_causal")
+    return heads and "attention_mask" in inspect.signature(type(module).forward).parameters
 
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    return [name for name in names if name not in ("args", "kwargs") and "ind" not in name]
+
+def _differentiable_inputs(experts: Any) -> list[str]:
+    """The inputs of an experts module that gradients flow through: hidden states and routing weights.
+
+    transformers passes `(hidden_states, indices, weights)` in this order (MoeExpertsParallel in
+    transformers/distributed/tensor_parallel.py).
+    """
+    _, *names = inspect.signature(type(experts).forward).parameters
+    return names[:3:2]
 
 
 def _pattern(template: str) -> str:
     return re.escape(template).replace(r"\*", r"\d+") + "$"
-
-
-def _ties(model: Any) -> Iterator[TieSpec]:
-    first: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        other = first.setdefault(id(parameter), name)
-        if other != name:
-            yield TieSpec(name=name, to=other)
-
-
-def _disk_names(model: Any) -> tuple[dict[str, str], dict[str, tuple[str, ...]], list[str]]:
-    """transformers' conversion tables as `renamed_tensors` and `assembled_tensors`, and what is neither."""
-    conversions, on_disk = checkpoint_conversions(model)
-    renamed: dict[str, str] = {}
-    assembled: dict[str, tuple[str, ...]] = {}
-    odd: list[str] = []
-    for name in [*dict(model.named_parameters()), *dict(model.named_buffers())]:
-        conversion = next((one for one in conversions if any(target in name for target in one.targets)), None)
-        if conversion is None:
-            disk = on_disk(name)
-            if disk != name:
-                renamed[starred(disk)] = starred(name)
-            continue
-        if conversion.operations not in _BYTE_CONCATENATIONS:
-            odd.append(f"{starred(name)}: {', '.join(operation for operation, _ in conversion.operations)}")
-            continue
-        target = next(target for target in conversion.targets if target in name)
-        sources = [on_disk(name.replace(target, source)) for source in conversion.sources]
-        assembled[starred(name)] = tuple(map(starred, sources))
-    return renamed, assembled, sorted(set(odd))
-
-
-_BYTE_CONCATENATIONS: tuple[tuple[tuple[str, int | None], ...], ...] = (
-    (("MergeModulelist", 0),),
-    (("MergeModulelist", 0), ("Concatenate", 1)),
-    (("Concatenate", 0),),
-)
-"""Conversions whose result has the bytes of its sources one after the other."""
 
 
 def _refusal(translation: _Translation, unknown: Sequence[str], where: str) -> list[Fault]:
@@ -268,10 +254,11 @@ def _refusal(translation: _Translation, unknown: Sequence[str], where: str) -> l
     if unknown:
         reasons.append(f"its tp_plan has styles that are not understood: {', '.join(unknown)}")
     if translation.plan and translation.undecided:
-        reasons.append("its tp_plan is silent about weights that are cut elsewhere")
+        reasons.append("its tp_plan does not name weights that other models shard")
     undecided = ", ".join(dict.fromkeys(starred(name) for name in translation.undecided))
     return [
         Fault(
+            code="no-preset",
             what="there is no preset for this model, and it cannot be planned without one",
             where=where,
             got=f"model_type {translation.config.model_type}: {'; '.join(reasons)}; undecided: {undecided}",
@@ -283,7 +270,7 @@ def _refusal(translation: _Translation, unknown: Sequence[str], where: str) -> l
 
 
 def _skeleton(translation: _Translation) -> Iterator[str]:
-    """A rule, as JSON, for each weight: those that are plain filled in, those that are cut in layers left open."""
+    """A rule, as JSON, for each weight; `partition_type` is filled in where it is known."""
     done: set[str] = set()
     for name, parameter in translation.parameters.items():
         template = starred(name)

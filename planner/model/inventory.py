@@ -1,34 +1,29 @@
 """What a model is made of: the names, shapes and dtypes of its module parameters, and its config.
 
-Three sources: a checkpoint folder (file headers only), a folder with a bare config.json (the model is built on the meta
-device), a live `nn.Module`. How tensors on disk differ from module parameters (other names, tables that are no
+Three kinds of model: a checkpoint folder (file headers only), a folder with a bare config.json (the model is built on
+the meta device), a live `nn.Module`. How tensors on disk differ from module parameters (other names, tables that are no
 parameters, tied heads that are not written) is a fact about the architecture that the caller passes in.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autotp_plan.huggingface.meta_model import build_model, parameters_and_buffers
-from autotp_plan.planner.model.fused_tensors import assemble
+from autotp_plan.huggingface.meta_model import parameters_and_buffers
+from autotp_plan.planner.model.fused_tensors import fused_parameters
+from autotp_plan.planner.model.model_input import ModelInput
 from autotp_plan.planner.model.quantized import refuse_quantised
-from autotp_plan.planner.model.tensor_names import DiskNames, Part, ToDisk, ToMemory
+from autotp_plan.planner.model.tensor_names import DiskNames, DiskTensor, ToDisk, ToMemory
 from autotp_plan.schemas import documents
 from autotp_plan.schemas.errors import CheckpointError, Fault
 from autotp_plan.schemas.fault_book import FaultBook
 from autotp_plan.schemas.names import NameSet, natural_key
-from autotp_plan.schemas.plan.document import ModelIdentity, Sources
-from autotp_plan.schemas.storage.checkpoint import (
-    CONFIG_NAME,
-    holds_tensors,
-    planned_config,
-    read_checkpoint,
-    read_config,
-)
+from autotp_plan.schemas.plan.entries import ModelIdentity, Sources
+from autotp_plan.schemas.storage.checkpoint import Checkpoint, planned_config
 from autotp_plan.schemas.storage.safetensors_header import TensorEntry
 
 _DTYPES = {
@@ -85,25 +80,43 @@ def inventory_hash(parameters: Mapping[str, tuple[Sequence[int], str]]) -> str:
     return documents.fingerprint(sorted([name, list(shape), dtype] for name, (shape, dtype) in parameters.items()))
 
 
+def take_inventory(model: ModelInput, names: DiskNames) -> Inventory:
+    """The inventory of a model.
+
+    Args:
+        model: as it was given.
+        names: how its tensors on disk differ from its module parameters.
+
+    Raises:
+        CheckpointError: a folder that is neither a checkpoint nor has a config.json, quantised weights, or tensors that
+            do not make up the parameters.
+        MissingDependencyError: a bare config.json needs transformers, and it is not installed.
+    """
+    if model.checkpoint is not None:
+        return _of_checkpoint(model.checkpoint, model.config, names)
+    if not model.is_folder:
+        return inventory_of_module(model.module, names)
+    refuse_quantised(model.config, (), model.where)
+    return dataclasses.replace(inventory_of_module(model.module, names), config=model.config)
+
+
 def inventory_of_folder(folder: Path, names: DiskNames | None = None) -> Inventory:
     """The inventory of a checkpoint folder, or of a folder with a bare config.json.
 
-    Raises CheckpointError when the folder is neither, MissingDependencyError when a bare config.json needs
-    transformers and it is not installed.
+    Raises:
+        CheckpointError: the folder is neither, or as `take_inventory`.
+        MissingDependencyError: a bare config.json needs transformers, and it is not installed.
     """
-    names = names or DiskNames()
-    if holds_tensors(folder):
-        return _of_checkpoint(folder, names)
-    if (folder / CONFIG_NAME).exists():
-        return _of_config(folder, names)
-    read_checkpoint(folder)  # raises, and says what it found instead
-    raise AssertionError("read_checkpoint must refuse a folder without tensors")
+    return take_inventory(ModelInput(folder), names or DiskNames())
 
 
 def inventory_of_module(module: Any, names: DiskNames | None = None) -> Inventory:
     """The inventory of a live `torch.nn.Module`, whose parameters may be on the meta device.
 
     Persistent buffers are listed too: checkpoints hold them.
+
+    Raises:
+        CheckpointError: a parameter has a dtype that safetensors files do not have.
     """
     names = names or DiskNames()
     to_disk = ToDisk(names)
@@ -122,7 +135,8 @@ def inventory_of_module(module: Any, names: DiskNames | None = None) -> Inventor
         if dtype is None:
             raise CheckpointError(
                 Fault(
-                    what="a parameter has a dtype that cannot be cut",
+                    code="unknown-dtype",
+                    what="a parameter has a dtype that cannot be sharded",
                     where=name,
                     got=str(parameter.dtype),
                     expected="one of " + ", ".join(sorted(_DTYPES)),
@@ -133,41 +147,35 @@ def inventory_of_module(module: Any, names: DiskNames | None = None) -> Inventor
         sources = to_disk.sources(name, shape)
         source = to_disk.source(name) if sources is None else None
         parameters[name] = ParameterInfo(shape=shape, dtype=dtype, source=source, sources=sources)
-    config = getattr(module, "config", None)
-    if config is not None and hasattr(config, "to_json_string"):  # what save_pretrained writes
-        config = json.loads(config.to_json_string())
-        config["architectures"] = config.get("architectures") or [type(module).__name__]
-    return Inventory(parameters=_sorted(parameters), tied=tied, config=config if isinstance(config, dict) else None)
+    return Inventory(parameters=_sorted(parameters), tied=tied, config=ModelInput(module).config)
 
 
-def _of_checkpoint(folder: Path, names: DiskNames) -> Inventory:
-    checkpoint = read_checkpoint(folder)
-    config = read_config(folder)
-    refuse_quantised(config, checkpoint.tensors, str(folder))
+def _of_checkpoint(checkpoint: Checkpoint, config: dict[str, Any] | None, names: DiskNames) -> Inventory:
+    refuse_quantised(config, checkpoint.tensors, str(checkpoint.folder))
     to_memory = ToMemory(names, checkpoint.tensors)
     parameters: dict[str, ParameterInfo] = {}
-    parts: list[tuple[Part, TensorEntry]] = []
+    several: list[tuple[DiskTensor, TensorEntry]] = []
     dropped: dict[str, str] = {}
     faults: list[Fault] = []
     for tensor in checkpoint.tensors.values():
-        part = to_memory.part(tensor.name)
-        if part is None:
+        role = to_memory.role(tensor.name)
+        if role is None:
             continue
-        name = part.parameter
+        name = role.parameter
         if name in names.tied:
             dropped[tensor.name] = names.tied[name]
             continue
         if "{" in tensor.name or "}" in tensor.name:
             faults.append(_brace_fault(tensor.name))
-        if part.sources is not None:
-            parts.append((part, tensor))
+        if role.sources is not None:
+            several.append((role, tensor))
             continue
         if name in parameters:
             faults.append(_twice_fault(name, parameters[name].source or name, tensor.name))
         source = tensor.name if name != tensor.name else None
         parameters[name] = ParameterInfo(shape=tensor.shape, dtype=tensor.dtype, source=source)
     book = FaultBook()
-    for name, made in assemble(parts, book).items():
+    for name, made in fused_parameters(several, book).items():
         if name in parameters:
             faults.append(_twice_fault(name, parameters[name].source or name, ", ".join(made.sources.names)))
         parameters[name] = ParameterInfo(shape=made.shape, dtype=made.dtype, sources=made.sources)
@@ -179,14 +187,7 @@ def _of_checkpoint(folder: Path, names: DiskNames) -> Inventory:
         f"{name} is on disk but tied to {to}: only the latter is used." for name, to in sorted(dropped.items())
     )
     tied = {name: to for name, to in names.tied.items() if to in parameters}
-    return Inventory(parameters=_sorted(parameters), tied=tied, config=read_config(folder), notes=notes)
-
-
-def _of_config(folder: Path, names: DiskNames) -> Inventory:
-    config = read_config(folder)
-    refuse_quantised(config, (), str(folder))
-    inventory = inventory_of_module(build_model(folder, on_meta="all"), names)
-    return Inventory(parameters=inventory.parameters, tied=inventory.tied, config=config)
+    return Inventory(parameters=_sorted(parameters), tied=tied, config=config, notes=notes)
 
 
 def _sorted(parameters: dict[str, ParameterInfo]) -> dict[str, ParameterInfo]:
@@ -195,6 +196,7 @@ def _sorted(parameters: dict[str, ParameterInfo]) -> dict[str, ParameterInfo]:
 
 def _lost_fault(name: str, to: str) -> Fault:
     return Fault(
+        code="tied-to-missing-tensor",
         what="a tensor is tied to a parameter that the checkpoint lacks",
         where=name,
         got=f"tied to {to}",
@@ -205,6 +207,7 @@ def _lost_fault(name: str, to: str) -> Fault:
 
 def _twice_fault(name: str, first: str, second: str) -> Fault:
     return Fault(
+        code="two-tensors-one-parameter",
         what="two tensors of the checkpoint are one parameter",
         where=name,
         got=f"{first} and {second}",
@@ -215,6 +218,7 @@ def _twice_fault(name: str, first: str, second: str) -> Fault:
 
 def _brace_fault(name: str) -> Fault:
     return Fault(
+        code="brace-in-name",
         what="a tensor's name has a brace",
         where=name,
         got=name,

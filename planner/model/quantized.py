@@ -1,7 +1,7 @@
-"""Checkpoints whose weights are quantised with separate scales: recognised, and refused with what to do.
+"""Checkpoints whose weights are quantised with separate scales: recognised, and refused.
 
 Their tensors are not the module's parameters: fp8 blocks with `weight_scale_inv` (DeepSeek-V3), MXFP4 `_blocks` and
-`_scales` (gpt-oss), GPTQ, AWQ and bitsandbytes. Cutting them like weights would separate them from their scales.
+`_scales` (gpt-oss), GPTQ, AWQ and bitsandbytes. Sharded as if they were weights, they would lose their scales.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def refuse_quantised(config: Mapping[str, Any] | None, names: Iterable[str], whe
     got += [f"tensors such as {scales[0]}"] if scales else []
     raise CheckpointError(
         Fault(
+            code="quantised-weights",
             what="the checkpoint's weights are quantised",
             where=where,
             got=", ".join(got),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from autotp_plan.schemas.names import NameSet, starred
-from autotp_plan.schemas.plan.document import Sources
+from autotp_plan.schemas.plan.entries import Sources
 
 _T = TypeVar("_T")
 _HEAD = "lm_head."
@@ -34,10 +34,10 @@ class DiskNames:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """What a tensor on disk is: a whole parameter, or the one of `sources` at `position`, with its `number`.
+class DiskTensor:
+    """What a tensor on disk is: a parameter, or the one of its `sources` at `position`, with its `number`.
 
-    `stack` is alike for all tensors that are numbered together: those of all experts of all layers.
+    `stack` is the same for all tensors that are numbered together: those of all experts of all layers.
     """
 
     parameter: str
@@ -62,24 +62,28 @@ class ToMemory:
         self._missing = "" if any(name.startswith(prefix) for name in on_disk) else prefix
         self._ignored = NameSet(names.ignored)
 
-    def part(self, disk: str) -> Part | None:
-        """What the tensor called `disk` is; None when it is to be ignored."""
+    def role(self, disk: str) -> DiskTensor | None:
+        """What the tensor with the name `disk` is.
+
+        Returns:
+            None for a tensor that is no parameter, and is ignored.
+        """
         prefixed = disk if not self._missing or self._is_named(disk) else self._missing + disk
         if disk in self._ignored or prefixed in self._ignored:
             return None
         found = self._assembled.find(prefixed)
         if found is None:
             renamed = self._renamed.find(prefixed)
-            return Part(parameter=prefixed if renamed is None else _fill(*renamed))
+            return DiskTensor(parameter=prefixed if renamed is None else _fill(*renamed))
         (memory, disks, position), numbers = found
         stacked = len(numbers) > memory.count("*")
         shared = numbers[:-1] if stacked else numbers
-        own = [_fill(pattern, shared) for pattern in disks]
+        names = [_fill(pattern, shared) for pattern in disks]
         if prefixed != disk:
-            own = [name.removeprefix(self._missing) for name in own]
-        return Part(
+            names = [name.removeprefix(self._missing) for name in names]
+        return DiskTensor(
             parameter=_fill(memory, shared),
-            sources=Sources(names=tuple(own)),
+            sources=Sources(names=tuple(names)),
             position=position,
             number=int(numbers[-1]) if stacked else 0,
             stack=disks[position].rpartition("*")[0] if stacked else "",
@@ -100,12 +104,12 @@ class ToDisk:
         self._assembled = _Patterns(names.assembled.items())
 
     def source(self, parameter: str) -> str | None:
-        """The name on disk of a parameter that is one tensor there, None when it has the same."""
+        """The name on disk of a parameter that is one tensor there; None when it is the parameter's name."""
         found = self._renamed.find(parameter)
         return None if found is None else _fill(*found)
 
     def sources(self, parameter: str, shape: Sequence[int]) -> Sources | None:
-        """The names on disk of a parameter that is several tensors there."""
+        """The names on disk of a parameter of `shape` that is several tensors there; None when it is one."""
         found = self._assembled.find(parameter)
         if found is None:
             return None

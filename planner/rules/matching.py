@@ -1,6 +1,6 @@
-"""Rules as they are matched: a spec with its name and compiled patterns, and which rule decides a parameter.
+"""Matching rules and parameters: a spec with its reference and compiled patterns, and which rule decides a parameter.
 
-The first source with a rule that matches decides. What a rule then does to a weight is not known here.
+The first rule list with a rule that matches decides. What a rule then does to a weight is not known here.
 """
 
 from __future__ import annotations
@@ -10,35 +10,34 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autotp_plan.planner.rules.rule_set import Source
+from autotp_plan.planner.rules.rule_set import RuleList
 from autotp_plan.planner.rules.symbols import SymbolError, Symbols
 from autotp_plan.schemas.fault_book import FaultBook
 from autotp_plan.schemas.layout import Layout
-from autotp_plan.schemas.plan.document import Style
+from autotp_plan.schemas.plan.entries import Style
+from autotp_plan.schemas.plan.rule_ref import RuleRef
 from autotp_plan.schemas.spec import Spec
-
-DEFAULT = "default for 1-D"
-"""The rule of parameters of at most one dimension that no other rule decides: whole on every rank."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rule:
-    """A rule with its name and compiled patterns."""
+    """A rule with its reference and compiled patterns."""
 
-    name: str
+    ref: RuleRef
     spec: Spec
     patterns: tuple[re.Pattern[str], ...]
     trusted: bool
 
     def matches(self, name: str) -> bool:
+        """Whether a pattern matches the parameter `name` from its beginning, as DeepSpeed does."""
         return any(pattern.match(name) for pattern in self.patterns)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """How one parameter (or tied name) is cut, by which rule."""
+    """How one parameter (or tied name) is sharded, by which rule."""
 
-    rule: str
+    rule: RuleRef
     style: Style
     layout: Layout
     gather_output: bool = False
@@ -47,46 +46,55 @@ class Decision:
     split_input: bool = False
 
     @property
-    def inside_cut(self) -> bool:
-        """Whether activations around this parameter's module are cut: neither gathered after it nor split before it."""
+    def shards_activations(self) -> bool:
+        """Whether activations around this module stay sharded: not gathered after it, nor split before it."""
         return self.style in ("column", "row", "shard") and not self.gather_output and not self.split_input
 
 
-def compile_rules(source: Source, model_type: str | None, symbols: Symbols, faults: FaultBook) -> list[Rule]:
-    """The rules of a source that hold for `model_type` and the model's config, their patterns compiled."""
-    rules = []
+def compile_rules(rules: RuleList, model_type: str | None, symbols: Symbols, faults: FaultBook) -> list[Rule]:
+    """The rules of a list that hold for `model_type` and the model's config, their patterns compiled.
+
+    Args:
+        rules: the list, in the order in which its rules are numbered.
+        model_type: the model's, as in config.json.
+        symbols: what the names in conditions mean.
+        faults: gets what is wrong in a rule itself.
+    """
+    found = []
     of_model = (model_type or "").lower()
-    for index, spec in enumerate(source.specs, 1):
+    for index, spec in enumerate(rules.specs, 1):
         if spec.model_types and of_model not in [wanted.lower() for wanted in spec.model_types]:
             continue
-        name = f"{source.label} #{index}"
+        ref = rules.ref(index)
         try:
             if not symbols.holds(spec.when):
                 continue
         except SymbolError as error:
             faults.add(
+                "undecidable-condition",
                 "a condition cannot be decided",
-                name,
+                rule=ref,
                 got=str(error),
                 expected="config keys and symbols with not, and, or and comparisons",
                 next="correct `when`, or give the key a default",
             )
             continue
-        _check_words(name, spec, faults)
-        compiled = [compile_pattern(pattern, name, faults) for pattern in spec.patterns]
+        _check_keys(ref, spec, faults)
+        compiled = [compile_pattern(pattern, ref, faults) for pattern in spec.patterns]
         patterns = tuple(pattern for pattern in compiled if pattern is not None)
-        rules.append(Rule(name=name, spec=spec, patterns=patterns, trusted=source.trusted))
-    return rules
+        found.append(Rule(ref=ref, spec=spec, patterns=patterns, trusted=rules.trusted))
+    return found
 
 
-def compile_pattern(pattern: str, rule: str, faults: FaultBook) -> re.Pattern[str] | None:
+def compile_pattern(pattern: str, rule: RuleRef, faults: FaultBook) -> re.Pattern[str] | None:
     """The compiled pattern of `rule`; None, and a fault, when it is no regular expression."""
     try:
         return re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         faults.add(
+            "bad-pattern",
             "a pattern is not a regular expression",
-            rule,
+            rule=rule,
             got=f"{pattern}: {error}",
             expected="a Python regular expression",
             next="escape dots and brackets with \\",
@@ -94,8 +102,8 @@ def compile_pattern(pattern: str, rule: str, faults: FaultBook) -> re.Pattern[st
         return None
 
 
-def _check_words(rule: str, spec: Spec, faults: FaultBook) -> None:
-    for wrong, words in (
+def _check_keys(rule: RuleRef, spec: Spec, faults: FaultBook) -> None:
+    for wrong, expected in (
         (spec.gather_output and spec.partition_type != "column", "gather_output with column only"),
         (spec.grad_allreduce and spec.partition_type != "skip", "grad_allreduce with skip only"),
         (spec.split_input and spec.partition_type != "row", "split_input with row only"),
@@ -104,10 +112,11 @@ def _check_words(rule: str, spec: Spec, faults: FaultBook) -> None:
     ):
         if wrong:
             faults.add(
+                "rule-contradicts-itself",
                 "a rule contradicts itself",
-                rule,
+                rule=rule,
                 got=f"partition_type {spec.partition_type}",
-                expected=words,
+                expected=expected,
                 next="change the partition_type, or remove the other key",
             )
 
@@ -129,8 +138,9 @@ def check_patterns_match(rules: Sequence[Rule], names: Sequence[str], faults: Fa
             else:
                 hint = f'compare with the model\'s names, such as {_example(names)}; or mark the rule "optional": true'
             faults.add(
+                "pattern-without-match",
                 "a pattern matches no parameter",
-                rule.name,
+                rule=rule.ref,
                 got=pattern.pattern,
                 expected="at least one parameter of the model",
                 next=hint,
@@ -138,17 +148,24 @@ def check_patterns_match(rules: Sequence[Rule], names: Sequence[str], faults: Fa
 
 
 def deciding_rule(name: str, rules: Sequence[Sequence[Rule]], faults: FaultBook) -> Rule | None:
-    """The rule that decides `name`: the first that matches, of the first source that has one. Two may not disagree."""
-    for source_rules in rules:
-        found = [rule for rule in source_rules if rule.matches(name)]
+    """The rule that decides the parameter `name`: the first that matches, of the first list that has one.
+
+    Args:
+        name: the parameter's.
+        rules: compiled rule lists, in order of precedence.
+        faults: gets a fault where two rules of one list match and say different things.
+    """
+    for rule_list in rules:
+        found = [rule for rule in rule_list if rule.matches(name)]
         if not found:
             continue
         for other in found[1:]:
             if _meaning(other.spec) != _meaning(found[0].spec):
                 faults.add(
+                    "rules-disagree",
                     "two rules match one parameter and disagree",
                     name,
-                    got=f"{found[0].name} ({_brief(found[0].spec)}) and {other.name} ({_brief(other.spec)})",
+                    got=f"{found[0].ref} ({_brief(found[0].spec)}) and {other.ref} ({_brief(other.spec)})",
                     expected="one rule, or rules that say the same",
                     next="narrow one of the patterns",
                 )
@@ -157,7 +174,7 @@ def deciding_rule(name: str, rules: Sequence[Sequence[Rule]], faults: FaultBook)
 
 
 def _meaning(spec: Spec) -> Spec:
-    """The rule without what does not change the cut."""
+    """The rule without what does not change the layout."""
     return dataclasses.replace(spec, patterns=(), model_types=None, optional=False, when=None)
 
 
@@ -166,7 +183,7 @@ def _brief(spec: Spec) -> str:
 
 
 def pattern_for(name: str) -> str:
-    """A pattern for a parameter and its likes in the other layers, as it is written in JSON."""
+    """A pattern for a parameter in every layer, as it is written in JSON."""
     parts = ["\\\\d+" if part.isdecimal() else part for part in name.split(".")]
     return "\\\\.".join(parts) + "$"
 

@@ -1,6 +1,6 @@
-"""Modules that must know of the ranks: attributes that hold whole-model counts, and what crosses a module's border.
+"""What modules need adjacents shards: attributes with rank-local counts, and collectives at their inputs and outputs.
 
-A module whose weights are all kept whole keeps its attributes and its forward, and a preset does not set a value that
+A module whose weights are all replicated keeps its attributes and its forward, and a preset does not set a value that
 is the same without tensor parallelism.
 """
 
@@ -10,18 +10,19 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from autotp_plan.planner.rules import partition as pt
 from autotp_plan.planner.rules.matching import Decision, compile_pattern
-from autotp_plan.planner.rules.rule_set import Source
+from autotp_plan.planner.rules.rule_set import RuleList
 from autotp_plan.planner.rules.symbols import SymbolError, Symbols
 from autotp_plan.schemas.fault_book import FaultBook
-from autotp_plan.schemas.plan.document import Crossing, PlannedModule
+from autotp_plan.schemas.plan.entries import Crossing, PlannedModule
+from autotp_plan.schemas.plan.rule_ref import RuleRef, Section
 from autotp_plan.schemas.spec import AttributeSpec, CrossingSpec, ModuleSpec
 
 
-def cut_modules(decisions: Mapping[str, Decision]) -> dict[str, None]:
-    """The modules that hold, at any depth, a parameter that is cut and whose output stays cut."""
+def sharded_modules(decisions: Mapping[str, Decision]) -> dict[str, None]:
+    """The modules that hold, at any depth, a layer around which activations stay sharded."""
     found: dict[str, None] = {}
     for name, decision in decisions.items():
-        if decision.inside_cut:
+        if decision.shards_activations:
             module = name
             while module:
                 module = module.rpartition(".")[0]
@@ -30,57 +31,71 @@ def cut_modules(decisions: Mapping[str, Decision]) -> dict[str, None]:
 
 
 def module_attributes(
-    sources: Sequence[Source], decisions: Mapping[str, Decision], symbols: Symbols, tp_size: int, faults: FaultBook
+    lists: Sequence[RuleList], decisions: Mapping[str, Decision], symbols: Symbols, tp_size: int, faults: FaultBook
 ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """`(module, attribute, value per rank)` for the modules of which a weight is cut."""
-    cut = cut_modules(decisions)
+    """`(module, attribute, value per rank)` for the modules that hold sharded weights.
+
+    Args:
+        lists: the rules, in order of precedence.
+        decisions: how every parameter is sharded.
+        symbols: what names in expressions mean.
+        tp_size: number of TP ranks.
+        faults: gets what is wrong in a rule.
+    """
+    sharded = sharded_modules(decisions)
     done: set[tuple[str, str]] = set()
-    for source in sources:
-        for index, spec in enumerate(source.attributes, 1):
-            rule = f"{source.label} module_attributes #{index}"
+    for rules in lists:
+        for index, spec in enumerate(rules.attributes, 1):
+            rule = rules.ref(index, Section.MODULE_ATTRIBUTES)
             if not _holds(spec, symbols, rule, faults):
                 continue
             values, unsharded = (
                 {key: _values(symbols, ranks, faults, rule, size) for key, size in spec.attributes.items()}
                 for ranks in (tp_size, 1)
             )
-            for module in _matched(spec, cut, source, rule, faults):
+            for module in _matched(spec, sharded, rules, rule, faults):
                 for attribute, value in values.items():
                     if value is not None and (module, attribute) not in done:
                         done.add((module, attribute))
-                        if not source.trusted or set(value) != set(unsharded[attribute] or ()):
+                        if not rules.trusted or set(value) != set(unsharded[attribute] or ()):
                             yield module, attribute, value
 
 
 def planned_modules(
-    sources: Sequence[Source],
+    lists: Sequence[RuleList],
     decisions: Mapping[str, Decision],
     symbols: Symbols,
     tp_size: int,
     faults: FaultBook,
 ) -> Iterator[tuple[str, PlannedModule]]:
-    """`(module, what crosses its border)`; the module's name is left out of the latter, so that alike ones are equal.
+    """`(module, collectives at its inputs and output)`; the latter without the module's name, so that layers are equal.
 
-    A module counts when something in it is cut; one that is whole itself but hands its output to cut neighbours (the
-    shared key of multi-head latent attention) when something beside it is.
+    A module counts when something in it is sharded. One that is replicated and passes its output on to sharded layers
+    (the shared key of multi-head latent attention) counts when a layer next to it is sharded.
+
+    Args and faults as for `module_attributes`.
     """
-    cut = cut_modules(decisions)
-    beside = {name.rpartition(".")[0]: None for name in decisions if name.rpartition(".")[0].rpartition(".")[0] in cut}
+    sharded = sharded_modules(decisions)
+    adjacent = {
+        name.rpartition(".")[0]: None for name in decisions if name.rpartition(".")[0].rpartition(".")[0] in sharded
+    }
     done: set[str] = set()
-    for source in sources:
-        for index, spec in enumerate(source.modules, 1):
-            rule = f"{source.label} modules #{index}"
+    for rules in lists:
+        for index, spec in enumerate(rules.modules, 1):
+            rule = rules.ref(index, Section.MODULES)
             if not _holds(spec, symbols, rule, faults):
                 continue
-            hands_on = spec.output is not None and spec.output.operation == "copy"
+            passes_on = spec.output is not None and spec.output.operation == "copy"
             planned = _planned(spec, symbols, tp_size, rule, faults)
-            for module in _matched(spec, beside if hands_on else cut, source, rule, faults):
+            for module in _matched(spec, adjacent if passes_on else sharded, rules, rule, faults):
                 if planned is not None and module not in done:
                     done.add(module)
                     yield module, planned
 
 
-def _planned(spec: ModuleSpec, symbols: Symbols, tp_size: int, rule: str, faults: FaultBook) -> PlannedModule | None:
+def _planned(
+    spec: ModuleSpec, symbols: Symbols, tp_size: int, rule: RuleRef, faults: FaultBook
+) -> PlannedModule | None:
     try:
         return PlannedModule(
             module="",
@@ -91,7 +106,9 @@ def _planned(spec: ModuleSpec, symbols: Symbols, tp_size: int, rule: str, faults
     except SymbolError as error:
         _unresolved(rule, error, faults)
     except pt.PartitionError as error:
-        faults.add(error.what, rule, got=error.got, expected=error.expected, next="choose another tp_size")
+        faults.add(
+            error.code, error.what, rule=rule, got=error.got, expected=error.expected, next="choose another tp_size"
+        )
     return None
 
 
@@ -100,7 +117,7 @@ def _crossing(spec: CrossingSpec, symbols: Symbols, tp_size: int) -> Crossing:
     if spec.operation == "split":
         assert spec.size is not None
         size, unit = symbols.resolve(spec.size, extra), symbols.resolve(spec.unit, extra)
-        layout = pt.partition((size,), pt.Cut(dim=0, unit=unit, indivisible="uneven"), tp_size)
+        layout = pt.partition((size,), pt.Sharding(dim=0, unit=unit, indivisible="uneven"), tp_size)
         return Crossing(operation="split", dim=spec.dim, size=size, intervals=layout.intervals)
     interval = None
     if spec.interval is not None:
@@ -108,7 +125,7 @@ def _crossing(spec: CrossingSpec, symbols: Symbols, tp_size: int) -> Crossing:
     return Crossing(operation=spec.operation, interval=interval)
 
 
-def _holds(spec: AttributeSpec | ModuleSpec, symbols: Symbols, rule: str, faults: FaultBook) -> bool:
+def _holds(spec: AttributeSpec | ModuleSpec, symbols: Symbols, rule: RuleRef, faults: FaultBook) -> bool:
     try:
         return symbols.holds(spec.when)
     except SymbolError as error:
@@ -117,16 +134,17 @@ def _holds(spec: AttributeSpec | ModuleSpec, symbols: Symbols, rule: str, faults
 
 
 def _matched(
-    spec: AttributeSpec | ModuleSpec, modules: Collection[str], source: Source, rule: str, faults: FaultBook
+    spec: AttributeSpec | ModuleSpec, modules: Collection[str], rules: RuleList, rule: RuleRef, faults: FaultBook
 ) -> Iterator[str]:
-    """The modules that a pattern of `spec` matches; for rules of one's own every pattern must match one."""
+    """The modules that a pattern of `spec` matches; a user's every pattern must match one."""
     for pattern in spec.patterns:
         compiled = compile_pattern(pattern, rule, faults)
         matched = [module for module in modules if compiled and compiled.match(module)]
-        if compiled and not matched and not source.trusted:
+        if compiled and not matched and not rules.trusted:
             faults.add(
-                "a pattern matches no module of which a weight is cut",
-                rule,
+                "module-pattern-without-match",
+                "a pattern matches no module that holds sharded weights",
+                rule=rule,
                 got=pattern,
                 expected="a module name, such as model.layers.0.self_attn",
                 next="patterns of modules and module_attributes are matched against module names",
@@ -134,7 +152,9 @@ def _matched(
         yield from matched
 
 
-def _values(symbols: Symbols, tp_size: int, faults: FaultBook, rule: str, size: int | str) -> tuple[int, ...] | None:
+def _values(
+    symbols: Symbols, tp_size: int, faults: FaultBook, rule: RuleRef, size: int | str
+) -> tuple[int, ...] | None:
     """The value on each rank; None when it cannot be resolved."""
     try:
         return tuple(symbols.resolve(size, {"tp_size": tp_size, "tp_rank": rank}) for rank in range(tp_size))
@@ -143,10 +163,11 @@ def _values(symbols: Symbols, tp_size: int, faults: FaultBook, rule: str, size: 
         return None
 
 
-def _unresolved(rule: str, error: SymbolError, faults: FaultBook) -> None:
+def _unresolved(rule: RuleRef, error: SymbolError, faults: FaultBook) -> None:
     faults.add(
+        "unresolved-size",
         "a size cannot be resolved",
-        rule,
+        rule=rule,
         got=str(error),
         expected="sizes that the model's config gives",
         next="correct the expression",

@@ -16,19 +16,37 @@ from autotp_plan.schemas.spec import Indivisible
 
 
 class PartitionError(ValueError):
-    """A rule does not fit a shape or a tp_size."""
+    """A rule does not fit a shape or a tp_size. `code` and the texts are those of the fault that the caller makes."""
 
-    def __init__(self, what: str, got: str, expected: str) -> None:
+    def __init__(self, code: str, what: str, got: str, expected: str) -> None:
         super().__init__(f"{what}: {got}; expected {expected}")
-        self.what, self.got, self.expected = what, got, expected
+        self.code, self.what, self.got, self.expected = code, what, got, expected
 
 
 class IndivisibleError(PartitionError):
-    """tp_size does not divide the units, or there are too few of them."""
+    """tp_size does not divide the units of `sub`, the sub-parameter at `position`, or there are too few of them."""
+
+    def __init__(self, sub: SubParameter, position: int, tp_size: int, indivisible: Indivisible) -> None:
+        self.sub, self.position = sub, position
+        units = f"{sub.num_units} units of {sub.unit}" if sub.unit > 1 else f"{sub.size}"
+        expected = {
+            "error": f"a tp_size that divides {sub.num_units}",
+            "uneven": f"a tp_size of at most {sub.num_units}",
+            "replicate": f"a tp_size that divides {sub.num_units} or is a multiple of it",
+        }
+        few = indivisible == "uneven"
+        super().__init__(
+            "fewer-units-than-ranks" if few else "indivisible",
+            "a weight has fewer units than there are ranks"
+            if few
+            else "a weight cannot be split evenly over the ranks",
+            f"{units} over {tp_size} ranks",
+            expected[indivisible],
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Cut:
+class Sharding:
     """A rule with every size an integer. `shape` is the rule's logical shape, with -1 for what is to be inferred.
 
     `uneven` allows shares of unequal size wherever there are enough units, whatever `indivisible` says.
@@ -41,34 +59,56 @@ class Cut:
     uneven: bool = False
 
 
-def whole(shape: Sequence[int]) -> Layout:
-    """The layout of a tensor that every rank holds whole."""
+def replicated(shape: Sequence[int]) -> Layout:
+    """The layout of a tensor that is replicated on every rank."""
     return Layout(shape=tuple(shape))
 
 
-def partition(shape: Sequence[int], cut: Cut, tp_size: int) -> Layout:
-    """The layout of a tensor of `shape` under `cut`. Raises PartitionError."""
-    view, sizes = _view(tuple(shape), cut)
-    units = cut.unit if isinstance(cut.unit, tuple) else (cut.unit,) * len(sizes)
-    ways = cut.indivisible if isinstance(cut.indivisible, tuple) else (cut.indivisible,) * len(sizes)
-    if not len(units) == len(sizes) == len(ways):
-        got = f"{len(units)} units, {len(ways)} of indivisible"
-        raise PartitionError("units and sub-parameters do not pair up", got, f"{len(sizes)}")
+def partition(shape: Sequence[int], sharding: Sharding, tp_size: int) -> Layout:
+    """The layout of a tensor.
+
+    Args:
+        shape: the tensor's own shape; the rule's may be a logical view of it, of the same elements in row-major order.
+        sharding: the rule.
+        tp_size: number of ranks.
+
+    Returns:
+        a layout of which every rank holds at least one unit of each sub-parameter.
+
+    Raises:
+        IndivisibleError: tp_size does not divide the units, or there are too few of them.
+        PartitionError: the rule does not fit the shape.
+    """
+    view, sizes = _view(tuple(shape), sharding)
+    units = sharding.unit if isinstance(sharding.unit, tuple) else (sharding.unit,) * len(sizes)
+    indivisibles = (
+        sharding.indivisible if isinstance(sharding.indivisible, tuple) else (sharding.indivisible,) * len(sizes)
+    )
+    if not len(units) == len(sizes) == len(indivisibles):
+        got = f"{len(units)} units, {len(indivisibles)} of indivisible"
+        raise PartitionError("units-do-not-pair", "units and sub-parameters do not pair up", got, f"{len(sizes)}")
     subs = [_sub_parameter(size, unit) for size, unit in zip(sizes, units)]
     per_rank: list[list[iv.Interval]] = [[] for _ in range(tp_size)]
     start = 0
-    for sub, way in zip(subs, ways):
-        for rank, run in enumerate(_share(sub, tp_size, way, cut.uneven)):
-            per_rank[rank].append(iv.scale(run, sub.unit, start))
+    for position, (sub, indivisible) in enumerate(zip(subs, indivisibles)):
+        if not _fits(sub.num_units, indivisible, sharding.uneven, tp_size):
+            raise IndivisibleError(sub, position, tp_size, indivisible)
+        for rank, units_of_rank in enumerate(_units_of_ranks(sub, tp_size)):
+            per_rank[rank].append(iv.scale(units_of_rank, sub.unit, start))
         start += sub.size
     intervals = tuple(iv.join_touching(rank) for rank in per_rank)
-    return Layout(shape=view, dim=cut.dim, sub_parameters=tuple(subs), intervals=intervals)
+    return Layout(shape=view, dim=sharding.dim, sub_parameters=tuple(subs), intervals=intervals)
 
 
 def bias_layout(weight_shape: Sequence[int], weight: Layout) -> Layout:
-    """The layout of the bias that goes with a column-parallel weight: the cut of its output features.
+    """The layout of the bias of a column-parallel weight: sharded as the weight's output features are.
 
-    `weight_shape` is the parameter's own shape; the output features are the dimension of it that is cut.
+    Args:
+        weight_shape: the weight's own shape; its output features are the dimension that is sharded.
+        weight: the weight's layout, in which that dimension may be several of a view.
+
+    Returns:
+        a layout of the output features alone.
     """
     assert weight.dim is not None
     groups = group_view(weight_shape, weight.shape)
@@ -82,11 +122,19 @@ def bias_layout(weight_shape: Sequence[int], weight: Layout) -> Layout:
     )
 
 
-def tp_size_fits(shape: Sequence[int], cut: Cut, tp_size: int) -> bool:
-    """Whether `cut` allows to cut a tensor of `shape` over `tp_size` ranks. Raises PartitionError."""
-    subs = partition(shape, cut, 1).sub_parameters
-    ways = cut.indivisible if isinstance(cut.indivisible, tuple) else (cut.indivisible,) * len(subs)
-    return all(_fits(sub.num_units, way, cut.uneven, tp_size) for sub, way in zip(subs, ways))
+def tp_size_fits(shape: Sequence[int], sharding: Sharding, tp_size: int) -> bool:
+    """Whether `sharding` allows to shard a tensor of `shape` over `tp_size` ranks.
+
+    Raises:
+        PartitionError: the rule does not fit the shape, whatever the tp_size.
+    """
+    subs = partition(shape, sharding, 1).sub_parameters
+    indivisibles = (
+        sharding.indivisible if isinstance(sharding.indivisible, tuple) else (sharding.indivisible,) * len(subs)
+    )
+    return all(
+        _fits(sub.num_units, indivisible, sharding.uneven, tp_size) for sub, indivisible in zip(subs, indivisibles)
+    )
 
 
 def _fits(num_units: int, indivisible: Indivisible, uneven: bool, tp_size: int) -> bool:
@@ -95,18 +143,8 @@ def _fits(num_units: int, indivisible: Indivisible, uneven: bool, tp_size: int) 
     return num_units % tp_size == 0 or (indivisible == "replicate" and tp_size % num_units == 0)
 
 
-def _share(sub: SubParameter, tp_size: int, indivisible: Indivisible, uneven: bool) -> list[iv.Interval]:
-    """The run of units of each rank. Of replicated units, rank r holds number r * units // tp_size."""
-    if not _fits(sub.num_units, indivisible, uneven, tp_size):
-        units = f"{sub.num_units} units of {sub.unit}" if sub.unit > 1 else f"{sub.size}"
-        expected = {
-            "error": f"a tp_size that divides {sub.num_units}",
-            "uneven": f"a tp_size of at most {sub.num_units}",
-            "replicate": f"a tp_size that divides {sub.num_units} or is a multiple of it",
-        }
-        few = indivisible == "uneven"
-        what = "there are fewer units than ranks" if few else "tp_size does not divide the units"
-        raise IndivisibleError(what, f"{units} over {tp_size} ranks", expected[indivisible])
+def _units_of_ranks(sub: SubParameter, tp_size: int) -> list[iv.Interval]:
+    """The interval of units of each rank. Of replicated units, rank r holds number r * units // tp_size."""
     if sub.num_units < tp_size:
         return [(rank * sub.num_units // tp_size, rank * sub.num_units // tp_size + 1) for rank in range(tp_size)]
     return iv.divide(sub.num_units, tp_size)
@@ -114,46 +152,61 @@ def _share(sub: SubParameter, tp_size: int, indivisible: Indivisible, uneven: bo
 
 def _sub_parameter(size: int, unit: int) -> SubParameter:
     if size < 1 or unit < 1:
-        raise PartitionError("a size is not positive", f"size {size}, unit {unit}", "positive integers")
+        raise PartitionError(
+            "size-not-positive", "a size is not positive", f"size {size}, unit {unit}", "positive integers"
+        )
     if size % unit:
         raise PartitionError(
-            "a sub-parameter is not whole units", f"{size} in units of {unit}", f"a multiple of {unit}"
+            "broken-unit", "a sub-parameter is not whole units", f"{size} in units of {unit}", f"a multiple of {unit}"
         )
     return SubParameter(size=size, unit=unit)
 
 
-def _view(shape: tuple[int, ...], cut: Cut) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The logical shape, and the sizes of the sub-parameters along the cut dimension."""
-    logical = cut.shape if cut.shape is not None else (-1,) * len(shape)
-    if cut.dim >= len(logical):
+def _view(shape: tuple[int, ...], sharding: Sharding) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The logical shape, and the sizes of the sub-parameters along the sharded dimension."""
+    logical = sharding.shape if sharding.shape is not None else (-1,) * len(shape)
+    if sharding.dim >= len(logical):
         raise PartitionError(
-            "partition_dim is not a dimension", f"{cut.dim} of {list(logical)}", f"0 to {len(logical) - 1}"
+            "partition-dim",
+            "partition_dim is not a dimension",
+            f"{sharding.dim} of {list(logical)}",
+            f"0 to {len(logical) - 1}",
         )
-    at_dim = logical[cut.dim]
-    if any(isinstance(size, tuple) for dim, size in enumerate(logical) if dim != cut.dim):
-        raise PartitionError("sub-parameter sizes are not at partition_dim", f"{list(logical)}", f"them at {cut.dim}")
+    at_dim = logical[sharding.dim]
+    if any(isinstance(size, tuple) for dim, size in enumerate(logical) if dim != sharding.dim):
+        raise PartitionError(
+            "sizes-not-at-partition-dim",
+            "sub-parameter sizes are not at partition_dim",
+            f"{list(logical)}",
+            f"them at {sharding.dim}",
+        )
     known = [
-        sum(size) if isinstance(size, tuple) else -1 if dim == cut.dim else size for dim, size in enumerate(logical)
+        sum(size) if isinstance(size, tuple) else -1 if dim == sharding.dim else size
+        for dim, size in enumerate(logical)
     ]
     if any(size < 1 and size != -1 for size in [*known, at_dim] if isinstance(size, int)) or (
         isinstance(at_dim, tuple) and min(at_dim) < 1
     ):
-        raise PartitionError("a size is not positive", f"{list(logical)}", "positive sizes or -1")
+        raise PartitionError("size-not-positive", "a size is not positive", f"{list(logical)}", "positive sizes or -1")
     view = _infer(shape, known)
     if view is None or group_view(shape, view) is None:
         raise PartitionError(
+            "shape-does-not-fit",
             "the rule's shape does not fit the parameter",
             f"{_text(logical)} for {_text(shape)}",
             "a logical shape of the same elements, row-major",
         )
-    size = view[cut.dim]
+    size = view[sharding.dim]
     if isinstance(at_dim, tuple):
         return view, at_dim
     if at_dim == -1:
         return view, (size,)
     if size % at_dim:
         raise PartitionError(
-            "the dimension is not equal sub-parameters", f"{size} in {at_dim}", f"a multiple of {at_dim}"
+            "unequal-sub-parameters",
+            "the dimension is not equal sub-parameters",
+            f"{size} in {at_dim}",
+            f"a multiple of {at_dim}",
         )
     return view, (size // at_dim,) * at_dim
 

@@ -1,7 +1,7 @@
-"""What a preset knows about an architecture, held against rules of one's own and against a whole model's decisions.
+"""Users' rules, and the decisions for all parameters, compared with what a preset knows about the architecture.
 
-A rule of one's own may keep whole what a preset cuts, a module at a time; it may not run a weight another way, misread
-what is fused in it, or forget that a gradient is partial.
+A user's rule may replicate what a preset shards, one module at a time. It may not run a weight in another style,
+misread what is fused in it, or forget that a gradient is partial.
 """
 
 from __future__ import annotations
@@ -11,64 +11,103 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 from autotp_plan.planner.rules import partition as pt
-from autotp_plan.planner.rules.matching import DEFAULT, Decision, Rule
+from autotp_plan.planner.rules.matching import Decision, Rule
 from autotp_plan.planner.rules.symbols import SymbolError
 from autotp_plan.schemas.fault_book import FaultBook
 from autotp_plan.schemas.names import fold, parent_module
+from autotp_plan.schemas.plan.rule_ref import DEFAULT_RULE, RuleRef
 from autotp_plan.schemas.spec import Spec
 
 
-def check_way(where: str, spec: Spec, known: Rule, faults: FaultBook) -> None:
-    """A user's rule may keep whole what the preset cuts, a module at a time, but not run it another way."""
-    own, truth = ((one.partition_type, one.gather_output) for one in (spec, known.spec))
-    if own == truth or spec.partition_type == "skip":
+def check_style(name: str, rule: RuleRef, spec: Spec, known: Rule, faults: FaultBook) -> None:
+    """A user's rule may replicate what the preset shards, but not run it in another style.
+
+    Args:
+        name: the parameter's.
+        rule: the user's rule.
+        spec: what it says, after merging with the preset's.
+        known: the preset's rule for the parameter.
+        faults: gets a fault where the styles differ.
+    """
+    found, expected = ((one.partition_type, one.gather_output) for one in (spec, known.spec))
+    if found == expected or spec.partition_type == "skip":
         return
     faults.add(
+        "style-of-another-module",
         "a rule runs a weight in a way that does not fit its module",
-        where,
-        got=_way(own),
-        expected=f"{_way(truth)}, as {known.name} knows the weight; or skip",
+        name,
+        rule,
+        got=_style(found),
+        expected=f"{_style(expected)}, as {known.ref} knows the weight; or skip",
         next="remove the rule: the preset has the right one",
     )
 
 
-def misreads(
-    where: str, shape: tuple[int, ...], spec: Spec, known: Rule, cut_of: Callable[[Spec], pt.Cut], faults: FaultBook
+def misreads_fused_weight(
+    name: str,
+    rule: RuleRef,
+    shape: tuple[int, ...],
+    spec: Spec,
+    known: Rule,
+    resolve: Callable[[Spec], pt.Sharding],
+    faults: FaultBook,
 ) -> bool:
-    """Whether `spec` takes other matrices to be fused in the weight than the preset's rule `known` does."""
+    """Whether a user's rule takes other matrices to be fused in a weight than the preset's rule does; then a fault too.
+
+    Args:
+        name: the parameter's.
+        rule: the user's rule.
+        shape: the parameter's.
+        spec: what the user's rule says.
+        known: the preset's rule for the parameter.
+        resolve: makes integers of a rule's sizes.
+        faults: gets a fault where the sub-parameters differ.
+    """
     try:
-        own, truth = (pt.partition(shape, dataclasses.replace(cut_of(one), unit=1), 1) for one in (spec, known.spec))
+        found, right = (pt.partition(shape, dataclasses.replace(resolve(one), unit=1), 1) for one in (spec, known.spec))
     except (SymbolError, pt.PartitionError):
-        return False  # the rule says so itself; or the config does not fit, and then the preset's does
-    got, expected = ([sub.size for sub in one.sub_parameters] for one in (own, truth))
-    if (own.shape, own.dim, got) == (truth.shape, truth.dim, expected):
+        return False  # then the rule is at fault when it is applied; or the config does not fit, and the preset's is
+    got, expected = ([sub.size for sub in one.sub_parameters] for one in (found, right))
+    if (found.shape, found.dim, got) == (right.shape, right.dim, expected):
         return False
     faults.add(
-        "a rule cuts a fused weight in the wrong place",
-        where,
-        got=f"sub-parameters {got} along dim {own.dim} of {list(own.shape)}",
-        expected=f"{expected} along dim {truth.dim} of {list(truth.shape)}, as {known.name} knows the weight",
+        "fused-weight-misread",
+        "a rule splits a fused weight in the wrong place",
+        name,
+        rule,
+        got=f"sub-parameters {got} along dim {found.dim} of {list(found.shape)}",
+        expected=f"{expected} along dim {right.dim} of {list(right.shape)}, as {known.ref} knows the weight",
         next="remove the rule (the preset has the right one), or give it the shape that is expected",
     )
     return True
 
 
-def check_whole_modules(decisions: Mapping[str, Decision], trusted: Sequence[Rule], faults: FaultBook) -> None:
-    """What a preset cuts in one module is cut or kept whole together: a head count cannot be both."""
+def check_modules_sharded_together(
+    decisions: Mapping[str, Decision], trusted: Sequence[Rule], faults: FaultBook
+) -> None:
+    """What a preset shards in one module is sharded or replicated together: a head count cannot be both.
+
+    Args:
+        decisions: how every parameter is sharded.
+        trusted: the preset's rules.
+        faults: gets a fault for each weight that is replicated where others of its module are sharded.
+    """
     groups: dict[str, list[str]] = defaultdict(list)
     for name in decisions:
         known = next((rule for rule in trusted if rule.matches(name)), None)
         if known and known.spec.partition_type in ("column", "row", "shard") and not known.spec.gather_output:
             groups[_module_of(name, known.spec.partition_type)].append(name)
     for names in groups.values():
-        cut = [name for name in names if decisions[name].style != "replicated"]
+        sharded = [name for name in names if decisions[name].style != "replicated"]
         for name in names:
-            if cut and decisions[name].style == "replicated":
+            if sharded and decisions[name].style == "replicated":
                 faults.add(
-                    "a weight is kept whole where the rest of its module is cut",
-                    f"{name} ({decisions[name].rule})",
-                    got=f"{', '.join(one.rpartition('.')[0].rpartition('.')[2] for one in cut)} cut",
-                    expected="all of them cut, or all of them whole",
+                    "replicated-among-sharded",
+                    "a weight is replicated where the rest of its module is sharded",
+                    name,
+                    decisions[name].rule,
+                    got=f"{', '.join(one.rpartition('.')[0].rpartition('.')[2] for one in sharded)} sharded",
+                    expected="all of them sharded, or all of them replicated",
                     next="give the others the same kind of rule, or remove this one",
                 )
 
@@ -76,33 +115,48 @@ def check_whole_modules(decisions: Mapping[str, Decision], trusted: Sequence[Rul
 def settle_partial_gradients(
     decisions: Mapping[str, Decision], trusted: Sequence[Rule], faults: FaultBook
 ) -> dict[str, Decision]:
-    """A gradient is partial only beside weights that are cut; summed elsewhere, it would be tp_size times too much."""
-    cut = _cut_modules(decisions)
+    """The decisions with partial gradients only where activations are sharded.
+
+    The gradient of a replicated parameter is the same on every rank elsewhere, and summed it would be tp_size times too
+    large.
+
+    Args:
+        decisions: how every parameter is sharded.
+        trusted: the preset's rules, whose partial gradients end where a user's rule replicates the module.
+        faults: gets a fault for each partial gradient that a user's rule asks for elsewhere.
+    """
+    sharded = _modules_of_sharded_activations(decisions)
     settled = dict(decisions)
     for name, decision in decisions.items():
-        if not decision.partial_gradient or parent_module(name) in cut or name.rpartition(".")[0] in cut:
+        if not decision.partial_gradient or parent_module(name) in sharded or name.rpartition(".")[0] in sharded:
             continue
         if any(rule.matches(name) and (rule.spec.grad_allreduce or rule.spec.add_once) for rule in trusted):
             settled[name] = dataclasses.replace(decision, partial_gradient=False, add_once=False)
             continue
         faults.add(
+            "gradient-summed-twice",
             "a gradient is summed where every rank has all of it",
-            f"{name} ({decision.rule})",
-            got="grad_allreduce, and no weight beside it is cut",
-            expected="grad_allreduce only for parameters that act on cut activations",
-            next="remove grad_allreduce, or cut the weights of the module",
+            name,
+            decision.rule,
+            got="grad_allreduce, and no weight of its module is sharded",
+            expected="grad_allreduce only for parameters that act on sharded activations",
+            next="remove grad_allreduce, or shard the weights of the module",
         )
     return settled
 
 
-def undecided_among_cut(decisions: Mapping[str, Decision]) -> list[str]:
-    """The parameters that no rule decides, in modules whose weights are cut: their gradients may be partial."""
-    cut = _cut_modules(decisions)
-    return fold(name for name, one in decisions.items() if one.rule == DEFAULT and parent_module(name) in cut)
+def undecided_among_sharded(decisions: Mapping[str, Decision]) -> list[str]:
+    """The parameters that no rule decides, in modules whose weights are sharded: their gradients may be partial.
+
+    Returns:
+        names, layers folded.
+    """
+    sharded = _modules_of_sharded_activations(decisions)
+    return fold(name for name, one in decisions.items() if one.rule == DEFAULT_RULE and parent_module(name) in sharded)
 
 
 def notes_on_gradients(names: Sequence[str]) -> list[str]:
-    """What the user must know better than us of parameters that rules of one's own leave open."""
+    """A note on each of `names`, parameters among sharded weights that users' rules leave open."""
     return [
         f"{name} is whole on every rank, in a module whose weights are cut. If it acts on cut activations, as a norm "
         'of each head does, its gradient is partial: say "grad_allreduce": true in a skip rule.'
@@ -111,27 +165,34 @@ def notes_on_gradients(names: Sequence[str]) -> list[str]:
 
 
 def refuse_undecided(names: Sequence[str], preset: str, faults: FaultBook) -> None:
-    """A preset knows all parameters of its family; one that it does not know is of a variant that it is not for."""
+    """A fault for each of `names`: a preset has a rule for every parameter among the weights that it shards.
+
+    Args:
+        names: from `undecided_among_sharded`.
+        preset: the preset's name.
+        faults: gets the faults.
+    """
     for name in names:
         faults.add(
-            "the preset does not know a parameter among weights that are cut",
+            "unknown-to-preset",
+            "the preset does not know a parameter among weights that are sharded",
             name,
             got=f"preset {preset} has no rule for it",
-            expected="to know whether it acts on cut activations, and so has a partial gradient",
+            expected="to know whether it acts on sharded activations, and so has a partial gradient",
             next='decide it in a spec file: {"patterns": ["..."], "partition_type": "skip", "grad_allreduce": true}, '
             "or false; `autotp-plan verify` shows which is right",
         )
 
 
-def _cut_modules(decisions: Mapping[str, Decision]) -> set[str]:
-    """The modules that hold column- or row-parallel layers whose activations stay cut between them."""
-    return {_module_of(name, decision.style) for name, decision in decisions.items() if decision.inside_cut}
+def _modules_of_sharded_activations(decisions: Mapping[str, Decision]) -> set[str]:
+    """The modules that hold column- or row-parallel layers between which activations stay sharded."""
+    return {_module_of(name, decision.style) for name, decision in decisions.items() if decision.shards_activations}
 
 
 def _module_of(name: str, style: str) -> str:
-    """The module inside which the activations of a parameter are cut: that of its layer, or its own."""
+    """The module inside which the activations of a parameter are sharded: that of its layer, or its own."""
     return name.rpartition(".")[0] if style == "shard" else parent_module(name)
 
 
-def _way(partition: tuple[str, bool]) -> str:
+def _style(partition: tuple[str, bool]) -> str:
     return partition[0] + (" with gather_output" if partition[1] else "")

@@ -1,6 +1,6 @@
 """Which rule decides each parameter, and the layout that follows.
 
-Sources are asked in order of precedence; the first rule that matches decides. Every fault of the whole model is
+Rule lists are asked in order of precedence; the first rule that matches decides. Every fault of the whole model is
 collected; nothing is guessed: a weight that no rule decides is a fault, and so is a pattern that matches nothing.
 """
 
@@ -14,8 +14,8 @@ from functools import partial
 
 from autotp_plan.planner.model.inventory import Inventory
 from autotp_plan.planner.rules import partition as pt
+from autotp_plan.planner.rules.heads import describe_units
 from autotp_plan.planner.rules.matching import (
-    DEFAULT,
     Decision,
     Rule,
     check_patterns_match,
@@ -23,12 +23,18 @@ from autotp_plan.planner.rules.matching import (
     deciding_rule,
     pattern_for,
 )
-from autotp_plan.planner.rules.preset_checks import check_way, check_whole_modules, misreads, settle_partial_gradients
-from autotp_plan.planner.rules.rule_set import Source
+from autotp_plan.planner.rules.preset_checks import (
+    check_modules_sharded_together,
+    check_style,
+    misreads_fused_weight,
+    settle_partial_gradients,
+)
+from autotp_plan.planner.rules.rule_set import RuleList
 from autotp_plan.planner.rules.symbols import SymbolError, Symbols
 from autotp_plan.schemas.fault_book import FaultBook
 from autotp_plan.schemas.layout import Layout
-from autotp_plan.schemas.plan.document import Style
+from autotp_plan.schemas.plan.entries import Style
+from autotp_plan.schemas.plan.rule_ref import DEFAULT_RULE, RuleRef
 from autotp_plan.schemas.spec import PartitionType, Spec
 
 _STYLES: Mapping[PartitionType, Style] = {
@@ -38,9 +44,10 @@ _STYLES: Mapping[PartitionType, Style] = {
     "shard": "shard",
     "skip": "replicated",
 }
-_SAME_WAY = {("row", "vocab"), ("column", "shard"), ("row", "shard")}
-"""DeepSpeed's word for what the preset calls another: it has one word each for the two directions of a cut."""
-UNDECIDED = "no rule decides a weight"
+_SAME_STYLE = {("row", "vocab"), ("column", "shard"), ("row", "shard")}
+"""A user's and a preset's word for the same: DeepSpeed has one word for each of the two dimensions, and no more."""
+UNDECIDED = "undecided-weight"
+"""Code of the fault of a weight that no rule decides."""
 MAX_SUGGESTED_TP = 1024
 
 
@@ -53,41 +60,48 @@ class Resolver:
     tp_size: int
     uneven: bool = False
     faults: FaultBook = field(default_factory=FaultBook)
-    _layouts: dict[tuple[str, Spec, tuple[int, ...]], Layout | None] = field(default_factory=dict)
-    _cuts: set[tuple[Spec, tuple[int, ...]]] = field(default_factory=set)
-    _indivisible: list[tuple[str, pt.IndivisibleError]] = field(default_factory=list)
+    _layouts: dict[tuple[RuleRef, Spec, tuple[int, ...]], Layout | None] = field(default_factory=dict)
+    _applied: set[tuple[Spec, tuple[int, ...]]] = field(default_factory=set)
+    _indivisible: list[tuple[str, RuleRef, str, pt.IndivisibleError]] = field(default_factory=list)
 
-    def resolve(self, sources: Sequence[Source]) -> dict[str, Decision]:
-        """A decision for every parameter and tied name that has one, in the inventory's order."""
+    def resolve(self, lists: Sequence[RuleList]) -> dict[str, Decision]:
+        """A decision for every parameter and tied name that has one, in the inventory's order.
+
+        Args:
+            lists: the rules, in order of precedence.
+
+        Returns:
+            decisions by name; names that no rule decides are left out, and are faults.
+        """
         compiled = [
-            (source, compile_rules(source, self.inventory.model_type, self.symbols, self.faults)) for source in sources
+            (rules, compile_rules(rules, self.inventory.model_type, self.symbols, self.faults)) for rules in lists
         ]
-        rules = [source_rules for source, source_rules in compiled if source.decides]
+        deciding = [compiled_rules for rules, compiled_rules in compiled if rules.decides]
         names = [*self.inventory.parameters, *self.inventory.tied]
-        for source_rules in rules:
-            check_patterns_match(source_rules, names, self.faults)
-        trusted = [rule for source, source_rules in compiled if source.trusted for rule in source_rules]
+        for compiled_rules in deciding:
+            check_patterns_match(compiled_rules, names, self.faults)
+        trusted = [rule for rules, compiled_rules in compiled if rules.trusted for rule in compiled_rules]
         decisions: dict[str, Decision] = {}
         for name in names:
             if self._is_bias_of_weight(name):
                 continue
-            rule = deciding_rule(name, rules, self.faults)
-            decision = self._decide(name, rule, trusted)
+            decision = self._decide(name, deciding_rule(name, deciding, self.faults), trusted)
             if decision is not None:
                 decisions[name] = decision
         for name in filter(self._is_bias_of_weight, names):
             weight = name.removesuffix("bias") + "weight"
             if weight in decisions:
-                decisions[name] = self._bias(name, weight, decisions[weight], deciding_rule(name, rules, self.faults))
+                rule = deciding_rule(name, deciding, self.faults)
+                decisions[name] = self._bias(name, weight, decisions[weight], rule)
         self._report_indivisible()
-        check_whole_modules(decisions, trusted, self.faults)
+        check_modules_sharded_together(decisions, trusted, self.faults)
         decisions = settle_partial_gradients(decisions, trusted, self.faults)
         return {name: decisions[name] for name in names if name in decisions}
 
-    def optional(self, sources: Sequence[Source]) -> set[str]:
+    def optional(self, lists: Sequence[RuleList]) -> set[str]:
         """The parameters that an optional rule matches."""
-        book = FaultBook()  # faults in rules are told by `resolve`
-        rules = [r for s in sources for r in compile_rules(s, self.inventory.model_type, self.symbols, book)]
+        book = FaultBook()  # faults in rules are reported by `resolve`
+        rules = [r for one in lists for r in compile_rules(one, self.inventory.model_type, self.symbols, book)]
         return {name for name in self.inventory.parameters if any(r.spec.optional and r.matches(name) for r in rules)}
 
     def _decide(self, name: str, rule: Rule | None, trusted: Sequence[Rule]) -> Decision | None:
@@ -95,82 +109,89 @@ class Resolver:
         if rule is None and len(shape) <= 1:  # a preset knows what is special about it even where it does not decide
             rule = next((one for one in trusted if one.matches(name)), None)
         if rule is None:
-            if len(shape) <= 1:
-                return Decision(rule=DEFAULT, style="replicated", layout=pt.whole(shape))
-            self.faults.add(
-                UNDECIDED,
-                name,
-                got=f"shape {list(shape)}",
-                expected="a rule for every weight of two or more dimensions",
-                next='add a rule: {"patterns": ["' + pattern_for(name) + '"], "partition_type": "skip"} keeps it '
-                'whole on every rank; "column", "row" or "vocab" cuts it',
-            )
-            return None
-        known = None if rule.trusted else next((other for other in trusted if other.matches(name)), None)
+            return self._by_default(name, shape)
         spec = rule.spec
-        if known is not None and (spec.partition_type, known.spec.partition_type) in _SAME_WAY:
-            spec = dataclasses.replace(known.spec, patterns=spec.patterns)
-        elif known is not None and spec.unit is None and spec.partition_type == known.spec.partition_type:
-            spec = dataclasses.replace(spec, unit=known.spec.unit)
+        known = None if rule.trusted else next((other for other in trusted if other.matches(name)), None)
         if known is not None:
-            check_way(f"{name} ({rule.name})", spec, known, self.faults)
-            spec = dataclasses.replace(
-                spec,
-                grad_allreduce=spec.grad_allreduce or known.spec.grad_allreduce,
-                add_once=spec.add_once or known.spec.add_once,
-            )
+            spec = merge_with_preset(spec, known.spec)
+            check_style(name, rule.ref, spec, known, self.faults)
         if spec.partition_type == "skip":
             return Decision(
-                rule=rule.name,
+                rule=rule.ref,
                 style="replicated",
-                layout=pt.whole(shape),
+                layout=pt.replicated(shape),
                 partial_gradient=spec.grad_allreduce or spec.add_once,
                 add_once=spec.add_once,
             )
         if (
             known is not None
             and known.spec.partition_type == spec.partition_type
-            and misreads(f"{name} ({rule.name})", shape, spec, known, self._cut, self.faults)
+            and misreads_fused_weight(name, rule.ref, shape, spec, known, self._sharding, self.faults)
         ):
             return None
-        layout = self._layout(name, rule.name, spec, shape)
+        layout = self._layout(name, rule.ref, spec, shape)
         if layout is None:
             return None
         return Decision(
-            rule=rule.name,
+            rule=rule.ref,
             style=_STYLES[spec.partition_type],
             layout=layout,
             gather_output=spec.gather_output,
             split_input=spec.split_input,
         )
 
-    def _layout(self, name: str, rule: str, spec: Spec, shape: tuple[int, ...]) -> Layout | None:
+    def _by_default(self, name: str, shape: tuple[int, ...]) -> Decision | None:
+        """What happens to a parameter that no rule matches: a weight of two or more dimensions is a fault."""
+        if len(shape) <= 1:
+            return Decision(rule=DEFAULT_RULE, style="replicated", layout=pt.replicated(shape))
+        self.faults.add(
+            UNDECIDED,
+            "no rule decides a weight",
+            name,
+            got=f"shape {list(shape)}",
+            expected="a rule for every weight of two or more dimensions",
+            next='add a rule: {"patterns": ["' + pattern_for(name) + '"], "partition_type": "skip"} replicates it '
+            'on every rank; "column", "row" or "vocab" shards it',
+        )
+        return None
+
+    def _layout(self, name: str, rule: RuleRef, spec: Spec, shape: tuple[int, ...]) -> Layout | None:
         key = (rule, spec, shape)
         if key in self._layouts and self._layouts[key] is not None:
             return self._layouts[key]
         layout = None
         try:
-            layout = pt.partition(shape, self._cut(spec), self.tp_size)
-            self._cuts.add((spec, shape))
+            layout = pt.partition(shape, self._sharding(spec), self.tp_size)
+            self._applied.add((spec, shape))
         except SymbolError as error:
             self.faults.add(
+                "unresolved-size",
                 "a size cannot be resolved",
-                f"{name} ({rule})",
+                name,
+                rule,
                 got=str(error),
                 expected="sizes that the model's config gives",
                 next="correct the rule's shape and unit",
             )
         except pt.IndivisibleError as error:
-            self._cuts.add((spec, shape))
-            self._indivisible.append((f"{name} ({rule})", error))
+            self._applied.add((spec, shape))
+            units = describe_units(spec, error.position, error.sub, self.symbols, self.tp_size)
+            self._indivisible.append((name, rule, units, error))
         except pt.PartitionError as error:
             self.faults.add(
-                error.what, f"{name} ({rule})", got=error.got, expected=error.expected, next="correct the rule"
+                error.code,
+                error.what,
+                name,
+                rule,
+                got=error.got,
+                expected=error.expected,
+                next="correct the rule",
             )
         self._layouts[key] = layout
         return layout
 
-    def _cut(self, spec: Spec, tp_size: int | None = None) -> pt.Cut:
+    def _sharding(self, spec: Spec, tp_size: int | None = None) -> pt.Sharding:
+        """The rule with every size an integer. Raises SymbolError."""
         extra = {"tp_size": tp_size or self.tp_size}
         resolve = partial(self.symbols.resolve, extra=extra)
         shape = None
@@ -179,7 +200,7 @@ class Resolver:
                 tuple(map(resolve, size)) if isinstance(size, tuple) else resolve(size) for size in spec.shape
             )
         unit = spec.unit if spec.unit is not None else 1
-        return pt.Cut(
+        return pt.Sharding(
             dim=spec.partition_dim if spec.partition_dim is not None else 1 if spec.partition_type == "row" else 0,
             shape=shape,
             unit=tuple(map(resolve, unit)) if isinstance(unit, tuple) else resolve(unit),
@@ -187,14 +208,15 @@ class Resolver:
             uneven=self.uneven,
         )
 
-    def _bias(self, name: str, weight: str, decision: Decision, own: Rule | None) -> Decision:
-        """The bias of a weight goes with it: cut where the weight's output is, whole otherwise."""
+    def _bias(self, name: str, weight: str, decision: Decision, rule: Rule | None) -> Decision:
+        """The bias of a weight: sharded where the weight's output is, replicated where it is not."""
         shape = self._shape(name)
-        layout = pt.whole(shape)
+        layout = pt.replicated(shape)
         if decision.style == "column":
             layout = pt.bias_layout(self._shape(weight), decision.layout)
             if math.prod(shape) != math.prod(layout.shape):
                 self.faults.add(
+                    "bias-size",
                     "a bias does not fit its weight",
                     name,
                     got=f"shape {list(shape)}",
@@ -202,12 +224,14 @@ class Resolver:
                     next="check the checkpoint",
                 )
         style: Style = "column" if decision.style == "column" else "replicated"
-        if own is not None and (own.spec.partition_type == "column") != (style == "column"):
+        if rule is not None and (rule.spec.partition_type == "column") != (style == "column"):
             self.faults.add(
-                "a rule cuts a bias unlike its weight",
-                f"{name} ({own.name})",
-                got=f"{own.spec.partition_type}; the weight is {decision.style} by {decision.rule}",
-                expected="one rule for both: a bias is cut with the output of its weight",
+                "bias-style",
+                "a rule shards a bias in another way than its weight",
+                name,
+                rule.ref,
+                got=f"{rule.spec.partition_type}; the weight is {decision.style} by {decision.rule}",
+                expected="one rule for both: a bias is sharded as the output of its weight is",
                 next="narrow the pattern to weights; biases follow by themselves",
             )
         return dataclasses.replace(decision, style=style, layout=layout, gather_output=False, split_input=False)
@@ -228,18 +252,42 @@ class Resolver:
             return
         sizes = [size for size in range(1, MAX_SUGGESTED_TP + 1) if self._fits(size)]
         works = ", ".join(map(str, sizes[:16])) + (", ..." if len(sizes) > 16 else "")
-        for where, error in self._indivisible:
+        for name, rule, units, error in self._indivisible:
             self.faults.add(
+                error.code,
                 error.what,
-                where,
-                got=error.got,
+                name,
+                rule,
+                got=f"{units} over {self.tp_size} ranks",
                 expected=error.expected,
                 next=f"TP sizes that work for the whole model: {works}; or allow unequal shares with --uneven",
             )
 
     def _fits(self, tp_size: int) -> bool:
-        """Whether every rule that cut something could do so at `tp_size`."""
+        """Whether every rule that was applied could be at `tp_size`."""
         try:
-            return all(pt.tp_size_fits(shape, self._cut(spec, tp_size), tp_size) for spec, shape in self._cuts)
+            return all(pt.tp_size_fits(shape, self._sharding(spec, tp_size), tp_size) for spec, shape in self._applied)
         except (SymbolError, pt.PartitionError):
             return False
+
+
+def merge_with_preset(spec: Spec, known: Spec) -> Spec:
+    """A user's rule, completed by what only the preset's rule for the same parameter knows.
+
+    Args:
+        spec: the user's rule.
+        known: the preset's rule.
+
+    Returns:
+        the preset's rule where the user's says the same in DeepSpeed's words; else the user's, with the preset's unit
+        if it has none and shards the same dimension, and with a partial gradient wherever one of the two says so.
+    """
+    if (spec.partition_type, known.partition_type) in _SAME_STYLE:
+        spec = dataclasses.replace(known, patterns=spec.patterns)
+    elif spec.unit is None and spec.partition_type == known.partition_type:
+        spec = dataclasses.replace(spec, unit=known.unit)
+    return dataclasses.replace(
+        spec,
+        grad_allreduce=spec.grad_allreduce or known.grad_allreduce,
+        add_once=spec.add_once or known.add_once,
+    )

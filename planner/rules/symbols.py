@@ -52,17 +52,42 @@ class Symbols:
     definitions: Mapping[str, tuple[Size, ...]] = field(default_factory=dict)
 
     def resolve(self, size: Size, extra: Mapping[str, int] | None = None) -> int:
-        """The integer that `size` is. `extra` names win over all others. Raises SymbolError."""
+        """The integer that `size` is.
+
+        Args:
+            size: an integer, or an expression.
+            extra: names that win over all others, such as `tp_size`.
+
+        Raises:
+            SymbolError: a name is not known, or the expression is not allowed.
+        """
         if isinstance(size, int):
             return size
         return self._evaluate(size, extra or {}, ())
+
+    def names_in(self, size: Size) -> set[str]:
+        """Every name that `size` depends on, those in the definitions of its symbols included."""
+        found: set[str] = set()
+        pending = [size]
+        while pending:
+            text = pending.pop()
+            for node in ast.walk(_parsed(text)) if isinstance(text, str) else ():
+                name = _path(node) if isinstance(node, ast.expr) else None
+                if name is not None and name not in found:
+                    found.add(name)
+                    pending += self.definitions.get(name, ())
+        return found
 
     def config_flag(self, key: str) -> bool:
         """Whether the config key `key` is there and true."""
         return bool(self.config.get(key))
 
     def holds(self, condition: str | None) -> bool:
-        """Whether `condition` is true of the model; None always is. Raises SymbolError."""
+        """Whether `condition` is true of the model; None always is.
+
+        Raises:
+            SymbolError: as `resolve`, or values that cannot be compared.
+        """
         return condition is None or bool(self._value(_parsed(condition)))
 
     def _value(self, node: ast.expr) -> Any:
@@ -167,9 +192,9 @@ def _path(node: ast.expr) -> str | None:
 
 
 def _share(tp_size: int, tp_rank: int, count: int, units: int | None = None) -> int:
-    """How many of `count` things a rank holds when they are cut in `units` (default: one by one).
+    """How many of `count` things a rank holds when they are sharded in `units` (default: one by one).
 
-    Fewer units than ranks: they are replicated, and what they are made of is cut further.
+    Fewer units than ranks: the units are replicated, and the `count` things are sharded further.
     """
     units = count if units is None else units
     if min(count, units) < 1 or count % units:

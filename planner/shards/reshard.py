@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,20 +11,19 @@ from pathlib import Path
 
 from autotp_plan.planner.compiler import compile_plan
 from autotp_plan.planner.plan_checks import check_checkpoint, check_plan
-from autotp_plan.planner.rules.rule_set import AUTO
+from autotp_plan.planner.rules.preset_files import AUTO
 from autotp_plan.planner.shards.folder_writer import Contents, write_shards
 from autotp_plan.planner.shards.merge import parts_of
 from autotp_plan.planner.shards.resumable_folder import Progress
 from autotp_plan.schemas.errors import AutoTPError, Fault, MismatchError
 from autotp_plan.schemas.plan.document import Parameter, Plan
+from autotp_plan.schemas.plan.rule_ref import Origin
 from autotp_plan.schemas.shards.file_layout import MAX_FILE_BYTES
 from autotp_plan.schemas.shards.folder import Shards, read_shards
 from autotp_plan.schemas.shards.manifest import INDEX_COPY_NAME, Manifest
 from autotp_plan.schemas.shards.origin import original_of_shards
 from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, INDEX_NAME
 from autotp_plan.schemas.storage.safetensors_header import parse_header, prefixed
-
-_PRESET = re.compile(r"preset (\S+)( vocabulary)? #\d+")
 
 
 def reshard(
@@ -85,7 +83,7 @@ def _headers_only(shards: Shards) -> Iterator[Path]:
 def _recompiled(old: Plan, checkpoint: Path, tp_size: int | None, uneven: bool) -> Plan:
     """The plan for `tp_size` by the rules that made the old one: those with which it comes out as it was."""
     rules = {entry.rule for entry in old.parameters} | {tie.rule for tie in old.tied}
-    named = {match[1] for rule in rules if (match := _PRESET.fullmatch(rule))}
+    named = {rule.name for rule in rules if rule.origin is Origin.PRESET}
     for preset in (AUTO, *sorted(named)):
         for was_uneven in (False, True):
             try:
@@ -94,7 +92,7 @@ def _recompiled(old: Plan, checkpoint: Path, tp_size: int | None, uneven: bool) 
                 continue
             if again.fingerprint == old.fingerprint:
                 return compile_plan(checkpoint, tp_size=tp_size, preset=preset, uneven=uneven or was_uneven)
-    others = sorted(rule for rule in rules if not _PRESET.fullmatch(rule) and not rule.startswith("default"))
+    others = sorted(str(rule) for rule in rules if rule.origin not in (Origin.PRESET, Origin.DEFAULT))
     raise MismatchError(
         Fault(
             what="the plan of the shards cannot be made again for another TP size",

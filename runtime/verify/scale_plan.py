@@ -22,6 +22,7 @@ from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.layout import Layout, SubParameter, group_view
 from autotp_plan.schemas.names import expand, is_index
 from autotp_plan.schemas.plan.document import Crossing, ModuleAttribute, Parameter, Plan, PlannedModule, RuntimeOptions
+from autotp_plan.schemas.plan.rule_ref import NO_RULE
 
 _FLOATS = frozenset({"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2"})
 
@@ -137,7 +138,7 @@ def _layer_kinds(plan: Plan, depth: int) -> list[frozenset[Any]] | None:
             found[".".join(parts[:at])][int(parts[at])].add((".".join(parts[at + 1 :]), what))
 
     for entry in plan.expanded():
-        add(entry.name, replace(entry, name="", rule="", source=None, sources=None))
+        add(entry.name, replace(entry, name="", rule=NO_RULE, source=None, sources=None))
     for attribute in plan.module_attributes:
         for name in expand(attribute.module):
             add(name, (attribute.attribute, attribute.values))

@@ -1,13 +1,11 @@
 """The stamp of a plan that `verify` has proved: which plan, with which versions, and how exact it came out.
 
-It is beside the plan, not of it: the plan's fingerprint does not cover it, and shards cut before stay valid.
+The plan's fingerprint does not cover it, so shards that were written before stay valid.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,13 +21,6 @@ class Stamp:
     attention: tuple[str, ...]
     float64_error: float
     engine_error: float
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Stamp:
-        return cls(**{**data, "attention": tuple(data["attention"])})
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "attention": list(self.attention)}
 
     def __str__(self) -> str:
         """`eager and sdpa attention, errors up to 2e-15 (float64) and 3e-07 (engine, float32); torch 2.13.0, ...`."""

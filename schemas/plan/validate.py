@@ -1,91 +1,231 @@
-"""What can be wrong in a plan by itself: references that lead nowhere, cuts that do not cover, words that clash."""
+"""In what the entries of a plan can contradict each other: references that lead nowhere, intervals that do not cover a
+dimension, styles that clash. Every check that can be run is run; one that needs what is already wrong is left out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
 
-from autotp_plan.schemas import documents
 from autotp_plan.schemas import intervals as iv
-from autotp_plan.schemas.errors import Fault
+from autotp_plan.schemas.documents import did_you_mean
+from autotp_plan.schemas.errors import DocumentError, Fault
 from autotp_plan.schemas.layout import Layout, group_view
 from autotp_plan.schemas.names import MAX_NAMES, expand, num_names
+from autotp_plan.schemas.plan.entries import Crossing, Parameter, PlanEntries
 
-if TYPE_CHECKING:
-    from autotp_plan.schemas.plan.document import Crossing, Parameter, Plan
+_COMPILE_AGAIN = "compile the plan again; plans are not written by hand"
 
 
-def plan_faults(plan: Plan) -> Iterator[Fault]:
-    """Everything in which a plan contradicts itself."""
+def plan_faults(plan: PlanEntries) -> Iterator[Fault]:
+    """Everything in which the entries of `plan` contradict each other."""
     for name, layout in plan.layouts.items():
         for problem in _layout_problems(layout, plan.tp_size):
             yield Fault(
-                what="a layout does not cut its dimension properly",
+                code="layout-intervals",
+                what="a layout does not shard its dimension properly",
                 where=f"layouts.{name}",
                 got=problem,
-                expected="intervals inside the dimension that cover it, cut between units",
-                next="compile the plan again; plans are not written by hand",
+                expected="intervals inside the dimension that cover it, with boundaries between units",
+                next=_COMPILE_AGAIN,
             )
-    seen: set[str] = set()
-    num_tensors = 0
+    yield from _pattern_faults(plan)
     for index, entry in enumerate(plan.parameters):
         where = f"parameters[{index}]"
-        if entry.layout not in plan.layouts:
-            yield _reference_fault(f"{where}.layout", entry.layout, "a layout of this plan", plan.layouts)
-        elif entry.shape is not None and group_view(entry.shape, plan.layouts[entry.layout].shape) is None:
-            view = plan.layouts[entry.layout].shape
-            yield _reference_fault(
-                f"{where}.shape", f"{list(entry.shape)}", f"a shape that {list(view)} is a view of", ()
+        yield from _reference_faults(where, entry, plan)
+        yield from _style_faults(where, entry)
+        yield from _disk_faults(where, entry, plan)
+    yield from _name_faults(plan)
+    yield from _module_faults(plan)
+
+
+def _pattern_faults(plan: PlanEntries) -> Iterator[Fault]:
+    """Names whose braces cannot be expanded."""
+    patterns = [entry.name for entry in plan.parameters]
+    patterns += [entry.source for entry in plan.parameters if entry.source is not None]
+    patterns += [name for entry in plan.parameters if entry.sources is not None for name in entry.sources.names]
+    patterns += [*plan.ignored, *(one.module for one in plan.module_attributes), *(one.module for one in plan.modules)]
+    for pattern in dict.fromkeys(patterns):
+        try:
+            num_names(pattern)
+        except DocumentError as error:
+            yield from error.faults
+
+
+def _count(pattern: str) -> int | None:
+    """How many names `pattern` stands for; None where its braces are wrong, which is a fault already."""
+    try:
+        return num_names(pattern)
+    except DocumentError:
+        return None
+
+
+def _reference_faults(where: str, entry: Parameter, plan: PlanEntries) -> Iterator[Fault]:
+    layout = plan.layouts.get(entry.layout)
+    if layout is None:
+        yield _fault(
+            "unknown-layout",
+            "a parameter has a layout that the plan lacks",
+            f"{where}.layout",
+            entry.layout,
+            "a layout of this plan",
+            plan.layouts,
+        )
+        return
+    if entry.shape is not None and group_view(entry.shape, layout.shape) is None:
+        yield _fault(
+            "shape-not-of-layout",
+            "a parameter's shape does not fit its layout",
+            f"{where}.shape",
+            str(list(entry.shape)),
+            f"a shape that {list(layout.shape)} is a view of",
+        )
+    if (entry.style == "replicated") != (layout.dim is None):
+        yield _fault(
+            "style-not-of-layout",
+            "a parameter's style does not fit its layout",
+            f"{where}.style",
+            entry.style,
+            "replicated, exactly where the layout has no dim",
+        )
+
+
+def _style_faults(where: str, entry: Parameter) -> Iterator[Fault]:
+    if entry.gather_output and entry.style != "column":
+        yield _fault(
+            "gather-without-column",
+            "a parameter that is not column-parallel gathers its output",
+            f"{where}.gather_output",
+            entry.style,
+            "column, the only style with outputs to gather",
+        )
+    if entry.split_input and entry.style != "row":
+        yield _fault(
+            "split-without-row",
+            "a parameter that is not row-parallel splits its input",
+            f"{where}.split_input",
+            entry.style,
+            "row, the only style with inputs to split",
+        )
+    if entry.add_once and not entry.partial_gradient:
+        yield _fault(
+            "add-once-without-partial-gradient",
+            "a parameter is added on one rank, and its gradient is not partial",
+            f"{where}.add_once",
+            "true",
+            "partial_gradient too",
+        )
+    if entry.partial_gradient and entry.style != "replicated":
+        yield _fault(
+            "partial-gradient-of-shard",
+            "a parameter that is not replicated has a partial gradient",
+            f"{where}.partial_gradient",
+            entry.style,
+            "replicated",
+        )
+
+
+def _disk_faults(where: str, entry: Parameter, plan: PlanEntries) -> Iterator[Fault]:
+    """The names on disk of one entry: as many as its parameters, and of one form."""
+    count = _count(entry.name)
+
+    def too_few_or_many(at: str, name: str) -> Iterator[Fault]:
+        found = _count(name)
+        if None not in (found, count) and found != count:
+            what = "a parameter and its tensors on disk differ in number"
+            yield _fault("disk-name-count", what, f"{where}.{at}", name, f"as many names as {entry.name}")
+
+    if entry.source is not None:
+        yield from too_few_or_many("source", entry.source)
+    sources = entry.sources
+    if sources is None:
+        return
+    if entry.source is not None:
+        yield _fault(
+            "source-and-sources",
+            "a parameter is one tensor on disk and several",
+            f"{where}.sources",
+            f"source {entry.source} too",
+            "either source or sources",
+        )
+    stars = {name.count("*") for name in sources.names}
+    if stars != {1} and (stars != {0} or sources.count != 1):
+        yield _fault(
+            "sources-stars",
+            "the names on disk of a parameter are not of one form",
+            f"{where}.sources",
+            f"{', '.join(sources.names[:3])} with count {sources.count}",
+            "one * in each name, or count 1 and none",
+        )
+    for position, name in enumerate(sources.names):
+        yield from too_few_or_many(f"sources.names[{position}]", name)
+    if sources.stacked and (entry.shape is not None or entry.layout in plan.layouts):
+        shape = plan.shape_of(entry)
+        if shape[:1] != (sources.count,):
+            yield _fault(
+                "sources-count",
+                "a stacked parameter is not made of as many tensors as its dimension 0",
+                f"{where}.sources.count",
+                str(sources.count),
+                f"dimension 0 of {list(shape)}",
             )
-        elif (entry.style == "replicated") != (plan.layouts[entry.layout].dim is None):
-            yield _reference_fault(f"{where}.style", entry.style, "replicated, exactly where the layout has no dim", ())
-        if entry.gather_output and entry.style != "column":
-            yield _reference_fault(
-                f"{where}.gather_output", entry.style, "column, the only style with outputs to gather", ()
-            )
-        if entry.split_input and entry.style != "row":
-            yield _reference_fault(f"{where}.split_input", entry.style, "row, the only style with inputs to split", ())
-        if entry.add_once and not entry.partial_gradient:
-            yield _reference_fault(f"{where}.add_once", "true", "partial_gradient beside it", ())
-        if entry.partial_gradient and entry.style != "replicated":
-            yield _reference_fault(f"{where}.partial_gradient", entry.style, "replicated", ())
-        names = expand(entry.name)
-        if len(seen) + len(names) > MAX_NAMES:
-            yield _reference_fault(f"{where}.name", entry.name, f"at most {MAX_NAMES} parameters in all", ())
-            return
-        if entry.source is not None and num_names(entry.source) != len(names):
-            yield _reference_fault(f"{where}.source", entry.source, f"as many names as {entry.name}", ())
+
+
+def _name_faults(plan: PlanEntries) -> Iterator[Fault]:
+    """Names that occur twice, ties to nothing, and more names than one plan may have."""
+    num_parameters = num_tensors = 0
+    for index, entry in enumerate(plan.parameters):
+        count = _count(entry.name) or 0
+        before, num_parameters = num_parameters, num_parameters + count
+        if before <= MAX_NAMES < num_parameters:
+            what, expected = "the plan has too many parameters", f"at most {MAX_NAMES} parameters in all"
+            yield _fault("too-many-parameters", what, f"parameters[{index}].name", entry.name, expected)
         if entry.sources is not None:
-            num_tensors += len(names) * len(entry.sources.names) * entry.sources.count
-            if num_tensors > MAX_NAMES:
+            before, num_tensors = num_tensors, num_tensors + count * len(entry.sources.names) * entry.sources.count
+            if before <= MAX_NAMES < num_tensors:
+                what, expected = "the plan has too many tensors", f"at most {MAX_NAMES} tensors in all"
                 got = f"{num_tensors} tensors up to here"
-                yield _reference_fault(f"{where}.sources", got, f"at most {MAX_NAMES} tensors in all", ())
-                return
-            yield from _sources_faults(f"{where}.sources", entry, len(names), plan)
-        for name in names:
+                yield _fault("too-many-tensors", what, f"parameters[{index}].sources", got, expected)
+    if num_parameters > MAX_NAMES:
+        return
+    seen: set[str] = set()
+    for index, entry in enumerate(plan.parameters):
+        for name in expand(entry.name) if _count(entry.name) is not None else ():
             if name in seen:
-                yield _reference_fault(f"{where}.name", name, "each parameter once", ())
+                what = "the plan has a parameter twice"
+                yield _fault("parameter-twice", what, f"parameters[{index}].name", name, "each parameter once")
             seen.add(name)
     for index, tie in enumerate(plan.tied):
         if tie.to not in seen:
-            yield _reference_fault(f"tied[{index}].to", tie.to, "a parameter of this plan", seen)
+            what = "a name is tied to a parameter that the plan lacks"
+            yield _fault("tied-to-nothing", what, f"tied[{index}].to", tie.to, "a parameter of this plan", seen)
         if tie.name in seen:
-            yield _reference_fault(f"tied[{index}].name", tie.name, "a name that is not a parameter of its own", ())
-    for pattern in plan.ignored:
-        expand(pattern)
+            what, expected = "a tied name is a parameter itself", "a second name of a parameter"
+            yield _fault("tied-name-is-parameter", what, f"tied[{index}].name", tie.name, expected)
+
+
+def _module_faults(plan: PlanEntries) -> Iterator[Fault]:
     for index, attribute in enumerate(plan.module_attributes):
-        expand(attribute.module)
         if len(attribute.values) != plan.tp_size:
-            got = f"{len(attribute.values)} values"
-            yield _reference_fault(f"module_attributes[{index}].values", got, f"{plan.tp_size}, one per rank", ())
+            yield _fault(
+                "attribute-values",
+                "a module attribute has not one value for each rank",
+                f"module_attributes[{index}].values",
+                f"{len(attribute.values)} values",
+                f"{plan.tp_size}, one per rank",
+            )
     for index, module in enumerate(plan.modules):
-        expand(module.module)
-        crossings = {**{f"inputs.{name}": crossing for name, crossing in module.inputs.items()}}
+        crossings = {f"inputs.{name}": crossing for name, crossing in module.inputs.items()}
         if module.output is not None:
             crossings["output"] = module.output
         for name, crossing in crossings.items():
             for problem in _crossing_problems(crossing, plan.tp_size):
-                yield _reference_fault(f"modules[{index}].{name}", problem, "an operation with all that it needs", ())
+                yield _fault(
+                    "module-collective",
+                    "the collective at a module's input or output is not fully described",
+                    f"modules[{index}].{name}",
+                    problem,
+                    "an operation with all that it needs, and nothing else",
+                )
 
 
 def _crossing_problems(crossing: Crossing, tp_size: int) -> Iterator[str]:
@@ -100,24 +240,6 @@ def _crossing_problems(crossing: Crossing, tp_size: int) -> Iterator[str]:
         yield f"{crossing.operation} of {list(crossing.interval)}"
 
 
-def _sources_faults(where: str, entry: Parameter, count: int, plan: Plan) -> Iterator[Fault]:
-    sources = entry.sources
-    assert sources is not None
-    if entry.source is not None:
-        yield _reference_fault(where, f"source {entry.source} too", "either source or sources", ())
-    stars = {name.count("*") for name in sources.names}
-    if stars != {1} and (stars != {0} or sources.count != 1):
-        got = f"{', '.join(sources.names[:3])} with count {sources.count}"
-        yield _reference_fault(where, got, "one * in each name, or count 1 and none", ())
-    for position, name in enumerate(sources.names):
-        if num_names(name) != count:
-            yield _reference_fault(f"{where}.names[{position}]", name, f"as many names as {entry.name}", ())
-    if entry.layout in plan.layouts and sources.stacked:
-        shape = plan.shape_of(entry)
-        if shape[:1] != (sources.count,):
-            yield _reference_fault(f"{where}.count", str(sources.count), f"dimension 0 of {list(shape)}", ())
-
-
 def _layout_problems(layout: Layout, tp_size: int) -> Iterator[str]:
     if layout.dim is None:
         return
@@ -130,23 +252,19 @@ def _layout_problems(layout: Layout, tp_size: int) -> Iterator[str]:
     yield from iv.faults(layout.intervals, size)
     if sum(sub.size for sub in layout.sub_parameters) != size:
         yield f"sub-parameters of {sum(sub.size for sub in layout.sub_parameters)} in a dimension of {size}"
-        return
+    edges = sorted({edge for rank in layout.intervals for interval in rank for edge in interval})
     start = 0
     for sub in layout.sub_parameters:
         if sub.size % sub.unit:
             yield f"a sub-parameter of {sub.size} with units of {sub.unit}"
-        edges = {edge for rank in layout.intervals for interval in rank for edge in interval}
-        for edge in sorted(edges):
-            if start < edge < start + sub.size and (edge - start) % sub.unit:
-                yield f"a cut at {edge}, inside a unit of {sub.unit} that begins at {edge - (edge - start) % sub.unit}"
+        for edge in edges:
+            past = (edge - start) % sub.unit
+            if start < edge < start + sub.size and past:
+                yield f"a boundary at {edge}, inside a unit of {sub.unit} that begins at {edge - past}"
         start += sub.size
 
 
-def _reference_fault(where: str, got: str, expected: str, known: Any) -> Fault:
+def _fault(code: str, what: str, where: str, got: str, expected: str, known: Iterable[str] = ()) -> Fault:
     return Fault(
-        what="the plan contradicts itself",
-        where=where,
-        got=got,
-        expected=expected,
-        next=documents.did_you_mean(got, known) or "compile the plan again; plans are not written by hand",
+        code=code, what=what, where=where, got=got, expected=expected, next=did_you_mean(got, known) or _COMPILE_AGAIN
     )

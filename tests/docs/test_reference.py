@@ -11,7 +11,7 @@ import pytest
 
 from autotp_plan import planner, runtime
 from autotp_plan.planner.cli.main import main as command_line
-from autotp_plan.planner.rules.rule_set import preset_names
+from autotp_plan.planner.rules.preset_files import preset_names
 from scripts.reference import ROOMS, cli, fields, tree
 from tests.docs.test_links import documents
 from tests.helpers.paths import PLANS, ROOT

@@ -168,7 +168,7 @@ def test_the_original_shape_of_custom_patterns_is_refused(examples: Path) -> Non
     import tiny
 
     folder = tiny.checkpoint("tiny-gpt-neox")
-    with pytest.raises(CompileError, match="a rule cuts a fused weight in the wrong place"):
+    with pytest.raises(CompileError, match="a rule splits a fused weight in the wrong place"):
         custom_patterns.compile_plan(folder, tp_size=2, specs=[custom_patterns.layer_specs(custom_patterns.ORIGINAL)])
     custom_patterns.compile_plan(folder, tp_size=2, specs=[custom_patterns.layer_specs(custom_patterns.HEADS)])
 

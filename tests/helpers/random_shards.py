@@ -13,6 +13,7 @@ from autotp_plan.planner.model.inventory import inventory_hash
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.layout import Layout, SubParameter
 from autotp_plan.schemas.plan.document import ModelIdentity, Parameter, Plan, Sources, Tie
+from autotp_plan.schemas.plan.rule_ref import Origin, RuleRef
 from tests.helpers.checkpoints import write_file
 
 DTYPES = ("F32", "F16", "BF16", "F8_E4M3", "I8")
@@ -84,7 +85,10 @@ def random_plan(model: Model, tp_size: int, random: Random) -> Plan:
         tp_size=tp_size,
         layouts=layouts,
         parameters=tuple(parameters),
-        tied=tuple(Tie(name=name, to=to, style=by_name[to].style, rule="random") for name, to in model.tied),
+        tied=tuple(
+            Tie(name=name, to=to, style=by_name[to].style, rule=RuleRef(Origin.UNKNOWN, "random"))
+            for name, to in model.tied
+        ),
         ignored=tuple(model.ignored),
     )
 

@@ -11,17 +11,18 @@ import pytest
 
 from autotp_plan.planner import SpecFile, check_checkpoint, check_plan, compile_plan
 from autotp_plan.planner.model.inventory import inventory_hash
-from autotp_plan.planner.rules.partition import Cut, partition, whole
+from autotp_plan.planner.rules.partition import Sharding, partition, replicated
 from autotp_plan.schemas.layout import Layout
 from autotp_plan.schemas.plan.document import ModelIdentity, Parameter, Plan, Style, Tie
+from autotp_plan.schemas.plan.rule_ref import Origin, RuleRef
 from tests.helpers.checkpoints import LLAMA_CONFIG, llama_shapes, write_checkpoint, write_llama
 
-COLUMN = partition((12, 4), Cut(dim=0, unit=2), 2)
-FUSED = partition((24, 4), Cut(dim=0, shape=(2, -1), unit=2), 2)
-ROW = partition((4, 12), Cut(dim=1, unit=2), 2)
-NO_MATCH = "a row-parallel weight has no column-parallel output that is cut like it"
-UNTAKEN = "a column-parallel output stays cut and no row-parallel weight takes it"
-UNLIKE = "a row-parallel input is cut unlike the column-parallel output that feeds it"
+COLUMN = partition((12, 4), Sharding(dim=0, unit=2), 2)
+FUSED = partition((24, 4), Sharding(dim=0, shape=(2, -1), unit=2), 2)
+ROW = partition((4, 12), Sharding(dim=1, unit=2), 2)
+NO_MATCH = "a row-parallel weight has no column-parallel output that is sharded the same way"
+UNTAKEN = "the output is sharded, and no row-parallel layer consumes it"
+UNLIKE = "the input of a row-parallel weight is not sharded as the column-parallel output that feeds it"
 
 
 def plan_of(*parameters: tuple[str, Style, Layout], tied: tuple[Tie, ...] = (), gather: str = "") -> Plan:
@@ -32,7 +33,12 @@ def plan_of(*parameters: tuple[str, Style, Layout], tied: tuple[Tie, ...] = (), 
         layouts=layouts,
         parameters=tuple(
             Parameter(
-                name=name, layout=f"layout {index}", dtype="F32", style=style, rule="r", gather_output=name == gather
+                name=name,
+                layout=f"layout {index}",
+                dtype="F32",
+                style=style,
+                rule=RuleRef(Origin.UNKNOWN, "r"),
+                gather_output=name == gather,
             )
             for index, (name, style, _) in enumerate(parameters)
         ),
@@ -66,9 +72,9 @@ def test_columns_and_rows_that_pair(prefix: str) -> None:
     [
         (COLUMN, swapped(ROW), UNLIKE),
         (swapped(COLUMN), ROW, UNLIKE),
-        (partition((12, 4), Cut(dim=0, unit=3), 2), ROW, NO_MATCH),
-        (COLUMN, partition((4, 12), Cut(dim=1, unit=6), 2), NO_MATCH),
-        (partition((24, 4), Cut(dim=0, unit=2), 2), ROW, NO_MATCH),
+        (partition((12, 4), Sharding(dim=0, unit=3), 2), ROW, NO_MATCH),
+        (COLUMN, partition((4, 12), Sharding(dim=1, unit=6), 2), NO_MATCH),
+        (partition((24, 4), Sharding(dim=0, unit=2), 2), ROW, NO_MATCH),
         (swapped(FUSED), ROW, UNLIKE),
     ],
 )
@@ -80,7 +86,7 @@ def test_columns_and_rows_that_do_not(column: Layout, row: Layout, what: str) ->
 def test_a_row_without_a_column() -> None:
     lone = ("l.0.down.weight", "row", ROW)
     assert found(plan_of(lone)) == [("l.0.down.weight (r)", NO_MATCH)]  # type: ignore[arg-type]
-    kept = ("l.0.up.weight", "replicated", whole((12, 4)))
+    kept = ("l.0.up.weight", "replicated", replicated((12, 4)))
     assert found(plan_of(kept, lone)) == [("l.0.down.weight (r)", NO_MATCH)]  # type: ignore[arg-type]
     gathered = ("l.0.up.weight", "column", COLUMN)
     plan = plan_of(gathered, lone, gather="l.0.up.weight")  # type: ignore[arg-type]
@@ -92,26 +98,40 @@ def test_a_row_without_a_column() -> None:
     ]
 
 
-def test_alike_layers_are_one_fault() -> None:
+def test_the_same_fault_in_ten_layers_is_one() -> None:
+    """Also where the fault names the other weight of each layer."""
     plan = plan_of(("l.{0..9}.up.weight", "column", COLUMN), ("l.{0..9}.down.weight", "row", swapped(ROW)))
-    assert {where for where, _ in found(plan)} <= {f"l.{n}.down.weight (r)" for n in range(10)} | {
-        "l.{0..9}.down.weight (r)"
-    }
+    (fault,) = check_plan(plan)
+    assert (fault.code, fault.where) == ("row-unlike-column", "l.{0..9}.down.weight (r)")
+    assert fault.got == "units 3..5 | 0..2 per rank; l.{0..9}.up.weight: 0..2 | 3..5"
+
+
+def test_two_columns_unlike_one_row_are_two_faults() -> None:
+    plan = plan_of(
+        ("l.{0..2}.gate.weight", "column", COLUMN),
+        ("l.{0..2}.up.weight", "column", COLUMN),
+        ("l.{0..2}.down.weight", "row", swapped(ROW)),
+    )
+    assert [fault.got.split("; ")[1] for fault in check_plan(plan)] == [
+        "l.{0..2}.gate.weight: 0..2 | 3..5",
+        "l.{0..2}.up.weight: 0..2 | 3..5",
+    ]
 
 
 @pytest.mark.parametrize(
     ("style", "layout", "tied", "sound"),
     [
         ("vocab", COLUMN, "column", True), ("vocab", COLUMN, "vocab", True), ("vocab", COLUMN, "replicated", False),
-        ("replicated", whole((4, 4)), "replicated", True), ("replicated", whole((4, 4)), "column", False),
+        ("replicated", replicated((4, 4)), "replicated", True), ("replicated", replicated((4, 4)), "column", False),
         ("vocab", COLUMN, "row", False),
     ],
 )  # fmt: skip
 def test_ties(style: Style, layout: Layout, tied: Style, sound: bool) -> None:
     plan = plan_of(
-        ("embed.weight", style, layout), tied=(Tie(name="head.weight", to="embed.weight", style=tied, rule="r"),)
+        ("embed.weight", style, layout),
+        tied=(Tie(name="head.weight", to="embed.weight", style=tied, rule=RuleRef(Origin.UNKNOWN, "r")),),
     )
-    what = "a tied parameter runs in ways that need different cuts"
+    what = "a tied parameter runs in styles that need different layouts"
     assert found(plan) == ([] if sound else [("head.weight", what)])
 
 

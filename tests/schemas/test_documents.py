@@ -15,6 +15,7 @@ import pytest
 
 from autotp_plan.planner import compile_plan
 from autotp_plan.schemas import documents
+from autotp_plan.schemas.codec import decode, encode
 from autotp_plan.schemas.errors import AutoTPError, DocumentError, Fault
 from autotp_plan.schemas.layout import Layout, SubParameter, group_view, parameter_shape
 from autotp_plan.schemas.plan.document import Plan
@@ -177,7 +178,7 @@ def test_the_plan_schema_knows_the_dtypes_that_can_be_cut() -> None:
 def test_another_major_version_is_refused_before_anything_else(data: dict[str, Any]) -> None:
     (fault,) = refused({"version": "2.0", "new": "world"})
     assert fault == Fault(
-        what="the plan is of another format version", where="version", got="2.0", expected="1.x",
+        code="plan-version", what="the plan is of another format version", where="version", got="2.0", expected="1.x",
         next="compile the plan again with this version of autotp-plan, or install the version that wrote it",
     )  # fmt: skip
     assert Plan.from_dict(sealed({**data, "version": "1.7"})).version == "1.7"
@@ -238,7 +239,7 @@ LAYOUT = ["layouts", "32x32 dim 0"]
         (["parameters", 0, "name"], "\ud800", "parameters[0].name", ""),
         (["tied"], [{"name": "a", "to": "lm_haed.weight", "style": "vocab", "rule": "r"}], "tied[0].to", "a parameter"),
         (["tied"], [{"name": "lm_head.weight", "to": "lm_head.weight", "style": "column", "rule": "r"}],
-         "tied[0].name", "not a parameter of its own"),
+         "tied[0].name", "a second name of a parameter"),
         (["module_attributes"], [{"module": "m", "attribute": "n", "values": [1, 2, 3]}],
          "module_attributes[0].values", "2, one per rank"),
         (["module_attributes"], [{"module": "m", "attribute": "__class__()", "values": [1, 2]}],
@@ -248,7 +249,7 @@ LAYOUT = ["layouts", "32x32 dim 0"]
         ([*LAYOUT, "dim"], ..., "layouts.32x32 dim 0", "Without `dim`"),
         ([*LAYOUT, "intervals"], ..., "layouts.32x32 dim 0", "Without `dim`"),
         ([*LAYOUT, "intervals"], [[[0, 16]], [[16, 31]]], "layouts.32x32 dim 0", "intervals inside"),
-        ([*LAYOUT, "intervals"], [[[0, 16]], [[15, 32]]], "layouts.32x32 dim 0", "cut between units"),
+        ([*LAYOUT, "intervals"], [[[0, 16]], [[15, 32]]], "layouts.32x32 dim 0", "boundaries between units"),
         ([*LAYOUT, "intervals"], [[[0, 16]], [[16, 33]]], "layouts.32x32 dim 0", "intervals inside"),
         ([*LAYOUT, "intervals"], [[[0, 16]], [[16, 32, 33]]], "layouts.32x32 dim 0.intervals[1][0]", "[start, stop]"),
         ([*LAYOUT, "sub_parameters"], [[16, 4]], "layouts.32x32 dim 0", "intervals inside"),
@@ -275,7 +276,7 @@ def test_uneven_cut_inside_a_unit_is_refused(data: dict[str, Any]) -> None:
     layout = data["layouts"]["32x32 dim 0"]
     assert layout["sub_parameters"] == [[32, 8]]
     layout["intervals"] = [[[0, 14]], [[14, 32]]]
-    assert "a cut at 14, inside a unit of 8 that begins at 8" in {fault.got for fault in refused(sealed(data))}
+    assert "a boundary at 14, inside a unit of 8 that begins at 8" in {fault.got for fault in refused(sealed(data))}
 
 
 def test_lists_within_lists_are_refused(data: dict[str, Any]) -> None:
@@ -381,7 +382,7 @@ def test_layout_of_one_rank() -> None:
     cut = Layout(shape=(4, 6), dim=1, sub_parameters=(SubParameter(size=6, unit=2),), intervals=(((0, 4),), ((4, 6),)))
     assert (cut.rank_shape(0), cut.rank_shape(1), cut.rank_intervals(1)) == ((4, 4), (4, 2), ((4, 6),))
     assert (cut.name, Layout(shape=()).name, Layout(shape=(3,)).name) == ("4x6 dim 1", "scalar whole", "3 whole")
-    assert Layout.from_dict(cut.to_dict()) == cut
+    assert decode(Layout, encode(cut)) == cut
     assert Layout(shape=(3, 2)).rank_intervals(5) == ((0, 3),)
 
 

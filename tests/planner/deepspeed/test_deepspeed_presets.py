@@ -66,7 +66,7 @@ def test_by_name(checkpoints: dict[str, Path], preset: str, variant: str) -> Non
 
 
 NO_MATCH, UNDECIDED = "a pattern matches no parameter", "no rule decides a weight"
-MISREAD = "a rule cuts a fused weight in the wrong place"
+MISREAD = "a rule splits a fused weight in the wrong place"
 CORRECTED = {
     ("llama", "llama"): None,
     ("llama", "mistral"): None,

@@ -14,7 +14,8 @@ from click.testing import CliRunner, Result
 
 from autotp_plan.planner import compile_plan
 from autotp_plan.planner.cli.main import main
-from autotp_plan.planner.deepspeed.export import DIVIDED, TRIED, export_to_deepspeed
+from autotp_plan.planner.deepspeed.export import TRIED, export_to_deepspeed
+from autotp_plan.planner.deepspeed.limits import DIVIDED
 from autotp_plan.planner.deepspeed.read_config import parse_section, read_deepspeed_config
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.spec import SpecFile
@@ -60,7 +61,7 @@ def test_there_and_back(checkpoints: dict[str, Path], variant: str) -> None:
     plan = compile_plan(checkpoints[variant], tp_size=2)
     exported = export_to_deepspeed(plan)
     assert not exported.obstacles and exported.tried and 0.5 < exported.share < 0.7
-    assert all("emb" in name or "lm_head" in name or "wte" in name for name in exported.whole)
+    assert all("emb" in name or "lm_head" in name or "wte" in name for name in exported.replicated)
     section = parse_section({"autotp_size": 2, "partition_config": exported.partition_config})
     again = compile_plan(checkpoints[variant], deepspeed=section)
     assert [(p.name, again.layouts[p.layout], p.style) for p in again.expanded()] == [

@@ -215,7 +215,7 @@ def test_a_checkpoint_in_the_new_form_is_used_as_it_is(tmp_path: Path) -> None:
 
 SHAPES = {name: tuple(tensor.shape) for name, tensor in CASE.tensors().items()}
 LACKS = "the checkpoint lacks a tensor of a parameter that is several on disk"
-UNLIKE = "tensors that make up one parameter are unlike"
+UNLIKE = "tensors that make up one parameter differ"
 
 
 def refused(folder: Path) -> list[tuple[str, str, str]]:

@@ -157,7 +157,7 @@ def test_names_are_transformers_own(saved: tuple[str, Path, Any]) -> None:
     assert on_disk
     for name in on_disk:
         theirs, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, model.state_dict())
-        part = to_memory.part(name)
+        part = to_memory.role(name)
         assert part is not None and part.parameter == theirs
 
 
@@ -226,8 +226,8 @@ def test_the_prefix_is_given_to_all_or_none() -> None:
     )
 
     def memory(disk: str, *others: str) -> str | None:
-        part = ToMemory(names, [disk, *others]).part(disk)
-        return None if part is None else part.parameter
+        found = ToMemory(names, [disk, *others]).role(disk)
+        return None if found is None else found.parameter
 
     assert memory("h.3.x") == "model.h.3.x"
     assert memory("h.3.old") == memory("model.h.3.old") == "model.h.3.new"
@@ -235,7 +235,7 @@ def test_the_prefix_is_given_to_all_or_none() -> None:
     assert memory("lm_head.weight") == memory("embed_out.weight") == "lm_head.weight"
     assert memory("head.weight") == "head.weight"
     assert memory("modelling.x") == "model.modelling.x", "a prefix ends with a dot"
-    part = ToMemory(names, ["h.3.e.10.w"]).part("h.3.e.10.w")
+    part = ToMemory(names, ["h.3.e.10.w"]).role("h.3.e.10.w")
     assert part is not None and part.sources == Sources(names=("h.3.e.*.w",))
     assert (part.parameter, part.number) == ("model.h.3.all", 10)
 
@@ -245,7 +245,7 @@ def test_stars_are_whole_numbers_only() -> None:
     to_memory, to_disk = ToMemory(names, []), ToDisk(names)
 
     def memory(disk: str) -> str:
-        part = to_memory.part(disk)
+        part = to_memory.role(disk)
         assert part is not None
         return part.parameter
 
@@ -294,5 +294,5 @@ def test_layers_past_the_last_are_ignored(tmp_path: Path) -> None:
     assert check_checkpoint(plan, folder) == []
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 0}))
-    with pytest.raises(CompileError, match="a layer too many"):
+    with pytest.raises(CompileError, match="more layers than its config says"):
         compile_plan(folder, tp_size=2)

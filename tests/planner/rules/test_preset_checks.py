@@ -49,7 +49,7 @@ def test_parameters_that_a_preset_does_not_know_are_refused(tmp_path: Path) -> N
     with pytest.raises(CompileError) as caught:
         compile_plan(folder, tp_size=2)
     assert {fault.what for fault in caught.value.faults} == {
-        "the preset does not know a parameter among weights that are cut"
+        "the preset does not know a parameter among weights that are sharded"
     }
     assert "model.layers.{0..1}.mlp.act_fn.alpha_p" in {fault.where for fault in caught.value.faults}
     rules = [

@@ -10,6 +10,7 @@ import pytest
 from autotp_plan.runtime.verify.report import Pass, Proof
 from autotp_plan.schemas.layout import Layout
 from autotp_plan.schemas.plan.document import ModelIdentity, Parameter, Plan
+from autotp_plan.schemas.plan.rule_ref import NO_RULE
 
 NORM = "model.norm.weight"
 
@@ -20,7 +21,7 @@ def proof_of(kind: str, name: str, error: float) -> Proof:
         model=ModelIdentity(model_type="llama", architecture=None, config={}, inventory="sha256:" + "0" * 64),
         tp_size=2,
         layouts={"8 whole": Layout(shape=(8,))},
-        parameters=(Parameter(name=NORM, layout="8 whole", dtype="F32", style="replicated", rule=""),),
+        parameters=(Parameter(name=NORM, layout="8 whole", dtype="F32", style="replicated", rule=NO_RULE),),
     )
     errors: dict[str, dict[str, float]] = {kind: {at.value: 0.0 for at in Pass} for kind in ("loss", "logits")}
     errors |= {kind: {NORM: 0.0} for kind in ("gradient", "accumulated", "stepped")}

@@ -12,6 +12,7 @@ from autotp_plan.runtime.verify.scale_plan import TwinError, num_layers_needed, 
 from autotp_plan.schemas.intervals import divide
 from autotp_plan.schemas.layout import Layout, SubParameter
 from autotp_plan.schemas.plan.document import Crossing, ModelIdentity, ModuleAttribute, Parameter, Plan, PlannedModule
+from autotp_plan.schemas.plan.rule_ref import NO_RULE
 
 LLAMA_8B: dict[str, Any] = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -76,7 +77,7 @@ def plan_of(layers: dict[str, str], **changes: Any) -> Plan:
         tp_size=2,
         layouts={"whole": Layout(shape=(64, 64))},
         parameters=tuple(
-            Parameter(name=name, layout="whole", dtype=dtype, style="replicated", rule="")
+            Parameter(name=name, layout="whole", dtype=dtype, style="replicated", rule=NO_RULE)
             for name, dtype in layers.items()
         ),
         **changes,

@@ -1,0 +1,53 @@
+"""What a transformers model's parameters are called in checkpoints, and which of its names are tied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from autotp_plan.huggingface.internals import checkpoint_conversions
+from autotp_plan.schemas.names import starred
+from autotp_plan.schemas.spec import TieSpec
+
+
+def ties(model: Any) -> Iterator[TieSpec]:
+    """The names of `model` that are second names of a parameter."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if other != name:
+            yield TieSpec(name=name, to=other)
+
+
+def disk_names(model: Any) -> tuple[dict[str, str], dict[str, tuple[str, ...]], list[str]]:
+    """What `model`'s parameters are called in checkpoints, by transformers' conversion tables.
+
+    Returns:
+        `renamed_tensors` and `assembled_tensors` as in a spec file, and a line for each parameter that is neither.
+    """
+    conversions, on_disk = checkpoint_conversions(model)
+    renamed: dict[str, str] = {}
+    assembled: dict[str, tuple[str, ...]] = {}
+    odd: list[str] = []
+    for name in [*dict(model.named_parameters()), *dict(model.named_buffers())]:
+        conversion = next((one for one in conversions if any(target in name for target in one.targets)), None)
+        if conversion is None:
+            disk = on_disk(name)
+            if disk != name:
+                renamed[starred(disk)] = starred(name)
+            continue
+        if conversion.operations not in _BYTE_CONCATENATIONS:
+            odd.append(f"{starred(name)}: {', '.join(operation for operation, _ in conversion.operations)}")
+            continue
+        target = next(target for target in conversion.targets if target in name)
+        sources = [on_disk(name.replace(target, source)) for source in conversion.sources]
+        assembled[starred(name)] = tuple(map(starred, sources))
+    return renamed, assembled, sorted(set(odd))
+
+
+_BYTE_CONCATENATIONS: tuple[tuple[tuple[str, int | None], ...], ...] = (
+    (("MergeModulelist", 0),),
+    (("MergeModulelist", 0), ("Concatenate", 1)),
+    (("Concatenate", 0),),
+)
+"""Conversions whose result has the bytes of its sources one after the other."""

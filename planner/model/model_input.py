@@ -1,0 +1,71 @@
+"""A model as a user gives it: a folder or a live module, its files read when they are first needed, and once."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autotp_plan.huggingface.meta_model import build_model
+from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, Checkpoint, holds_tensors, read_checkpoint, read_config
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """`given` is a folder with safetensors files or a bare config.json, or a live `torch.nn.Module`."""
+
+    given: Path | Any
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder, and not a module."""
+        return isinstance(self.given, Path)
+
+    @property
+    def where(self) -> str:
+        """The folder, or the module's class: what faults point to."""
+        return str(self.given) if self.is_folder else type(self.given).__name__
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any] | None:
+        """The folder's config.json, or what `save_pretrained` would write of the module's; None when it has none.
+
+        Raises:
+            DocumentError, CheckpointError: config.json is not a JSON object.
+        """
+        if self.is_folder:
+            return read_config(self.given) if self.given.is_dir() else None
+        config = getattr(self.given, "config", None)
+        if config is not None and hasattr(config, "to_json_string"):
+            config = json.loads(config.to_json_string())
+            config["architectures"] = config.get("architectures") or [type(self.given).__name__]
+        return config if isinstance(config, dict) else None
+
+    @property
+    def model_type(self) -> str | None:
+        """The config's `model_type`."""
+        found = (self.config or {}).get("model_type")
+        return found if isinstance(found, str) else None
+
+    @functools.cached_property
+    def checkpoint(self) -> Checkpoint | None:
+        """The headers of the folder's tensors; None for a bare config.json and for a module.
+
+        Raises:
+            CheckpointError: the folder has neither tensors nor a config.json, or its files are broken.
+        """
+        if not self.is_folder or (not holds_tensors(self.given) and (self.given / CONFIG_NAME).exists()):
+            return None
+        return read_checkpoint(self.given)
+
+    @functools.cached_property
+    def module(self) -> Any:
+        """The module that was given, or the transformers model of the folder's config, on meta.
+
+        Raises:
+            CheckpointError: transformers cannot build the model.
+            MissingDependencyError: transformers is not installed.
+        """
+        return build_model(self.given, on_meta="all") if self.is_folder else self.given
