@@ -85,7 +85,7 @@ def checkpoint_conversions(model: Any) -> tuple[list[Conversion], Callable[[str]
     """How a checkpoint's tensors become `model`'s parameters, and the name on disk of a tensor that is only renamed.
 
     Relies on `conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)`, and in `core_model_loading` on
-    `WeightConverter`, `PrefixChange`, `apply_renamings` and `reverse_transform`.
+    `WeightConverter`, `PrefixChange`, `reverse_transform` and `rename_source_key` (`apply_renamings` came with 5.21).
     """
     from transformers import conversion_mapping, core_model_loading
 
@@ -93,7 +93,6 @@ def checkpoint_conversions(model: Any) -> tuple[list[Conversion], Callable[[str]
     table = private(conversion_mapping, "get_model_conversion_mapping", _TRANSFORMERS, used_for)
     converter = private(core_model_loading, "WeightConverter", _TRANSFORMERS, used_for)
     prefix = private(core_model_loading, "PrefixChange", _TRANSFORMERS, used_for)
-    rename = private(core_model_loading, "apply_renamings", _TRANSFORMERS, used_for)
     found = [one for one in table(model, add_legacy=False) if not isinstance(one, prefix)]
     back = [
         private(one, "reverse_transform", _TRANSFORMERS, used_for)()
@@ -109,7 +108,13 @@ def checkpoint_conversions(model: Any) -> tuple[list[Conversion], Callable[[str]
         for one in found
         if isinstance(one, converter)
     ]
-    return conversions, lambda name: rename(name, back)
+
+    def on_disk(name: str) -> str:
+        for renaming in back:
+            name, _ = private(renaming, "rename_source_key", _TRANSFORMERS, used_for)(name)
+        return name
+
+    return conversions, on_disk
 
 
 # accelerate

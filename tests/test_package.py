@@ -28,6 +28,29 @@ def test_the_public_names() -> None:
             getattr(module, name)
 
 
+@pytest.mark.parametrize("missing", ["torch", "deepspeed", "transformers"])
+def test_a_plan_without_what_training_needs(missing: str) -> None:
+    code = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+import autotp_plan
+from autotp_plan.schemas.errors import MissingDependencyError
+try:
+    autotp_plan.load_plan("plan.json")
+except MissingDependencyError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, missing], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert f"no module named '{missing}'" in done.stdout, done.stderr
+    assert "pip install 'autotp-plan[train]'" in done.stdout
+
+
 def test_the_wheel_has_every_file(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "out"), "."]
     source = tmp_path / "source"  # a copy: setuptools writes beside what it builds

@@ -19,7 +19,7 @@ LISTED = frozenset({
     "get_hp_fragment_address", "get_param_id", "grad_position", "lp_fragment_address", "param_group_index",
     "single_partition_of_fp32_groups", "swap_optimizer", "update_lp_params", "DS_IS_REPLACED_MODULE",
     "DS_TENSOR_MODEL_PARALLEL", "GatherReplacedLayerParams", "TensorParallel_Layer", "UNIVERSAL_CHECKPOINT_INFO",
-    "collect_autotp_universal_checkpoint_info", "init_utils", "PrefixChange", "WeightConverter", "apply_renamings",
+    "collect_autotp_universal_checkpoint_info", "init_utils", "PrefixChange", "WeightConverter", "rename_source_key",
     "get_model_conversion_mapping", "tensor_model_parallel", "ds_is_replaced_module",
 })  # fmt: skip
 """Names without an underscore that their packages do not document."""

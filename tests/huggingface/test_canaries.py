@@ -81,7 +81,7 @@ CANARIES = [
     Canary("transformers.conversion_mapping:get_model_conversion_mapping", TABLES, takes("model", "add_legacy")),
     Canary(f"{LOADING}:WeightConverter", TABLES, mixtral_stacks_experts),
     Canary(f"{LOADING}:PrefixChange", TABLES),
-    Canary(f"{LOADING}:apply_renamings", TABLES, takes("source_key", "weight_renamings")),
+    Canary(f"{LOADING}:WeightRenaming.rename_source_key", TABLES, takes("source_key")),
     Canary(f"{LOADING}:WeightRenaming.reverse_transform", TABLES),
     Canary("transformers.loss.loss_utils:ForCausalLMLoss",
            "the vocabulary-parallel loss: logits would be gathered again, in silence", loss_is_of_causal_lms),

@@ -30,8 +30,6 @@ IN_FULL = [
 ZERO_STAGES = [0, 1, 2, 3]
 RUNS = [*(f"zero{stage}" for stage in ZERO_STAGES), "accumulation", "overlap"]
 MESHES = {"tp2": (2, 1), "tp2 x dp2": (2, 2), "tp4": (4, 1)}
-UPSTREAM = {"llama_bias_tied", "mixtral"}
-"""Run at TP=2 by `make test-upstream` too, with other versions of DeepSpeed, torch and transformers."""
 FLOAT64_TOLERANCE = 1e-9
 FLOAT32_TOLERANCE = 1e-5
 
@@ -239,15 +237,16 @@ def mesh(request: pytest.FixtureRequest, name: str) -> dict[str, Any]:
     return found
 
 
-def upstream(name: str, variant: str) -> Any:
-    return [pytest.mark.upstream] if name == "tp2" and variant in UPSTREAM else []
+def upstream(name: str) -> Any:
+    """Every family, on one mesh: transformers 5.24 computed CodeGen's heads in a new way, and no name had moved."""
+    return [pytest.mark.upstream] if name == "tp2" else []
 
 
 ON_MESHES = [(name, variant) for name, mesh in MESHES.items() for variant in variants_on(*mesh)]
 
 
 @pytest.mark.parametrize("source", ["shards", "checkpoint"])
-@pytest.mark.parametrize(("name", "variant"), [pytest.param(n, v, marks=upstream(n, v)) for n, v in ON_MESHES])
+@pytest.mark.parametrize(("name", "variant"), [pytest.param(n, v, marks=upstream(n)) for n, v in ON_MESHES])
 def test_float64_gradients(mesh: dict[str, Any], name: str, variant: str, source: str) -> None:
     errors = mesh[variant][source]
     assert len(errors) > 10
@@ -256,11 +255,7 @@ def test_float64_gradients(mesh: dict[str, Any], name: str, variant: str, source
 
 @pytest.mark.parametrize(
     ("name", "variant", "run"),
-    [
-        pytest.param(n, v, run, marks=upstream(n, v))
-        for n, v in ON_MESHES
-        for run in (RUNS if v in IN_FULL else ["zero2"])
-    ],
+    [pytest.param(n, v, run, marks=upstream(n)) for n, v in ON_MESHES for run in (RUNS if v in IN_FULL else ["zero2"])],
 )
 def test_engine_steps(mesh: dict[str, Any], work: Path, name: str, variant: str, run: str) -> None:
     accumulation, dp_size = 2 if run == "accumulation" else 1, MESHES[name][1]
