@@ -166,9 +166,13 @@ def table(outcomes: list[Outcome], tp_size: int) -> str:
         "",
         f"{len(outcomes)} families: {counted}.",
         "",
+        '<div class="reasons" markdown>',
+        "",
         "| family | outcome | rules | share | error | why |",
         "|---|---|---|---|---|---|",
         *(outcome.row() for outcome in outcomes),
+        "",
+        "</div>",
     ]
     return "\n".join(lines) + "\n"
 
