@@ -42,7 +42,8 @@ class Outcome:
         """A line of the table."""
         share = f"{self.share:.2f}" if self.share is not None else ""
         error = f"{self.error:.0e}" if self.error is not None else ""
-        return f"| {self.family} | {self.outcome} | {self.rules} | {share} | {error} | {self.reason} |"
+        reason = self.reason.replace("*", "\\*")  # in names, not emphasis
+        return f"| {self.family} | {self.outcome} | {self.rules} | {share} | {error} | {reason} |"
 
 
 def main() -> None:
@@ -165,9 +166,13 @@ def table(outcomes: list[Outcome], tp_size: int) -> str:
         "",
         f"{len(outcomes)} families: {counted}.",
         "",
+        '<div class="reasons" markdown>',
+        "",
         "| family | outcome | rules | share | error | why |",
         "|---|---|---|---|---|---|",
         *(outcome.row() for outcome in outcomes),
+        "",
+        "</div>",
     ]
     return "\n".join(lines) + "\n"
 
