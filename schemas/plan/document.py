@@ -7,6 +7,7 @@ when it was read. Whether it fits a checkpoint, a model or a training job is for
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -230,7 +231,7 @@ class RuntimeOptions:
         return _without_defaults(self)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A whole plan. `parameters` are the folded entries; `expanded()` gives one per module parameter."""
 
@@ -278,6 +279,19 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON value of the plan, fingerprint included."""
+        data = {**self._fingerprinted(), "fingerprint": self.fingerprint}
+        return data if self.verified is None else {**data, "verified": self.verified.to_dict()}
+
+    def to_json(self) -> str:
+        """The text of a plan file: the same plan gives the same bytes."""
+        return documents.format_json(self.to_dict(), width=220)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """`sha256:` and the SHA-256 of all that decides what a rank holds; hashed once, as a plan never changes."""
+        return documents.fingerprint(self._fingerprinted())
+
+    def _fingerprinted(self) -> dict[str, Any]:
         data: dict[str, Any] = {
             "format": FORMAT,
             "version": self.version,
@@ -295,17 +309,7 @@ class Plan:
         for key in ("module_attributes", "modules", "tied", "ignored", "runtime", "notes"):
             if not data[key]:
                 del data[key]
-        data["fingerprint"] = documents.fingerprint(data)
-        return data if self.verified is None else {**data, "verified": self.verified.to_dict()}
-
-    def to_json(self) -> str:
-        """The text of a plan file: the same plan gives the same bytes."""
-        return documents.format_json(self.to_dict(), width=220)
-
-    @property
-    def fingerprint(self) -> str:
-        fingerprint: str = self.to_dict()["fingerprint"]
-        return fingerprint
+        return data
 
     def expanded(self) -> Iterator[Parameter]:
         """One `Parameter` per module parameter, in the plan's order."""
