@@ -1,4 +1,4 @@
-"""What can be wrong with a plan beyond its own consistency: pairing of column and row, and the checkpoint it is for.
+"""What can be wrong with a plan beyond its own consistency: how column-parallel, row-parallel and tied weights pair.
 
 A row-parallel weight multiplies what a column-parallel one next to it put out, so both must be cut alike: in as many
 units, and the same units on each rank.
@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from autotp_plan.schemas.errors import Fault
 from autotp_plan.schemas.fault_book import FaultBook
 from autotp_plan.schemas.layout import Layout, SubParameter
-from autotp_plan.schemas.names import NameSet, is_index, parent_module
+from autotp_plan.schemas.names import is_index, parent_module
 from autotp_plan.schemas.plan.document import Parameter, Plan
-from autotp_plan.schemas.storage.byte_ranges import problems
-from autotp_plan.schemas.storage.checkpoint import Checkpoint, config_hash, read_checkpoint, read_config
 
 
 def check_plan(plan: Plan) -> list[Fault]:
@@ -47,48 +44,6 @@ def check_plan(plan: Plan) -> list[Fault]:
     _check_shards(plan, book)
     _check_ties(plan, book)
     return book.faults()
-
-
-def check_checkpoint(plan: Plan, folder: Path) -> list[Fault]:
-    """Faults between a plan and the checkpoint in `folder`: tensors, shapes, dtypes, config; empty when it fits.
-
-    Raises CheckpointError when the folder cannot be read at all.
-    """
-    checkpoint = read_checkpoint(folder)
-    book = FaultBook()
-    wanted: set[str] = set()
-    for parameter in plan.expanded():
-        wanted.update(parameter.names_on_disk())
-        for problem in problems(parameter, plan.shape_of(parameter), checkpoint.tensors):
-            if problem.got:
-                book.add(
-                    "a tensor is not what the plan says",
-                    problem.name,
-                    got=problem.got,
-                    expected=problem.expected,
-                    next="compile a plan for this checkpoint",
-                )
-            else:
-                book.add(
-                    "the checkpoint lacks a tensor of the plan",
-                    problem.name,
-                    expected=problem.expected,
-                    next="give the checkpoint the plan was compiled for, or compile for this one",
-                )
-    faults = book.faults()
-    faults.extend(_unplanned(plan, checkpoint, wanted))
-    config, planned = config_hash(read_config(folder)), config_hash(plan.model.config)
-    if config != planned:
-        faults.append(
-            Fault(
-                what="config.json is not the one the plan was compiled from",
-                where=str(folder / "config.json"),
-                got=config or "no config.json",
-                expected=planned or "no config.json",
-                next="compile a plan for this checkpoint",
-            )
-        )
-    return faults
 
 
 def _check_row(row: Parameter, feeding: Sequence[Parameter], plan: Plan, book: FaultBook) -> None:
@@ -196,19 +151,3 @@ def _check_ties(plan: Plan, book: FaultBook) -> None:
                 expected="vocab and column, or replicated under both names",
                 next="compile again",
             )
-
-
-def _unplanned(plan: Plan, checkpoint: Checkpoint, wanted: set[str]) -> Iterator[Fault]:
-    tied = {tie.name for tie in plan.tied}
-    book = FaultBook()
-    ignored = NameSet(plan.ignored)
-    for name in checkpoint.tensors.keys() - wanted - tied:
-        if name in ignored:
-            continue
-        book.add(
-            "the checkpoint has a tensor that the plan does not know",
-            name,
-            expected="the plan's tensors only",
-            next="compile a plan for this checkpoint",
-        )
-    yield from book.faults()

@@ -21,9 +21,12 @@ from autotp_plan.schemas.plan.document import Parameter
 from autotp_plan.schemas.shards.folder import Shards, read_shards
 from autotp_plan.schemas.shards.manifest import INDEX_COPY_NAME, ShardFile
 from autotp_plan.schemas.shards.origin import copied_files, source_of
-from autotp_plan.schemas.storage.byte_ranges import Segments, problems
+from autotp_plan.schemas.storage.byte_ranges import Segments
 from autotp_plan.schemas.storage.checkpoint import INDEX_NAME, read_checkpoint
+from autotp_plan.schemas.storage.plan_fit import parameter_faults
 from autotp_plan.schemas.storage.safetensors_header import SafetensorsFile, TensorEntry, parse_header, prefixed
+
+_COPY_AGAIN = "copy the folder again, or pre-split again"
 
 
 def merge(shards_folder: Path, output: Path, *, workers: int = 4, progress: Progress | None = None) -> int:
@@ -107,8 +110,8 @@ def _tensors(
             tensors[tensor.name] = tensor
     left = dict(tensors)
     for parameter in shards.plan.expanded():
-        found = problems(parameter, shards.plan.shape_of(parameter), tensors)
-        faults += [_fault(problem.name, problem.got or "no such tensor", problem.expected) for problem in found]
+        found = list(parameter_faults(parameter, shards.plan.shape_of(parameter), tensors, _COPY_AGAIN))
+        faults += found
         for name in parameter.names_on_disk():
             if left.pop(name, None) is None and not found:
                 faults.append(_fault(name, "a tensor of two parameters", "every tensor once"))
@@ -190,5 +193,5 @@ def _fault(where: str, got: str, expected: str) -> Fault:
         where=where,
         got=got,
         expected=expected,
-        next="copy the folder again, or pre-split again",
+        next=_COPY_AGAIN,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from autotp_plan.planner.plan_checks import check_checkpoint, check_plan
+from autotp_plan.planner.plan_checks import check_plan
 from autotp_plan.planner.shards.copy_plan import whole
 from autotp_plan.planner.shards.folder_writer import Contents, stopped, write_shards
 from autotp_plan.planner.shards.resumable_folder import Progress
@@ -19,6 +19,7 @@ from autotp_plan.schemas.shards.manifest import Manifest
 from autotp_plan.schemas.shards.origin import original_of_checkpoint
 from autotp_plan.schemas.storage.byte_ranges import Segments
 from autotp_plan.schemas.storage.checkpoint import Checkpoint, read_checkpoint
+from autotp_plan.schemas.storage.plan_fit import check_checkpoint
 
 
 def presplit(

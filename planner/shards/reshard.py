@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from autotp_plan.planner.compiler import compile_plan
-from autotp_plan.planner.plan_checks import check_checkpoint, check_plan
+from autotp_plan.planner.plan_checks import check_plan
 from autotp_plan.planner.rules.rule_set import AUTO
 from autotp_plan.planner.shards.folder_writer import Contents, write_shards
 from autotp_plan.planner.shards.merge import parts_of
@@ -23,6 +23,7 @@ from autotp_plan.schemas.shards.folder import Shards, read_shards
 from autotp_plan.schemas.shards.manifest import INDEX_COPY_NAME, Manifest
 from autotp_plan.schemas.shards.origin import original_of_shards
 from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, INDEX_NAME
+from autotp_plan.schemas.storage.plan_fit import check_checkpoint
 from autotp_plan.schemas.storage.safetensors_header import parse_header, prefixed
 
 _PRESET = re.compile(r"preset (\S+)( vocabulary)? #\d+")

@@ -9,7 +9,7 @@ read.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +22,10 @@ from autotp_plan.schemas.layout import Layout, parameter_shape
 from autotp_plan.schemas.plan.document import Parameter, Plan
 from autotp_plan.schemas.shards.folder import is_unfinished, read_shards
 from autotp_plan.schemas.shards.manifest import MANIFEST_NAME
-from autotp_plan.schemas.storage.byte_ranges import SegmentReader, Segments, problems
-from autotp_plan.schemas.storage.checkpoint import config_hash, read_checkpoint, read_config
-from autotp_plan.schemas.storage.safetensors_header import TensorEntry, runs
+from autotp_plan.schemas.storage.byte_ranges import SegmentReader, Segments
+from autotp_plan.schemas.storage.checkpoint import read_checkpoint
+from autotp_plan.schemas.storage.plan_fit import config_faults, tensor_faults
+from autotp_plan.schemas.storage.safetensors_header import runs
 
 CHUNK_BYTES = 16 * 1024 * 1024
 
@@ -157,42 +158,16 @@ class _Reader:
 
 def _checkpoint(folder: Path, plan: Plan) -> dict[tuple[str, int], Segments]:
     tensors = read_checkpoint(folder).tensors
-    faults: list[Fault] = []
-    sources: dict[tuple[str, int], Segments] = {}
-    for parameter in plan.expanded():
-        found = list(_parameter_faults(parameter, plan.shape_of(parameter), tensors))
-        faults.extend(found)
-        if not found:
-            source = Segments.of(parameter.name, [tensors[name] for name in parameter.names_on_disk()])
-            sources.update({(parameter.name, rank): source for rank in range(plan.tp_size)})
-    planned = config_hash(plan.model.config)
-    if planned is not None and config_hash(read_config(folder)) != planned:
-        faults.append(
-            Fault(
-                what="config.json is not the one the plan was compiled from",
-                where=str(folder / "config.json"),
-                got=str(config_hash(read_config(folder))),
-                expected=planned,
-                next="compile a plan for this checkpoint",
-            )
-        )
+    faults = [*tensor_faults(plan, tensors), *(fault for one in plan.expanded() for fault in _dtype_faults(one))]
+    if plan.model.config is not None:
+        faults += config_faults(plan, folder)
     if faults:
         raise MismatchError(faults)
+    sources: dict[tuple[str, int], Segments] = {}
+    for parameter in plan.expanded():
+        source = Segments.of(parameter.name, [tensors[name] for name in parameter.names_on_disk()])
+        sources.update({(parameter.name, rank): source for rank in range(plan.tp_size)})
     return sources
-
-
-def _parameter_faults(
-    parameter: Parameter, shape: tuple[int, ...], tensors: Mapping[str, TensorEntry]
-) -> Iterator[Fault]:
-    for problem in problems(parameter, shape, tensors):
-        yield Fault(
-            what="a tensor is not what the plan says" if problem.got else "a tensor of the plan is missing",
-            where=problem.name,
-            got=problem.got,
-            expected=problem.expected,
-            next="give the folder that belongs to this plan",
-        )
-    yield from _dtype_faults(parameter)
 
 
 def _dtype_faults(parameter: Parameter) -> Iterator[Fault]:

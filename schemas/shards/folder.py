@@ -19,7 +19,7 @@ from autotp_plan.schemas.layout import parameter_shape
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.manifest import JOURNAL_NAME, MANIFEST_NAME, PLAN_NAME, Manifest, ShardFile
 from autotp_plan.schemas.storage import checksum
-from autotp_plan.schemas.storage.byte_ranges import problems
+from autotp_plan.schemas.storage.plan_fit import parameter_faults
 from autotp_plan.schemas.storage.safetensors_header import SafetensorsFile, TensorEntry, read_header
 
 
@@ -148,14 +148,9 @@ def _tensor_faults(tensors: dict[tuple[str, int], TensorEntry], plan: Plan) -> I
             key = (parameter.name, rank)
             known.add(key)
             shape = parameter_shape(plan.shape_of(parameter), layout.shape, layout.rank_shape(rank))
-            for problem in problems(whole, shape, {parameter.name: tensors[key]} if key in tensors else {}):
-                yield Fault(
-                    what="a tensor is not what the plan says" if problem.got else "a tensor of the plan is missing",
-                    where=f"rank {rank}: {problem.name}",
-                    got=problem.got,
-                    expected=problem.expected,
-                    next="give the folder that belongs to this plan",
-                )
+            stored = {parameter.name: tensors[key]} if key in tensors else {}
+            for fault in parameter_faults(whole, shape, stored, "give the folder that belongs to this plan"):
+                yield replace(fault, where=f"rank {rank}: {fault.where}")
     for name, rank in tensors.keys() - known:
         yield Fault(
             what="the shards have a tensor that the plan does not know",

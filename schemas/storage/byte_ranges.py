@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from autotp_plan.schemas.plan.document import Parameter
 from autotp_plan.schemas.storage.safetensors_header import TensorEntry
 
 
@@ -100,58 +99,3 @@ class SegmentReader:
                 if got == 0:
                     raise EOFError(f"{file} ended {end - filled} bytes early; it changed while it was read")
                 filled, position = filled + got, position + got
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Problem:
-    """A tensor on disk that is not what a parameter needs; `got` is empty when there is none of that name."""
-
-    name: str
-    got: str
-    expected: str
-
-
-def assembled_shape(rows: Sequence[tuple[int, ...]], count: int, stacked: bool) -> tuple[int, ...] | None:
-    """The shape of tensors of shapes `rows` one after the other, `count` times where they are stacked.
-
-    None when they do not fit together: all but the first dimension must be alike, unless there is only one.
-    """
-    first = rows[0]
-    if len(rows) > 1:
-        if not all(shape and shape[1:] == first[1:] for shape in (*rows, first)):
-            return None
-        first = (sum(shape[0] for shape in rows), *first[1:])
-    return (count, *first) if stacked else first
-
-
-def problems(parameter: Parameter, shape: tuple[int, ...], tensors: Mapping[str, TensorEntry]) -> list[Problem]:
-    """What is wrong with the tensors on disk of a single parameter of `shape`; empty when they are what it needs."""
-    sources = parameter.sources
-    if sources is None:
-        return list(_differing(parameter.names_on_disk(), shape, parameter.dtype, tensors))
-    found: list[Problem] = []
-    rows: list[tuple[int, ...]] = []
-    for position in range(len(sources.names)):
-        names = parameter.names_on_disk()[position :: len(sources.names)]
-        first = next((tensors[name].shape for name in names if name in tensors), None)
-        if first is not None:
-            rows.append(first)
-        found += _differing(names, first, parameter.dtype, tensors)
-    whole = assembled_shape(rows, sources.count, sources.stacked) if len(rows) == len(sources.names) else shape
-    if whole != shape:
-        names_of_rows = " and ".join(f"{name} {list(row)}" for name, row in zip(sources.names, rows))
-        expected = f"tensors that make up {parameter.dtype} of {list(shape)}"
-        found.append(Problem(name=parameter.name, got=names_of_rows, expected=expected))
-    return found
-
-
-def _differing(
-    names: Sequence[str], shape: tuple[int, ...] | None, dtype: str, tensors: Mapping[str, TensorEntry]
-) -> Iterator[Problem]:
-    expected = f"{dtype} of {list(shape)}" if shape is not None else f"a tensor of {dtype}"
-    for name in names:
-        tensor = tensors.get(name)
-        if tensor is None:
-            yield Problem(name=name, got="", expected=expected)
-        elif (tensor.shape, tensor.dtype) != (shape, dtype):
-            yield Problem(name=name, got=f"{tensor.dtype} of {list(tensor.shape)}", expected=expected)

@@ -209,7 +209,7 @@ def test_a_checkpoint_in_the_new_form_is_used_as_it_is(tmp_path: Path) -> None:
     assert plan.model.inventory == new.model.inventory
     assert plan.layouts == new.layouts
     found = {(fault.what, fault.where) for fault in check_checkpoint(plan, tmp_path)}
-    assert ("the checkpoint lacks a tensor of the plan", "l.{0..1}.moe.{0..2}.w1") in found
+    assert ("a tensor of the plan is missing", "l.{0..1}.moe.{0..2}.w1") in found
     assert ("the checkpoint has a tensor that the plan does not know", "l.{0..1}.experts.gate_up") in found
 
 
@@ -291,7 +291,7 @@ def changed(shapes: dict[str, tuple[int, ...] | None]) -> dict[str, tuple[int, .
 @pytest.mark.parametrize(
     ("shapes", "what", "where"),
     [
-        ({"l.1.moe.1.w3": None}, "lacks a tensor", "l.1.moe.1.w3"),
+        ({"l.1.moe.1.w3": None}, "a tensor of the plan is missing", "l.1.moe.1.w3"),
         ({"l.1.moe.1.w3": (2, 4)}, "not what the plan says", "l.1.moe.1.w3"),
         ({"l.1.moe.3.w1": (4, 2)}, "does not know", "l.1.moe.3.w1"),
         ({f"l.1.moe.{e}.w{n}": (5, 2) for e in range(3) for n in (1, 3)}, "not what the plan", "l.1.experts.gate_up"),
