@@ -10,8 +10,7 @@ if __name__ != "autotp_plan.planner":
 from autotp_plan.planner.compiler import compile_plan
 from autotp_plan.planner.model.inventory import Inventory, inventory_of_folder, inventory_of_module
 from autotp_plan.planner.plan_checks import check_plan
-from autotp_plan.planner.shards.merge import check_whole as check_shards
-from autotp_plan.planner.shards.merge import merge
+from autotp_plan.planner.shards.merge import check_shards, merge
 from autotp_plan.planner.shards.presplit import presplit
 from autotp_plan.planner.shards.reshard import reshard
 from autotp_plan.schemas.plan.document import Plan

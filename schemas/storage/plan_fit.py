@@ -6,12 +6,13 @@ by itself is not asked here.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from autotp_plan.schemas.errors import Fault
-from autotp_plan.schemas.fault_book import FaultBook
-from autotp_plan.schemas.names import NameSet
+from autotp_plan.schemas.names import NameSet, fold
 from autotp_plan.schemas.plan.document import Parameter, Plan
 from autotp_plan.schemas.storage.checkpoint import (
     CONFIG_NAME,
@@ -162,7 +163,7 @@ def _differing(
 
 def _folded(faults: Iterable[Fault]) -> list[Fault]:
     """Faults that many layers have in common, made one."""
-    book = FaultBook()
+    names: dict[Fault, list[str]] = defaultdict(list)
     for fault in faults:
-        book.add(fault.what, fault.where, got=fault.got, expected=fault.expected, next=fault.next)
-    return book.faults()
+        names[replace(fault, where="")].append(fault.where)
+    return [replace(fault, where=where) for fault, found in names.items() for where in fold(dict.fromkeys(found))]
