@@ -15,7 +15,7 @@ from autotp_plan.schemas.storage import checksum
 @given(st.lists(st.binary(max_size=40), max_size=6))
 def test_blocks_in_any_order_have_the_checksum_of_all(contents: list[bytes]) -> None:
     data = b"".join(contents)
-    blocks = []
+    blocks: list[checksum.Block] = []
     for content in contents:
         start = blocks[-1].start + blocks[-1].length if blocks else 0
         blocks.append(checksum.Block(start, len(content), checksum.of_bytes(content)))
