@@ -7,15 +7,14 @@ file has the checksum it had on the hub. The small files next to the weights com
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from autotp_plan.planner.shards.copy_engine import write_groups
 from autotp_plan.planner.shards.copy_plan import (
     FileGroup,
-    StoredShard,
     TensorCopy,
     file_copy,
     full_tensor,
@@ -24,11 +23,11 @@ from autotp_plan.planner.shards.copy_plan import (
 from autotp_plan.planner.shards.folder_writer import check_options
 from autotp_plan.schemas.errors import AutoTPError, Fault, ShardsError
 from autotp_plan.schemas.shards.folder import ShardsFolder, read_shards
-from autotp_plan.schemas.shards.manifest import INDEX_COPY_NAME, ShardFile
-from autotp_plan.schemas.shards.origin import copied_files, source_of
+from autotp_plan.schemas.shards.manifest import INDEX_COPY_NAME
+from autotp_plan.schemas.shards.origin import CopiedFile, copied_files, source_of
 from autotp_plan.schemas.shards.output_file import OutputFile
 from autotp_plan.schemas.shards.output_folder import OutputFolder
-from autotp_plan.schemas.storage.byte_ranges import ByteRanges
+from autotp_plan.schemas.storage.byte_ranges import ByteRange, ByteRanges
 from autotp_plan.schemas.storage.checkpoint import INDEX_NAME, read_checkpoint
 from autotp_plan.schemas.storage.checksum import Progress
 from autotp_plan.schemas.storage.plan_fit import parameter_faults
@@ -63,14 +62,15 @@ def merge(shards_folder: Path, output: Path, *, workers: int = 4, progress: Prog
     shards = read_shards(shards_folder)
     originals = [parse_header(output / file.name, file.header) for file in shards.manifest.source.files]
     copied = _copied(shards)
-    targets = list(_targets(shards, _tensors(shards, originals, copied)))
-    total = sum(target.ranges.size for target in targets) + sum(file.size for _, file in copied)
-    sizes = {file.path.name: file.size for file in originals} | {name: file.size for name, file in copied}
+    tensors = list(_copies(shards, _tensors(shards, originals, copied)))
+    total = sum(tensor.size for tensor in tensors) + sum(file.size for file in copied)
+    sizes = {file.path.name: file.size for file in originals} | {file.name: file.size for file in copied}
     task = {"command": "merge", "plan": shards.plan.fingerprint, "source": shards.manifest.source.fingerprint}
     if not _is_finished(output, sizes, shards):
         with OutputFolder(output, task, "merge") as folder:
             folder.resume(sizes, workers, progress)
-            groups = _groups(shards, originals, targets, copied, output)
+            small = (file_copy(file.path, output / file.name, file.size) for file in copied)
+            groups = itertools.chain(_groups(originals, tensors), small)
             write_groups(groups, folder, total=total, workers=workers, progress=progress)
             folder.complete()
     return sum(sizes.values())
@@ -107,20 +107,20 @@ def check_shards(folder: Path, *, workers: int = 4, progress: Progress | None = 
     return shards
 
 
-def _copied(shards: ShardsFolder) -> list[tuple[str, ShardFile]]:
-    """As `copied_files`, with the name that each has in a checkpoint."""
-    return [(INDEX_NAME if file.name == INDEX_COPY_NAME else file.name, file) for file in copied_files(shards)]
+def _copied(shards: ShardsFolder) -> list[CopiedFile]:
+    """The files that are copied as they are, with the names that they have in a checkpoint."""
+    return [
+        CopiedFile(INDEX_NAME if file.name == INDEX_COPY_NAME else file.name, shards.path / file.name, file.size)
+        for file in copied_files(shards)
+    ]
 
 
 def _tensors(
-    shards: ShardsFolder, originals: list[SafetensorsFile], copied: list[tuple[str, ShardFile]]
+    shards: ShardsFolder, originals: list[SafetensorsFile], copied: list[CopiedFile]
 ) -> dict[str, TensorEntry]:
     """The tensors of the original by name. Raises ShardsError unless the shards hold exactly these."""
-    faults: list[Fault] = []
-    names = [file.path.name for file in originals] + [name for name, _ in copied]
-    faults += [
-        _fault(name, "two files of this name", "every file once") for name in set(names) if names.count(name) > 1
-    ]
+    names = [file.path.name for file in originals] + [file.name for file in copied]
+    faults = [_fault(name, "two files of this name", "every file once") for name in names if names.count(name) > 1]
     tensors: dict[str, TensorEntry] = {}
     for file in originals:
         for tensor in file.tensors:
@@ -134,45 +134,34 @@ def _tensors(
         for name in parameter.names_on_disk():
             if left.pop(name, None) is None and not found:
                 faults.append(_fault(name, "a tensor of two parameters", "every tensor once"))
-    for name, tensor in left.items():
-        kept = shards.unused.get(name)
-        if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
-            got = "no such tensor" if kept is None else f"{kept.dtype} of {list(kept.shape)}"
-            faults.append(_fault(name, got, f"{tensor.dtype} of {list(tensor.shape)} in the shards"))
-    for name in shards.unused.keys() - left.keys():
-        faults.append(_fault(name, "a tensor that the original does not have", "the original's only"))
+    faults += _unused_faults(left, shards)
     if faults:
         raise ShardsError(faults)
     return tensors
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Target:
-    """A parameter, or a tensor that no rank reads, and where its bytes go."""
+def _unused_faults(tensors: dict[str, TensorEntry], shards: ShardsFolder) -> Iterator[Fault]:
+    """Where the shards do not keep `tensors`, those of the original that are no parameter's."""
+    for name, tensor in tensors.items():
+        kept = shards.unused.get(name)
+        if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
+            got = "no such tensor" if kept is None else f"{kept.dtype} of {list(kept.shape)}"
+            yield _fault(name, got, f"{tensor.dtype} of {list(tensor.shape)} in the shards")
+    for name in shards.unused.keys() - tensors.keys():
+        yield _fault(name, "a tensor that the original does not have", "the original's only")
 
-    sources: tuple[StoredShard, ...]
-    ranges: ByteRanges
 
-    @property
-    def copy(self) -> TensorCopy:
-        return TensorCopy(self.ranges.size, self.sources, (full_tensor(self.ranges),))
-
-
-def _targets(shards: ShardsFolder, tensors: dict[str, TensorEntry]) -> Iterator[_Target]:
+def _copies(shards: ShardsFolder, tensors: dict[str, TensorEntry]) -> Iterator[TensorCopy]:
+    """Every parameter, and every tensor that no rank reads: from the shards to where it lies in the original."""
     for parameter in shards.plan.expanded():
-        ranges = ByteRanges.of([tensors[name] for name in parameter.names_on_disk()])
-        yield _Target(sources=stored_shards(parameter, shards), ranges=ranges)
+        target = ByteRanges.of([tensors[name] for name in parameter.names_on_disk()])
+        yield TensorCopy(target.size, stored_shards(parameter, shards), (full_tensor(target),))
     for name, kept in shards.unused.items():
-        yield _Target(sources=(full_tensor(ByteRanges.of([kept])),), ranges=ByteRanges.of([tensors[name]]))
+        target = ByteRanges.of([tensors[name]])
+        yield TensorCopy(target.size, (full_tensor(ByteRanges.of([kept])),), (full_tensor(target),))
 
 
-def _groups(
-    shards: ShardsFolder,
-    originals: list[SafetensorsFile],
-    targets: list[_Target],
-    copied: list[tuple[str, ShardFile]],
-    output: Path,
-) -> Iterator[FileGroup]:
+def _groups(originals: list[SafetensorsFile], tensors: list[TensorCopy]) -> Iterator[FileGroup]:
     """Files that share a parameter are written together; in them, tensors are in the order of the files."""
     together = {file.path: file.path for file in originals}
 
@@ -182,20 +171,21 @@ def _groups(
             path = together[path]
         return path
 
-    for target in targets:
-        paths = sorted({first(part.file) for part in target.ranges.ranges})
+    for tensor in tensors:
+        paths = sorted({first(part.file) for part in _target_ranges(tensor)})
         together.update(dict.fromkeys(paths, paths[0]))
-    grouped: dict[Path, list[_Target]] = defaultdict(list)
-    for target in targets:
-        grouped[first(target.ranges.ranges[0].file)].append(target)
+    grouped: dict[Path, list[TensorCopy]] = defaultdict(list)
+    for tensor in sorted(tensors, key=_target_ranges):
+        grouped[first(_target_ranges(tensor)[0].file)].append(tensor)
     files: dict[Path, list[OutputFile]] = defaultdict(list)
     for file in originals:
         files[first(file.path)].append(OutputFile(file.path, file.size, prefixed(file.header.encode())))
     for path, outputs in files.items():
-        in_order = sorted(grouped[path], key=lambda target: target.ranges.ranges[0])
-        yield FileGroup(outputs, [target.copy for target in in_order])
-    for name, copy in copied:
-        yield file_copy(shards.path / copy.name, output / name, copy.size)
+        yield FileGroup(outputs, grouped[path])
+
+
+def _target_ranges(tensor: TensorCopy) -> tuple[ByteRange, ...]:
+    return tensor.targets[0].ranges.ranges
 
 
 def _fault(where: str, got: str, expected: str) -> Fault:
