@@ -183,7 +183,7 @@ def test_a_save_that_fails_is_not_loaded_and_can_be_done_again(saved: tuple[Path
     first, second = launch(dies_and_saves_again, 2, work / "fused and grouped", timeout=100)
     full = "the shards of a running job could not be written: No space left on device"
     refused = "save_shards cannot write here: a folder that is not empty: "
-    finished = refused + "autotp_plan.json, autotp_shards.json, config.json"
+    finished = refused + "autotp_plan.json, autotp_shards.json, autotp_source_index.json"
     assert first[:4] == [full, "shards without autotp_shards.json", "saved", finished]
     assert first[4].startswith(refused) and "safetensors" in first[4], "a checkpoint is not written over"
     assert second == [full, *first[2:]]
