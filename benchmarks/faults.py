@@ -18,7 +18,7 @@ from pathlib import Path
 from random import Random
 
 from autotp_plan.planner import check_shards
-from autotp_plan.schemas.errors import AutoTPError, ShardsError
+from autotp_plan.schemas.errors import AutoTPError, OutputError
 from tests.helpers.faults import check_no_half_files, corrupt, job_of, kill_until_done, prepare, run_job
 from tests.helpers.random_shards import files_of
 
@@ -59,7 +59,7 @@ def full_disk(work: Path) -> bool | None:
             try:
                 run_job(task)
                 right = False
-            except ShardsError as error:
+            except OutputError as error:
                 right &= "No space left on device" in str(error)
             check_no_half_files(disk / command)
             kept = len(list((disk / command).glob("[!.]*.safetensors")))

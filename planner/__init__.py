@@ -9,13 +9,13 @@ if __name__ != "autotp_plan.planner":
 
 from autotp_plan.planner.compiler import compile_plan
 from autotp_plan.planner.model.inventory import Inventory, inventory_of_folder, inventory_of_module
-from autotp_plan.planner.plan_checks import check_checkpoint, check_plan
-from autotp_plan.planner.shards.merge import check_whole as check_shards
-from autotp_plan.planner.shards.merge import merge
+from autotp_plan.planner.plan_checks import check_plan
+from autotp_plan.planner.shards.merge import check_shards, merge
 from autotp_plan.planner.shards.presplit import presplit
 from autotp_plan.planner.shards.reshard import reshard
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.spec import SpecFile
+from autotp_plan.schemas.storage.plan_fit import check_checkpoint
 
 __all__ = [
     "Inventory",

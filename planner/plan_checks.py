@@ -1,4 +1,4 @@
-"""What can be wrong with a consistent plan: column- and row-parallel weights that do not pair, and another checkpoint.
+"""What can be wrong with a plan beyond its own consistency: how column-parallel, row-parallel and tied weights pair.
 
 A row-parallel weight multiplies the output of column-parallel ones of its layer, so both must be sharded the same way:
 in the same number of units, and the same units on each rank.
@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from autotp_plan.schemas.errors import Fault
 from autotp_plan.schemas.fault_book import FaultBook
 from autotp_plan.schemas.layout import Layout, SubParameter
-from autotp_plan.schemas.names import NameSet, is_index, parent_module
+from autotp_plan.schemas.names import is_index, parent_module
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.plan.entries import Parameter
-from autotp_plan.schemas.storage.byte_ranges import problems
-from autotp_plan.schemas.storage.checkpoint import Checkpoint, config_hash, read_checkpoint, read_config
 
 
 def check_plan(plan: Plan) -> list[Fault]:
@@ -56,59 +53,6 @@ def check_plan(plan: Plan) -> list[Fault]:
     _check_shards(parameters, plan, book)
     _check_ties(parameters, plan, book)
     return book.faults()
-
-
-def check_checkpoint(plan: Plan, folder: Path) -> list[Fault]:
-    """Faults between a plan and a checkpoint.
-
-    Args:
-        plan: what is expected.
-        folder: the checkpoint; headers and config.json are read, no tensor.
-
-    Returns:
-        what is wrong with tensors, shapes, dtypes and the config; empty when the checkpoint fits.
-
-    Raises:
-        CheckpointError: the folder cannot be read at all.
-    """
-    checkpoint = read_checkpoint(folder)
-    book = FaultBook()
-    wanted: set[str] = set()
-    for parameter in plan.expanded():
-        wanted.update(parameter.names_on_disk())
-        for problem in problems(parameter, plan.shape_of(parameter), checkpoint.tensors):
-            if problem.got:
-                book.add(
-                    "tensor-differs",
-                    "a tensor is not what the plan says",
-                    problem.name,
-                    got=problem.got,
-                    expected=problem.expected,
-                    next="compile a plan for this checkpoint",
-                )
-            else:
-                book.add(
-                    "tensor-missing",
-                    "the checkpoint lacks a tensor of the plan",
-                    problem.name,
-                    expected=problem.expected,
-                    next="give the checkpoint the plan was compiled for, or compile for this one",
-                )
-    faults = book.faults()
-    faults.extend(_unplanned(plan, checkpoint, wanted))
-    config, planned = config_hash(read_config(folder)), config_hash(plan.model.config)
-    if config != planned:
-        faults.append(
-            Fault(
-                code="another-config",
-                what="config.json is not the one the plan was compiled from",
-                where=str(folder / "config.json"),
-                got=config or "no config.json",
-                expected=planned or "no config.json",
-                next="compile a plan for this checkpoint",
-            )
-        )
-    return faults
 
 
 def _check_row(row: Parameter, feeding: Sequence[Parameter], plan: Plan, book: FaultBook) -> None:
@@ -227,20 +171,3 @@ def _check_ties(parameters: Sequence[Parameter], plan: Plan, book: FaultBook) ->
                 expected="vocab and column, or replicated under both names",
                 next="compile again",
             )
-
-
-def _unplanned(plan: Plan, checkpoint: Checkpoint, wanted: set[str]) -> Iterator[Fault]:
-    tied = {tie.name for tie in plan.tied}
-    book = FaultBook()
-    ignored = NameSet(plan.ignored)
-    for name in checkpoint.tensors.keys() - wanted - tied:
-        if name in ignored:
-            continue
-        book.add(
-            "tensor-unknown",
-            "the checkpoint has a tensor that the plan does not know",
-            name,
-            expected="the plan's tensors only",
-            next="compile a plan for this checkpoint",
-        )
-    yield from book.faults()

@@ -278,7 +278,7 @@ class TrainingPlan:
                 tokenizer. None for the folder that the model was loaded from.
 
         Raises:
-            ShardsError: `folder` is not a new one, or cannot be written.
+            OutputError: `folder` is not a new one, or cannot be written.
         """
         model = getattr(engine, "module", engine)
         source = Path(like) if like is not None else model.autotp_loaded_from

@@ -4,7 +4,7 @@
     +-- DocumentError           a plan, spec or manifest that is not what its schema says
     +-- CompileError            specs, model and tp_size do not make a plan
     +-- CheckpointError         a checkpoint folder or safetensors file that cannot be read, or lacks a tensor
-    +-- ShardsError             a shards folder that cannot be written, or is not what its manifest says
+    +-- ShardsError             a shards folder that is not what its manifest says
     +-- MismatchError           plan, shards, model and world size do not belong together
     +-- DataError               training data that cannot be read, or is too little to train on
     +-- OptionError             an argument or option that makes no sense, whatever the files hold
@@ -73,7 +73,7 @@ class CheckpointError(AutoTPError):
 
 
 class ShardsError(AutoTPError):
-    """A shards folder that cannot be written, or is not what its manifest says."""
+    """A shards folder that is not what its manifest says."""
 
 
 class MismatchError(AutoTPError):

@@ -1,4 +1,4 @@
-"""Interval arithmetic: the one idea that cutting, checking, loading, merging and resharding share.
+"""Interval arithmetic: the one idea that sharding, checking, loading, merging and resharding share.
 
 A rank's shard of a dimension is the concatenation, in the order given, of half-open intervals `(start, stop)` of that
 dimension. Everything here is pure integer code on tuples. It knows nothing of tensors, names or files.
@@ -6,10 +6,12 @@ dimension. Everything here is pure integer code on tuples. It knows nothing of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 Interval = tuple[int, int]
+"""Half-open: `(start, stop)`."""
 Intervals = tuple[Interval, ...]
 
 
@@ -32,18 +34,18 @@ def join_touching(intervals: Sequence[Interval]) -> Intervals:
 
 
 def divide(count: int, num_ranks: int) -> list[Interval]:
-    """`count` units over `num_ranks` ranks, one run of consecutive units each.
+    """`count` units over `num_ranks` ranks, one interval of units each.
 
-    Sizes differ by at most one; the first `count % num_ranks` ranks hold the longer runs.
+    Sizes differ by at most one; the first `count % num_ranks` ranks hold the longer intervals.
     """
     size, longer = divmod(count, num_ranks)
-    runs: list[Interval] = []
+    found: list[Interval] = []
     start = 0
     for rank in range(num_ranks):
         stop = start + size + (rank < longer)
-        runs.append((start, stop))
+        found.append((start, stop))
         start = stop
-    return runs
+    return found
 
 
 def scale(interval: Interval, unit: int, offset: int = 0) -> Interval:
@@ -77,9 +79,9 @@ def faults(per_rank: Sequence[Sequence[Interval]], size: int) -> list[str]:
 
 
 def holders(per_rank: Sequence[Sequence[Interval]]) -> list[tuple[Interval, tuple[int, ...]]]:
-    """The coarsest runs of indices that one set of ranks holds, ascending, with the ranks that hold each."""
+    """The longest intervals that one set of ranks holds, ascending, with the ranks that hold each."""
     edges = sorted({edge for intervals in per_rank for interval in intervals for edge in interval})
-    runs: list[tuple[Interval, tuple[int, ...]]] = []
+    found: list[tuple[Interval, tuple[int, ...]]] = []
     for start, stop in zip(edges, edges[1:]):
         ranks = tuple(
             rank
@@ -88,11 +90,11 @@ def holders(per_rank: Sequence[Sequence[Interval]]) -> list[tuple[Interval, tupl
         )
         if not ranks:
             continue
-        if runs and runs[-1][1] == ranks and runs[-1][0][1] == start:
-            runs[-1] = ((runs[-1][0][0], stop), ranks)
+        if found and found[-1][1] == ranks and found[-1][0][1] == start:
+            found[-1] = ((found[-1][0][0], stop), ranks)
         else:
-            runs.append(((start, stop), ranks))
-    return runs
+            found.append(((start, stop), ranks))
+    return found
 
 
 def replica_groups(per_rank: Sequence[Sequence[Interval]]) -> list[tuple[int, ...]] | None:
@@ -113,6 +115,10 @@ class Copy(NamedTuple):
     target: int
     length: int
 
+    def reverse(self) -> Copy:
+        """The copy from target to source."""
+        return Copy(self.target, self.source, self.length)
+
 
 def copies(held: Sequence[Interval], wanted: Sequence[Interval]) -> list[Copy]:
     """Where a shard that holds `held` has the indices that a shard of `wanted` asks for, ordered by target.
@@ -131,3 +137,91 @@ def copies(held: Sequence[Interval], wanted: Sequence[Interval]) -> list[Copy]:
             source += have_stop - have_start
         target += want_stop - want_start
     return sorted(found, key=lambda copy: copy.target)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StridedCopies:
+    """The same copies in each of `count` blocks, in units such as bytes or elements.
+
+    A block begins every `source_stride` in what is held and every `target_stride` in what is wanted. `copies` are those
+    of the first block, ordered by target. Iterating gives every copy, block after block.
+    """
+
+    count: int
+    source_stride: int
+    target_stride: int
+    copies: tuple[Copy, ...]
+
+    def __iter__(self) -> Iterator[Copy]:
+        for block in range(self.count):
+            source, target = block * self.source_stride, block * self.target_stride
+            for copy in self.copies:
+                yield Copy(source + copy.source, target + copy.target, copy.length)
+
+    def reverse(self) -> StridedCopies:
+        """The copies from target to source."""
+        return StridedCopies(
+            count=self.count,
+            source_stride=self.target_stride,
+            target_stride=self.source_stride,
+            copies=tuple(sorted((copy.reverse() for copy in self.copies), key=lambda copy: copy.target)),
+        )
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether it is a single copy."""
+        return self.count == len(self.copies) == 1
+
+    @property
+    def target_range(self) -> Interval:
+        """The positions in the target from the first copy to the end of the last. There must be a copy."""
+        last = (self.count - 1) * self.target_stride
+        return self.copies[0].target, last + max(copy.target + copy.length for copy in self.copies)
+
+    def within(self, start: int, stop: int) -> Iterator[StridedCopies]:
+        """What is copied from positions `[start, stop)` of the source.
+
+        The blocks that lie inside are one result; of the others, each part is a result with one block. Where the copies
+        of a block fill its target, each result fills its `target_range`.
+        """
+        while start < stop:
+            block, inside = divmod(start, self.source_stride)
+            whole_blocks = 0 if inside else (stop - start) // self.source_stride
+            if whole_blocks:
+                yield from self._moved(block, whole_blocks, self.copies)
+                start += whole_blocks * self.source_stride
+            else:
+                end = min(stop, (block + 1) * self.source_stride)
+                for group in _touching(_clipped(self.copies, inside, end - block * self.source_stride)):
+                    yield from self._moved(block, 1, group)
+                start = end
+
+    def _moved(self, block: int, count: int, copies: Sequence[Copy]) -> Iterator[StridedCopies]:
+        source, target = block * self.source_stride, block * self.target_stride
+        if copies:
+            yield StridedCopies(
+                count=count,
+                source_stride=self.source_stride,
+                target_stride=self.target_stride,
+                copies=tuple(Copy(source + copy.source, target + copy.target, copy.length) for copy in copies),
+            )
+
+
+def _clipped(copies: Sequence[Copy], start: int, stop: int) -> Iterator[Copy]:
+    """What of `copies` is copied from `[start, stop)`."""
+    for source, target, length in copies:
+        first, last = max(source, start), min(source + length, stop)
+        if first < last:
+            yield Copy(first, target + first - source, last - first)
+
+
+def _touching(copies: Iterator[Copy]) -> list[list[Copy]]:
+    """Copies in groups that touch in the target."""
+    groups: list[list[Copy]] = []
+    reached = -1
+    for copy in copies:
+        if copy.target != reached:
+            groups.append([])
+        groups[-1].append(copy)
+        reached = copy.target + copy.length
+    return groups

@@ -128,9 +128,10 @@ def check(plan_file: Path, checkpoint: Path | None) -> None:
 
     Or a folder of shards: that every byte is what was written, and that it all belongs together.
     """
-    from autotp_plan.planner.plan_checks import check_checkpoint, check_plan
+    from autotp_plan.planner.plan_checks import check_plan
     from autotp_plan.schemas.plan.document import Plan
     from autotp_plan.schemas.shards.folder import is_unfinished
+    from autotp_plan.schemas.storage.plan_fit import check_checkpoint
 
     if is_unfinished(plan_file) or (plan_file / MANIFEST_NAME).exists():
         check_shards(plan_file)

@@ -98,10 +98,10 @@ def reshard(
 def check_shards(folder: Path) -> None:
     """Verify every byte of a shards folder, and say so."""
     from autotp_plan.planner.plan_table import human_bytes
-    from autotp_plan.planner.shards.merge import check_whole
+    from autotp_plan.planner.shards.merge import check_shards as run
 
     with progress("check", False) as shown:
-        shards = check_whole(folder, progress=shown)
+        shards = run(folder, progress=shown)
     size = sum(file.size for file in shards.manifest.files)
     files = f"{len(shards.manifest.files)} files, {human_bytes(size)} for {shards.plan.tp_size} ranks"
     click.echo(f"{folder}: sound, every checksum is right ({files})")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from autotp_plan.planner.model.tensor_names import DiskTensor
 from autotp_plan.schemas.fault_book import FaultBook
 from autotp_plan.schemas.plan.entries import Sources
-from autotp_plan.schemas.storage.byte_ranges import assembled_shape
+from autotp_plan.schemas.storage.plan_fit import assembled_shape
 from autotp_plan.schemas.storage.safetensors_header import TensorEntry
 
 

@@ -1,4 +1,4 @@
-"""Moving bytes between checkpoints and shards folders: presplit, merge and reshard, resumable and in constant memory.
+"""Copying tensors between checkpoints and shards folders: presplit, merge and reshard, in constant memory.
 
-Not here: what a finished folder must hold (`schemas.shards`).
+Not here: what a folder must hold, and how it is written and resumed (`schemas.shards`).
 """

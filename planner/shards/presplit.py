@@ -1,4 +1,4 @@
-"""Cutting a checkpoint into per-rank safetensors files, as bytes: no dtype is decoded, no tensor is held whole.
+"""Splitting a checkpoint into per-rank safetensors files, as bytes: no dtype is decoded, no tensor is held in full.
 
 Nothing of the checkpoint's tensors is lost: those that no rank reads (a head that is tied, tables that are no
 parameters) are kept apart, so that `merge` gives the checkpoint back to the byte.
@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from autotp_plan.planner.plan_checks import check_checkpoint, check_plan
-from autotp_plan.planner.shards.copy_plan import whole
-from autotp_plan.planner.shards.folder_writer import Contents, stopped, write_shards
-from autotp_plan.planner.shards.resumable_folder import Progress
-from autotp_plan.schemas.errors import MismatchError, ShardsError
-from autotp_plan.schemas.plan.document import Parameter, Plan
+from autotp_plan.planner.plan_checks import check_plan
+from autotp_plan.planner.shards.copy_plan import full_tensor
+from autotp_plan.planner.shards.folder_writer import write_shards
+from autotp_plan.schemas.errors import CheckpointError, Fault, MismatchError
+from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.file_layout import MAX_FILE_BYTES
 from autotp_plan.schemas.shards.manifest import Manifest
-from autotp_plan.schemas.shards.origin import original_of_checkpoint
-from autotp_plan.schemas.storage.byte_ranges import Segments
+from autotp_plan.schemas.shards.origin import Original, original_of_checkpoint
+from autotp_plan.schemas.storage.byte_ranges import ByteRanges
 from autotp_plan.schemas.storage.checkpoint import Checkpoint, read_checkpoint
+from autotp_plan.schemas.storage.checksum import Progress
+from autotp_plan.schemas.storage.plan_fit import checkpoint_faults
 
 
 def presplit(
@@ -30,32 +31,47 @@ def presplit(
     workers: int = 4,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Cut the checkpoint in `checkpoint_folder` by `plan` into the folder `output`; returns its manifest.
+    """Split a checkpoint by a plan into a shards folder; returns its manifest.
 
     Args:
+        plan: the plan.
+        checkpoint_folder: the checkpoint that it was compiled for.
         output: a new folder, or one that an earlier attempt with the same plan and checkpoint did not finish: then its
             complete files are verified and kept, and what is missing is written.
         max_file_bytes: a rank's tensors are spread over several files when they are more than this.
         workers: reads and writes at the same time.
-        progress: called as source bytes are cut, from worker threads.
+        progress: called with the bytes read and the bytes in all, from worker threads.
 
-    Raises MismatchError when plan and checkpoint do not belong together, ShardsError when `output` cannot be written.
+    Raises:
+        MismatchError: plan and checkpoint do not belong together.
+        CheckpointError: the checkpoint cannot be read.
+        OptionError: `workers` or `max_file_bytes` is not positive.
+        OutputError: `output` cannot be written, or the operating system stopped the command.
     """
-    faults = check_plan(plan) + check_checkpoint(plan, checkpoint_folder)
+    checkpoint = read_checkpoint(checkpoint_folder)
+    faults = check_plan(plan) + checkpoint_faults(plan, checkpoint)
     if faults:
         raise MismatchError(faults)
-    checkpoint = read_checkpoint(checkpoint_folder)
-    try:
-        contents = Contents(
-            original=original_of_checkpoint(checkpoint, plan),
-            read_from=lambda parameter: (whole(_segments(parameter, checkpoint)),),
-        )
-    except OSError as error:
-        raise ShardsError(stopped(checkpoint_folder, "presplit", error)) from error
+    original = _original(checkpoint, plan)
+    sources = {
+        parameter.name: (full_tensor(ByteRanges.of([checkpoint.tensors[name] for name in parameter.names_on_disk()])),)
+        for parameter in plan.expanded()
+    }
     return write_shards(
-        plan, contents, output, "presplit", max_file_bytes=max_file_bytes, workers=workers, progress=progress
+        plan, original, sources, output, "presplit", max_file_bytes=max_file_bytes, workers=workers, progress=progress
     )
 
 
-def _segments(parameter: Parameter, checkpoint: Checkpoint) -> Segments:
-    return Segments.of(parameter.name, [checkpoint.tensors[name] for name in parameter.names_on_disk()])
+def _original(checkpoint: Checkpoint, plan: Plan) -> Original:
+    try:
+        return original_of_checkpoint(checkpoint, plan)
+    except OSError as error:
+        raise CheckpointError(
+            Fault(
+                what="the checkpoint cannot be read",
+                where=str(error.filename or checkpoint.folder),
+                got=error.strerror or str(error),
+                expected="files that can be read",
+                next="correct what is wrong, and run presplit again",
+            )
+        ) from error

@@ -10,19 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from autotp_plan.planner.compiler import compile_plan
-from autotp_plan.planner.plan_checks import check_checkpoint, check_plan
+from autotp_plan.planner.plan_checks import check_plan
 from autotp_plan.planner.rules.preset_files import AUTO
-from autotp_plan.planner.shards.folder_writer import Contents, write_shards
-from autotp_plan.planner.shards.merge import parts_of
-from autotp_plan.planner.shards.resumable_folder import Progress
+from autotp_plan.planner.shards.copy_plan import stored_shards
+from autotp_plan.planner.shards.folder_writer import write_shards
 from autotp_plan.schemas.errors import AutoTPError, Fault, MismatchError
 from autotp_plan.schemas.plan.document import Parameter, Plan
 from autotp_plan.schemas.plan.rule_ref import Origin
 from autotp_plan.schemas.shards.file_layout import MAX_FILE_BYTES
-from autotp_plan.schemas.shards.folder import Shards, read_shards
+from autotp_plan.schemas.shards.folder import ShardsFolder, read_shards
 from autotp_plan.schemas.shards.manifest import INDEX_COPY_NAME, Manifest
 from autotp_plan.schemas.shards.origin import original_of_shards
 from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, INDEX_NAME
+from autotp_plan.schemas.storage.checksum import Progress
+from autotp_plan.schemas.storage.plan_fit import check_checkpoint
 from autotp_plan.schemas.storage.safetensors_header import parse_header, prefixed
 
 
@@ -37,15 +38,25 @@ def reshard(
     workers: int = 4,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Cut anew, for `plan` or for `tp_size` ranks, what `shards_folder` holds; returns the manifest of `output`.
+    """Shard again, for another plan or number of ranks, what a shards folder holds; returns the new manifest.
 
     Args:
-        tp_size: compile the plan that a preset makes of the same checkpoint; `uneven` as for `compile_plan`.
-        plan: cut by this plan, which must be for the same parameters.
-        output: a new folder, or one that an earlier attempt did not finish: that is continued.
+        shards_folder: the shards.
+        output: a new folder, or one that an earlier attempt did not finish: that is resumed.
+        tp_size: compile the plan that a preset makes of the same checkpoint. Give either this or `plan`.
+        plan: the new plan, which must be for the same parameters.
+        uneven: as for `compile_plan`.
+        max_file_bytes: a rank's tensors are spread over several files when they are more than this.
+        workers: reads and writes at the same time.
+        progress: called with the bytes read and the bytes in all, from worker threads.
 
-    Raises MismatchError when the plan is for another model, or when the old one was not made by a preset alone and none
-    is given; CompileError when no plan can be made for `tp_size`; ShardsError as `presplit`.
+    Raises:
+        MismatchError: the plan is for another model; or the old one was not made by a preset alone and none is given.
+        CompileError: no plan can be made for `tp_size`.
+        ShardsError: the folder is not what its manifest and plan say.
+        DocumentError: its manifest or plan cannot be read.
+        OptionError: `workers` or `max_file_bytes` is not positive.
+        OutputError: `output` cannot be written, or the operating system stopped the command.
     """
     assert (tp_size is None) != (plan is None), "give either tp_size or plan"
     shards = read_shards(shards_folder)
@@ -54,19 +65,18 @@ def reshard(
             plan = _recompiled(shards.plan, checkpoint, tp_size, uneven)
         faults = check_plan(plan) + check_checkpoint(plan, checkpoint)
     old = {parameter.name: parameter for parameter in shards.plan.expanded()}
-    faults = faults or list(_unlike(old, shards.plan, plan))
+    faults = faults or list(_parameter_faults(old, shards.plan, plan))
     if faults:
         raise MismatchError(faults)
-    contents = Contents(
-        original=original_of_shards(shards), read_from=lambda parameter: parts_of(old[parameter.name], shards)
-    )
+    sources = {parameter.name: stored_shards(old[parameter.name], shards) for parameter in plan.expanded()}
+    original = original_of_shards(shards)
     return write_shards(
-        plan, contents, output, "reshard", max_file_bytes=max_file_bytes, workers=workers, progress=progress
+        plan, original, sources, output, "reshard", max_file_bytes=max_file_bytes, workers=workers, progress=progress
     )
 
 
 @contextlib.contextmanager
-def _headers_only(shards: Shards) -> Iterator[Path]:
+def _headers_only(shards: ShardsFolder) -> Iterator[Path]:
     """A folder like the original checkpoint: its names, headers and config; tensors are holes that take no space."""
     with tempfile.TemporaryDirectory(prefix="autotp-plan-") as name:
         folder = Path(name)
@@ -76,7 +86,7 @@ def _headers_only(shards: Shards) -> Iterator[Path]:
             os.truncate(header.path, header.size)
         for copied, original in ((CONFIG_NAME, CONFIG_NAME), (INDEX_COPY_NAME, INDEX_NAME)):
             if any(file.name == copied for file in shards.manifest.files):
-                shutil.copyfile(shards.folder / copied, folder / original)
+                shutil.copyfile(shards.path / copied, folder / original)
         yield folder
 
 
@@ -104,8 +114,8 @@ def _recompiled(old: Plan, checkpoint: Path, tp_size: int | None, uneven: bool) 
     )
 
 
-def _unlike(old: dict[str, Parameter], old_plan: Plan, plan: Plan) -> Iterator[Fault]:
-    """Parameters of `plan` that the shards hold otherwise."""
+def _parameter_faults(old: dict[str, Parameter], old_plan: Plan, plan: Plan) -> Iterator[Fault]:
+    """Parameters of `plan` that the shards do not hold, or with another dtype, shape or name on disk."""
     new = {parameter.name: parameter for parameter in plan.expanded()}
     for name in sorted(old.keys() | new.keys()):
         before = _described(old.get(name), old_plan)

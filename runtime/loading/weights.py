@@ -1,30 +1,29 @@
-"""One rank's weights from disk: a shards folder, or the original checkpoint cut as it is read.
+"""One rank's weights from disk: a shards folder, or the original checkpoint, of which only the rank's bytes are read.
 
 A pre-split tensor that stays on the CPU is mapped, a page of it read when it is used and copied when it is written to.
-Every other tensor is read straight into its own memory, byte run by byte run: the rank never holds more than its shard
-and the tensor at hand. Everything that can be wrong with the files is found, on every rank alike, before the first is
-read.
+Every other tensor is read straight into its memory: the rank never holds more than its shard and the tensor at hand.
+Everything that can be wrong with the files is found, on every rank alike, before the first tensor is read.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.errors import CheckpointError, Fault, MismatchError, ShardsError
 from autotp_plan.schemas.layout import Layout, parameter_shape
-from autotp_plan.schemas.plan.document import Parameter, Plan
+from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.folder import is_unfinished, read_shards
 from autotp_plan.schemas.shards.manifest import MANIFEST_NAME
-from autotp_plan.schemas.storage.byte_ranges import SegmentReader, Segments, problems
-from autotp_plan.schemas.storage.checkpoint import config_hash, read_checkpoint, read_config
-from autotp_plan.schemas.storage.safetensors_header import TensorEntry, runs
+from autotp_plan.schemas.storage.byte_ranges import ByteRange, ByteRanges, Reader
+from autotp_plan.schemas.storage.checkpoint import read_checkpoint
+from autotp_plan.schemas.storage.plan_fit import config_faults, tensor_faults
+from autotp_plan.schemas.storage.safetensors_header import item_size
 
 CHUNK_BYTES = 16 * 1024 * 1024
 
@@ -37,26 +36,45 @@ DTYPES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weight:
-    """A parameter's shard on disk: the bytes that hold it, which part of those is wanted, and the shard's shape.
+    """A rank's shard of a parameter on disk.
 
-    `mapped` when those bytes are the shard, in a file that nobody writes to any more, and may be its memory.
+    Attributes:
+        name: the parameter.
+        dtype: its dtype on disk, as safetensors calls it.
+        shape: the shape of the shard.
+        stored: the bytes of which the shard is some or all.
+        layout: how the tensor of those bytes is sharded; replicated when they are the shard.
+        tp_rank: the rank.
+        mapped: whether those bytes may be the shard's memory: they are the shard, and nobody writes to them any more.
     """
 
     name: str
-    source: Segments
-    layout: Layout
-    wanted: iv.Intervals
+    dtype: str
     shape: tuple[int, ...]
+    stored: ByteRanges
+    layout: Layout
+    tp_rank: int
     mapped: bool
+
+    def byte_ranges(self) -> Iterator[ByteRange]:
+        """The bytes of the shard, in its order."""
+        for copy in self.layout.shard_copies(self.tp_rank, item_size(self.dtype)):
+            yield from self.stored.slice(copy.source, copy.length)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightSource:
-    """A folder that was found to hold what a plan says. `of_rank` lists one rank's weights; nothing is read yet."""
+    """A folder that was found to hold what a plan says. `of_rank` lists one rank's weights; no tensor is read yet.
 
-    folder: Path
+    Attributes:
+        plan: the plan.
+        stored: by parameter and TP rank the bytes of which the shard is some or all.
+        presplit: whether these bytes are the shard.
+        mapped: whether a shard may be mapped.
+    """
+
     plan: Plan
-    sources: dict[tuple[str, int], Segments]
+    stored: dict[tuple[str, int], ByteRanges]
     presplit: bool
     mapped: bool
 
@@ -65,64 +83,94 @@ class WeightSource:
         for parameter in self.plan.expanded():
             layout = self.plan.layouts[parameter.layout]
             shape = parameter_shape(self.plan.shape_of(parameter), layout.shape, layout.rank_shape(tp_rank))
-            source = self.sources[parameter.name, tp_rank]
-            held = Layout(shape=shape) if self.presplit else layout
             yield Weight(
                 name=parameter.name,
-                source=source,
-                layout=held,
-                wanted=held.rank_intervals(tp_rank),
+                dtype=parameter.dtype,
                 shape=shape,
+                stored=self.stored[parameter.name, tp_rank],
+                layout=Layout(shape=shape) if self.presplit else layout,
+                tp_rank=tp_rank,
                 mapped=self.mapped,
             )
 
 
 def open_weights(folder: Path, plan: Plan, *, verify_checksums: bool = False, map_shards: bool = True) -> WeightSource:
-    """Find out whether `folder` holds the plan's parameters, as shards or as the original checkpoint.
+    """Find out whether a folder holds a plan's parameters. Headers are read, tensors are not.
 
-    `verify_checksums` reads every byte of a shards folder; a checkpoint has no checksums. With `map_shards` what is
-    pre-split may be mapped; a checkpoint is always read, as it may be written to while it is trained from. Raises
-    ShardsError, CheckpointError, DocumentError or MismatchError, the same on every rank.
+    Args:
+        folder: a shards folder, or the original checkpoint.
+        plan: the plan.
+        verify_checksums: read every byte of a shards folder; a checkpoint has no checksums.
+        map_shards: what is pre-split may be mapped. A checkpoint never is, as it may be written to while a job trains.
+
+    Raises:
+        ShardsError: a shards folder that is not what its manifest and plan say.
+        CheckpointError: a checkpoint that cannot be read.
+        DocumentError: a manifest or plan that cannot be read.
+        MismatchError: the folder is not the plan's. The same error on every rank, as all others.
     """
+    dtype_faults = list(_dtype_faults(plan))
     if is_unfinished(folder) or (folder / MANIFEST_NAME).exists():
         shards = read_shards(folder, plan)
-        faults = [fault for parameter in plan.expanded() for fault in _dtype_faults(parameter)]
-        if faults:
-            raise ShardsError(faults)
+        if dtype_faults:
+            raise ShardsError(dtype_faults)
         if verify_checksums:
             shards.verify()
-        sources = {key: Segments.of(key[0], [entry]) for key, entry in shards.tensors.items()}
-        return WeightSource(folder=folder, plan=plan, sources=sources, presplit=True, mapped=map_shards)
-    return WeightSource(folder=folder, plan=plan, sources=_checkpoint(folder, plan), presplit=False, mapped=False)
+        stored = {key: ByteRanges.of([entry]) for key, entry in shards.tensors.items()}
+        return WeightSource(plan=plan, stored=stored, presplit=True, mapped=map_shards)
+    tensors = read_checkpoint(folder).tensors
+    faults = tensor_faults(plan, tensors) + dtype_faults
+    if plan.model.config is not None:
+        faults += config_faults(plan, folder)
+    if faults:
+        raise MismatchError(faults)
+    stored = {}
+    for parameter in plan.expanded():
+        full = ByteRanges.of([tensors[name] for name in parameter.names_on_disk()])
+        stored.update({(parameter.name, rank): full for rank in range(plan.tp_size)})
+    return WeightSource(plan=plan, stored=stored, presplit=False, mapped=False)
 
 
 def read_weight(weight: Weight, device: torch.device, dtype: torch.dtype | None) -> Tensor:
-    """The shard as a tensor on `device`, converted when `dtype` is given and it is a floating-point tensor.
+    """A rank's shard of a parameter as a tensor.
 
-    Mapped, or read straight into its memory, where it can be; to another dtype or device it goes through a buffer of
-    `CHUNK_BYTES`.
+    It is mapped, or read straight into its memory, where it can be; to another dtype or device it goes through a buffer
+    of `CHUNK_BYTES`.
+
+    Args:
+        weight: where it is.
+        device: the device of the tensor.
+        dtype: what a floating-point tensor is converted to; None keeps the dtype on disk, as other tensors do.
+
+    Raises:
+        CheckpointError: a file ended early.
     """
-    stored = DTYPES[weight.source.dtype]
+    stored = DTYPES[weight.dtype]
     wanted = dtype if dtype is not None and stored.is_floating_point else stored
     direct = wanted == stored and device.type == "cpu"
-    if direct and weight.mapped and weight.source.size:
+    if direct and weight.mapped and weight.stored.size:
         return _map(weight, stored)
     tensor = torch.empty(weight.shape, dtype=wanted, device=device)
     size = tensor.numel() if direct else min(tensor.numel(), CHUNK_BYTES // stored.itemsize)
     buffer = tensor.view(-1) if direct else torch.empty(size, dtype=stored)
-    with SegmentReader(weight.source) as segments:
-        reader = _Reader(segments, weight)
-        for start in range(0, tensor.numel(), max(1, size)):
-            part = buffer[: min(size, tensor.numel() - start)]
-            reader.read_into(memoryview(part.view(torch.uint8).numpy()))  # type: ignore[arg-type]
-            if not direct:
-                tensor.view(-1)[start : start + len(part)].copy_(part)
+    memory = memoryview(buffer.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    done = 0
+    try:
+        with Reader() as reader:
+            for data in reader.read_through(memory, weight.byte_ranges()):
+                count = len(data) // stored.itemsize
+                if not direct:
+                    tensor.view(-1)[done : done + count].copy_(buffer[:count])
+                done += count
+    except EOFError as error:
+        raise CheckpointError(_short_read(weight, str(error))) from None
+    assert done == tensor.numel(), f"{done} elements of {weight.name} were read"
     return tensor
 
 
 def _map(weight: Weight, dtype: torch.dtype) -> Tensor:
     """A pre-split shard as memory backed by its file. What is written to it stays in this process."""
-    ((file, position, size),) = weight.source.ranges(0, weight.source.size)
+    ((file, position, size),) = weight.byte_ranges()
     before = position % mmap.ALLOCATIONGRANULARITY
     try:
         with file.open("rb") as opened:
@@ -133,77 +181,16 @@ def _map(weight: Weight, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(pages, dtype=dtype, count=size // dtype.itemsize, offset=before).view(weight.shape)
 
 
-class _Reader:
-    """Reads the byte runs of a shard one after the other, as much at a time as is asked for."""
-
-    def __init__(self, segments: SegmentReader, weight: Weight) -> None:
-        self.segments, self.weight = segments, weight
-        self.runs = runs(weight.layout, weight.wanted, weight.source.dtype)
-        self.position = self.left = 0
-
-    def read_into(self, target: memoryview) -> None:
-        """Fill `target` with the next bytes. Raises CheckpointError when the file ends before."""
-        filled = 0
-        while filled < len(target):
-            if not self.left:
-                self.position, self.left = next(self.runs)
-            count = min(self.left, len(target) - filled)
-            try:
-                self.segments.read_into(target[filled : filled + count], self.position)
-            except EOFError as error:
-                raise CheckpointError(_short_read(self.weight, str(error))) from None
-            filled, self.position, self.left = filled + count, self.position + count, self.left - count
-
-
-def _checkpoint(folder: Path, plan: Plan) -> dict[tuple[str, int], Segments]:
-    tensors = read_checkpoint(folder).tensors
-    faults: list[Fault] = []
-    sources: dict[tuple[str, int], Segments] = {}
+def _dtype_faults(plan: Plan) -> Iterator[Fault]:
     for parameter in plan.expanded():
-        found = list(_parameter_faults(parameter, plan.shape_of(parameter), tensors))
-        faults.extend(found)
-        if not found:
-            source = Segments.of(parameter.name, [tensors[name] for name in parameter.names_on_disk()])
-            sources.update({(parameter.name, rank): source for rank in range(plan.tp_size)})
-    planned = config_hash(plan.model.config)
-    if planned is not None and config_hash(read_config(folder)) != planned:
-        faults.append(
-            Fault(
-                what="config.json is not the one the plan was compiled from",
-                where=str(folder / "config.json"),
-                got=str(config_hash(read_config(folder))),
-                expected=planned,
-                next="compile a plan for this checkpoint",
+        if parameter.dtype not in DTYPES:
+            yield Fault(
+                what="torch has no such dtype",
+                where=parameter.name,
+                got=parameter.dtype,
+                expected=", ".join(sorted(DTYPES)),
+                next="use a checkpoint in a dtype that training uses, such as BF16",
             )
-        )
-    if faults:
-        raise MismatchError(faults)
-    return sources
-
-
-def _parameter_faults(
-    parameter: Parameter, shape: tuple[int, ...], tensors: Mapping[str, TensorEntry]
-) -> Iterator[Fault]:
-    for problem in problems(parameter, shape, tensors):
-        yield Fault(
-            what="a tensor is not what the plan says" if problem.got else "a tensor of the plan is missing",
-            where=problem.name,
-            got=problem.got,
-            expected=problem.expected,
-            next="give the folder that belongs to this plan",
-        )
-    yield from _dtype_faults(parameter)
-
-
-def _dtype_faults(parameter: Parameter) -> Iterator[Fault]:
-    if parameter.dtype not in DTYPES:
-        yield Fault(
-            what="torch has no such dtype",
-            where=parameter.name,
-            got=parameter.dtype,
-            expected=", ".join(sorted(DTYPES)),
-            next="use a checkpoint in a dtype that training uses, such as BF16",
-        )
 
 
 def _short_read(weight: Weight, got: str) -> Fault:
@@ -211,6 +198,6 @@ def _short_read(weight: Weight, got: str) -> Fault:
         what="a file ended early while it was read",
         where=weight.name,
         got=got,
-        expected=f"the {weight.source.size} bytes of {weight.name}",
+        expected=f"the {weight.stored.size} bytes of {weight.name}",
         next="do not write to the folder while a job reads it",
     )

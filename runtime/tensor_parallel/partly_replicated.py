@@ -6,8 +6,7 @@ indices are on other ranks too and some are not is held as two parameters, `weig
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -121,35 +120,10 @@ def slice_held(one: HeldParameter, shard: Tensor, layout: Layout, tp_rank: int) 
     return part.reshape(parameter_shape(one.shape, one.layout.shape, part.shape)).contiguous()
 
 
-def element_copies(one: HeldParameter, layout: Layout, tp_rank: int) -> Iterator[iv.Copy]:
+def element_copies(one: HeldParameter, layout: Layout, tp_rank: int) -> iv.StridedCopies:
     """Where the elements of a flattened parameter (`source`) lie in the flattened shard of the rank (`target`)."""
     if one.is_alone:
-        yield iv.Copy(0, 0, math.prod(layout.rank_shape(tp_rank)))
-        return
-    assert layout.dim is not None
-    shard, held = layout.rank_shape(tp_rank), one.layout.rank_shape(tp_rank)
-    inner = math.prod(shard[layout.dim + 1 :])
-    for block in range(math.prod(shard[: layout.dim])):
-        for copy in one.copies:
-            yield iv.Copy(
-                (block * held[layout.dim] + copy.target) * inner,
-                (block * shard[layout.dim] + copy.source) * inner,
-                copy.length * inner,
-            )
-
-
-def first_held_elements(layout: Layout, tp_rank: int) -> Iterator[iv.Copy]:
-    """The elements that no rank before `tp_rank` holds: `source` in its flattened shard, `target` in the parameter."""
-    if layout.dim is None:
-        if tp_rank == 0:
-            yield iv.Copy(0, 0, math.prod(layout.shape))
-        return
-    size, held = layout.shape[layout.dim], layout.intervals[tp_rank]
-    first = [interval for interval, ranks in iv.holders(layout.intervals) if ranks[0] == tp_rank]
-    inner = math.prod(layout.shape[layout.dim + 1 :])
-    for block in range(math.prod(layout.shape[: layout.dim])):
-        for start, stop in first:
-            for source, offset, length in iv.copies(held, ((start, stop),)):
-                yield iv.Copy(
-                    (block * iv.length(held) + source) * inner, (block * size + start + offset) * inner, length * inner
-                )
+        return Layout(shape=layout.rank_shape(tp_rank)).shard_copies(tp_rank)
+    held, shard = (iv.length(each.rank_intervals(tp_rank)) for each in (one.layout, layout))
+    copies = sorted((copy.reverse() for copy in one.copies), key=lambda copy: copy.target)
+    return layout.strided(copies, held, shard)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from autotp_plan.schemas.layout import parameter_shape
 from autotp_plan.schemas.plan.document import Parameter, Plan
-from autotp_plan.schemas.shards.folder import rank_text
-from autotp_plan.schemas.shards.manifest import ShardFile, owner_name, shard_file_name
+from autotp_plan.schemas.shards.manifest import Owner, owner_text, shard_file_name
+from autotp_plan.schemas.storage.byte_ranges import ByteRange, ByteRanges
 from autotp_plan.schemas.storage.safetensors_header import BITS, TensorEntry, header_bytes, num_bytes
 
 _T = TypeVar("_T")
@@ -33,74 +34,93 @@ class PlacedTensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlacedFile:
-    """A file of tensors one after the other; `rank` and `unused` as in a manifest."""
+    """A file of tensors one after the other. Of its header the length is known, before its source is."""
 
     name: str
-    rank: int | None
-    unused: bool
+    owner: int | Owner
+    plan: str
     tensors: Sequence[PlacedTensor]
 
-    def header(self, plan: str, source: str) -> bytes:
-        """What the file begins with, given the fingerprints of plan and source: always of the same length."""
+    def header(self, source: str) -> bytes:
+        """What the file begins with, given the fingerprint of the source: always of the same length."""
         metadata = {
             "format": "pt",
-            "autotp_plan": plan,
+            "autotp_plan": self.plan,
             "autotp_source": source,
-            "tp_rank": rank_text(self.rank, self.unused),
+            "tp_rank": owner_text(self.owner),
         }
         return header_bytes([(tensor.name, tensor.dtype, tensor.shape) for tensor in self.tensors], metadata)
 
-    def positions(self, header: bytes) -> list[int]:
-        """Where each tensor begins, and the size of the file."""
-        positions = [len(header)]
+    def positions(self) -> list[int]:
+        """The byte where each tensor begins, and last the size of the file."""
+        positions = [len(self.header("sha256:" + 64 * "0"))]
         for tensor in self.tensors:
             positions.append(positions[-1] + tensor.size)
         return positions
 
-    def entry(self, size: int, crc32: str) -> ShardFile:
-        """The file as a manifest lists it."""
-        return ShardFile(name=self.name, size=size, crc32=crc32, rank=self.rank, unused=self.unused)
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.positions()[-1]
+
+    def byte_ranges(self, folder: Path) -> list[ByteRanges]:
+        """Where each tensor lies."""
+        path = folder / self.name
+        return [
+            ByteRanges((ByteRange(path, position, tensor.size),))
+            for tensor, position in zip(self.tensors, self.positions())
+        ]
 
 
-class ShardLayout:
-    """The files of tensors of a shards folder. Files of at most `max_file_bytes`, or of one tensor."""
+class FileLayout:
+    """The files of tensors of a shards folder.
+
+    Args:
+        plan: the plan of the shards.
+        unused: the tensors that no rank reads.
+        max_file_bytes: a file has at most as many bytes of tensors, or one tensor.
+    """
 
     def __init__(self, plan: Plan, unused: Sequence[TensorEntry], max_file_bytes: int = MAX_FILE_BYTES) -> None:
         self.plan = plan
-        parameters = sorted(plan.expanded(), key=lambda p: -BITS[p.dtype])  # so that each tensor begins at its size
-        cut = [p for p in parameters if plan.layouts[p.layout].dim is not None]
-        whole = [p for p in parameters if plan.layouts[p.layout].dim is None]
+        parameters = sorted(plan.expanded(), key=lambda p: -BITS[p.dtype])  # so that each tensor is aligned
+        sharded = [p for p in parameters if plan.layouts[p.layout].dim is not None]
+        replicated = [p for p in parameters if plan.layouts[p.layout].dim is None]
         kept = sorted(unused, key=lambda tensor: -BITS[tensor.dtype])
-        # all ranks are grouped by the bytes of rank 0, the largest of an uneven cut: a part holds the same on each
-        self.cut = _grouped(cut, lambda p: num_bytes(p.dtype, plan.layouts[p.layout].rank_shape(0)), max_file_bytes)
-        self.whole = _grouped(whole, lambda p: num_bytes(p.dtype, plan.shape_of(p)), max_file_bytes)
+        # grouped by the bytes of rank 0, which has the most of an uneven layout: the same groups on every rank
+        self.sharded = _grouped(
+            sharded, lambda p: num_bytes(p.dtype, plan.layouts[p.layout].rank_shape(0)), max_file_bytes
+        )
+        self.replicated = _grouped(replicated, lambda p: num_bytes(p.dtype, plan.shape_of(p)), max_file_bytes)
         self.unused = _grouped(kept, lambda tensor: num_bytes(tensor.dtype, tensor.shape), max_file_bytes)
 
-    def together(self) -> Iterator[list[PlacedFile]]:
-        """All files, those of the ranks that hold shards of the same parameters together, by rank."""
-        for index in range(len(self.cut)):
-            yield [self._file(rank, index) for rank in range(self.plan.tp_size)]
-        for index in range(len(self.whole)):
-            yield [self._file(None, index)]
+    def groups(self) -> Iterator[list[PlacedFile]]:
+        """All files, those with the ranks' shards of the same parameters together, by rank."""
+        for index in range(len(self.sharded)):
+            yield [self._parameters_file(rank, index) for rank in range(self.plan.tp_size)]
+        for index in range(len(self.replicated)):
+            yield [self._parameters_file(Owner.ALL_RANKS, index)]
         for index, kept in enumerate(self.unused):
             tensors = [PlacedTensor(name=tensor.name, dtype=tensor.dtype, shape=tensor.shape) for tensor in kept]
-            name = shard_file_name("unused", index, len(self.unused))
-            yield [PlacedFile(name=name, rank=-1, unused=True, tensors=tensors)]
+            yield [self._file(Owner.NO_RANK, index, len(self.unused), tensors)]
 
     def files(self) -> Iterator[PlacedFile]:
         """All files."""
-        for files in self.together():
+        for files in self.groups():
             yield from files
 
-    def _file(self, rank: int | None, index: int) -> PlacedFile:
-        groups = self.whole if rank is None else self.cut
+    def _parameters_file(self, owner: int | Owner, index: int) -> PlacedFile:
+        groups, rank = (self.sharded, owner) if isinstance(owner, int) else (self.replicated, 0)
         tensors = []
         for parameter in groups[index]:
             layout = self.plan.layouts[parameter.layout]
-            shape = parameter_shape(self.plan.shape_of(parameter), layout.shape, layout.rank_shape(rank or 0))
+            shape = parameter_shape(self.plan.shape_of(parameter), layout.shape, layout.rank_shape(rank))
             tensors.append(PlacedTensor(name=parameter.name, dtype=parameter.dtype, shape=shape, parameter=parameter))
-        name = shard_file_name(owner_name(rank, self.plan.tp_size), index, len(groups))
-        return PlacedFile(name=name, rank=rank, unused=False, tensors=tensors)
+        return self._file(owner, index, len(groups), tensors)
+
+    def _file(self, owner: int | Owner, index: int, count: int, tensors: Sequence[PlacedTensor]) -> PlacedFile:
+        name = shard_file_name(owner, self.plan.tp_size, index, count)
+        return PlacedFile(name=name, owner=owner, plan=self.plan.fingerprint, tensors=tensors)
 
 
 def _grouped(members: Sequence[_T], size_of: Callable[[_T], int], most: int) -> list[list[_T]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,33 +17,58 @@ from pathlib import Path
 from autotp_plan.schemas.errors import CheckpointError, Fault, MismatchError, ShardsError
 from autotp_plan.schemas.layout import parameter_shape
 from autotp_plan.schemas.plan.document import Plan
-from autotp_plan.schemas.shards.manifest import JOURNAL_NAME, MANIFEST_NAME, PLAN_NAME, Manifest, ShardFile
+from autotp_plan.schemas.shards.manifest import (
+    JOURNAL_NAME,
+    MANIFEST_NAME,
+    PLAN_NAME,
+    Manifest,
+    Owner,
+    ShardFile,
+    owner_text,
+)
 from autotp_plan.schemas.storage import checksum
-from autotp_plan.schemas.storage.byte_ranges import problems
+from autotp_plan.schemas.storage.plan_fit import parameter_faults
 from autotp_plan.schemas.storage.safetensors_header import SafetensorsFile, TensorEntry, read_header
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Shards:
-    """A sound shards folder: tensors by parameter and rank, and those that no rank reads, by name."""
+class ShardsFolder:
+    """A sound shards folder.
 
-    folder: Path
+    Attributes:
+        path: the folder.
+        manifest: its manifest.
+        plan: the plan of its shards.
+        tensors: where each shard lies, by parameter and TP rank.
+        unused: where the tensors lie that no rank reads, by name.
+    """
+
+    path: Path
     manifest: Manifest
     plan: Plan
     tensors: dict[tuple[str, int], TensorEntry]
     unused: dict[str, TensorEntry]
 
-    def verify(self, workers: int = 4, progress: Callable[[int, int], None] | None = None) -> None:
-        """Read every byte. Raises ShardsError with every file that is not what was written."""
-        sizes = {self.folder / file.name: file.size for file in self.manifest.files}
+    def verify(self, workers: int = 4, progress: checksum.Progress | None = None) -> None:
+        """Read every byte, and compare checksums.
+
+        Args:
+            workers: threads that read.
+            progress: called with the bytes read and the bytes in all.
+
+        Raises:
+            ShardsError: with every file that is not what was written.
+        """
+        sizes = {self.path / file.name: file.size for file in self.manifest.files}
         found = checksum.of_files(sizes, workers=workers, progress=progress)
         faults = []
         for file in self.manifest.files:
-            got = found[self.folder / file.name]
-            if isinstance(got, OSError):
-                faults.append(_fault(self.folder / file.name, got.strerror or str(got), f"{file.size} bytes"))
+            got = found[self.path / file.name]
+            if not isinstance(got, int):
+                text = getattr(got, "strerror", None) or str(got)
+                faults.append(_fault(self.path / file.name, text, f"{file.size} bytes"))
             elif checksum.text(got) != file.crc32:
-                faults.append(_fault(self.folder / file.name, f"CRC-32 {checksum.text(got)}", f"CRC-32 {file.crc32}"))
+                faults.append(_fault(self.path / file.name, f"CRC-32 {checksum.text(got)}", f"CRC-32 {file.crc32}"))
         if faults:
             raise ShardsError(faults)
 
@@ -59,10 +84,17 @@ def is_unfinished(folder: Path) -> bool:
     )
 
 
-def read_shards(folder: Path, plan: Plan | None = None) -> Shards:
-    """The shards in `folder`, cut by `plan`; None takes the plan in the folder.
+def read_shards(folder: Path, plan: Plan | None = None) -> ShardsFolder:
+    """The shards in a folder. Headers are read, tensors are not.
 
-    Raises ShardsError, CheckpointError, DocumentError or MismatchError with every fault found.
+    Args:
+        folder: a finished shards folder.
+        plan: the plan that its shards must be of; None takes the plan in the folder.
+
+    Raises:
+        ShardsError: it is not finished, or not what its manifest and plan say.
+        DocumentError: its manifest or plan cannot be read.
+        MismatchError: its shards are of another plan.
     """
     if is_unfinished(folder):
         got, next_step = f"shards without {MANIFEST_NAME}", "run the command that was stopped again: it continues"
@@ -73,48 +105,49 @@ def read_shards(folder: Path, plan: Plan | None = None) -> Shards:
     faults = list(_listing_faults(folder, manifest))
     if faults:
         raise ShardsError(faults)
-    own = Plan.read(folder / PLAN_NAME)
-    plan = own if plan is None else plan
-    if (manifest.plan, manifest.tp_size) != (plan.fingerprint, plan.tp_size) or own.fingerprint != manifest.plan:
+    plan_inside = Plan.read(folder / PLAN_NAME)
+    plan = plan_inside if plan is None else plan
+    expected = plan if plan_inside.fingerprint == manifest.plan else plan_inside
+    if (manifest.plan, manifest.tp_size) != (expected.fingerprint, plan.tp_size):
         raise MismatchError(
             Fault(
-                what="the shards were cut by another plan",
+                what="the shards are of another plan",
                 where=str(folder / MANIFEST_NAME),
                 got=f"{manifest.plan} at TP={manifest.tp_size}",
-                expected=f"{(plan if own.fingerprint == manifest.plan else own).fingerprint} at TP={plan.tp_size}",
+                expected=f"{expected.fingerprint} at TP={plan.tp_size}",
                 next="load the plan in the shards folder (autotp_plan.json), or pre-split with this one",
             )
         )
     return _read_headers(folder, manifest, plan)
 
 
-def _read_headers(folder: Path, manifest: Manifest, plan: Plan) -> Shards:
-    weights = [file for file in manifest.files if file.rank != -1 or file.unused]
+def _read_headers(folder: Path, manifest: Manifest, plan: Plan) -> ShardsFolder:
+    files = [file for file in manifest.files if file.owner is not None]
     with ThreadPoolExecutor(8) as pool:
-        headers = list(pool.map(lambda file: _header(folder / file.name), weights))
+        headers = list(pool.map(lambda file: _header(folder / file.name), files))
     faults = [fault for fault in headers if isinstance(fault, Fault)]
     tensors: dict[tuple[str, int], TensorEntry] = {}
     unused: dict[str, TensorEntry] = {}
-    for file, header in zip(weights, headers):
+    for file, header in zip(files, headers):
         if isinstance(header, Fault):
             continue
         faults.extend(_metadata_faults(file, header, manifest))
-        if file.unused:
+        if file.owner is Owner.NO_RANK:
             unused.update({tensor.name: tensor for tensor in header.tensors})
             continue
-        if file.rank is not None and file.rank >= plan.tp_size:
-            faults.append(_fault(header.path, f"a file of rank {file.rank}", f"ranks 0 to {plan.tp_size - 1}"))
+        ranks = [file.owner] if isinstance(file.owner, int) else range(plan.tp_size)
+        if ranks[-1] >= plan.tp_size:
+            faults.append(_fault(header.path, f"a file of rank {file.owner}", f"ranks 0 to {plan.tp_size - 1}"))
             continue
-        for rank in range(plan.tp_size) if file.rank is None else [file.rank]:
+        for rank in ranks:
             for tensor in header.tensors:
                 if (tensor.name, rank) in tensors:
                     faults.append(_fault(header.path, f"{tensor.name} a second time", "every tensor once"))
                 tensors[tensor.name, rank] = tensor
-    if not faults:
-        faults.extend(_tensor_faults(tensors, plan))
+    faults = faults or list(_tensor_faults(tensors, plan))
     if faults:
         raise ShardsError(faults)
-    return Shards(folder=folder, manifest=manifest, plan=plan, tensors=tensors, unused=unused)
+    return ShardsFolder(path=folder, manifest=manifest, plan=plan, tensors=tensors, unused=unused)
 
 
 def _header(path: Path) -> SafetensorsFile | Fault:
@@ -127,35 +160,25 @@ def _header(path: Path) -> SafetensorsFile | Fault:
 def _metadata_faults(file: ShardFile, header: SafetensorsFile, manifest: Manifest) -> Iterator[Fault]:
     found = header.metadata or {}
     if found.get("autotp_plan") != manifest.plan:
-        yield _fault(header.path, "a file cut by another plan", manifest.plan)
+        yield _fault(header.path, "a file of another plan", manifest.plan)
     elif found.get("autotp_source") != manifest.source.fingerprint:
-        yield _fault(header.path, "a file cut from another checkpoint", manifest.source.fingerprint)
-    elif found.get("tp_rank") != (expected := rank_text(file.rank, file.unused)):
+        yield _fault(header.path, "a file of another checkpoint", manifest.source.fingerprint)
+    elif found.get("tp_rank") != (expected := owner_text(file.owner)):
         yield _fault(header.path, f"a file of rank {found.get('tp_rank')}", f"rank {expected}")
-
-
-def rank_text(rank: int | None, unused: bool) -> str:
-    """What the header of a file says of its rank."""
-    return "none" if unused else "all" if rank is None else str(rank)
 
 
 def _tensor_faults(tensors: dict[tuple[str, int], TensorEntry], plan: Plan) -> Iterator[Fault]:
     known: set[tuple[str, int]] = set()
     for parameter in plan.expanded():
         layout = plan.layouts[parameter.layout]
-        whole = replace(parameter, source=None, sources=None)
+        one_tensor = replace(parameter, source=None, sources=None)
         for rank in range(plan.tp_size):
             key = (parameter.name, rank)
             known.add(key)
             shape = parameter_shape(plan.shape_of(parameter), layout.shape, layout.rank_shape(rank))
-            for problem in problems(whole, shape, {parameter.name: tensors[key]} if key in tensors else {}):
-                yield Fault(
-                    what="a tensor is not what the plan says" if problem.got else "a tensor of the plan is missing",
-                    where=f"rank {rank}: {problem.name}",
-                    got=problem.got,
-                    expected=problem.expected,
-                    next="give the folder that belongs to this plan",
-                )
+            stored = {parameter.name: tensors[key]} if key in tensors else {}
+            for fault in parameter_faults(one_tensor, shape, stored, "give the folder that belongs to this plan"):
+                yield replace(fault, where=f"rank {rank}: {fault.where}")
     for name, rank in tensors.keys() - known:
         yield Fault(
             what="the shards have a tensor that the plan does not know",

@@ -1,10 +1,11 @@
-"""The manifest of a shards folder: each file's size and checksum, the plan they were cut by, and the source's headers.
+"""The manifest of a shards folder: each file's size and checksum, the plan of the shards, and the source's headers.
 
 The manifest is written last: a folder without one is not finished, and holds a journal.
 """
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,29 +21,43 @@ FORMAT = "autotp-shards"
 VERSION = "2.0"
 
 
+class Owner(enum.Enum):
+    """Who reads the tensors of a file, where it is not one TP rank. The value is what the file's header says."""
+
+    ALL_RANKS = "all"
+    NO_RANK = "none"
+    """Tensors of the checkpoint that are kept for `merge`."""
+
+
+FileOwner = int | Owner | None
+"""The TP rank that reads the tensors of a file, or an `Owner`; None for a file without tensors."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardFile:
-    """A file of the folder.
-
-    `rank` is a TP rank, None for tensors that every rank reads, absent (-1) for other files; `unused` marks tensors
-    that no rank reads, kept for the checkpoint to be put together again.
-    """
+    """A file of the folder: its size in bytes, its CRC-32 as eight hexadecimal digits, and who reads its tensors."""
 
     name: str
     size: int
     crc32: str
-    rank: int | None = -1
-    unused: bool = False
+    owner: FileOwner = None
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ShardFile:
-        return cls(**data)
+        owner: FileOwner = None
+        if data.get("unused"):
+            owner = Owner.NO_RANK
+        elif "rank" in data:
+            owner = Owner.ALL_RANKS if data["rank"] is None else data["rank"]
+        return cls(name=data["name"], size=data["size"], crc32=data["crc32"], owner=owner)
 
     def to_dict(self) -> dict[str, Any]:
         data: dict[str, Any] = {"name": self.name, "size": self.size, "crc32": self.crc32}
-        if self.rank != -1:
-            data["rank"] = self.rank
-        return {**data, "unused": True} if self.unused else data
+        if self.owner is Owner.NO_RANK:
+            return {**data, "unused": True}
+        if self.owner is not None:
+            data["rank"] = None if self.owner is Owner.ALL_RANKS else self.owner
+        return data
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +77,7 @@ class SourceFile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """The checkpoint that was cut. `fingerprint` tells it from others of the same names and shapes."""
+    """The original checkpoint. `fingerprint` tells it from others of the same names and shapes."""
 
     fingerprint: str
     files: tuple[SourceFile, ...]
@@ -77,7 +92,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """What a shards folder holds."""
+    """What a shards folder holds: `plan` is the fingerprint of its plan."""
 
     plan: str
     tp_size: int
@@ -87,7 +102,11 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """The manifest of `folder`. Raises DocumentError with every fault found."""
+        """The manifest of a shards folder.
+
+        Raises:
+            DocumentError: with every fault found.
+        """
         return cls.from_dict(documents.read_json(folder / MANIFEST_NAME, "shards manifest"))
 
     @classmethod
@@ -139,11 +158,24 @@ class Manifest:
         return documents.format_json(self.to_dict())
 
 
-def shard_file_name(owner: str, part: int, num_parts: int) -> str:
-    """`tp-00-of-02.00001-of-00003.safetensors`: the owner's part."""
-    return f"{owner}.{part + 1:05d}-of-{num_parts:05d}.safetensors"
+def shard_file_name(owner: int | Owner, tp_size: int, part: int, num_parts: int) -> str:
+    """The name of a file of tensors, such as `tp-00-of-02.00001-of-00003.safetensors`.
+
+    Args:
+        owner: who reads its tensors.
+        tp_size: number of TP ranks.
+        part: which of the owner's files it is, from 0.
+        num_parts: how many files the owner has.
+    """
+    if owner is Owner.ALL_RANKS:
+        name = "shared"
+    elif owner is Owner.NO_RANK:
+        name = "unused"
+    else:
+        name = f"tp-{owner:02d}-of-{tp_size:02d}"
+    return f"{name}.{part + 1:05d}-of-{num_parts:05d}.safetensors"
 
 
-def owner_name(tp_rank: int | None, tp_size: int) -> str:
-    """`tp-00-of-02` for a rank's tensors, `shared` for those that every rank reads."""
-    return "shared" if tp_rank is None else f"tp-{tp_rank:02d}-of-{tp_size:02d}"
+def owner_text(owner: FileOwner) -> str:
+    """An owner as the header of a file says it: a rank, `all` or `none`."""
+    return owner.value if isinstance(owner, Owner) else str(owner)

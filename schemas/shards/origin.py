@@ -1,7 +1,7 @@
-"""What shards keep of the checkpoint that they were cut from, beside the parameters, so that `merge` can give it back.
+"""What a shards folder keeps of the original checkpoint besides the parameters, so that `merge` can give it back.
 
 The headers of its files, to the byte; the tensors that no rank reads (a head that is tied, tables that are no
-parameters); and the small files beside the weights.
+parameters); and the small files next to the weights.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from autotp_plan.schemas.errors import Fault, MismatchError
 from autotp_plan.schemas.plan.document import Plan
-from autotp_plan.schemas.shards.folder import Shards
+from autotp_plan.schemas.shards.folder import ShardsFolder
 from autotp_plan.schemas.shards.manifest import INDEX_COPY_NAME, MANIFEST_NAME, PLAN_NAME, ShardFile, Source, SourceFile
 from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
 from autotp_plan.schemas.storage.safetensors_header import SafetensorsFile, TensorEntry, parse_header
@@ -26,63 +27,72 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", "
 _OURS = (MANIFEST_NAME, PLAN_NAME, INDEX_COPY_NAME)
 
 
+class CopiedFile(NamedTuple):
+    """A file that is copied as it is: its name in a shards folder, where it lies now, and its size in bytes."""
+
+    name: str
+    path: Path
+    size: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Original:
-    """What is not cut: headers and fingerprint, tensors that no rank reads, and files as they are.
-
-    `copied` are `(name in a shards folder, path, size)`.
-    """
+    """What is not sharded of a checkpoint: headers and fingerprint, tensors that no rank reads, and small files."""
 
     source: Source
     unused: tuple[TensorEntry, ...]
-    copied: tuple[tuple[str, Path, int], ...]
+    copied: tuple[CopiedFile, ...]
 
 
 def original_of_checkpoint(checkpoint: Checkpoint, plan: Plan) -> Original:
-    """Of a checkpoint as it lies on disk. Raises MismatchError, or OSError when a file cannot be read."""
+    """What is not sharded of a checkpoint on disk.
+
+    Raises:
+        MismatchError: a file has a name that a manifest cannot hold.
+        OSError: a file cannot be read.
+    """
     used = {name for parameter in plan.expanded() for name in parameter.names_on_disk()}
     return Original(
         source=source_of(checkpoint),
         unused=tuple(tensor for file in checkpoint.files for tensor in file.tensors if tensor.name not in used),
-        copied=tuple(_beside_weights(checkpoint.folder)),
+        copied=tuple(_small_files(checkpoint.folder)),
     )
 
 
-def original_of_shards(shards: Shards) -> Original:
-    """Of the checkpoint that shards were cut from."""
+def original_of_shards(shards: ShardsFolder) -> Original:
+    """What a shards folder keeps of its original."""
     return Original(
         source=shards.manifest.source,
         unused=tuple(
             shards.unused[tensor.name]
             for file in shards.manifest.source.files
-            for tensor in parse_header(shards.folder / file.name, file.header).tensors
+            for tensor in parse_header(shards.path / file.name, file.header).tensors
             if tensor.name in shards.unused
         ),
-        copied=tuple((file.name, shards.folder / file.name, file.size) for file in copied_files(shards)),
+        copied=tuple(CopiedFile(file.name, shards.path / file.name, file.size) for file in copied_files(shards)),
     )
 
 
-def copied_files(shards: Shards) -> list[ShardFile]:
+def copied_files(shards: ShardsFolder) -> list[ShardFile]:
     """The files of the original that were copied as they are, config.json and the index last."""
-    files = [file for file in shards.manifest.files if file.rank == -1 and not file.unused and file.name != PLAN_NAME]
+    files = [file for file in shards.manifest.files if file.owner is None and file.name != PLAN_NAME]
     return sorted(files, key=lambda file: (file.name in (CONFIG_NAME, INDEX_COPY_NAME), file.name))
 
 
-def _beside_weights(folder: Path) -> Iterator[tuple[str, Path, int]]:
-    """Config, tokenizer and generation files: all small files beside the weights, in name order; and the index."""
+def _small_files(folder: Path) -> Iterator[CopiedFile]:
+    """The index, and all small files that hold no weights (config, tokenizer, generation), in name order."""
     if (folder / INDEX_NAME).exists():
-        yield INDEX_COPY_NAME, folder / INDEX_NAME, (folder / INDEX_NAME).stat().st_size
+        yield CopiedFile(INDEX_COPY_NAME, folder / INDEX_NAME, (folder / INDEX_NAME).stat().st_size)
     for path in sorted(folder.iterdir()):
         left_out = path.suffix in _WEIGHTS or path.name.endswith(".index.json") or path.name in _OURS
         hidden = path.name.startswith(".") or not path.name.isprintable() or "\\" in path.name
         if not left_out and not hidden and path.is_file() and path.stat().st_size <= MAX_COPIED_BYTES:
-            yield path.name, path, path.stat().st_size
+            yield CopiedFile(path.name, path, path.stat().st_size)
 
 
 def source_of(checkpoint: Checkpoint) -> Source:
-    """The headers of the checkpoint, and a fingerprint over them and a sample of every tensor.
-
-    Raises MismatchError for a file name that a manifest cannot hold, OSError when a file cannot be read.
+    """The headers of a checkpoint, and a fingerprint over them and a sample of every tensor. Raises as
+    `original_of_checkpoint`.
     """
     files = tuple(SourceFile(name=file.path.name, header=file.header) for file in checkpoint.files)
     hidden = [file.name for file in files if file.name.startswith(".") or not file.name.isprintable()]
@@ -105,7 +115,7 @@ def source_of(checkpoint: Checkpoint) -> Source:
 
 
 def _sample(file: SafetensorsFile) -> bytes:
-    """A hash of the bytes in the middle of every tensor: a model that was trained further has others."""
+    """A hash of the bytes in the middle of every tensor: they change when a model is trained further."""
     digest = hashlib.sha256()
     with open(file.path, "rb", buffering=0) as opened:
         for tensor in file.tensors:

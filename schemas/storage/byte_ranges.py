@@ -1,78 +1,91 @@
-"""The bytes of a parameter on disk: those of one tensor, or of several one after the other, in one file or in several.
+"""Byte ranges of files, and the one way to read them.
 
-Stacking tensors along a new dimension 0, and concatenating them along dimension 0, puts their bytes one after the
-other; so whatever a parameter is made of, it is read as one string of bytes. Nothing here knows layouts or ranks.
+The bytes of a parameter on disk are those of one tensor, or of several one after the other, in one file or in several:
+stacking tensors along a new dimension 0, and concatenating them along dimension 0, puts their bytes one after the
+other. Nothing here knows layouts or ranks.
 """
 
 from __future__ import annotations
 
 import bisect
+import functools
+import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
-from autotp_plan.schemas.plan.document import Parameter
 from autotp_plan.schemas.storage.safetensors_header import TensorEntry
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Segments:
-    """A string of bytes of elements of one dtype.
+class ByteRange(NamedTuple):
+    """`length` bytes of `file`, from byte `start` on."""
 
-    Bytes `[begins[i], begins[i + 1])` of it, the last up to `size`, are those of `files[i]` from `positions[i]` on.
-    """
+    file: Path
+    start: int
+    length: int
 
-    name: str
-    dtype: str
-    size: int
-    begins: tuple[int, ...]
-    files: tuple[Path, ...]
-    positions: tuple[int, ...]
+
+@dataclass(frozen=True)
+class ByteRanges:
+    """Byte ranges one after the other, as one string of bytes."""
+
+    ranges: tuple[ByteRange, ...]
 
     @classmethod
-    def of(cls, name: str, entries: Sequence[TensorEntry]) -> Segments:
-        """The bytes of one or more tensors, joined where they touch in a file."""
-        begins: list[int] = []
-        files: list[Path] = []
-        positions: list[int] = []
-        size, end = 0, -1
-        for entry in entries:
-            if not files or entry.file != files[-1] or entry.start != end:
-                begins.append(size)
-                files.append(entry.file)
-                positions.append(entry.start)
-            size, end = size + entry.stop - entry.start, entry.stop
-        return cls(
-            name=name,
-            dtype=entries[0].dtype,
-            size=size,
-            begins=tuple(begins),
-            files=tuple(files),
-            positions=tuple(positions),
-        )
+    def of(cls, tensors: Sequence[TensorEntry]) -> ByteRanges:
+        """The bytes of tensors one after the other. Those that touch in a file are one range."""
+        joined: list[ByteRange] = []
+        for tensor in tensors:
+            found = ByteRange(tensor.file, tensor.start, tensor.stop - tensor.start)
+            if joined and joined[-1].file == found.file and joined[-1].start + joined[-1].length == found.start:
+                found = ByteRange(found.file, joined[-1].start, joined.pop().length + found.length)
+            joined.append(found)
+        return cls(tuple(joined))
 
-    def ranges(self, offset: int, count: int) -> Iterator[tuple[Path, int, int]]:
-        """The `(file, position, length)` byte ranges that hold `count` bytes from `offset` on, in order."""
-        index = bisect.bisect_right(self.begins, offset) - 1
-        while count > 0:
-            end = self.begins[index + 1] if index + 1 < len(self.begins) else self.size
-            length = min(count, end - offset)
-            if length > 0:
-                yield self.files[index], self.positions[index] + offset - self.begins[index], length
-            offset, count, index = offset + length, count - length, index + 1
+    @classmethod
+    def of_file(cls, path: Path, size: int) -> ByteRanges:
+        """The bytes of a file of `size` bytes."""
+        return cls((ByteRange(path, 0, size),))
+
+    @functools.cached_property
+    def size(self) -> int:
+        """Bytes in all."""
+        return sum(found.length for found in self.ranges)
+
+    def slice(self, start: int, length: int) -> Iterator[ByteRange]:
+        """The byte ranges of `length` bytes from byte `start` of the string on, in order."""
+        index = bisect.bisect_right(self._ends, start)
+        while length > 0:
+            file, begin, size = self.ranges[index]
+            offset = start - (self._ends[index] - size)
+            count = min(length, size - offset)
+            if count > 0:
+                yield ByteRange(file, begin + offset, count)
+            start, length, index = start + count, length - count, index + 1
+
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        return list(itertools.accumulate(found.length for found in self.ranges))
 
 
-class SegmentReader:
-    """Reads segments as if they were one file. Holds one file open at a time; not for several threads."""
+class Reader:
+    """Reads byte ranges, and keeps open the files that it read last. For one thread.
 
-    def __init__(self, segments: Segments) -> None:
-        self.segments = segments
-        self._file: Path | None = None
-        self._descriptor = -1
+    Args:
+        max_open: files to keep open.
+        follow_links: whether a file may be a symbolic link.
+    """
 
-    def __enter__(self) -> SegmentReader:
+    def __init__(self, *, max_open: int = 1, follow_links: bool = True) -> None:
+        self._flags = os.O_RDONLY | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW | os.O_NONBLOCK)
+        self._max_open = max_open
+        self._open: OrderedDict[Path, int] = OrderedDict()
+
+    def __enter__(self) -> Reader:
         return self
 
     def __exit__(
@@ -81,77 +94,46 @@ class SegmentReader:
         self.close()
 
     def close(self) -> None:
-        """Close the file that is open."""
-        if self._file is not None:
-            self._file = None
-            os.close(self._descriptor)
+        """Close all files."""
+        while self._open:
+            os.close(self._open.popitem()[1])
 
-    def read_into(self, target: memoryview, offset: int) -> None:
-        """Fill `target` with the bytes from `offset` on. Raises OSError, or EOFError when a file ends before."""
-        filled = 0
-        for file, position, length in self.segments.ranges(offset, len(target)):
-            if file != self._file:
-                self.close()
-                self._descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-                self._file = file
-            end = filled + length
-            while filled < end:
-                got = os.preadv(self._descriptor, [target[filled:end]], position)
+    def read_into(self, target: memoryview, ranges: Iterable[ByteRange]) -> None:
+        """Fill `target` with the bytes of `ranges`, which are as many.
+
+        Raises:
+            OSError: a file cannot be read.
+            EOFError: a file ends before.
+        """
+        for file, position, length in ranges:
+            left, target = target[:length], target[length:]
+            descriptor = self._descriptor(file)
+            while left:
+                got = os.preadv(descriptor, [left], position)
                 if got == 0:
-                    raise EOFError(f"{file} ended {end - filled} bytes early; it changed while it was read")
-                filled, position = filled + got, position + got
+                    raise EOFError(f"{file} ended {len(left)} bytes early; it changed while it was read")
+                left, position = left[got:], position + got
 
+    def read_through(self, buffer: memoryview, ranges: Iterable[ByteRange]) -> Iterator[memoryview]:
+        """The bytes of `ranges`, `buffer` by `buffer`; the last may be shorter. Raises as `read_into`."""
+        filled = 0
+        for file, position, length in ranges:
+            while length:
+                count = min(length, len(buffer) - filled)
+                self.read_into(buffer[filled : filled + count], (ByteRange(file, position, count),))
+                filled, position, length = filled + count, position + count, length - count
+                if filled == len(buffer):
+                    yield buffer
+                    filled = 0
+        if filled:
+            yield buffer[:filled]
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Problem:
-    """A tensor on disk that is not what a parameter needs; `got` is empty when there is none of that name."""
-
-    name: str
-    got: str
-    expected: str
-
-
-def assembled_shape(rows: Sequence[tuple[int, ...]], count: int, stacked: bool) -> tuple[int, ...] | None:
-    """The shape of tensors of shapes `rows` one after the other, `count` times where they are stacked.
-
-    None when they do not fit together: all but the first dimension must be alike, unless there is only one.
-    """
-    first = rows[0]
-    if len(rows) > 1:
-        if not all(shape and shape[1:] == first[1:] for shape in (*rows, first)):
-            return None
-        first = (sum(shape[0] for shape in rows), *first[1:])
-    return (count, *first) if stacked else first
-
-
-def problems(parameter: Parameter, shape: tuple[int, ...], tensors: Mapping[str, TensorEntry]) -> list[Problem]:
-    """What is wrong with the tensors on disk of a single parameter of `shape`; empty when they are what it needs."""
-    sources = parameter.sources
-    if sources is None:
-        return list(_differing(parameter.names_on_disk(), shape, parameter.dtype, tensors))
-    found: list[Problem] = []
-    rows: list[tuple[int, ...]] = []
-    for position in range(len(sources.names)):
-        names = parameter.names_on_disk()[position :: len(sources.names)]
-        first = next((tensors[name].shape for name in names if name in tensors), None)
-        if first is not None:
-            rows.append(first)
-        found += _differing(names, first, parameter.dtype, tensors)
-    whole = assembled_shape(rows, sources.count, sources.stacked) if len(rows) == len(sources.names) else shape
-    if whole != shape:
-        names_of_rows = " and ".join(f"{name} {list(row)}" for name, row in zip(sources.names, rows))
-        expected = f"tensors that make up {parameter.dtype} of {list(shape)}"
-        found.append(Problem(name=parameter.name, got=names_of_rows, expected=expected))
-    return found
-
-
-def _differing(
-    names: Sequence[str], shape: tuple[int, ...] | None, dtype: str, tensors: Mapping[str, TensorEntry]
-) -> Iterator[Problem]:
-    expected = f"{dtype} of {list(shape)}" if shape is not None else f"a tensor of {dtype}"
-    for name in names:
-        tensor = tensors.get(name)
-        if tensor is None:
-            yield Problem(name=name, got="", expected=expected)
-        elif (tensor.shape, tensor.dtype) != (shape, dtype):
-            yield Problem(name=name, got=f"{tensor.dtype} of {list(tensor.shape)}", expected=expected)
+    def _descriptor(self, file: Path) -> int:
+        descriptor = self._open.get(file)
+        if descriptor is None:
+            if len(self._open) >= self._max_open:
+                os.close(self._open.popitem(last=False)[1])
+            descriptor = os.open(file, self._flags)
+            self._open[file] = descriptor
+        self._open.move_to_end(file)
+        return descriptor

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,15 @@ def holds_tensors(folder: Path) -> bool:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`: `model.safetensors`, or the files that `model.safetensors.index.json` names.
+    """The checkpoint in a folder: headers are read, tensors are not.
 
-    Raises CheckpointError when a file is missing, broken or does not hold what the index says.
+    Args:
+        folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files that it names. Files may be
+            symbolic links, as in a download cache.
+
+    Raises:
+        CheckpointError: a file is missing, broken or does not hold what the index says.
+        DocumentError: the index is not JSON.
     """
     weight_map: dict[str, str] | None = None
     if (folder / INDEX_NAME).exists():
@@ -62,19 +69,20 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             if tensor.name in tensors:
                 faults.append(_index_fault(file.path, f"{tensor.name}, also in {tensors[tensor.name].file.name}"))
             tensors[tensor.name] = tensor
-    for name, file_name in (weight_map or {}).items():
-        if name not in tensors or tensors[name].file.name != file_name:
-            faults.append(_index_fault(folder / INDEX_NAME, f"{name}, which is not in {file_name}"))
     if weight_map is not None:
-        for name in tensors.keys() - weight_map.keys():
-            faults.append(_index_fault(tensors[name].file, f"{name}, which the index does not name"))
+        faults.extend(_index_faults(folder / INDEX_NAME, weight_map, tensors))
     if faults:
         raise CheckpointError(faults)
     return Checkpoint(folder=folder, files=files, tensors=tensors)
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """The parsed config.json of `folder`, None when there is none."""
+    """The parsed config.json of a folder; None when there is none.
+
+    Raises:
+        DocumentError: it is not JSON.
+        CheckpointError: it is JSON, but not an object.
+    """
     path = folder / CONFIG_NAME
     if not path.exists():
         return None
@@ -117,6 +125,14 @@ def _weight_map(path: Path) -> dict[str, str]:
     if outside:
         raise CheckpointError([_index_fault(path, f"{name}, which is not a file of this folder") for name in outside])
     return weight_map
+
+
+def _index_faults(index: Path, weight_map: dict[str, str], tensors: dict[str, TensorEntry]) -> Iterator[Fault]:
+    for name, file_name in weight_map.items():
+        if name not in tensors or tensors[name].file.name != file_name:
+            yield _index_fault(index, f"{name}, which is not in {file_name}")
+    for name in tensors.keys() - weight_map.keys():
+        yield _index_fault(tensors[name].file, f"{name}, which the index does not name")
 
 
 def _index_fault(where: Path, got: str) -> Fault:

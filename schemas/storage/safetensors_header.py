@@ -1,4 +1,4 @@
-"""safetensors headers and byte ranges, without reading a tensor or decoding a dtype.
+"""safetensors headers, without reading a tensor or decoding a dtype.
 
 The format (https://github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON header, then the
 tensors' bytes, row-major, without gaps. Nothing here trusts a header: sizes are checked against the file's before
@@ -11,15 +11,13 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from autotp_plan.schemas import documents
-from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.errors import CheckpointError, Fault
-from autotp_plan.schemas.layout import Layout
 
 MAX_HEADER_BYTES = 100_000_000
 
@@ -28,7 +26,7 @@ BITS = {
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
-"""Bits per element of each dtype that can be cut; narrower ones share bytes between elements."""
+"""Bits per element of each dtype that can be sharded; of narrower ones a byte holds several elements."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +53,11 @@ class SafetensorsFile:
 
 
 def read_header(path: Path) -> SafetensorsFile:
-    """Read the header of `path`. Raises CheckpointError when it is not a sound safetensors file."""
+    """Read the header of a file.
+
+    Raises:
+        CheckpointError: `path` is not a complete safetensors file.
+    """
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             status = os.fstat(file.fileno())
@@ -80,7 +82,11 @@ def read_header(path: Path) -> SafetensorsFile:
 
 
 def parse_header(path: Path, text: str) -> SafetensorsFile:
-    """What the header `text` of a file `path` says, which need not be there. Raises CheckpointError."""
+    """What the header `text` of a file says; the file `path` need not exist.
+
+    Raises:
+        CheckpointError: the text is no safetensors header, or its tensors leave gaps or overlap.
+    """
     try:
         header = documents.loads(text)
         begin = 8 + len(text.encode("utf-8"))
@@ -102,7 +108,12 @@ def parse_header(path: Path, text: str) -> SafetensorsFile:
 
 
 def header_bytes(tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
-    """The header (length prefix included) of a file holding `(name, dtype, shape)` tensors in the order given."""
+    """The header of a file, length prefix included.
+
+    Args:
+        tensors: `(name, dtype, shape)` in the order of their bytes.
+        metadata: what `__metadata__` holds.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
     for name, dtype, shape in tensors:
@@ -119,32 +130,14 @@ def prefixed(header: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header
 
 
+def item_size(dtype: str) -> int:
+    """Bytes of an element."""
+    return BITS[dtype] // 8
+
+
 def num_bytes(dtype: str, shape: Sequence[int]) -> int:
     """Bytes of a tensor."""
-    return BITS[dtype] // 8 * math.prod(shape)
-
-
-def runs(layout: Layout, wanted: Sequence[iv.Interval], dtype: str) -> Iterator[tuple[int, int]]:
-    """The `(offset, length)` byte runs of a whole tensor that make up a shard, in the shard's order, joined where
-    they touch.
-
-    `layout` gives the shape and the dimension of the tensor; `wanted` are the intervals of one rank.
-    """
-    itemsize = BITS[dtype] // 8
-    dim = layout.dim or 0
-    if not layout.shape:
-        yield (0, itemsize)
-        return
-    outer = math.prod(layout.shape[:dim])
-    inner = math.prod(layout.shape[dim + 1 :]) * itemsize
-    stride = layout.shape[dim] * inner
-    if iv.join_touching(wanted) == ((0, layout.shape[dim]),):
-        yield (0, outer * stride)
-        return
-    joined = [(start * inner, (stop - start) * inner) for start, stop in iv.join_touching(wanted)]
-    for block in range(outer):
-        for offset, count in joined:
-            yield (block * stride + offset, count)
+    return item_size(dtype) * math.prod(shape)
 
 
 def _without_waiting(path: str, flags: int) -> int:
@@ -159,7 +152,7 @@ def _entry(path: Path, name: str, value: Any, begin: int) -> TensorEntry:
     if not isinstance(dtype, str) or dtype not in BITS:
         raise CheckpointError(
             Fault(
-                what="a tensor has a dtype that cannot be cut",
+                what="a tensor has a dtype that cannot be sharded",
                 where=f"{path}: {name}",
                 got=str(dtype),
                 expected="one of " + ", ".join(sorted(BITS)),

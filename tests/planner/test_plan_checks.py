@@ -168,7 +168,7 @@ def test_missing_extra_and_changed_tensors_are_faults(plan: Plan, tmp_path: Path
     dtype = {"lm_head.weight": "F32"}
     other = write_checkpoint(tmp_path / "other", shapes, LLAMA_CONFIG, dtype=dtype)
     assert faults(plan, other) == {
-        ("model.layers.{0..1}.self_attn.k_proj.weight", "the checkpoint lacks a tensor of the plan"): (
+        ("model.layers.{0..1}.self_attn.k_proj.weight", "a tensor of the plan is missing"): (
             "",
             "BF16 of [16, 32]",
         ),

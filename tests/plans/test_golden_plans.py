@@ -152,7 +152,7 @@ def test_a_plan_does_not_fit_a_checkpoint_that_lacks_its_head(tmp_path: Path) ->
         (fault.what, fault.where) for fault in check_checkpoint(Plan.read(PLANS / "pythia_6_9b/tp4.json"), tmp_path)
     ]
     assert found == [
-        ("the checkpoint lacks a tensor of the plan", "embed_out.weight"),
+        ("a tensor of the plan is missing", "embed_out.weight"),
         ("the checkpoint has a tensor that the plan does not know", "head.weight"),
     ]
 

@@ -19,7 +19,7 @@ from autotp_plan.schemas.codec import decode, encode
 from autotp_plan.schemas.errors import AutoTPError, DocumentError, Fault
 from autotp_plan.schemas.layout import Layout, SubParameter, group_view, parameter_shape
 from autotp_plan.schemas.plan.document import Plan
-from autotp_plan.schemas.shards.manifest import Manifest, ShardFile, Source, SourceFile, owner_name, shard_file_name
+from autotp_plan.schemas.shards.manifest import Manifest, Owner, ShardFile, Source, SourceFile, shard_file_name
 from autotp_plan.schemas.spec import SpecFile
 from autotp_plan.schemas.storage.safetensors_header import BITS
 from tests.helpers.checkpoints import write_llama
@@ -340,8 +340,9 @@ def test_manifest_reads_back() -> None:
         plan="sha256:" + "0" * 64, tp_size=2,
         files=(
             ShardFile(name="chat template (old).jinja", size=3, crc32="1" * 8),
-            ShardFile(name="shared.00001-of-00001.safetensors", size=0, crc32="2" * 8, rank=None),
-            ShardFile(name="tp-00-of-02.00001-of-00001.safetensors", size=7, crc32="3" * 8, rank=0),
+            ShardFile(name="shared.00001-of-00001.safetensors", size=0, crc32="2" * 8, owner=Owner.ALL_RANKS),
+            ShardFile(name="unused.00001-of-00001.safetensors", size=1, crc32="5" * 8, owner=Owner.NO_RANK),
+            ShardFile(name="tp-00-of-02.00001-of-00001.safetensors", size=7, crc32="3" * 8, owner=0),
         ),
         source=Source(
             fingerprint="sha256:" + "4" * 64,
@@ -349,8 +350,11 @@ def test_manifest_reads_back() -> None:
         ),
     )  # fmt: skip
     assert Manifest.from_dict(json.loads(manifest.to_json())) == manifest
-    assert shard_file_name(owner_name(None, 2), 0, 1) == "shared.00001-of-00001.safetensors"
-    assert shard_file_name(owner_name(3, 16), 1, 12) == "tp-03-of-16.00002-of-00012.safetensors"
+    ranks = [(entry.get("rank", "absent"), entry.get("unused")) for entry in manifest.to_dict()["files"]]
+    assert ranks == [("absent", None), (None, None), ("absent", True), (0, None)]
+    assert shard_file_name(Owner.ALL_RANKS, 2, 0, 1) == "shared.00001-of-00001.safetensors"
+    assert shard_file_name(Owner.NO_RANK, 2, 0, 1) == "unused.00001-of-00001.safetensors"
+    assert shard_file_name(3, 16, 1, 12) == "tp-03-of-16.00002-of-00012.safetensors"
 
 
 @pytest.mark.parametrize("name", ["../a", "/etc/passwd", "..", ".hidden", "a/b", "a\\b", "", "a\nb", "a\0"])

@@ -13,7 +13,7 @@ Parts = list[list[tuple[int, int]]]
 
 @st.composite
 def tilings(draw: st.DrawFn, size: int | None = None) -> tuple[int, Parts]:
-    """A dimension and a random layout of it: runs dealt to ranks, some of them to several."""
+    """A dimension and a random layout of it: intervals dealt to ranks, some of them to several."""
     size = draw(st.integers(1, 60)) if size is None else size
     cuts = sorted(draw(st.sets(st.integers(1, max(1, size - 1)), max_size=8)) - {size})
     edges = [0, *cuts, size]
@@ -36,7 +36,7 @@ def test_divide_tiles_evenly(count: int, num_ranks: int) -> None:
     assert [index for start, stop in runs for index in range(start, stop)] == list(range(count))
     sizes = [stop - start for start, stop in runs]
     assert max(sizes) - min(sizes) <= 1
-    assert sizes == sorted(sizes, reverse=True), "the first ranks hold the longer runs"
+    assert sizes == sorted(sizes, reverse=True), "the first ranks hold the longer intervals"
 
 
 @given(tilings())
@@ -93,11 +93,11 @@ def test_holders_says_who_holds_each_index(tiling: tuple[int, Parts]) -> None:
         for index in range(start, stop):
             by_hand = tuple(r for r, parts in enumerate(ranks) if any(a <= index < b for a, b in parts))
             assert holding == by_hand
-    assert all(one[1] != other[1] for one, other in zip(runs, runs[1:])), "runs are the coarsest"
+    assert all(one[1] != other[1] for one, other in zip(runs, runs[1:])), "intervals are the longest"
 
 
 @given(tilings(), st.data())
-def test_pieces_slice_merge_and_reshard(tiling: tuple[int, Parts], data: st.DataObject) -> None:
+def test_copies_slice_merge_and_reshard(tiling: tuple[int, Parts], data: st.DataObject) -> None:
     """From one layout's shards, put together every shard of another layout of the same dimension."""
     size, have = tiling
     _, want = data.draw(tilings(size))
@@ -124,3 +124,26 @@ def test_replica_groups_are_ranks_with_the_same_intervals() -> None:
     assert iv.replica_groups([((0, 2),), ((0, 2),), ((2, 4),), ((2, 4),)]) == [(0, 1), (2, 3)]
     assert iv.replica_groups([((0, 2), (4, 6)), ((2, 4), (4, 6))]) is None, "shared in part"
     assert iv.replica_groups([((0, 4),), ((0, 2),)]) is None
+
+
+@given(tilings(), st.integers(1, 3), st.data())
+def test_strided_copies_within_a_window_are_those_of_the_window(
+    tiling: tuple[int, Parts], count: int, data: st.DataObject
+) -> None:
+    size, ranks = tiling
+    wanted = data.draw(st.sampled_from(ranks))
+    stride = size + data.draw(st.integers(0, 3))
+    copies = tuple(iv.copies([(0, size)], wanted))
+    strided = iv.StridedCopies(count=count, source_stride=stride, target_stride=iv.length(wanted), copies=copies)
+    every = {source + at: target + at for source, target, length in strided for at in range(length)}
+    assert len(every) == count * iv.length(wanted)
+    start, stop = sorted(data.draw(st.tuples(*[st.integers(0, count * stride)] * 2)))
+    found: dict[int, int] = {}
+    for group in strided.within(start, stop):
+        inside = {source + at: target + at for source, target, length in group for at in range(length)}
+        assert sorted(inside.values()) == list(range(*group.target_range)), "it fills its part of the target"
+        assert group.is_contiguous == (group.count == 1 and len(group.copies) == 1)
+        found.update(inside)
+    assert found == {source: target for source, target in every.items() if start <= source < stop}
+    backwards = {source + at: target + at for source, target, length in strided.reverse() for at in range(length)}
+    assert backwards == {target: source for source, target in every.items()}

@@ -1,4 +1,4 @@
-"""Cutting checkpoints: every byte where torch's own slicing puts it, whole files or nothing."""
+"""Splitting checkpoints: every byte where torch's own slicing puts it, whole files or nothing."""
 
 from __future__ import annotations
 
@@ -15,9 +15,17 @@ from safetensors.torch import save_file
 
 from autotp_plan.planner import SpecFile, compile_plan, presplit
 from autotp_plan.planner.shards import copy_engine
-from autotp_plan.schemas.errors import AutoTPError, MismatchError, ShardsError
+from autotp_plan.schemas.errors import AutoTPError, MismatchError, OptionError, OutputError
 from autotp_plan.schemas.plan.document import Plan
-from autotp_plan.schemas.shards.manifest import INDEX_COPY_NAME, JOURNAL_NAME, MANIFEST_NAME, PLAN_NAME, Manifest
+from autotp_plan.schemas.shards.manifest import (
+    INDEX_COPY_NAME,
+    JOURNAL_NAME,
+    MANIFEST_NAME,
+    PLAN_NAME,
+    FileOwner,
+    Manifest,
+    Owner,
+)
 from autotp_plan.schemas.storage.safetensors_header import read_header
 from tests.helpers.checkpoints import write_llama
 
@@ -122,11 +130,11 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(copy_engine, "MAX_OPEN", 1)
 
 
-def read_shards(output: Path, manifest: Manifest, rank: int | None) -> dict[str, tuple[str, list[int], bytes]]:
-    """What safetensors itself reads from one rank's files."""
+def read_files(output: Path, manifest: Manifest, owner: FileOwner) -> dict[str, tuple[str, list[int], bytes]]:
+    """What safetensors itself reads from the files of an owner."""
     found: dict[str, tuple[str, list[int], bytes]] = {}
     for file in manifest.files:
-        if file.rank == rank and file.name.endswith(".safetensors"):
+        if file.owner == owner and file.name.endswith(".safetensors"):
             with safe_open(output / file.name, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118  safe_open is no mapping
                     assert name not in found
@@ -145,16 +153,16 @@ def test_every_byte_is_where_slicing_puts_it(
     manifest = presplit(plan, folder, output, max_file_bytes=max_file_bytes, progress=lambda *step: steps.append(step))
     for rank in range(2):
         wanted = expected(tensors, rank)
-        found = read_shards(output, manifest, rank)
+        found = read_files(output, manifest, rank)
         assert found.keys() == wanted.keys()
         for name, tensor in wanted.items():
             assert found[name][1:] == (list(tensor.shape), raw_bytes(tensor)), f"{name} of rank {rank}"
-    shared = read_shards(output, manifest, None)
+    shared = read_files(output, manifest, Owner.ALL_RANKS)
     assert shared.keys() == SHAPES.keys() - expected(tensors, 0).keys()
     assert all(found[2] == raw_bytes(tensors[name]) for name, found in shared.items())
-    parts = [file.name for file in manifest.files if file.rank == 0]
+    parts = [file.name for file in manifest.files if file.owner == 0]
     assert (len(parts) > 1) == (max_file_bytes == 300)
-    copied = sum(file.size for file in manifest.files if file.rank == -1 and file.name != PLAN_NAME)
+    copied = sum(file.size for file in manifest.files if file.owner is None and file.name != PLAN_NAME)
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + copied
     assert steps[-1] == (total, total)
     assert sum(step[0] == total for step in steps) == 1, "every source byte is read once"
@@ -183,8 +191,8 @@ def test_a_shards_folder_holds_all_that_training_needs(folder: Path, plan: Plan,
     for file in manifest.files:
         data = (output / file.name).read_bytes()
         assert (file.size, file.crc32) == (len(data), f"{zlib.crc32(data):08x}")
-        assert (file.rank == -1) == (not file.name.endswith(".safetensors"))
-        if file.rank != -1:
+        assert (file.owner is None) == (not file.name.endswith(".safetensors"))
+        if file.owner is not None:
             header = read_header(output / file.name)
             assert header.metadata is not None
             assert header.metadata["autotp_plan"] == plan.fingerprint
@@ -216,9 +224,9 @@ def test_files_of_a_single_rank_and_of_a_replicated_model(llama: tuple[Path, Pla
     folder, _ = llama
     whole = SpecFile.from_dict({"layer_specs": [{"patterns": [".*"], "partition_type": "skip"}]})
     manifest = presplit(compile_plan(folder, tp_size=2, specs=[whole], preset="none"), folder, tmp_path / "whole")
-    assert {file.rank for file in manifest.files} == {None, -1}
+    assert {file.owner for file in manifest.files} == {Owner.ALL_RANKS, None}
     manifest = presplit(compile_plan(folder, tp_size=1), folder, tmp_path / "one")
-    assert {file.rank for file in manifest.files} == {None, 0, -1}
+    assert {file.owner for file in manifest.files} == {Owner.ALL_RANKS, 0, None}
 
 
 def refused(error: type[AutoTPError], plan: Plan, folder: Path, output: Path, **options: Any) -> str:
@@ -232,13 +240,13 @@ def test_a_folder_that_is_in_use_is_refused(llama: tuple[Path, Plan], tmp_path: 
     output = tmp_path / "out"
     output.mkdir()
     (output / "precious").write_text("keep")
-    assert "a folder that is not empty" in refused(ShardsError, plan, folder, output)
-    assert "a file" in refused(ShardsError, plan, folder, output / "precious")
+    assert "a folder that is not empty" in refused(OutputError, plan, folder, output)
+    assert "a file" in refused(OutputError, plan, folder, output / "precious")
     assert (output / "precious").read_text() == "keep"
-    assert "a folder that is not empty" in refused(ShardsError, plan, folder, folder)
-    assert "Not a directory" in refused(ShardsError, plan, folder, output / "precious" / "under")
-    assert "File name too long" in refused(ShardsError, plan, folder, output / ("x" * 300))
-    assert "positive numbers" in refused(ShardsError, plan, folder, tmp_path / "new", workers=0)
+    assert "a folder that is not empty" in refused(OutputError, plan, folder, folder)
+    assert "Not a directory" in refused(OutputError, plan, folder, output / "precious" / "under")
+    assert "File name too long" in refused(OutputError, plan, folder, output / ("x" * 300))
+    assert "positive numbers" in refused(OptionError, plan, folder, tmp_path / "new", workers=0)
     assert not (tmp_path / "new").exists()
 
 
@@ -266,5 +274,5 @@ def test_a_file_that_shrinks_while_it_is_read(
 ) -> None:
     folder, plan = llama
     monkeypatch.setattr(os, "preadv", lambda *_: 0)
-    assert "it changed while it was read" in refused(ShardsError, plan, folder, tmp_path / "out")
+    assert "it changed while it was read" in refused(OutputError, plan, folder, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [JOURNAL_NAME]

@@ -1,4 +1,4 @@
-"""The life of a checkpoint: cut, merged and cut anew, whatever the layouts, every byte is where it was."""
+"""The life of a checkpoint: split, merged and resharded, whatever the layouts, every byte is where it was."""
 
 from __future__ import annotations
 
@@ -13,14 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autotp_plan.planner import check_shards, compile_plan, merge, presplit, reshard
-from autotp_plan.planner.shards import copy_engine, copy_rows
-from autotp_plan.planner.shards.copy_plan import Move, each_byte_once, part, whole
+from autotp_plan.planner.shards import copy_engine
 from autotp_plan.schemas import documents
 from autotp_plan.schemas.errors import MismatchError, ShardsError
-from autotp_plan.schemas.layout import Layout
+from autotp_plan.schemas.shards.manifest import Owner
 from autotp_plan.schemas.spec import SpecFile
-from autotp_plan.schemas.storage import checksum
-from autotp_plan.schemas.storage.byte_ranges import Segments
 from tests.helpers.checkpoints import LLAMA_CONFIG, llama_shapes, write_checkpoint, write_llama
 from tests.helpers.random_shards import files_of, random_model, random_plan, write_random
 
@@ -55,80 +52,6 @@ def test_merge_and_reshard_give_every_byte_back(
         check_shards(work / "new")
         merge(work / "new", work / "again", workers=workers)
         assert files_of(work / "again") == files_of(original)
-
-
-@given(
-    random=st.randoms(use_true_random=False),
-    size=st.integers(1, 9),
-    outer=st.integers(1, 4),
-    inner=st.integers(1, 3),
-    most=st.integers(1, 40),
-)
-def test_spans_hold_each_byte_once(random: Random, size: int, outer: int, inner: int, most: int) -> None:
-    """Against a plain list of bytes: what spans say of any chunk is what slicing says."""
-    indices = random.sample(range(size), random.randint(1, size))
-    intervals = tuple((index, index + 1) for index in indices)
-    layout = Layout(shape=(outer, size, inner), dim=1, intervals=(intervals,))
-    data = list(range(outer * size * inner))
-    held = [
-        data[(block * size + index) * inner + at] for block in range(outer) for index in indices for at in range(inner)
-    ]
-    source = Segments(name="x", dtype="U8", size=len(held), begins=(0,), files=(Path("x"),), positions=(0,))
-    cut = part(layout, intervals, source)
-    found: dict[int, int] = {}
-    for start, stop in Move(size=len(data), inputs=(cut,), outputs=()).chunks(most):
-        assert stop - start <= most
-        for span in cut.spans(start, stop):
-            for run in span.runs:
-                for row in range(run.count):
-                    for at in range(run.length):
-                        place = span.start + run.at + row * cut.local + at
-                        assert place not in found and start <= run.whole + row * cut.stride + at < stop
-                        found[place] = run.whole + row * cut.stride + at
-    assert found == dict(enumerate(held))
-
-
-def test_each_byte_is_read_from_one_place() -> None:
-    def segments(size: int) -> Segments:
-        return Segments(name="x", dtype="U8", size=size, begins=(0,), files=(Path("x"),), positions=(0,))
-
-    layout = Layout(shape=(2, 6), dim=1, intervals=(((0, 4),), ((2, 6),), ((5, 6), (0, 1))))
-    parts = [part(layout, intervals, segments(8)) for intervals in layout.intervals]
-    assert [p.pieces for p in each_byte_once(parts)] == [((0, 0, 4),), ((4, 2, 2),)]
-    assert each_byte_once([parts[0], whole(segments(12)), parts[1]]) == (whole(segments(12)),)
-
-
-@given(
-    length=st.integers(1, 20),
-    count=st.integers(1, 6),
-    gaps=st.tuples(st.integers(0, 9), st.integers(0, 9)),
-    starts=st.tuples(st.integers(0, 9), st.integers(0, 9)),
-)
-def test_rows_with_and_without_numpy(length: int, count: int, gaps: tuple[int, int], starts: tuple[int, int]) -> None:
-    source = bytes(range(256))
-    strides = [length + gap for gap in gaps]
-    wanted = bytearray(256)
-    for row in range(count):
-        at, to = starts[0] + row * strides[0], starts[1] + row * strides[1]
-        wanted[to : to + length] = source[at : at + length]
-    for numpy in (copy_rows._numpy(), None):
-        target = bytearray(256)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(copy_rows, "_numpy", lambda numpy=numpy: numpy)
-            ends = (memoryview(target), starts[1], strides[1]), (memoryview(source), starts[0], strides[0])
-            copy_rows.copy_rows(*ends[0], *ends[1], length, count)
-        assert target == wanted
-
-
-@given(st.lists(st.binary(max_size=40), max_size=6))
-def test_checksums_of_pieces(pieces: list[bytes]) -> None:
-    data = b"".join(pieces)
-    at = 0
-    known = []
-    for piece in pieces:
-        known.append((at, len(piece), checksum.of_bytes(piece)))
-        at += len(piece)
-    assert checksum.of_pieces(reversed(known), len(data)) == checksum.of_bytes(data)
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 3, 4, 8])
@@ -175,7 +98,7 @@ def test_tensors_that_no_rank_reads_come_back(tmp_path: Path) -> None:
     plan = compile_plan(original, tp_size=2)
     assert [tie.name for tie in plan.tied] == ["lm_head.weight"]
     manifest = presplit(plan, original, tmp_path / "shards")
-    (unused,) = [file.name for file in manifest.files if file.unused]
+    (unused,) = [file.name for file in manifest.files if file.owner is Owner.NO_RANK]
     assert unused == "unused.00001-of-00001.safetensors"
     merge(tmp_path / "shards", tmp_path / "merged")
     assert files_of(tmp_path / "merged") == files_of(original)

@@ -103,10 +103,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, flo
 
 @pytest.mark.parametrize("name", JOBS)
 def test_untrained_shards_merge_to_the_checkpoint(saved: tuple[Path, Any], name: str, tmp_path: Path) -> None:
-    from autotp_plan.planner.shards.merge import check_whole, merge
+    from autotp_plan.planner.shards.merge import check_shards, merge
 
     work, _ = saved
-    check_whole(work / name / "untrained")
+    check_shards(work / name / "untrained")
     merge(work / name / "untrained", tmp_path / "merged")
     whole = work / name / "whole"
     assert {path.name for path in whole.iterdir()} == {path.name for path in (tmp_path / "merged").iterdir()}
@@ -119,11 +119,11 @@ def test_trained_shards_merge_to_the_trained_model(saved: tuple[Path, Any], name
     import torch
     from safetensors.torch import load_file
 
-    from autotp_plan.planner.shards.merge import check_whole, merge
+    from autotp_plan.planner.shards.merge import check_shards, merge
     from tests.helpers.models import batch, load_dense
 
     work, losses = saved
-    check_whole(work / name / "trained")
+    check_shards(work / name / "trained")
     merge(work / name / "trained", tmp_path / "merged")
     tokens = batch(77)
     with torch.no_grad():
@@ -145,7 +145,7 @@ def dies_and_saves_again(work: Path) -> list[str]:
     from autotp_plan.runtime import load_plan
     from autotp_plan.runtime.checkpoint import save_shards
     from autotp_plan.runtime.loading.weights import open_weights
-    from autotp_plan.schemas.errors import ShardsError
+    from autotp_plan.schemas.errors import OutputError, ShardsError
 
     plan = load_plan(work / "plan.json")
     model = plan.load_model(work / "shards")
@@ -155,7 +155,7 @@ def dies_and_saves_again(work: Path) -> list[str]:
         try:
             plan.save_shards(model, work / folder)
             said.append("saved")
-        except ShardsError as error:
+        except OutputError as error:
             said.append(f"{error.faults[0].what}: {error.faults[0].got}")
 
     write = save_shards._write
@@ -182,7 +182,8 @@ def test_a_save_that_fails_is_not_loaded_and_can_be_done_again(saved: tuple[Path
     work, _ = saved
     first, second = launch(dies_and_saves_again, 2, work / "fused and grouped", timeout=100)
     full = "the shards of a running job could not be written: No space left on device"
-    refused = "the shards of a running job cannot be written here: "
-    assert first[:4] == [full, "shards without autotp_shards.json", "saved", refused + "finished shards"]
+    refused = "save_shards cannot write here: a folder that is not empty: "
+    finished = refused + "autotp_plan.json, autotp_shards.json, autotp_source_index.json"
+    assert first[:4] == [full, "shards without autotp_shards.json", "saved", finished]
     assert first[4].startswith(refused) and "safetensors" in first[4], "a checkpoint is not written over"
     assert second == [full, *first[2:]]

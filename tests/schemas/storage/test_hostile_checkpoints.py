@@ -12,9 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autotp_plan.schemas.errors import AutoTPError, CheckpointError, DocumentError
-from autotp_plan.schemas.layout import Layout, SubParameter
 from autotp_plan.schemas.storage.checkpoint import config_hash, read_checkpoint, read_config
-from autotp_plan.schemas.storage.safetensors_header import BITS, header_bytes, num_bytes, read_header, runs
+from autotp_plan.schemas.storage.safetensors_header import BITS, header_bytes, read_header
 from tests.helpers.checkpoints import tensor_bytes, write_checkpoint, write_file
 
 F32 = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
@@ -80,9 +79,9 @@ def test_headers_are_safetensors_own(tmp_path: Path) -> None:
         ({"w": {**F32, "data_offsets": [0]}}, 24, None, "no dtype, shape and data_offsets for w"),
         ({"w": {**F32, "data_offsets": [0, 1, 2]}}, 24, None, "no dtype, shape and data_offsets for w"),
         ({"w": {**F32, "data_offsets": 3}}, 24, None, "no dtype, shape and data_offsets for w"),
-        ({"w": {**F32, "dtype": "F4"}}, 24, None, "a dtype that cannot be cut: F4"),
-        ({"w": {**F32, "dtype": ["F32"]}}, 24, None, "a dtype that cannot be cut: ['F32']"),
-        ({"w": {**F32, "dtype": None}}, 24, None, "a dtype that cannot be cut: None"),
+        ({"w": {**F32, "dtype": "F4"}}, 24, None, "a dtype that cannot be sharded: F4"),
+        ({"w": {**F32, "dtype": ["F32"]}}, 24, None, "a dtype that cannot be sharded: ['F32']"),
+        ({"w": {**F32, "dtype": None}}, 24, None, "a dtype that cannot be sharded: None"),
         ({"w": {**F32, "shape": [2, -3]}}, 24, None, "not a list of sizes"),
         ({"w": {**F32, "shape": [2, 3.0]}}, 24, None, "not a list of sizes"),
         ({"w": {**F32, "shape": [2, True]}}, 24, None, "not a list of sizes"),
@@ -119,28 +118,6 @@ def test_any_changed_byte_is_read_or_refused(tmp_path: Path, at: int, value: int
     (tmp_path / "b").write_bytes(whole)
     with contextlib.suppress(CheckpointError):
         read_header(tmp_path / "b")
-
-
-@settings(max_examples=300)
-@given(
-    shape=st.lists(st.integers(1, 5), min_size=1, max_size=3),
-    data=st.data(),
-    dtype=st.sampled_from(["U8", "BF16", "F64"]),
-)
-def test_runs_are_a_shards_bytes(shape: list[int], data: st.DataObject, dtype: str) -> None:
-    dim = data.draw(st.integers(0, len(shape) - 1))
-    edges = sorted({0, shape[dim], *data.draw(st.sets(st.integers(0, shape[dim])))})
-    wanted = data.draw(st.lists(st.sampled_from(list(zip(edges, edges[1:]))), unique=True))
-    layout = Layout(shape=tuple(shape), dim=dim, sub_parameters=(SubParameter(size=shape[dim], unit=1),))
-    whole = tensor_bytes("w", dtype, shape)
-    found = b"".join(whole[offset : offset + count] for offset, count in runs(layout, wanted, dtype))
-    itemsize = BITS[dtype] // 8
-    by_hand = b""
-    for index in range(num_bytes(dtype, shape[:dim]) // itemsize):
-        inner = num_bytes(dtype, shape[dim + 1 :])
-        for start, stop in wanted:
-            by_hand += whole[(index * shape[dim] + start) * inner : (index * shape[dim] + stop) * inner]
-    assert found == by_hand
 
 
 # the index

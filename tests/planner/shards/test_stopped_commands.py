@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from autotp_plan.planner import check_shards, compile_plan, merge, presplit, reshard
-from autotp_plan.planner.shards.resumable_folder import OutputFolder
 from autotp_plan.runtime.loading.weights import open_weights
-from autotp_plan.schemas.errors import AutoTPError, ShardsError
+from autotp_plan.schemas.errors import AutoTPError, OutputError, ShardsError
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.folder import read_shards
 from autotp_plan.schemas.shards.manifest import JOURNAL_NAME, MANIFEST_NAME
+from autotp_plan.schemas.shards.output_folder import OutputFolder
 from tests.helpers.faults import (
     SMALL_FILES,
     check_no_half_files,
@@ -82,7 +82,7 @@ def test_after_any_failed_call_the_command_resumes_to_the_same_bytes(
         try:
             run_job(task, workers=random.choice((1, 3)))
             break
-        except ShardsError as error:
+        except OutputError as error:
             failures += 1
             assert os.strerror(code) in str(error) and "again" in str(error)
         check_no_half_files(tmp_path / "out")
@@ -131,7 +131,7 @@ def stop_after(work: Path, output: Path, monkeypatch: pytest.MonkeyPatch, files:
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", replace)
-        with pytest.raises(ShardsError, match="stopped"):
+        with pytest.raises(OutputError, match="stopped"):
             run_job(job_of(work, "presplit", output))
 
 
@@ -184,7 +184,7 @@ def test_another_plan_source_or_command_is_refused(work: Path, tmp_path: Path, m
     plan = Plan.read(work / "plan.json")
 
     def refused(run: Callable[[], object]) -> str:
-        with pytest.raises(ShardsError) as caught:
+        with pytest.raises(OutputError) as caught:
             run()
         assert files_of(output) == before
         return str(caught.value)
@@ -203,7 +203,7 @@ def test_another_plan_source_or_command_is_refused(work: Path, tmp_path: Path, m
 def test_a_second_process_on_one_folder_is_refused(work: Path, tmp_path: Path) -> None:
     task = job_of(work, "presplit", tmp_path / "out")
     begun = OutputFolder(tmp_path / "out", {"command": "x"}, "presplit")
-    with begun, pytest.raises(ShardsError, match="another process writes it"):
+    with begun, pytest.raises(OutputError, match="another process writes it"):
         run_job(task)
     script = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
     (tmp_path / "held").mkdir()
@@ -215,7 +215,7 @@ def test_a_second_process_on_one_folder_is_refused(work: Path, tmp_path: Path) -
     try:
         assert holder.stdout is not None
         holder.stdout.readline()
-        with pytest.raises(ShardsError, match="another process writes it"):
+        with pytest.raises(OutputError, match="another process writes it"):
             run_job(task)
     finally:
         holder.kill()
@@ -233,7 +233,7 @@ def test_a_finished_folder_is_not_written_again(work: Path, tmp_path: Path, comm
     assert numbers == {path.name: path.stat().st_ino for path in output.iterdir()}
     path = next(output.glob("*.safetensors"))
     os.truncate(path, path.stat().st_size - 1)
-    with pytest.raises(ShardsError, match="a folder that is not empty"):
+    with pytest.raises(OutputError, match="a folder that is not empty"):
         run_job(job_of(work, command, output))
 
 
@@ -258,5 +258,5 @@ def test_files_of_another_run_are_found_without_checksums(work: Path, tmp_path: 
     folder = shutil.copytree(work / "presplit", tmp_path / "shards")
     source = next((work / "other").glob(f"{owner}.*"))
     shutil.copyfile(source, folder / source.name)
-    with pytest.raises(ShardsError, match="a file cut from another checkpoint"):
+    with pytest.raises(ShardsError, match="a file of another checkpoint"):
         open_weights(folder, Plan.read(work / "plan.json"))

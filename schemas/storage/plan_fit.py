@@ -1,0 +1,169 @@
+"""Whether tensors on disk are what a plan says: the one check of `check`, presplit, merge, and loading.
+
+Checkpoints and shards are checked alike: by names, shapes and dtypes, before a tensor is read. Whether a plan is sound
+by itself is not asked here.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from autotp_plan.schemas.errors import Fault
+from autotp_plan.schemas.names import NameSet, fold
+from autotp_plan.schemas.plan.document import Parameter, Plan
+from autotp_plan.schemas.storage.checkpoint import (
+    CONFIG_NAME,
+    Checkpoint,
+    config_hash,
+    read_checkpoint,
+    read_config,
+)
+from autotp_plan.schemas.storage.safetensors_header import TensorEntry
+
+COMPILE_AGAIN = "give the checkpoint that the plan was compiled for, or compile a plan for this one"
+
+
+def check_checkpoint(plan: Plan, folder: Path) -> list[Fault]:
+    """Check that a checkpoint is the one a plan was compiled for.
+
+    Args:
+        plan: the plan.
+        folder: a folder with safetensors files, and an index when there are several.
+
+    Returns:
+        What differs: tensors missing, of another shape or dtype, or too many; config.json. Empty when the plan fits.
+
+    Raises:
+        CheckpointError: the folder cannot be read at all.
+    """
+    return checkpoint_faults(plan, read_checkpoint(folder))
+
+
+def checkpoint_faults(plan: Plan, checkpoint: Checkpoint) -> list[Fault]:
+    """As `check_checkpoint`, for a checkpoint whose headers were read already."""
+    return [
+        *tensor_faults(plan, checkpoint.tensors),
+        *_unplanned_faults(plan, checkpoint),
+        *config_faults(plan, checkpoint.folder),
+    ]
+
+
+def tensor_faults(plan: Plan, tensors: Mapping[str, TensorEntry]) -> list[Fault]:
+    """What is missing among the tensors of a checkpoint, or of another shape or dtype than the plan says."""
+    return _folded(
+        fault
+        for parameter in plan.expanded()
+        for fault in parameter_faults(parameter, plan.shape_of(parameter), tensors)
+    )
+
+
+def parameter_faults(
+    parameter: Parameter, shape: tuple[int, ...], tensors: Mapping[str, TensorEntry], next_step: str = COMPILE_AGAIN
+) -> Iterator[Fault]:
+    """What is wrong with the tensors that make up one parameter.
+
+    Args:
+        parameter: a parameter whose name has no braces.
+        shape: the shape that its tensors must make up.
+        tensors: the tensors on disk, by name.
+        next_step: what the user is told to do.
+    """
+    sources = parameter.sources
+    if sources is None:
+        yield from _differing(parameter.names_on_disk(), shape, parameter.dtype, tensors, next_step)
+        return
+    found: list[tuple[int, ...]] = []
+    for position in range(len(sources.names)):
+        names = parameter.names_on_disk()[position :: len(sources.names)]
+        first = next((tensors[name].shape for name in names if name in tensors), None)
+        if first is not None:
+            found.append(first)
+        yield from _differing(names, first, parameter.dtype, tensors, next_step)
+    if len(found) == len(sources.names) and assembled_shape(found, sources.count, sources.stacked) != shape:
+        yield Fault(
+            what="a tensor is not what the plan says",
+            where=parameter.name,
+            got=" and ".join(f"{name} {list(one)}" for name, one in zip(sources.names, found)),
+            expected=f"tensors that make up {parameter.dtype} of {list(shape)}",
+            next=next_step,
+        )
+
+
+def assembled_shape(shapes: Sequence[tuple[int, ...]], count: int, stacked: bool) -> tuple[int, ...] | None:
+    """The shape of the parameter that several tensors make up.
+
+    Args:
+        shapes: the shapes of the tensors that are concatenated along dimension 0.
+        count: how many such groups there are.
+        stacked: whether the groups are stacked along a new dimension 0.
+
+    Returns:
+        The shape; None when the tensors differ in more than dimension 0.
+    """
+    first = shapes[0]
+    if len(shapes) > 1:
+        if not all(shape and shape[1:] == first[1:] for shape in (*shapes, first)):
+            return None
+        first = (sum(shape[0] for shape in shapes), *first[1:])
+    return (count, *first) if stacked else first
+
+
+def config_faults(plan: Plan, folder: Path) -> list[Fault]:
+    """Whether config.json of a checkpoint is the one the plan was compiled from, as far as a layout depends on it."""
+    config, planned = config_hash(read_config(folder)), config_hash(plan.model.config)
+    if config == planned:
+        return []
+    return [
+        Fault(
+            what="config.json is not the one the plan was compiled from",
+            where=str(folder / CONFIG_NAME),
+            got=config or "no config.json",
+            expected=planned or "no config.json",
+            next="compile a plan for this checkpoint",
+        )
+    ]
+
+
+def _unplanned_faults(plan: Plan, checkpoint: Checkpoint) -> list[Fault]:
+    planned = {name for parameter in plan.expanded() for name in parameter.names_on_disk()}
+    tied = {tie.name for tie in plan.tied}
+    ignored = NameSet(plan.ignored)
+    return _folded(
+        Fault(
+            what="the checkpoint has a tensor that the plan does not know",
+            where=name,
+            expected="the plan's tensors only",
+            next="compile a plan for this checkpoint",
+        )
+        for name in checkpoint.tensors.keys() - planned - tied
+        if name not in ignored
+    )
+
+
+def _differing(
+    names: Sequence[str],
+    shape: tuple[int, ...] | None,
+    dtype: str,
+    tensors: Mapping[str, TensorEntry],
+    next_step: str,
+) -> Iterator[Fault]:
+    expected = f"{dtype} of {list(shape)}" if shape is not None else f"a tensor of {dtype}"
+    for name in names:
+        tensor = tensors.get(name)
+        if tensor is None:
+            yield Fault(what="a tensor of the plan is missing", where=name, expected=expected, next=next_step)
+        elif (tensor.shape, tensor.dtype) != (shape, dtype):
+            got = f"{tensor.dtype} of {list(tensor.shape)}"
+            what = "a tensor is not what the plan says"
+            yield Fault(what=what, where=name, got=got, expected=expected, next=next_step)
+
+
+def _folded(faults: Iterable[Fault]) -> list[Fault]:
+    """Faults that many layers have in common, made one."""
+    names: dict[Fault, list[str]] = defaultdict(list)
+    for fault in faults:
+        names[replace(fault, where="")].append(fault.where)
+    return [replace(fault, where=where) for fault, found in names.items() for where in fold(dict.fromkeys(found))]
