@@ -13,7 +13,11 @@ from collections import defaultdict
 from functools import cache
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("without a deadline", deadline=None)  # machines are shared, and noisy
+hypothesis.settings.load_profile("without a deadline")
 
 BUILD_SECONDS = 240
 
