@@ -247,7 +247,9 @@ ON_MESHES = [(name, variant) for name, mesh in MESHES.items() for variant in var
 
 @pytest.mark.parametrize("source", ["shards", "checkpoint"])
 @pytest.mark.parametrize(("name", "variant"), [pytest.param(n, v, marks=upstream(n)) for n, v in ON_MESHES])
-def test_float64_gradients(mesh: dict[str, Any], name: str, variant: str, source: str) -> None:
+def test_logits_loss_and_gradients_equal_the_dense_models(
+    mesh: dict[str, Any], name: str, variant: str, source: str
+) -> None:
     errors = mesh[variant][source]
     assert len(errors) > 10
     assert max(errors.values()) < FLOAT64_TOLERANCE, {n: e for n, e in errors.items() if e >= FLOAT64_TOLERANCE}
@@ -257,7 +259,9 @@ def test_float64_gradients(mesh: dict[str, Any], name: str, variant: str, source
     ("name", "variant", "run"),
     [pytest.param(n, v, run, marks=upstream(n)) for n, v in ON_MESHES for run in (RUNS if v in IN_FULL else ["zero2"])],
 )
-def test_engine_steps(mesh: dict[str, Any], work: Path, name: str, variant: str, run: str) -> None:
+def test_losses_and_gradient_norms_of_the_engine_equal_the_dense_models(
+    mesh: dict[str, Any], work: Path, name: str, variant: str, run: str
+) -> None:
     accumulation, dp_size = 2 if run == "accumulation" else 1, MESHES[name][1]
     dense = json.loads((work / f"{variant}.dp{dp_size}.ga{accumulation}.json").read_text())
     for (loss, norm), (dense_loss, dense_norm) in zip(mesh[variant][run], dense, strict=True):

@@ -84,7 +84,7 @@ def whole_dropout(work: Path) -> dict[str, float]:
     return found
 
 
-def test_dropout_of_whole_activations_has_the_masks_of_the_dense_model(tmp_path: Path) -> None:
+def test_dropout_of_replicated_activations_has_the_dense_models_masks(tmp_path: Path) -> None:
     import torch
 
     from tests.helpers import parity
@@ -129,7 +129,7 @@ def sharded_dropout(work: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def test_dropout_of_cut_activations_differs_between_ranks(tmp_path: Path) -> None:
+def test_dropout_of_sharded_activations_differs_between_ranks(tmp_path: Path) -> None:
     import torch
 
     for name, key in SHARDED.items():
@@ -162,7 +162,7 @@ def seeds_apart(work: Path) -> str:
     return "nothing"
 
 
-def test_ranks_of_a_group_with_seeds_of_their_own_are_refused(tmp_path: Path) -> None:
+def test_tp_ranks_with_different_seeds_are_refused(tmp_path: Path) -> None:
     prepare(tmp_path, "gpt2", "gpt2", resid_pdrop=0.1)
     for said in launch(seeds_apart, 2, tmp_path, timeout=60):
         assert "seed by plan.ranks.dp_rank" in said
@@ -214,7 +214,7 @@ def routed(work: Path) -> dict[str, float]:
     return found
 
 
-def test_auxiliary_loss_of_the_routers(tmp_path: Path) -> None:
+def test_the_auxiliary_loss_of_routers_is_the_dense_models(tmp_path: Path) -> None:
     import torch
 
     from tests.helpers import parity

@@ -135,7 +135,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work
 
 
-def test_a_job_moves_to_another_mesh_and_back(work: Path) -> None:
+def test_a_job_resumes_on_another_mesh_and_back_with_the_same_losses(work: Path) -> None:
     whole = {mesh: launch(undisturbed, 4, work, mesh, timeout=240) for mesh in MESHES}
     for mesh, saved_on in (("4x1", "2x2"), ("2x2", "4x1")):
         for rank, found in enumerate(launch(moved, 4, work, mesh, saved_on, timeout=300)):
@@ -168,7 +168,7 @@ def saved_at_once(work: Path, mesh: str, saved_on: str | None) -> None:
         engine.destroy()
 
 
-def test_every_number_arrives(work: Path) -> None:
+def test_every_number_of_the_optimizer_arrives_on_another_mesh(work: Path) -> None:
     import torch
 
     from autotp_plan.runtime.checkpoint.zero_files import SavedJob
@@ -209,7 +209,7 @@ def without_zero(work: Path, saved_on: str | None) -> list[float]:
     return found
 
 
-def test_without_zero_the_number_of_dp_ranks_may_change(work: Path) -> None:
+def test_without_zero_only_the_number_of_dp_ranks_may_change(work: Path) -> None:
     whole = launch(without_zero, 4, work, None, timeout=100)
     for rank, losses in enumerate(launch(without_zero, 2, work, "2x2", timeout=100)):
         assert losses == pytest.approx(whole[rank][SAVED_AT:], rel=1e-6)

@@ -118,7 +118,7 @@ def resumed(work: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_killed_job_resumes(tmp_path: Path) -> None:
+def test_a_killed_job_resumes_with_the_losses_of_an_undisturbed_one(tmp_path: Path) -> None:
     from autotp_plan.planner import compile_plan
     from tests.helpers.models import save_checkpoint
 
@@ -137,7 +137,7 @@ TRAINED = {"fused and grouped": 1, "experts": 2, "uneven": 3}
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_training_program_killed_at_a_random_step(name: str, tmp_path: Path) -> None:
+def test_a_training_program_killed_at_a_random_step_resumes(name: str, tmp_path: Path) -> None:
     from autotp_plan.planner import compile_plan, merge
     from tests.helpers.models import save_checkpoint
 
@@ -208,7 +208,7 @@ def saves_over(work: Path) -> list[str]:
     return said
 
 
-def test_nothing_is_overwritten(tmp_path: Path) -> None:
+def test_saving_overwrites_only_an_unfinished_save(tmp_path: Path) -> None:
     from autotp_plan.planner import compile_plan
     from tests.helpers.models import save_checkpoint
 

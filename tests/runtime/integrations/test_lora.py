@@ -129,7 +129,7 @@ def in_two_ranks(folder: Path) -> dict[str, Any]:
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
 @pytest.mark.upstream
-def test_adapters_on_column_and_row_layers(tmp_path: Path) -> None:
+def test_adapters_on_column_and_row_layers_train_like_unsharded_ones(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     import torch
     from peft import PeftModel
@@ -163,7 +163,7 @@ def test_adapters_on_column_and_row_layers(tmp_path: Path) -> None:
         ({"target_modules": "all-linear"}, "LoraConfig.target_modules"),
     ],
 )
-def test_options_that_are_not_there(options: dict[str, Any], where: str) -> None:
+def test_unsupported_options_of_peft_are_refused(options: dict[str, Any], where: str) -> None:
     pytest.importorskip("peft")
     from autotp_plan.runtime.integrations.lora import _check_config
 

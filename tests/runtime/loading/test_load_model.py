@@ -49,23 +49,23 @@ def copy_of(folder: Path, tmp_path: Path) -> Path:
     return tmp_path / folder.name
 
 
-def test_world_size(work: Path) -> None:
+def test_a_world_size_that_tp_does_not_divide_is_refused(work: Path) -> None:
     text = message(work / "llama.tp2.json", work / "llama.tp2")
     assert "the number of processes does not fit the plan" in text
     assert "got:      1" in text and "multiple of the plan's tp_size, 2" in text
 
 
-def test_shards_of_another_plan(work: Path) -> None:
+def test_shards_of_another_plan_are_refused(work: Path) -> None:
     assert "the shards were cut by another plan" in message(work / "llama.tp1.json", work / "qwen2.tp1")
 
 
-def test_another_checkpoint(work: Path) -> None:
+def test_another_checkpoint_is_refused(work: Path) -> None:
     text = message(work / "llama.tp1.json", work / "qwen2")
     assert "a tensor of the plan is missing" in text and "lm_head.weight" in text
     assert "config.json is not the one the plan was compiled from" in text
 
 
-def test_missing_and_short_and_unfinished_shards(work: Path, tmp_path: Path) -> None:
+def test_missing_short_and_unfinished_shards_are_refused(work: Path, tmp_path: Path) -> None:
     folder = copy_of(work / "llama.tp1", tmp_path)
     plan = work / "llama.tp1.json"
     victim = next(folder.glob("tp-00*.safetensors"))
@@ -87,11 +87,11 @@ def test_a_shard_of_another_run_is_noticed(work: Path, tmp_path: Path) -> None:
     assert "a file cut by another plan" in message(work / "llama.tp1.json", folder)
 
 
-def test_no_such_folder(work: Path) -> None:
+def test_a_folder_that_does_not_exist_is_refused(work: Path) -> None:
     assert "no such folder" in message(work / "llama.tp1.json", work / "nowhere")
 
 
-def test_a_model_that_is_not_the_plans(work: Path) -> None:
+def test_a_model_with_other_parameters_is_refused(work: Path) -> None:
     import torch
     from torch import nn
 
@@ -102,7 +102,7 @@ def test_a_model_that_is_not_the_plans(work: Path) -> None:
     assert "the model lacks a parameter of the plan\n  where:    lm_head.weight" in text
 
 
-def test_modules_that_no_layer_of_ours_runs(work: Path) -> None:
+def test_modules_that_no_tensor_parallel_layer_can_run_are_refused(work: Path) -> None:
     import torch
     from torch import nn
 
@@ -127,7 +127,7 @@ def test_modules_that_no_layer_of_ours_runs(work: Path) -> None:
     assert "an embedding option cannot be kept" in text and "max_norm=1.0" in text
 
 
-def test_parts_shared_in_part_are_refused(work: Path) -> None:
+def test_ranks_that_share_only_some_indices_are_refused(work: Path) -> None:
     from autotp_plan.huggingface.meta_model import build_model
     from autotp_plan.runtime.loading.check_model import check_model
     from autotp_plan.schemas.plan.document import Plan
@@ -140,7 +140,7 @@ def test_parts_shared_in_part_are_refused(work: Path) -> None:
         check_model(build_model(work / "llama", plan.model.architecture), wrong)
 
 
-def test_deepspeed_config_of_another_tp_size(work: Path) -> None:
+def test_a_deepspeed_config_of_another_tp_size_is_refused(work: Path) -> None:
     from autotp_plan.runtime.deepspeed.engine_config import engine_config
     from autotp_plan.schemas.plan.document import Plan
 
@@ -152,7 +152,7 @@ def test_deepspeed_config_of_another_tp_size(work: Path) -> None:
     assert user["tensor_parallel"]["preset_model"] == "llama", "the caller's config must not change"
 
 
-def test_nothing_is_read_for_other_ranks(work: Path) -> None:
+def test_only_the_ranks_bytes_are_read(work: Path) -> None:
     """Half the bytes of the checkpoint, and of each cut tensor exactly the wanted runs."""
     from autotp_plan.runtime.loading.weights import open_weights
     from autotp_plan.schemas.plan.document import Plan
@@ -184,7 +184,7 @@ def in_three_ranks(plan_file: Path, shards: Path) -> str:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
-def test_every_rank_says_the_same(work: Path) -> None:
+def test_every_rank_raises_the_same_error_before_groups_are_made(work: Path) -> None:
     messages = launch(in_three_ranks, 3, work / "llama.tp2.json", work / "llama.tp2", timeout=120)
     assert len(set(messages)) == 1
     assert "got:      3" in messages[0]
@@ -221,7 +221,7 @@ def batches_and_bf16(plan_file: Path, shards: Path) -> dict[str, Any]:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
-def test_batches_by_data_parallel_rank_and_bf16(work: Path) -> None:
+def test_data_parallel_ranks_draw_different_batches_and_bf16_trains(work: Path) -> None:
     import torch
 
     from tests.helpers.models import load_dense
@@ -246,7 +246,7 @@ def training_program(*arguments: object, ranks: int) -> list[object]:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(220)
-def test_training_program(work: Path, tmp_path: Path) -> None:
+def test_the_training_program_prints_and_records_its_steps(work: Path, tmp_path: Path) -> None:
     command = training_program(
         "--plan", work / "llama.tp2.json", "--shards", work / "llama.tp2",
         "--dp-size", 2, "--zero-stage", 2, "--seq-length", 16, "--num-steps", 3,
@@ -261,7 +261,7 @@ def test_training_program(work: Path, tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(3 * 220)
-def test_training_program_with_bad_input(work: Path) -> None:
+def test_the_training_program_refuses_bad_input_without_traceback(work: Path) -> None:
     def refusal(*arguments: object) -> str:
         command = training_program("--plan", work / "llama.tp2.json", "--shards", *arguments, ranks=2)
         return output_of(command, timeout=200, fails=True)
@@ -356,7 +356,7 @@ def given_other_batches(work: Path, lora: bool) -> dict[str, Any]:
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("lora", [False, True])
-def test_tp_ranks_that_are_given_different_batches(work: Path, lora: bool) -> None:
+def test_tp_ranks_with_different_batches_are_refused_at_the_first_forward(work: Path, lora: bool) -> None:
     both = launch(given_other_batches, 2, work, lora)
     assert both[0] == both[1], "every rank says the same"
     for when in ("training", "evaluation"):
@@ -368,7 +368,7 @@ def test_tp_ranks_that_are_given_different_batches(work: Path, lora: bool) -> No
 
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
-def test_a_model_that_is_not_cut_compares_nothing(work: Path) -> None:
+def test_at_tp_1_no_batches_are_compared(work: Path) -> None:
     """At TP=1 there is nobody to compare with."""
     assert launch(hooks, 1, work) == [0]
 

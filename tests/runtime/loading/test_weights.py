@@ -38,7 +38,7 @@ def plan_and_folder(tmp_path: Path) -> tuple[Plan, Path]:
 @pytest.mark.parametrize("chunk_bytes", [8, 40, 1 << 20])
 @pytest.mark.parametrize("dtype", [None, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_read_weight(
+def test_a_rank_reads_its_shard_of_a_weight(
     plan_and_folder: tuple[Plan, Path],
     monkeypatch: pytest.MonkeyPatch,
     chunk_bytes: int,

@@ -77,7 +77,7 @@ def check(work: Path, found: dict[str, Any], stages: tuple[int, ...]) -> None:
                 assert ours == pytest.approx(reference, rel=1e-5), f"{name}, ZeRO {stage}"
 
 
-def test_four_ranks(work: Path) -> None:
+def test_four_ranks_that_share_kv_heads_train_like_the_dense_model(work: Path) -> None:
     stages = (0, 1, 2, 3)
     found = launch(in_ranks, 4, work, 4, stages, timeout=400)[0]
     check(work, found, stages)
@@ -88,7 +88,7 @@ def test_four_ranks(work: Path) -> None:
             assert ours == pytest.approx(reference, rel=1e-5), variant
 
 
-def test_eight_ranks(work: Path) -> None:
+def test_eight_ranks_that_share_kv_heads_train_like_the_dense_model(work: Path) -> None:
     check(work, launch(in_ranks, 8, work, 8, (1,), timeout=400)[0], (1,))
 
 
@@ -107,5 +107,5 @@ def unsummed(work: Path) -> float:
     return max(error for name, error in errors.items() if "k_proj" in name or "v_proj" in name)
 
 
-def test_a_forgotten_sum_is_caught(work: Path) -> None:
+def test_gradients_not_summed_over_replicas_are_noticed(work: Path) -> None:
     assert launch(unsummed, 4, work, timeout=120)[0] > 1e-3

@@ -93,7 +93,7 @@ def gather_and_cut(plan_file: Path, shards: Path, original: Path, saved: Path) -
 
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
-def test_deepspeed_puts_the_model_together_again(tmp_path: Path) -> None:
+def test_deepspeed_consolidates_the_shards_to_the_full_model(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 

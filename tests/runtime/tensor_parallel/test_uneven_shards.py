@@ -36,7 +36,7 @@ def in_ranks(work: Path) -> dict[str, Any]:
     return found
 
 
-def test_three_ranks(tmp_path: Path) -> None:
+def test_uneven_shards_by_a_spec_file_train_like_the_dense_model(tmp_path: Path) -> None:
     import torch
 
     from autotp_plan.planner import SpecFile, compile_plan, presplit
@@ -83,7 +83,7 @@ def flagged(work: Path, variants: tuple[str, ...]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("tp_size", [3, 6])
-def test_by_a_flag(tmp_path: Path, tp_size: int) -> None:
+def test_uneven_shards_by_the_flag_have_the_dense_models_gradients(tmp_path: Path, tp_size: int) -> None:
     import torch
 
     from autotp_plan.planner import compile_plan

@@ -63,7 +63,7 @@ def test_the_vocabulary_keeps_its_remainder(vocab_size: int, tp_size: int) -> No
     assert small["eos_token_id"] < small["vocab_size"]
 
 
-def test_experts_are_still_chosen_among() -> None:
+def test_a_twin_has_so_many_experts_that_routers_have_a_choice() -> None:
     assert scale_config.fewest_experts(DEEPSEEK_V3) == 16  # 8 groups of 2; 4 groups give the 8 of a token
     assert scale_config.fewest_experts({"num_local_experts": 8, "num_experts_per_tok": 2}) == 4
     assert scale_config.fewest_experts({"ffn_config": {"moe_num_experts": 16, "moe_top_k": 4}}) == 5
@@ -84,7 +84,7 @@ def plan_of(layers: dict[str, str], **changes: Any) -> Plan:
     )
 
 
-def test_every_kind_of_layer_is_in_the_twin() -> None:
+def test_a_twin_has_every_kind_of_layer() -> None:
     dense = "model.layers.{0..2}.mlp.up_proj.weight"
     plan = plan_of({"embed.weight": "F32", dense: "F32", "model.layers.{3..60}.mlp.experts.up_proj": "F32"})
     assert num_layers_needed(plan, {"num_hidden_layers": 61}) == 4
@@ -101,13 +101,13 @@ def test_every_kind_of_layer_is_in_the_twin() -> None:
     assert num_layers_needed(odd, {"n_layer": 8}) == 3
 
 
-def test_units_stay_as_many() -> None:
+def test_a_scaled_layout_has_as_many_units() -> None:
     heads = scaled_layout(cut(4096, 4, 128), (4096, 4096), (128, 128), 32)
     assert heads.sub_parameters == (SubParameter(size=128, unit=4),)
     assert heads.intervals == (((0, 32),), ((32, 64),), ((64, 96),), ((96, 128),))
 
 
-def test_an_uneven_cut_stays_uneven_and_equal_cuts_equal() -> None:
+def test_uneven_layouts_stay_uneven_and_equal_ones_equal() -> None:
     words = scaled_layout(cut(50257, 2), (50257, 4096), (257, 128), 32)
     assert words.intervals == (((0, 129),), ((129, 257),))
     features = scaled_layout(cut(11008, 3), (11008, 4096), (344, 128), 32)
@@ -125,13 +125,13 @@ def test_an_uneven_cut_stays_uneven_and_equal_cuts_equal() -> None:
     ]
 
 
-def test_a_view_is_scaled_with_the_parameter() -> None:
+def test_a_layout_in_a_view_is_scaled_with_the_parameter() -> None:
     flat = cut(10752, 2, dim=1, shape=(16, 10752, 6144))  # 16 experts of 10752 features, one after the other
     small = scaled_layout(flat, (16 * 10752, 6144), (5 * 336, 192), 32)
     assert (small.shape, small.intervals) == ((5, 336, 192), (((0, 168),), ((168, 336),)))
 
 
-def test_what_does_not_scale_is_refused() -> None:
+def test_a_layout_that_does_not_scale_is_refused() -> None:
     with pytest.raises(TwinError, match="cannot be sharded in the same places"):
         scaled_layout(cut(64, 8), (64, 4096), (4, 128), 16)
 
@@ -142,7 +142,7 @@ class Attention(nn.Module):
         self.num_heads, self.split_size = 8, width
 
 
-def test_attributes_and_crossings() -> None:
+def test_counts_stay_and_widths_scale_in_attributes_and_crossings() -> None:
     attributes = (
         ModuleAttribute(module="0", attribute="num_heads", values=(4, 4)),
         ModuleAttribute(module="0", attribute="split_size", values=(32, 32)),

@@ -160,7 +160,7 @@ def run(*arguments: Any, status: int = 0) -> Result:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(240)
-def test_the_command(tmp_path: Path) -> None:
+def test_verify_prints_the_proof_and_stamps_the_plan(tmp_path: Path) -> None:
     plan, file = plan_of(tmp_path, "llama", 2), tmp_path / "plan.json"
     file.write_text(plan.to_json())
     assert "not verified: run `autotp-plan verify`" in run("show", file).stdout
@@ -187,7 +187,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(180)
-def test_the_command_says_what_failed_and_leaves_the_plan_alone(tmp_path: Path) -> None:
+def test_verify_of_a_wrong_plan_fails_and_does_not_stamp(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     file.write_text(head_counts_forgotten(tmp_path).to_json())
     before = file.read_text()
@@ -198,7 +198,7 @@ def test_the_command_says_what_failed_and_leaves_the_plan_alone(tmp_path: Path) 
     assert file.read_text() == before
 
 
-def test_what_verify_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_without_the_runtime_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(tmp_path, "llama", 2)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'autotp-plan\[train\]'"):
@@ -207,7 +207,7 @@ def test_what_verify_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(180)
-def test_a_plan_without_a_config_has_no_twin(tmp_path: Path) -> None:
+def test_a_plan_without_a_config_cannot_be_verified(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "llama", 2)
     file = tmp_path / "plan.json"
     file.write_text(dataclasses.replace(plan, model=dataclasses.replace(plan.model, config=None)).to_json())
@@ -220,7 +220,7 @@ def stamp() -> Stamp:
     return Stamp(plan="", versions=versions, attention=("eager",), float64_error=2e-15, engine_error=3e-7)
 
 
-def test_a_stamp_is_beside_the_plan(tmp_path: Path, stamp: Stamp) -> None:
+def test_a_stamp_does_not_change_the_fingerprint(tmp_path: Path, stamp: Stamp) -> None:
     plan = plan_of(tmp_path, "llama", 2)
     stamped = dataclasses.replace(plan, verified=dataclasses.replace(stamp, plan=plan.fingerprint))
     assert stamped.fingerprint == plan.fingerprint

@@ -37,14 +37,14 @@ def prove(plan: Plan) -> None:
 
 
 @pytest.mark.parametrize("name", plans())
-def test_a_public_model(name: str) -> None:
+def test_plans_of_public_models_are_proven(name: str) -> None:
     prove(Plan.read(PLANS / f"{name}.json"))
 
 
 @SLOW
 @pytest.mark.parametrize("tp_size", [2, 4, 8])
 @pytest.mark.parametrize("variant", PRESET_VARIANTS)
-def test_a_preset(tmp_path: Path, variant: str, tp_size: int) -> None:
+def test_every_preset_is_proven(tmp_path: Path, variant: str, tp_size: int) -> None:
     from autotp_plan.planner import compile_plan
     from autotp_plan.schemas.errors import CompileError
     from tests.helpers.models import save_checkpoint
@@ -69,7 +69,7 @@ def stable_lm(folder: Path) -> Path:
     return folder
 
 
-def test_a_spec_file_of_ones_own(tmp_path: Path) -> None:
+def test_a_spec_file_from_the_skeleton_is_proven_and_a_wrong_one_is_not(tmp_path: Path) -> None:
     """The skeleton that `compile` shows, filled in right and wrong."""
     from autotp_plan.planner import SpecFile, compile_plan
     from autotp_plan.runtime import verify_plan

@@ -246,21 +246,25 @@ def errors(work: Path) -> dict[str, dict[str, float]]:
 
 
 @pytest.mark.parametrize("case", list(WRONG))
-def test_wrong_logits_or_an_error(errors: dict[str, dict[str, float]], case: str) -> None:
+def test_plans_with_wrong_layouts_or_attributes_have_wrong_logits_or_raise(
+    errors: dict[str, dict[str, float]], case: str
+) -> None:
     found = errors[case]
     seen = max(error for name, error in found.items() if name.startswith("logits") or error == float("inf"))
     assert seen > 1e-3, f"{case} went unnoticed: {seen}"
 
 
 @pytest.mark.parametrize("case", list(GRADIENTS))
-def test_wrong_gradients_only(errors: dict[str, dict[str, float]], case: str) -> None:
+def test_plans_that_forget_a_sum_have_wrong_gradients_only(errors: dict[str, dict[str, float]], case: str) -> None:
     found = errors[case]
     assert max(error for name, error in found.items() if name.startswith(("logits", "loss"))) < 1e-9, "logits are exact"
     assert max(found.values()) > 1e-4, f"{case} went unnoticed: {max(found.values())}"
 
 
 @pytest.mark.parametrize("variant", list(UNSUMMED))
-def test_shared_rows_not_summed(errors: dict[str, dict[str, float]], variant: str) -> None:
+def test_gradients_of_shared_rows_that_are_not_summed_are_wrong_there_only(
+    errors: dict[str, dict[str, float]], variant: str
+) -> None:
     found = errors[variant]
     wrong = {name for name, error in found.items() if error > 1e-6}
     assert wrong and all(UNSUMMED[variant] in name for name in wrong), wrong
