@@ -194,7 +194,7 @@ def test_tp_size_comes_from_one_place(make: Make) -> None:
 # cuts
 
 
-def test_a_view_of_fused_experts(make: Make) -> None:
+def test_fused_experts_are_sharded_in_a_view_with_their_bias(make: Make) -> None:
     """DeepSpeed's three-dimensional view of a two-dimensional weight, and a bias along with it."""
     config = {"num_experts": 4, "hidden_size": 5}
     shapes = {"experts.w1.weight": (24, 5), "experts.w1.bias": (24,), "experts.w2.weight": (20, 6)}
@@ -236,7 +236,7 @@ def test_biases_follow_their_weights(make: Make) -> None:
     ]
 
 
-def test_an_uneven_vocabulary(make: Make) -> None:
+def test_a_vocabulary_that_tp_does_not_divide_is_sharded_unevenly(make: Make) -> None:
     plan = compile_plan(make(vocab_size=63), tp_size=4)
     head = of(plan, "lm_head.weight")
     assert head["intervals"] == of(plan, "model.embed_tokens.weight")["intervals"]
@@ -259,7 +259,7 @@ def test_indivisible_sizes_say_the_sizes_that_work(make: Make, tp_size: int) -> 
             faults_of(folder, size)
 
 
-def test_module_attributes(make: Make) -> None:
+def test_module_attributes_are_resolved_for_each_rank(make: Make) -> None:
     spec = rules(
         module_attributes=[
             {"patterns": [r".*\.self_attn$"], "attributes": {"num_heads": "num_attention_heads // tp_size",
@@ -309,7 +309,7 @@ def test_optional_rules_may_match_nothing(make: Make) -> None:
     assert fault.next.endswith(r"write .*\.gate_proj\.weight$")
 
 
-def test_a_partial_gradient(make: Make) -> None:
+def test_norms_of_heads_have_partial_gradients(make: Make) -> None:
     config = {**LLAMA_CONFIG, "model_type": "qwen3", "head_dim": 4}
     shapes = llama_shapes(config)
     for layer in range(2):
@@ -323,7 +323,7 @@ def test_a_partial_gradient(make: Make) -> None:
 # ties and names on disk
 
 
-def test_a_tied_head(make: Make) -> None:
+def test_a_tied_head_is_a_tie_and_no_parameter(make: Make) -> None:
     plan = compile_plan(make(tie_word_embeddings=True), tp_size=2)
     (tie,) = plan.tied
     assert (tie.name, tie.to, tie.style, tie.gather_output) == (
@@ -361,7 +361,7 @@ NEOX_SHAPES = {
 }  # fmt: skip
 
 
-def test_other_names_on_disk(make: Make) -> None:
+def test_parameters_keep_the_names_they_have_on_disk(make: Make) -> None:
     plan = compile_plan(make(NEOX_SHAPES, NEOX), tp_size=2)
     (head,) = (entry for entry in plan.parameters if entry.name == "lm_head.weight")
     assert head.source == "embed_out.weight"
@@ -387,7 +387,7 @@ def test_ignored_tensors_of_a_users_own(make: Make) -> None:
     assert fault.where == "ignored_tensors"
 
 
-def test_a_live_module_without_torch() -> None:
+def test_a_live_module_needs_only_named_parameters_and_a_config() -> None:
     """Anything with named_parameters and a config will do; parameters that are one object are tied."""
     weights = {name: SimpleNamespace(shape=shape, dtype="torch.bfloat16") for name, shape in llama_shapes().items()}
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
@@ -508,7 +508,7 @@ def test_a_number_of_layers_that_makes_no_sense(make: Make, changes: dict[str, A
     assert [fault.what for fault in faults_of(folder)] == ["the number of layers is not known"]
 
 
-def test_layers_too_many_or_too_few(make: Make) -> None:
+def test_layers_too_many_or_too_few_are_refused(make: Make) -> None:
     folder = make(llama_shapes(), {**LLAMA_CONFIG, "num_hidden_layers": 1})
     found = faults_of(folder)
     assert {fault.what for fault in found} == {"the model has more layers than its config says"}
@@ -576,7 +576,7 @@ def test_a_partial_gradient_stays_one_beside_cut_weights_only(make: Make) -> Non
     assert fault.what == "a gradient is summed where every rank has all of it"
 
 
-def test_a_norm_that_no_rule_decides(make: Make) -> None:
+def test_a_norm_that_the_preset_does_not_know_is_refused(make: Make) -> None:
     config = {**LLAMA_CONFIG, "model_type": "llama_of_mine"}
     norms = {f"model.layers.{n}.self_attn.q_norm.weight": (4,) for n in range(2)}
     folder = make({**llama_shapes(), **norms}, config)
@@ -590,7 +590,7 @@ def test_a_norm_that_no_rule_decides(make: Make) -> None:
     assert compile_plan(make(), tp_size=2).notes == ()
 
 
-def test_more_ranks_than_kv_heads(make: Make) -> None:
+def test_kv_heads_are_replicated_when_there_are_more_ranks(make: Make) -> None:
     config = {**LLAMA_CONFIG, "num_key_value_heads": 2}
     folder = make(llama_shapes(config), config)
     plan = compile_plan(folder, tp_size=8)

@@ -57,7 +57,7 @@ def found(plan: Plan) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("prefix", ["", "model.layers.0.mlp."])
-def test_columns_and_rows_that_pair(prefix: str) -> None:
+def test_columns_need_a_row_that_consumes_them(prefix: str) -> None:
     up, down = (f"{prefix}up.weight", "column", COLUMN), (f"{prefix}down.weight", "row", ROW)
     assert found(plan_of(up, down)) == []  # type: ignore[arg-type]
     assert found(plan_of((f"{prefix}gate_up.weight", "column", FUSED), down)) == []  # type: ignore[arg-type]
@@ -78,7 +78,7 @@ def test_columns_and_rows_that_pair(prefix: str) -> None:
         (swapped(FUSED), ROW, UNLIKE),
     ],
 )
-def test_columns_and_rows_that_do_not(column: Layout, row: Layout, what: str) -> None:
+def test_a_row_sharded_unlike_its_column_is_a_fault(column: Layout, row: Layout, what: str) -> None:
     plan = plan_of(("l.0.up.weight", "column", column), ("l.0.down.weight", "row", row))
     assert set(found(plan)) == {("l.0.down.weight (r)", what)}
 
@@ -126,7 +126,7 @@ def test_two_columns_unlike_one_row_are_two_faults() -> None:
         ("vocab", COLUMN, "row", False),
     ],
 )  # fmt: skip
-def test_ties(style: Style, layout: Layout, tied: Style, sound: bool) -> None:
+def test_tied_parameters_must_be_sharded_alike(style: Style, layout: Layout, tied: Style, sound: bool) -> None:
     plan = plan_of(
         ("embed.weight", style, layout),
         tied=(Tie(name="head.weight", to="embed.weight", style=tied, rule=RuleRef(Origin.UNKNOWN, "r")),),
@@ -152,14 +152,14 @@ def faults(plan: Plan, folder: Path) -> dict[tuple[str, str], tuple[str, str]]:
     return {(fault.where, fault.what): (fault.got, fault.expected) for fault in check_checkpoint(plan, folder)}
 
 
-def test_its_own_checkpoint(plan: Plan, folder: Path, tmp_path: Path) -> None:
+def test_a_plan_fits_its_own_checkpoint(plan: Plan, folder: Path, tmp_path: Path) -> None:
     assert check_checkpoint(plan, folder) == []
     trivial: dict[str, Any] = {"torch_dtype": "float32", "transformers_version": "9", "_name_or_path": "x"}
     trivial["use_cache"] = False
     assert check_checkpoint(plan, write_llama(tmp_path / "again", **trivial)) == []
 
 
-def test_missing_extra_and_other_tensors(plan: Plan, tmp_path: Path) -> None:
+def test_missing_extra_and_changed_tensors_are_faults(plan: Plan, tmp_path: Path) -> None:
     shapes: dict[str, Any] = llama_shapes()
     for layer in range(2):
         del shapes[f"model.layers.{layer}.self_attn.k_proj.weight"]
@@ -181,7 +181,7 @@ def test_missing_extra_and_other_tensors(plan: Plan, tmp_path: Path) -> None:
     }
 
 
-def test_another_config(plan: Plan, folder: Path) -> None:
+def test_another_config_is_a_fault(plan: Plan, folder: Path) -> None:
     what = "config.json is not the one the plan was compiled from"
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 5e5}))

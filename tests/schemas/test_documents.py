@@ -105,7 +105,7 @@ def test_fingerprint_ignores_the_order_of_keys_only() -> None:
         (b"[" * 100_000, "recursion"), (b"[" + b"9" * 5000 + b"]", "digits"),
     ],
 )  # fmt: skip
-def test_what_is_not_json(tmp_path: Path, text: bytes, got: str) -> None:
+def test_what_is_not_json_is_refused_with_the_place(tmp_path: Path, text: bytes, got: str) -> None:
     path = tmp_path / "plan.json"
     path.write_bytes(text)
     with pytest.raises(DocumentError) as caught:
@@ -119,7 +119,7 @@ def test_a_pair_of_surrogates_is_a_character() -> None:
     assert documents.parse_json('"\\ud83d\\ude00"', "plan", "x") == "😀"
 
 
-def test_missing_and_huge_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_and_huge_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in (tmp_path / "none.json", tmp_path):
         with pytest.raises(DocumentError, match="cannot read the plan"):
             documents.read_json(path, "plan")
@@ -129,7 +129,7 @@ def test_missing_and_huge_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         documents.read_json(tmp_path / "big.json", "plan")
 
 
-def test_dotted() -> None:
+def test_paths_are_dotted() -> None:
     assert documents.dotted(["layer_specs", 2, "shape", 0]) == "layer_specs[2].shape[0]"
     assert documents.dotted([]) == ""
 
@@ -193,7 +193,7 @@ def test_a_changed_plan_is_refused(data: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("wrong", [None, 3, "plan", [], {}])
-def test_what_is_no_plan(wrong: Any) -> None:
+def test_what_is_no_plan_is_refused(wrong: Any) -> None:
     assert all(fault.what.startswith("the plan ") for fault in refused(wrong))
 
 
@@ -369,7 +369,7 @@ def test_manifests_name_files_of_their_folder_only(name: str) -> None:
 # layouts and errors
 
 
-def test_views() -> None:
+def test_dimensions_of_a_view_are_grouped_by_those_of_the_shape() -> None:
     assert group_view((8, 6), (2, 4, 6)) == [range(2), range(2, 3)]
     assert group_view((8, 6), (8, 6)) == [range(1), range(1, 2)]
     assert group_view((8, 6), (6, 8)) is None
@@ -378,7 +378,7 @@ def test_views() -> None:
     assert parameter_shape((8, 6), (2, 4, 6), (2, 1, 6)) == (2, 6)
 
 
-def test_layout_of_one_rank() -> None:
+def test_a_layout_gives_shape_and_intervals_of_each_rank() -> None:
     cut = Layout(shape=(4, 6), dim=1, sub_parameters=(SubParameter(size=6, unit=2),), intervals=(((0, 4),), ((4, 6),)))
     assert (cut.rank_shape(0), cut.rank_shape(1), cut.rank_intervals(1)) == ((4, 4), (4, 2), ((4, 6),))
     assert (cut.name, Layout(shape=()).name, Layout(shape=(3,)).name) == ("4x6 dim 1", "scalar whole", "3 whole")

@@ -119,7 +119,7 @@ def test_scale_counts_in_units() -> None:
     assert iv.scale((0, 2), 3, offset=10) == (10, 16)
 
 
-def test_replica_groups() -> None:
+def test_replica_groups_are_ranks_with_the_same_intervals() -> None:
     assert iv.replica_groups([((0, 2),), ((2, 4),)]) == [(0,), (1,)]
     assert iv.replica_groups([((0, 2),), ((0, 2),), ((2, 4),), ((2, 4),)]) == [(0, 1), (2, 3)]
     assert iv.replica_groups([((0, 2), (4, 6)), ((2, 4), (4, 6))]) is None, "shared in part"

@@ -38,7 +38,7 @@ def test_fold_then_expand_gives_the_names_back(names: set[str]) -> None:
         ([], []),
     ],
 )
-def test_fold(names: list[str], patterns: list[str]) -> None:
+def test_names_that_differ_in_numbers_fold_to_ranges(names: list[str], patterns: list[str]) -> None:
     assert fold(names) == patterns
 
 
@@ -65,7 +65,7 @@ def test_bad_braces_are_refused(pattern: str) -> None:
     assert caught.value.faults[0].where == pattern
 
 
-def test_starred() -> None:
+def test_numbers_between_dots_become_stars() -> None:
     assert starred("model.layers.12.experts.0.w1.weight") == "model.layers.*.experts.*.w1.weight"
     assert starred("7") == "*" and starred("1.2") == "*.*"
     for name in ("a.007.b", "a.x1.b", "a.1x", "a.1234567890.b", "a.-1.b", "a.1\n.b", ""):

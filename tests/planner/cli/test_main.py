@@ -51,7 +51,7 @@ def files_of(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def test_the_whole_way(run: Run, llama: Path, tmp_path: Path) -> None:
+def test_compile_check_presplit_and_show_work_on_each_others_files(run: Run, llama: Path, tmp_path: Path) -> None:
     plan_file, shards = tmp_path / "plan.json", tmp_path / "shards"
     result = run("compile", "--model", llama, "--tp", 2, "-o", plan_file)
     assert result.stdout.startswith(f"{plan_file}: 21 parameters at TP=2; ")
@@ -92,7 +92,7 @@ def test_show_as_json_is_a_contract(run: Run, plan_file: Path) -> None:
     }  # fmt: skip
 
 
-def test_names_are_shown_as_they_are(run: Run, tmp_path: Path) -> None:
+def test_markup_in_names_is_shown_as_it_is(run: Run, tmp_path: Path) -> None:
     """Square brackets and colons are no markup of the table."""
     names = ["a[/b].w", "[bold]x.w", ":smile:.w"]
     config = {"architectures": ["[/Model]"], "model_type": "[red]"}
@@ -107,7 +107,9 @@ def test_the_same_command_writes_the_same_bytes(run: Run, llama: Path, plan_file
     assert (tmp_path / "again.json").read_bytes() == plan_file.read_bytes()
 
 
-def test_specs_and_a_deepspeed_config(run: Run, llama: Path, tmp_path: Path) -> None:
+def test_the_first_spec_file_decides_before_later_ones_and_the_deepspeed_config(
+    run: Run, llama: Path, tmp_path: Path
+) -> None:
     for name, pattern in (("a", "gate"), ("b", "(gate|up)"), ("c", "down")):
         spec = {"layer_specs": [{"patterns": [f".*{pattern}_proj.weight"], "partition_type": "skip"}]}
         (tmp_path / f"{name}.json").write_text(json.dumps(spec))
@@ -198,7 +200,9 @@ def test_a_users_mistake_is_told_and_changes_nothing(
     assert files_of(tmp_path) == before
 
 
-def test_a_plan_for_another_checkpoint(run: Run, plan_file: Path, tmp_path: Path) -> None:
+def test_a_plan_of_another_checkpoint_is_refused_and_nothing_is_written(
+    run: Run, plan_file: Path, tmp_path: Path
+) -> None:
     other = write_llama(tmp_path / "other", num_hidden_layers=3, intermediate_size=96)
     before = files_of(tmp_path)
     for command in (["check", plan_file, "--checkpoint", other],
@@ -209,13 +213,15 @@ def test_a_plan_for_another_checkpoint(run: Run, plan_file: Path, tmp_path: Path
     assert files_of(tmp_path) == before
 
 
-def test_a_plan_changed_by_hand(run: Run, plan_file: Path) -> None:
+def test_a_plan_that_was_changed_by_hand_is_refused(run: Run, plan_file: Path) -> None:
     plan_file.write_text(plan_file.read_text().replace('"tp_size": 2', '"tp_size": 3'))
     for command in (["show"], ["check"]):
         assert "the plan was changed after it was compiled" in run(*command, plan_file, status=2).stderr
 
 
-def test_a_broken_disk_is_no_traceback(run: Run, plan_file: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_operating_system_is_a_message_without_traceback(
+    run: Run, plan_file: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As root no permission is missing, so that the refusal is made up."""
 
     def refuse(*_: Any, **__: Any) -> Any:
@@ -237,7 +243,7 @@ def command(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]
     )  # fmt: skip
 
 
-def test_the_process(plan_file: Path, llama: Path, tmp_path: Path) -> None:
+def test_exit_status_and_streams_of_the_installed_command(plan_file: Path, llama: Path, tmp_path: Path) -> None:
     done = command("show", plan_file)
     assert (done.returncode, done.stderr) == (0, "")
     assert max(map(len, done.stdout.splitlines())) <= 200
@@ -249,7 +255,7 @@ def test_the_process(plan_file: Path, llama: Path, tmp_path: Path) -> None:
     assert "presplit" in command("--help").stdout
 
 
-def test_a_reader_that_goes_away(plan_file: Path) -> None:
+def test_a_closed_pipe_ends_the_command_in_silence(plan_file: Path) -> None:
     """`autotp-plan show plan.json --format json | head -1`."""
     shell = f"{sys.executable} -m autotp_plan.planner.cli.main show {plan_file} --format json | true"
     done = subprocess.run(

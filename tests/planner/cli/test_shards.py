@@ -31,7 +31,7 @@ def run(*arguments: Any, status: int = 0) -> Any:
     return result
 
 
-def test_check_merge_and_reshard(shards: Path, tmp_path: Path) -> None:
+def test_check_merge_and_reshard_give_the_same_bytes_back(shards: Path, tmp_path: Path) -> None:
     assert "sound, every checksum is right (6 files" in run("check", shards).stdout
     assert "is sound and" in run("check", shards, "--checkpoint", tmp_path / "original").stdout
     assert ": the checkpoint, " in run("merge", shards, "-o", tmp_path / "merged").stdout
@@ -51,7 +51,7 @@ def test_progress_in_plain_lines(shards: Path, tmp_path: Path, monkeypatch: pyte
     assert "(100%)" in lines[-1] and "/s, 0 s left" in lines[-1]
 
 
-def test_mistakes(shards: Path, tmp_path: Path) -> None:
+def test_wrong_options_and_damaged_shards_are_refused(shards: Path, tmp_path: Path) -> None:
     assert "either --tp or --plan" in run("reshard", shards, "-o", tmp_path / "x", status=2).stderr
     both = ("--tp", 4, "--plan", tmp_path / "plan.json")
     assert "either --tp or --plan" in run("reshard", shards, *both, "-o", tmp_path / "x", status=2).stderr

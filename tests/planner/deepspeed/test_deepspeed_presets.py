@@ -56,7 +56,7 @@ def cuts(plan: Plan) -> Any:
 
 
 @pytest.mark.parametrize(("preset", "variant"), PAIRS)
-def test_by_name(checkpoints: dict[str, Path], preset: str, variant: str) -> None:
+def test_a_preset_of_deepspeed_compiles_as_our_preset(checkpoints: dict[str, Path], preset: str, variant: str) -> None:
     plan = compile_plan(checkpoints[variant], deepspeed=parse_section({"autotp_size": 2, "preset_model": preset}))
     assert cuts(plan) == cuts(compile_plan(checkpoints[variant], tp_size=2))
     told = [note for note in plan.notes if f"preset_model {preset!r}" in note]
@@ -107,7 +107,9 @@ def by_patterns(folder: Path, specs: list[dict[str, Any]], use_default_specs: bo
 
 @pytest.mark.parametrize("use_default_specs", [True, False])
 @pytest.mark.parametrize(("preset", "variant"), PAIRS)
-def test_by_its_patterns(checkpoints: dict[str, Path], preset: str, variant: str, use_default_specs: bool) -> None:
+def test_patterns_of_a_preset_compile_right_or_are_refused(
+    checkpoints: dict[str, Path], preset: str, variant: str, use_default_specs: bool
+) -> None:
     """Right, with a note on what DeepSpeed would have done, or refused with the reason."""
     pair, specs = (preset, variant), patterns_of(preset)
     if pair not in CORRECTED or (pair == ("qwen2", "qwen2_moe") and not use_default_specs):
@@ -145,7 +147,7 @@ def test_the_documented_pattern_for_pythia(
 
 
 @pytest.mark.parametrize("variant", ["glm", "glm4"])
-def test_chatglm_is_another_name(checkpoints: dict[str, Path], variant: str) -> None:
+def test_chatglm_names_the_presets_of_glm(checkpoints: dict[str, Path], variant: str) -> None:
     for plan in (
         compile_plan(checkpoints[variant], tp_size=2, preset="chatglm"),
         compile_plan(checkpoints[variant], deepspeed=parse_section({"autotp_size": 2, "preset_model": "ChatGLM"})),
@@ -155,7 +157,7 @@ def test_chatglm_is_another_name(checkpoints: dict[str, Path], variant: str) -> 
 
 
 @pytest.mark.parametrize("by_config", [True, False])
-def test_chatglm_itself_is_refused(checkpoints: dict[str, Path], tmp_path: Path, by_config: bool) -> None:
+def test_the_model_chatglm_itself_is_refused(checkpoints: dict[str, Path], tmp_path: Path, by_config: bool) -> None:
     """Its code is not in transformers: how its fused weights lie would be a guess."""
     config = json.loads((checkpoints["glm"] / "config.json").read_text())
     folder = shutil.copytree(checkpoints["glm"], tmp_path / "chatglm")

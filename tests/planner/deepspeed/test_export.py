@@ -57,7 +57,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("variant", EXPRESSIBLE)
-def test_there_and_back(checkpoints: dict[str, Path], variant: str) -> None:
+def test_an_exported_config_compiles_to_the_same_layouts(checkpoints: dict[str, Path], variant: str) -> None:
     plan = compile_plan(checkpoints[variant], tp_size=2)
     exported = export_to_deepspeed(plan)
     assert not exported.obstacles and exported.tried and 0.5 < exported.share < 0.7
@@ -79,7 +79,9 @@ def write_plan(folder: Path, output: Path, tp_size: int = 2) -> Path:
 
 
 @pytest.mark.parametrize("variant", list(OBSTACLES))
-def test_what_cannot_be_said(checkpoints: dict[str, Path], tmp_path: Path, variant: str) -> None:
+def test_what_deepspeed_cannot_express_is_listed_and_nothing_is_written(
+    checkpoints: dict[str, Path], tmp_path: Path, variant: str
+) -> None:
     """It is listed, with the reason, and nothing is written: not with --partial either."""
     plan, output = write_plan(checkpoints[variant], tmp_path / "plan.json"), tmp_path / "config.json"
     for options in ([], ["--partial"]):
@@ -93,7 +95,9 @@ def test_what_cannot_be_said(checkpoints: dict[str, Path], tmp_path: Path, varia
 
 
 @pytest.mark.parametrize("variant", PARTLY)
-def test_experts_may_be_whole(checkpoints: dict[str, Path], tmp_path: Path, variant: str) -> None:
+def test_fused_experts_are_exported_replicated_with_partial_only(
+    checkpoints: dict[str, Path], tmp_path: Path, variant: str
+) -> None:
     plan, output = write_plan(checkpoints[variant], tmp_path / "plan.json"), tmp_path / "config.json"
     refused = run(plan, "-o", output)
     assert refused.exit_code == 1 and not output.exists()
@@ -109,7 +113,7 @@ def test_experts_may_be_whole(checkpoints: dict[str, Path], tmp_path: Path, vari
     assert {"column", "row"} <= set(styles.values())
 
 
-def test_layers_that_differ(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_a_pattern_of_one_layer_does_not_match_another(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """A pattern does not spill over to a layer that the plan keeps whole."""
     rule = {"patterns": [r"model\.layers\.0\.mlp\..*_proj\.weight$"], "partition_type": "skip"}
     spec = SpecFile.from_dict({"layer_specs": [rule]}, "spec")
@@ -122,7 +126,9 @@ def test_layers_that_differ(checkpoints: dict[str, Path], tmp_path: Path) -> Non
     assert types == [{"skip"}, {"column"}]
 
 
-def test_a_type_that_was_not_tried(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+def test_a_model_type_that_was_not_tried_is_exported_with_a_warning(
+    tmp_path: Path, checkpoints: dict[str, Path]
+) -> None:
     config = json.loads((checkpoints["llama"] / "config.json").read_text())
     folder = shutil.copytree(checkpoints["llama"], tmp_path / "mine")
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "mine"}))
@@ -132,14 +138,14 @@ def test_a_type_that_was_not_tried(tmp_path: Path, checkpoints: dict[str, Path])
     assert done.exit_code == 0 and "not tried with model_type mine" in done.stderr
 
 
-def test_the_attributes_are_those_that_deepspeed_divides() -> None:
+def test_exported_module_attributes_are_those_that_deepspeed_divides() -> None:
     from deepspeed.module_inject.auto_tp import AutoTP
 
     source = inspect.getsource(AutoTP.update_mp_params)
     assert all(f'"{attribute}"' in source for attribute in DIVIDED)
 
 
-def test_uneven_shares_cannot_be_said(tmp_path: Path) -> None:
+def test_uneven_shards_cannot_be_exported(tmp_path: Path) -> None:
     from tests.helpers.models import save_checkpoint
 
     plan = compile_plan(save_checkpoint(tmp_path / "llama", "llama"), tp_size=3, uneven=True)

@@ -63,7 +63,7 @@ def llama(tmp_path: Path) -> Path:
 # documented forms
 
 
-def test_only_a_size(llama: Path) -> None:
+def test_a_section_with_only_a_size_uses_our_preset(llama: Path) -> None:
     """The minimal form: DeepSpeed takes the model's own plan, we take the preset of its model_type."""
     assert compiled(llama, {"autotp_size": 4}) == compile_plan(llama, tp_size=4)
 
@@ -81,7 +81,7 @@ def test_a_preset_of_deepspeed_that_is_another_models(llama: Path, name: str) ->
     assert f"preset_model '{name}' of the DeepSpeed config was replaced by preset 'llama'" in plan.notes[0]
 
 
-def test_custom_patterns(tmp_path: Path) -> None:
+def test_the_tutorials_partition_config_shards_a_model_of_ones_own(tmp_path: Path) -> None:
     """The tutorial's partition_config for a model of one's own, without config.json's help."""
     folder = write_checkpoint(tmp_path / "own", fused_shapes(), {"model_type": "own"})
     plan = compiled(folder, {"autotp_size": 4, "partition_config": CUSTOM})
@@ -91,7 +91,7 @@ def test_custom_patterns(tmp_path: Path) -> None:
     assert {entry.style for entry in plan.parameters} == {"row", "column"}
 
 
-def test_custom_patterns_on_a_llama(llama: Path) -> None:
+def test_the_tutorials_partition_config_is_refused_for_a_llama(llama: Path) -> None:
     """On a Llama the same config has a rule for a weight that is not there, and leaves gate and up whole."""
     found = {(fault.what, fault.where) for fault in refused(llama, {"autotp_size": 4, "partition_config": CUSTOM})}
     assert found == {
@@ -101,7 +101,7 @@ def test_custom_patterns_on_a_llama(llama: Path) -> None:
     }
 
 
-def test_the_configuration_pages_example(llama: Path) -> None:
+def test_the_example_of_deepspeeds_configuration_page_is_refused(llama: Path) -> None:
     """Only o_proj and down_proj are decided: rows without columns to feed them, which trains wrong numbers."""
     section = {
         "autotp_size": 4, "preset_model": "llama", "tp_overlap_comm": False,
@@ -119,7 +119,7 @@ def test_the_configuration_pages_example(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("sizes", [[HIDDEN, 16, 16], ["q_size", "kv_size", "kv_size"]])
-def test_unequal_sub_parameters(tmp_path: Path, sizes: list[Any]) -> None:
+def test_sub_parameters_of_unequal_sizes_are_sharded_each(tmp_path: Path, sizes: list[Any]) -> None:
     """GQA; the documentation writes q_size and kv_size, which here are names that a spec file defines."""
     folder = write_checkpoint(tmp_path / "own", fused_shapes(qkv=True), {**LLAMA_CONFIG, "model_type": "own"})
     fused = {"patterns": [r".*\.qkv_proj\.weight$"], **COLUMN, "shape": [sizes, -1], "partition_dim": 0}
@@ -132,7 +132,7 @@ def test_unequal_sub_parameters(tmp_path: Path, sizes: list[Any]) -> None:
     assert intervals(plan, "model.layers.0.self_attn.qkv_proj.weight")[1] == [[8, 16], [36, 40], [52, 56]]
 
 
-def test_model_types_in_a_shared_config(tmp_path: Path) -> None:
+def test_rules_for_other_model_types_do_not_count(tmp_path: Path) -> None:
     """Two rules for one pattern, each for a family: no conflict, and the wrong one for Qwen2 never counts."""
     gqa = {"patterns": [r".*\.qkv_proj\.weight$"], "shape": [[32, 16, 16], -1], "partition_dim": 0}
     equal = {"patterns": [r".*\.qkv_proj\.weight$"], "shape": [3, -1], "partition_dim": 0}
@@ -176,7 +176,7 @@ def test_the_documented_bloom_form_is_refused_where_heads_would_be_cut(tmp_path:
     )
 
 
-def test_the_docstrings_of_tp_layer_spec(tmp_path: Path) -> None:
+def test_every_form_in_the_docstrings_of_tp_layer_spec_compiles(tmp_path: Path) -> None:
     """Row, column, gathered head, fused `(3, -1)` and `(2, -1)`, experts in a view, skip: one model with them all."""
     shapes = {
         "h.0.query_key_value.weight": (24, 8), "h.0.o_proj.weight": (8, 8), "h.0.gate_up_proj.weight": (32, 8),
@@ -257,7 +257,7 @@ def test_what_is_not_applied_is_noted(llama: Path, section: dict[str, Any], note
         {"tp": {"tp_size": 2, "tp_grain_size": 1, "mpu": None, "tp_group": None}, "autotp_size": 2},
     ],
 )  # fmt: skip
-def test_defaults_say_nothing(llama: Path, section: dict[str, Any]) -> None:
+def test_default_options_change_nothing(llama: Path, section: dict[str, Any]) -> None:
     assert compiled(llama, section, tp_size=2) == compile_plan(llama, tp_size=2)
 
 
@@ -325,7 +325,7 @@ def test_partition_config_may_say_what_a_spec_file_says(tmp_path: Path) -> None:
 # files
 
 
-def test_reading_the_file(tmp_path: Path) -> None:
+def test_a_file_without_a_tensor_parallel_section_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"train_batch_size": 8, "tensor_parallel": {"autotp_size": 4}}))
     assert read_deepspeed_config(path).tp_size == 4

@@ -235,20 +235,20 @@ def refused(folder: Path) -> list[tuple[str, str, str]]:
         ("l.1.moe.2", [(f"l.1.moe.2.{leaf}", "2 of 3 tensors") for leaf in ("b", "w1", "w2", "w3")]),
     ],
 )
-def test_missing_tensors(tmp_path: Path, without: str, faults: list[tuple[str, str]]) -> None:
+def test_the_first_missing_tensor_is_named(tmp_path: Path, without: str, faults: list[tuple[str, str]]) -> None:
     """A gap, the last one of one kind, one kind altogether, an expert altogether: the first missing one is named."""
     write_checkpoint(tmp_path, {name: shape for name, shape in SHAPES.items() if without not in name})
     assert refused(tmp_path) == [(LACKS, where, got) for where, got in faults]
 
 
-def test_a_number_far_away_costs_nothing(tmp_path: Path) -> None:
+def test_a_huge_expert_number_costs_no_memory(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, {**SHAPES, "l.0.moe.999999999.w1": (4, 2)})
     found = {where: got for _, where, got in refused(tmp_path)}
     assert found["l.0.moe.3.w1"] == "4 of 1000000000 tensors"
     assert found["l.{0..1}.moe.3.w2"] == "3 of 1000000000 tensors"
 
 
-def test_unlike_tensors(tmp_path: Path) -> None:
+def test_tensors_of_other_shapes_or_dtypes_cannot_be_fused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "a", {**SHAPES, "l.0.moe.1.w1": (4, 3), "l.1.moe.2.w2": (1, 8)})
     assert refused(tmp_path / "a") == [
         (UNLIKE, "l.0.moe.1.w1", "BF16 of [4, 3]"),
@@ -266,7 +266,7 @@ def test_unlike_tensors(tmp_path: Path) -> None:
     ]
 
 
-def test_both_forms_at_once(tmp_path: Path) -> None:
+def test_a_parameter_stored_fused_and_unfused_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, {**SHAPES, "l.1.experts.down": (3, 2, 4)})
     assert refused(tmp_path) == [
         (
@@ -315,7 +315,9 @@ def test_another_checkpoint_is_refused_alike_by_all(
         assert [fault.where for fault in caught.value.faults] == [where]
 
 
-def test_a_file_that_shrinks(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_shrinks_after_it_was_opened_is_an_error(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = compiled(folder, 2)
     source = weights.open_weights(folder, plan)
     (folder / "1.safetensors").write_bytes((folder / "1.safetensors").read_bytes()[:-4])
@@ -365,7 +367,7 @@ def faults_of(data: dict[str, Any]) -> list[str]:
         ({"sources": {"names": ["l.{0..1}.moe.*.w2"], "count": 3, "dim": 1}}, ".dim: "),
     ],
 )  # fmt: skip
-def test_plans_that_contradict_themselves(folder: Path, changes: dict[str, Any], fault: str) -> None:
+def test_plans_with_impossible_sources_are_refused(folder: Path, changes: dict[str, Any], fault: str) -> None:
     plan = compiled(folder, 2)
     index = next(at for at, entry in enumerate(plan.parameters) if entry.name == "l.{0..1}.experts.down")
     found = faults_of(hostile(plan, "l.{0..1}.experts.down", **changes))

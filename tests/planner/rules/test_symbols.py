@@ -27,7 +27,7 @@ def symbols(**definitions: Any) -> Symbols:
         (" 2*heads ", 16), ("head_dim * heads", 64), ("first", 64), ("own", 8), ("fallback", 5),
     ],
 )  # fmt: skip
-def test_resolve(size: int | str, value: int) -> None:
+def test_sizes_resolve_through_symbols_and_config(size: int | str, value: int) -> None:
     found = symbols(
         head_dim=("head_dim", "hidden_size // heads"), first=("hidden_size", "heads"), own="own_heads",
         own_heads=("missing", "heads"), fallback=("missing", 5),
@@ -59,7 +59,7 @@ def test_precedence_of_names() -> None:
         ("loop_a", "the config has no"), ("self", "the config has no 'self'"),
     ],
 )  # fmt: skip
-def test_refused(size: str, message: str) -> None:
+def test_sizes_that_cannot_be_resolved_are_refused(size: str, message: str) -> None:
     with pytest.raises(SymbolError) as caught:
         symbols(loop_a="loop_b", loop_b="loop_a + 1", self="self").resolve(size)
     assert message in str(caught.value)
@@ -77,13 +77,13 @@ def test_arithmetic_is_pythons(steps: list[tuple[str, int]]) -> None:
     assert symbols().resolve(text) == eval(text, {"heads": 8})
 
 
-def test_config_flag() -> None:
+def test_a_flag_is_true_only_where_the_config_says_so() -> None:
     assert symbols().config_flag("flag")
     assert not symbols().config_flag("nothing")
     assert not symbols().config_flag("missing")
 
 
-def test_max_and_min() -> None:
+def test_max_and_min_are_the_only_functions() -> None:
     symbols = Symbols(config={"num_heads": 8, "num_kv_heads": 2})
     assert symbols.resolve("num_heads // max(num_kv_heads, tp_size)", {"tp_size": 4}) == 2
     assert symbols.resolve("min(num_heads, 3, 5)") == 3

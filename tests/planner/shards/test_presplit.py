@@ -160,7 +160,7 @@ def test_every_byte_is_where_slicing_puts_it(
     assert sum(step[0] == total for step in steps) == 1, "every source byte is read once"
 
 
-def test_the_folder_needs_nothing_else(folder: Path, plan: Plan, tmp_path: Path) -> None:
+def test_a_shards_folder_holds_all_that_training_needs(folder: Path, plan: Plan, tmp_path: Path) -> None:
     output = tmp_path / "shards"
     manifest = presplit(plan, folder, output)
     assert Manifest.read(output) == manifest
@@ -212,7 +212,7 @@ def test_the_same_bytes_every_time(llama: tuple[Path, Plan], tmp_path: Path) -> 
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
-def test_one_rank_and_all_replicated(llama: tuple[Path, Plan], tmp_path: Path) -> None:
+def test_files_of_a_single_rank_and_of_a_replicated_model(llama: tuple[Path, Plan], tmp_path: Path) -> None:
     folder, _ = llama
     whole = SpecFile.from_dict({"layer_specs": [{"patterns": [".*"], "partition_type": "skip"}]})
     manifest = presplit(compile_plan(folder, tp_size=2, specs=[whole], preset="none"), folder, tmp_path / "whole")

@@ -55,7 +55,7 @@ def test_killed_at_random_moments(work: Path, tmp_path: Path, command: str) -> N
 @COMMANDS
 @pytest.mark.parametrize("call", ["pwritev", "fsync", "preadv", "replace"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-def test_calls_that_fail(
+def test_after_any_failed_call_the_command_resumes_to_the_same_bytes(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, call: str, code: int
 ) -> None:
     """The k-th call fails, then a later one, until it goes through: nothing is lost, and no file stays open."""
@@ -96,7 +96,7 @@ def test_calls_that_fail(
 
 
 @COMMANDS
-def test_a_disk_that_is_full(work: Path, tmp_path: Path, command: str) -> None:
+def test_a_full_disk_stops_the_command_which_then_resumes(work: Path, tmp_path: Path, command: str) -> None:
     """A file may not grow beyond a limit (the kernel says no, as it does on a full disk); then it may."""
     code = """
 import json, resource, signal, sys
@@ -164,7 +164,9 @@ def test_an_unfinished_folder_is_no_shards_folder(work: Path, tmp_path: Path, mo
             run(tmp_path / "out")
 
 
-def test_a_torn_journal(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torn_journal_makes_the_last_files_be_written_again(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The last line was half written, or all of it was lost: whatever is not noted is written again."""
     for cut in (1, 20, 10_000):
         output = tmp_path / str(cut)
@@ -198,7 +200,7 @@ def test_another_plan_source_or_command_is_refused(work: Path, tmp_path: Path, m
     assert "notes.txt" in refused(lambda: presplit(plan, work / "original", output, **options))
 
 
-def test_two_at_once_are_refused(work: Path, tmp_path: Path) -> None:
+def test_a_second_process_on_one_folder_is_refused(work: Path, tmp_path: Path) -> None:
     task = job_of(work, "presplit", tmp_path / "out")
     begun = OutputFolder(tmp_path / "out", {"command": "x"}, "presplit")
     with begun, pytest.raises(ShardsError, match="another process writes it"):

@@ -114,7 +114,7 @@ def told_in_manifest(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
-def test_headers_that_lie(shards: Path, tmp_path: Path, file: Path) -> None:
+def test_shards_with_headers_that_lie_are_refused(shards: Path, tmp_path: Path, file: Path) -> None:
     with pytest.raises(AutoTPError):
         read_header(file)
     shutil.copyfile(file, shards / SHARD)
@@ -133,7 +133,7 @@ def test_a_checkpoint_with_headers_that_lie(tmp_path: Path, file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_that_lead_out(shards: Path, tmp_path: Path, name: str) -> None:
+def test_file_names_that_lead_out_of_the_folder_are_refused(shards: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "in" / "outside").write_text("{}")
 
     def as_shard(data: dict[str, Any]) -> None:
@@ -153,7 +153,9 @@ def test_names_that_lead_out(shards: Path, tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", [SHARD, "config.json", PLAN_NAME, MANIFEST_NAME])
 @pytest.mark.parametrize("kind", ["link", "link to nowhere", "pipe", "folder"])
-def test_files_that_are_no_files(shards: Path, tmp_path: Path, name: str, kind: str) -> None:
+def test_pipes_folders_and_links_in_place_of_files_are_refused(
+    shards: Path, tmp_path: Path, name: str, kind: str
+) -> None:
     path = shards / name
     path.rename(tmp_path / "in" / "outside")
     if kind == "pipe":
@@ -250,7 +252,7 @@ SCALARS = st.one_of(
     new=SCALARS,
     which=st.sampled_from(["manifest", "plan", "header"]),
 )
-def test_any_document(sound: Path, at: list[int], new: Any, which: str) -> None:
+def test_changed_documents_raise_only_our_errors(sound: Path, at: list[int], new: Any, which: str) -> None:
     """Manifest, plan or an original's header with anything in the place of anything: only errors of ours."""
     work = Path(tempfile.mkdtemp())
     folder = shutil.copytree(sound, work / "shards")

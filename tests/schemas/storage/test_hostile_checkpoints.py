@@ -34,7 +34,7 @@ def refused(path: Path) -> str:
     return f"{fault.what}: {fault.got}"
 
 
-def test_sound_files(tmp_path: Path) -> None:
+def test_headers_of_sound_files_are_read(tmp_path: Path) -> None:
     path = write_file(tmp_path / "a", {"b": ("BF16", (2, 3)), "é": ("U8", ()), "empty": ("F64", (0, 4))})
     file = read_header(path)
     assert {(t.name, t.dtype, t.shape, t.stop - t.start) for t in file.tensors} == {
@@ -98,7 +98,9 @@ def test_headers_are_safetensors_own(tmp_path: Path) -> None:
         ({"a": F32, "b": {**F32, "data_offsets": [28, 52]}}, 52, None, "b begins at byte"),
     ],
 )  # fmt: skip
-def test_broken_files(tmp_path: Path, header: Any, data: int, length: int | None, reason: str) -> None:
+def test_broken_safetensors_files_are_refused_with_the_reason(
+    tmp_path: Path, header: Any, data: int, length: int | None, reason: str
+) -> None:
     assert reason in refused(write(tmp_path / "model.safetensors", header, data, length))
 
 
@@ -203,7 +205,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
     assert list(read_checkpoint(tmp_path / "snapshot").tensors) == ["w"]
 
 
-def test_config(tmp_path: Path) -> None:
+def test_a_config_that_is_no_json_object_is_refused(tmp_path: Path) -> None:
     assert read_config(tmp_path) is None
     for text in ("[]", "3", "{", '{"a": NaN}', '{"a": "\\ud800"}'):
         (tmp_path / "config.json").write_text(text)
@@ -213,7 +215,7 @@ def test_config(tmp_path: Path) -> None:
     assert config_hash({"a": 1, "dtype": "x"}) == config_hash({"a": 1}) != config_hash({"a": 2})
 
 
-def test_many_files(tmp_path: Path) -> None:
+def test_tensors_of_many_files_are_found(tmp_path: Path) -> None:
     shapes = {f"w{number}": (number + 1, 2) for number in range(40)}
     checkpoint = read_checkpoint(write_checkpoint(tmp_path, shapes, num_files=20))
     assert {name: tensor.shape for name, tensor in checkpoint.tensors.items()} == shapes
