@@ -9,8 +9,8 @@ export HF_HUB_OFFLINE := 1
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo cpu)
 # what DeepSpeed compiles stays in this environment: torch's lock file outlives a killed build, and all others wait for it
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
-# two processes, each with a file of tests at a time (tests/conftest.py says in which order)
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# two processes of one thread, each with a file of tests at a time (tests/conftest.py says in which order)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo test test-all quick check test-upstream test-oldest test-newest test-wheel bench docs format plans clean
 

@@ -1,4 +1,4 @@
-"""Forward and backward passes in float64, which a sharded model and the dense one run alike.
+"""Forward and backward passes in float64, which both the sharded and the dense model run.
 
 Only how a parameter or its gradient is read differs between the two, and that is an argument.
 """

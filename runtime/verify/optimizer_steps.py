@@ -1,4 +1,4 @@
-"""Optimizer steps in float32, which the DeepSpeed engine and the dense model take alike: losses and gradient norms."""
+"""Optimizer steps in float32, which both the DeepSpeed engine and the dense model take: losses and gradient norms."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def scaled_layout(layout: Layout, shape: tuple[int, ...], new_shape: tuple[int, 
         indices it is rounded up.
 
     Raises:
-        TwinError: some rank would hold nothing, or a size is not a whole number.
+        TwinError: some rank would hold nothing, or a size is not an integer.
     """
     if layout.dim is None:
         return Layout(shape=new_shape)
@@ -189,7 +189,7 @@ def _views(
 
 
 def _scaled_boundaries(layout: Layout, view: tuple[int, ...]) -> tuple[Layout | None, bool]:
-    """`layout` for a tensor of shape `view`, and whether every boundary fell on a whole number of units.
+    """`layout` for a tensor of shape `view`, and whether every boundary fell between units.
 
     Boundaries are counted in units and rounded up, so that a weight and the one that consumes its output, which have as
     many units, are still sharded in the same places.

@@ -46,7 +46,7 @@ def run_ranks(
         world_size: number of ranks.
         *arguments: the same for every rank.
         timeout: seconds after which all ranks are killed; a collective is given up after 120 s in any case.
-        preload: modules to import before forking, besides our own. Only the first call in a process can add any.
+        preload: more modules to import before forking. Only the first call in a process can add any.
 
     Returns:
         What each rank returned, by rank.

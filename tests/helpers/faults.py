@@ -71,7 +71,7 @@ def run_job(job: Job, **options: Any) -> None:
 
 
 def kill_until_done(job: Job, random: Random, *, kills: int, pause: float, longest: float) -> int:
-    """Run a job in processes of its own, killed `kills` times at random moments, then to its end; kills that hit."""
+    """Run a job in new processes, killed `kills` times at random moments, then to its end; how many kills hit it."""
     hit = 0
     for attempt in range(kills + 1):
         command = [sys.executable, "-m", "tests.helpers.faults", json.dumps(job), str(pause if attempt < kills else 0)]
@@ -92,7 +92,7 @@ def kill_until_done(job: Job, random: Random, *, kills: int, pause: float, longe
 
 
 def check_no_half_files(output: Path) -> None:
-    """Every safetensors file with a final name is whole: its header accounts for all of its bytes."""
+    """Every safetensors file with a final name is complete: its header accounts for all of its bytes."""
     from autotp_plan.schemas.storage.safetensors_header import read_header
 
     for path in output.glob("[!.]*.safetensors") if output.exists() else ():

@@ -139,7 +139,7 @@ def save_checkpoint(folder: Path, variant: str, dtype: torch.dtype = torch.float
 
 
 def load_dense(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
-    """The whole model of a checkpoint, in evaluation-free training mode without dropout."""
+    """The unsharded model of a checkpoint, in training mode."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).train()

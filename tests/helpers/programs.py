@@ -59,7 +59,7 @@ def output_of(
 
 
 def _kill_marked(mark: str) -> None:
-    """Kill the processes that inherited the mark; torchrun puts each rank in a session of its own."""
+    """Kill the processes that inherited the mark; torchrun puts each rank in a new session."""
     while processes := _marked(mark):
         for process in processes:
             with contextlib.suppress(ProcessLookupError):

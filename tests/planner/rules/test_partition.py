@@ -45,7 +45,7 @@ from autotp_plan.schemas.layout import group_view
         ((14, 2), Sharding(dim=0, unit=2, indivisible="uneven"), 3, (14, 2), [[(0, 6)], [(6, 10)], [(10, 14)]]),
     ],
 )  # fmt: skip
-def test_partition(shape: Any, sharding: Sharding, tp_size: int, view: Any, intervals: Any) -> None:
+def test_intervals_of_a_partition(shape: Any, sharding: Sharding, tp_size: int, view: Any, intervals: Any) -> None:
     if intervals is None:  # at partition_dim a number counts equal sub-parameters
         with pytest.raises(PartitionError, match="does not fit the parameter"):
             partition(shape, sharding, tp_size)
@@ -82,7 +82,7 @@ def test_partition(shape: Any, sharding: Sharding, tp_size: int, view: Any, inte
         ((8,), Sharding(dim=1), 1, "partition_dim is not a dimension"),
     ],
 )  # fmt: skip
-def test_refused(shape: Any, sharding: Sharding, tp_size: int, message: str) -> None:
+def test_partitions_that_do_not_fit_are_refused(shape: Any, sharding: Sharding, tp_size: int, message: str) -> None:
     if not message:
         assert partition(shape, sharding, tp_size).rank_shape(0) == shape
         return
@@ -98,7 +98,9 @@ def test_refused(shape: Any, sharding: Sharding, tp_size: int, message: str) -> 
     st.integers(1, 4),
     st.sampled_from([0, 1]),
 )
-def test_every_element_has_a_home(subs: list[tuple[int, int]], tp_size: int, other: int, dim: int) -> None:
+def test_shards_hold_every_index_once_and_no_unit_is_divided(
+    subs: list[tuple[int, int]], tp_size: int, other: int, dim: int
+) -> None:
     """Uneven shares of any sub-parameters and units: the shards hold everything, once, in order, between units."""
     assume(all(count >= tp_size for count, _ in subs))
     sizes = tuple(count * unit for count, unit in subs)
@@ -131,19 +133,19 @@ def test_biases_follow_the_output_of_their_weight() -> None:
     assert group_view((24,), bias.shape) == [range(2)]
 
 
-def test_a_bias_of_a_transposed_weight() -> None:
+def test_the_bias_of_a_transposed_weight_is_sharded_along_its_only_dim() -> None:
     """GPT-2 keeps its weights as (input, output): column-parallel is dimension 1, the bias's of dimension 0."""
     bias = bias_layout((4, 12), partition((4, 12), Sharding(dim=1, shape=(-1, 3)), 2))
     assert (bias.shape, bias.dim) == ((12,), 0)
     assert bias.intervals == (((0, 2), (4, 6), (8, 10)), ((2, 4), (6, 8), (10, 12)))
 
 
-def test_whole() -> None:
+def test_a_whole_layout_has_no_dim() -> None:
     assert replicated([3, 4]).dim is None
     assert replicated([]).rank_shape(3) == ()
 
 
-def test_replicate() -> None:
+def test_kv_heads_are_replicated_when_there_are_more_ranks() -> None:
     """KV heads: rank r of tp_size holds head r * heads // tp_size when there are more ranks than heads."""
     sharding = Sharding(dim=0, unit=4, indivisible="replicate")
     assert partition((8, 2), sharding, 4).intervals == (((0, 4),), ((0, 4),), ((4, 8),), ((4, 8),))
