@@ -24,6 +24,8 @@ GENERATED = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 FENCE = re.compile(r"(^ *(`{3,}).*?^ *\2$)", re.MULTILINE | re.DOTALL)
 BADGES = re.compile(r"<!-- badges -->.*?<!-- /badges -->\n", re.DOTALL)
+WIDE = {"families.md", "benchmark.md"}
+"""Pages of wide tables: without the column for the table of contents."""
 LANGUAGES = {".py": "python", ".json": "json", ".toml": "toml"}
 
 
@@ -86,7 +88,8 @@ def main() -> None:
     for page, text in pages().items():
         file = STAGE / page
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
+        front = "---\nhide: [toc]\n---\n\n" if page in WIDE else ""
+        file.write_text(front + text, encoding="utf-8")
 
 
 if __name__ == "__main__":
