@@ -80,11 +80,12 @@ def _names(owner: nn.Module) -> set[str]:
 
 
 def _unknown(module: nn.Module, name: str) -> Fault:
+    near = did_you_mean(name, _all_names(module))
     return Fault(
         what="the model has no such parameter",
         where="local_shard(model, name)",
-        got=name,
-        expected=f"a parameter of the plan {did_you_mean(name, _all_names(module))}".strip(),
+        got=repr(name),
+        expected=f"a parameter of the plan; {near}" if near else "a parameter of the plan",
         next="take the name from plan.document.expanded()",
     )
 
