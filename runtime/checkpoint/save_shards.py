@@ -161,7 +161,7 @@ class _RankWriter:
 
     def _parts(self, file: PlacedFile, name: str) -> Iterator[tuple[int, Tensor]]:
         """This rank's elements of a tensor of `file`, in contiguous parts: `(offset in bytes, elements)`."""
-        parameter = self.parameters[self.copies.get(name, name)] if name in {**self.copies, **self.parameters} else None
+        parameter = self.parameters.get(self.copies.get(name, name))
         if parameter is None or (file.owner is Owner.NO_RANK and name not in self.copies):
             return
         layout, shape = self.plan.layouts[parameter.layout], self.plan.shape_of(parameter)
