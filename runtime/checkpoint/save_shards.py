@@ -96,6 +96,7 @@ def _together(work: Callable[[], _T]) -> _T:
     except (OSError, EOFError) as raised:
         error = OutputError(
             Fault(
+                code="operating-system",
                 what="the shards of a running job could not be written",
                 where=str(getattr(raised, "filename", None) or "the folder"),
                 got=getattr(raised, "strerror", None) or str(raised),
