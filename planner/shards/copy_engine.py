@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from autotp_plan.planner.shards.copy_plan import FileGroup, StoredShard, TensorCopy
-from autotp_plan.planner.shards.copy_rows import copy_rows
+from autotp_plan.planner.shards.copy_rows import Rows, copy_rows
 from autotp_plan.schemas.shards.output_file import OutputFile
 from autotp_plan.schemas.shards.output_folder import OutputFolder
 from autotp_plan.schemas.storage.byte_ranges import Reader
@@ -144,8 +144,8 @@ class _Worker:
             rows = self._rows.take(last - first)
             self.reader.read_into(rows, ranges)
             for source, target, length in strided.copies:
-                to, of = (source - start, strided.source_stride), (target - first, strided.target_stride)
-                copy_rows(chunk, *to, rows, *of, length, strided.count)
+                in_chunk = Rows(chunk, source - start, strided.source_stride)
+                copy_rows(in_chunk, Rows(rows, target - first, strided.target_stride), length, strided.count)
 
     def _write(
         self, shard: StoredShard, start: int, stop: int, chunk: memoryview, outputs: dict[Path, OutputFile]
@@ -159,8 +159,8 @@ class _Worker:
             else:
                 rows = self._rows.take(last - first)
                 for source, target, length in strided.copies:
-                    to, of = (target - first, strided.target_stride), (source - start, strided.source_stride)
-                    copy_rows(rows, *to, chunk, *of, length, strided.count)
+                    in_chunk = Rows(chunk, source - start, strided.source_stride)
+                    copy_rows(Rows(rows, target - first, strided.target_stride), in_chunk, length, strided.count)
             for file, position, length in shard.ranges.slice(first, last - first):
                 if file in outputs:
                     outputs[file].write(rows[:length], position)

@@ -8,30 +8,31 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 
-def copy_rows(
-    target: memoryview,
-    target_start: int,
-    target_stride: int,
-    source: memoryview,
-    source_start: int,
-    source_stride: int,
-    length: int,
-    count: int,
-) -> None:
-    """Copy `count` rows of `length` bytes; from the first on, a row begins every `stride` bytes on either side."""
+class Rows(NamedTuple):
+    """Rows in memory: the first begins at byte `start`, each further one `stride` bytes after the one before."""
+
+    memory: memoryview
+    start: int
+    stride: int
+
+
+def copy_rows(target: Rows, source: Rows, length: int, count: int) -> None:
+    """Copy `count` rows of `length` bytes."""
     numpy = _numpy() if count > 1 else None
     if numpy is None:
         for row in range(count):
-            start, to = source_start + row * source_stride, target_start + row * target_stride
-            target[to : to + length] = source[start : start + length]
+            start, to = source.start + row * source.stride, target.start + row * target.stride
+            target.memory[to : to + length] = source.memory[start : start + length]
         return
-    width = math.gcd(8, length, target_start, source_start, target_stride, source_stride)
-    shape, words = (count, length // width), f"u{width}"
-    rows = numpy.ndarray(shape, words, buffer=source, offset=source_start, strides=(source_stride, width))
-    numpy.ndarray(shape, words, buffer=target, offset=target_start, strides=(target_stride, width))[...] = rows
+    width = math.gcd(8, length, target.start, source.start, target.stride, source.stride)
+    to, of = (
+        numpy.ndarray((count, length // width), f"u{width}", rows.memory, rows.start, (rows.stride, width))
+        for rows in (target, source)
+    )
+    to[...] = of
 
 
 @functools.cache

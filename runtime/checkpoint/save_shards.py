@@ -96,6 +96,7 @@ def _together(work: Callable[[], _T]) -> _T:
     except (OSError, EOFError) as raised:
         error = OutputError(
             Fault(
+                code="operating-system",
                 what="the shards of a running job could not be written",
                 where=str(getattr(raised, "filename", None) or "the folder"),
                 got=getattr(raised, "strerror", None) or str(raised),
@@ -161,7 +162,7 @@ class _RankWriter:
 
     def _parts(self, file: PlacedFile, name: str) -> Iterator[tuple[int, Tensor]]:
         """This rank's elements of a tensor of `file`, in contiguous parts: `(offset in bytes, elements)`."""
-        parameter = self.parameters[self.copies.get(name, name)] if name in {**self.copies, **self.parameters} else None
+        parameter = self.parameters.get(self.copies.get(name, name))
         if parameter is None or (file.owner is Owner.NO_RANK and name not in self.copies):
             return
         layout, shape = self.plan.layouts[parameter.layout], self.plan.shape_of(parameter)

@@ -185,6 +185,7 @@ def _dtype_faults(plan: Plan) -> Iterator[Fault]:
     for parameter in plan.expanded():
         if parameter.dtype not in DTYPES:
             yield Fault(
+                code="unknown-dtype",
                 what="torch has no such dtype",
                 where=parameter.name,
                 got=parameter.dtype,
@@ -195,6 +196,7 @@ def _dtype_faults(plan: Plan) -> Iterator[Fault]:
 
 def _short_read(weight: Weight, got: str) -> Fault:
     return Fault(
+        code="short-file",
         what="a file ended early while it was read",
         where=weight.name,
         got=got,

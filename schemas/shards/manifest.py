@@ -115,6 +115,7 @@ class Manifest:
         if isinstance(version, str) and version.split(".")[0] != VERSION.split(".")[0]:
             raise DocumentError(
                 Fault(
+                    code="shards-version",
                     what="the shards are of another format version",
                     where="version",
                     got=version,
@@ -127,6 +128,7 @@ class Manifest:
         if stated != data["fingerprint"]:
             raise DocumentError(
                 Fault(
+                    code="manifest-fingerprint",
                     what="the shards manifest was changed after it was written",
                     where="fingerprint",
                     got=data["fingerprint"],

@@ -15,17 +15,19 @@ from autotp_plan.planner.shards import copy_rows
     gaps=st.tuples(st.integers(0, 9), st.integers(0, 9)),
     starts=st.tuples(st.integers(0, 9), st.integers(0, 9)),
 )
-def test_rows_with_and_without_numpy(length: int, count: int, gaps: tuple[int, int], starts: tuple[int, int]) -> None:
+def test_rows_are_copied_alike_with_numpy_and_without(
+    length: int, count: int, gaps: tuple[int, int], starts: tuple[int, int]
+) -> None:
     source = bytes(range(256))
     strides = [length + gap for gap in gaps]
     wanted = bytearray(256)
     for row in range(count):
-        at, to = starts[0] + row * strides[0], starts[1] + row * strides[1]
-        wanted[to : to + length] = source[at : at + length]
+        start, end = starts[0] + row * strides[0], starts[1] + row * strides[1]
+        wanted[end : end + length] = source[start : start + length]
     for numpy in (copy_rows._numpy(), None):
         target = bytearray(256)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(copy_rows, "_numpy", lambda numpy=numpy: numpy)
-            ends = (memoryview(target), starts[1], strides[1]), (memoryview(source), starts[0], strides[0])
-            copy_rows.copy_rows(*ends[0], *ends[1], length, count)
+            to = copy_rows.Rows(memoryview(target), starts[1], strides[1])
+            copy_rows.copy_rows(to, copy_rows.Rows(memoryview(source), starts[0], strides[0]), length, count)
         assert target == wanted
