@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.paths import ROOT
 
-FOLDERS = ("planner", "schemas")
+FOLDERS = ("planner", "schemas", "huggingface")
 ELSEWHERE = {"planner/shards", "schemas/shards", "schemas/storage"}
 """Rooms whose faults are told apart by their texts still."""
 
