@@ -76,7 +76,9 @@ def check_options(command: str, workers: int, max_file_bytes: int = 1) -> None:
     """Raise OptionError unless both numbers are positive."""
     if workers < 1 or max_file_bytes < 1:
         got = f"workers {workers}, file size {max_file_bytes}"
-        raise OptionError(Fault(what=f"{command} cannot run", where=command, got=got, expected="positive numbers"))
+        raise OptionError(
+            Fault(code="bad-number", what=f"{command} cannot run", where=command, got=got, expected="positive numbers")
+        )
 
 
 def _finished(new: NewShards, output: Path, workers: int) -> Manifest | None:

@@ -68,6 +68,7 @@ def _original(checkpoint: Checkpoint, plan: Plan) -> Original:
     except OSError as error:
         raise CheckpointError(
             Fault(
+                code="unreadable-checkpoint",
                 what="the checkpoint cannot be read",
                 where=str(error.filename or checkpoint.folder),
                 got=error.strerror or str(error),

@@ -71,6 +71,7 @@ class OutputFolder:
         if isinstance(error, (OSError, EOFError)):
             raise OutputError(
                 Fault(
+                    code="stopped-by-operating-system",
                     what=f"{self.command} was stopped by the operating system",
                     where=str(self.path),
                     got=getattr(error, "strerror", None) or str(error),
@@ -235,7 +236,9 @@ class OutputFolder:
 
     def _fault(self, got: str, expected: str, next_step: str = "correct it and run the command again") -> Fault:
         what = f"{self.command} cannot write here"
-        return Fault(what=what, where=str(self.path), got=got, expected=expected, next=next_step)
+        return Fault(
+            code="folder-not-writable", what=what, where=str(self.path), got=got, expected=expected, next=next_step
+        )
 
 
 def _parsed(line: bytes) -> Any:

@@ -90,6 +90,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     if not isinstance(config, dict):
         raise CheckpointError(
             Fault(
+                code="config-not-object",
                 what="config.json is not a JSON object",
                 where=str(path),
                 got=type(config).__name__,
@@ -137,6 +138,7 @@ def _index_faults(index: Path, weight_map: dict[str, str], tensors: dict[str, Te
 
 def _index_fault(where: Path, got: str) -> Fault:
     return Fault(
+        code="index-differs",
         what="the checkpoint's index and files disagree",
         where=str(where),
         got=got,
@@ -152,6 +154,7 @@ def _no_weights(folder: Path) -> Fault:
         other = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
         got = ", ".join(other[:3]) or "a folder without weights"
     return Fault(
+        code="no-checkpoint",
         what="there is no safetensors checkpoint here",
         where=str(folder),
         got=got,

@@ -84,6 +84,7 @@ def parameter_faults(
         yield from _differing(names, first, parameter.dtype, tensors, next_step)
     if len(found) == len(sources.names) and assembled_shape(found, sources.count, sources.stacked) != shape:
         yield Fault(
+            code="tensor-differs",
             what="a tensor is not what the plan says",
             where=parameter.name,
             got=" and ".join(f"{name} {list(one)}" for name, one in zip(sources.names, found)),
@@ -118,6 +119,7 @@ def config_faults(plan: Plan, folder: Path) -> list[Fault]:
         return []
     return [
         Fault(
+            code="another-config",
             what="config.json is not the one the plan was compiled from",
             where=str(folder / CONFIG_NAME),
             got=config or "no config.json",
@@ -133,6 +135,7 @@ def _unplanned_faults(plan: Plan, checkpoint: Checkpoint) -> list[Fault]:
     ignored = NameSet(plan.ignored)
     return _folded(
         Fault(
+            code="tensor-unknown",
             what="the checkpoint has a tensor that the plan does not know",
             where=name,
             expected="the plan's tensors only",
@@ -154,11 +157,17 @@ def _differing(
     for name in names:
         tensor = tensors.get(name)
         if tensor is None:
-            yield Fault(what="a tensor of the plan is missing", where=name, expected=expected, next=next_step)
+            yield Fault(
+                code="tensor-missing",
+                what="a tensor of the plan is missing",
+                where=name,
+                expected=expected,
+                next=next_step,
+            )
         elif (tensor.shape, tensor.dtype) != (shape, dtype):
             got = f"{tensor.dtype} of {list(tensor.shape)}"
             what = "a tensor is not what the plan says"
-            yield Fault(what=what, where=name, got=got, expected=expected, next=next_step)
+            yield Fault(code="tensor-differs", what=what, where=name, got=got, expected=expected, next=next_step)
 
 
 def _folded(faults: Iterable[Fault]) -> list[Fault]:

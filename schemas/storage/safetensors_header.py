@@ -152,6 +152,7 @@ def _entry(path: Path, name: str, value: Any, begin: int) -> TensorEntry:
     if not isinstance(dtype, str) or dtype not in BITS:
         raise CheckpointError(
             Fault(
+                code="unknown-tensor-dtype",
                 what="a tensor has a dtype that cannot be sharded",
                 where=f"{path}: {name}",
                 got=str(dtype),
@@ -170,6 +171,7 @@ def _entry(path: Path, name: str, value: Any, begin: int) -> TensorEntry:
 def _broken(path: Path, got: str) -> CheckpointError:
     return CheckpointError(
         Fault(
+            code="broken-safetensors",
             what="this is not a sound safetensors file",
             where=str(path),
             got=got,
