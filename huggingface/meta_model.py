@@ -53,6 +53,7 @@ def build_model(
     except ImportError as error:
         raise MissingDependencyError(
             Fault(
+                code="transformers-missing",
                 what="shapes from a bare config.json need transformers",
                 where=str(folder / CONFIG_NAME),
                 got=f"no module named {error.name!r}",
@@ -83,6 +84,7 @@ def build_model(
     except _UNBUILDABLE as error:
         raise CheckpointError(
             Fault(
+                code="unbuildable-config",
                 what="transformers cannot build a model from this config",
                 where=str(folder / CONFIG_NAME),
                 got=f"{type(error).__name__}: {error}",

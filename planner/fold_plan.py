@@ -49,7 +49,7 @@ def fold_plan(inventory: Inventory, resolution: Resolution, tp_size: int) -> Pla
 
 
 def _named(layouts: Iterable[Layout]) -> dict[str, Layout]:
-    """Each different layout once, under a name of its own."""
+    """Each different layout once, by a name that no other has."""
     found: dict[str, Layout] = {}
     for layout in dict.fromkeys(layouts):
         name, count = layout.name, 1

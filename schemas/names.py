@@ -33,7 +33,11 @@ BELOW = ".**"
 
 
 class NameSet:
-    """The names that patterns stand for, those with `BELOW` at the end included. Raises DocumentError."""
+    """The names that patterns stand for, those with `BELOW` at the end included.
+
+    Raises:
+        DocumentError: as `expand`.
+    """
 
     def __init__(self, patterns: Iterable[str]) -> None:
         names = [name for pattern in patterns for name in expand(pattern)]

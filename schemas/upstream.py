@@ -59,7 +59,7 @@ def moved(package: str, where: str, got: str, expected: str) -> MissingDependenc
     """The error for a package that is not (any more) as this project needs it; it names the installed version."""
     return MissingDependencyError(
         Fault(
-            code="upstream-moved",
+            code="upstream-changed",
             what=f"{package} {version(package)} is not as autotp-plan needs it",
             where=where,
             got=got,

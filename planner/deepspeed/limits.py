@@ -22,7 +22,7 @@ DIVIDED = frozenset(
 """Attributes that DeepSpeed divides on modules with a sharded weight (AutoTP.update_mp_params), of those in presets."""
 _KV_HEAD_KEYS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num", "n_head_kv", "kv_n_heads",
                  "num_attention_heads", "n_heads", "attention_heads")  # fmt: skip
-_CUT_WITHOUT_HEADS = ("mlp", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "lm_head", "embed_out")
+_SHARDED_WITHOUT_HEADS = ("mlp", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "lm_head", "embed_out")
 """In a layer's name: DeepSpeed shards it evenly, any other by KV heads (module_inject/tp_shard.py, get_shard_size)."""
 
 
@@ -81,7 +81,7 @@ def _obstacle(entry: Parameter, layout: Layout, plan: Plan, tied: bool) -> str |
     if not entry.gather_output and not _is_even(layout):
         return "a rank's share is not its even part of each sub-parameter, which is how DeepSpeed cuts"
     num_kv_heads = _num_kv_heads(plan.model.config or {})
-    if num_kv_heads % plan.tp_size and not any(part in entry.name for part in _CUT_WITHOUT_HEADS):
+    if num_kv_heads % plan.tp_size and not any(part in entry.name for part in _SHARDED_WITHOUT_HEADS):
         return f"DeepSpeed cuts it by KV heads, and {num_kv_heads} are not divisible by {plan.tp_size}"
     return None
 

@@ -33,7 +33,8 @@ class ModelInput:
         """The folder's config.json, or what `save_pretrained` would write of the module's; None when it has none.
 
         Raises:
-            DocumentError, CheckpointError: config.json is not a JSON object.
+            DocumentError: config.json is not JSON.
+            CheckpointError: config.json is not a JSON object.
         """
         if self.is_folder:
             return read_config(self.given) if self.given.is_dir() else None

@@ -1,4 +1,4 @@
-"""What modules need adjacents shards: attributes with rank-local counts, and collectives at their inputs and outputs.
+"""What modules need in addition to shards: attributes with rank-local counts, and collectives at inputs and outputs.
 
 A module whose weights are all replicated keeps its attributes and its forward, and a preset does not set a value that
 is the same without tensor parallelism.

@@ -190,7 +190,7 @@ def _modules_of_sharded_activations(decisions: Mapping[str, Decision]) -> set[st
 
 
 def _module_of(name: str, style: str) -> str:
-    """The module inside which the activations of a parameter are sharded: that of its layer, or its own."""
+    """The module inside which activations are sharded: that of the parameter's layer, or of a shard itself."""
     return name.rpartition(".")[0] if style == "shard" else parent_module(name)
 
 

@@ -1,4 +1,4 @@
-"""Sizes by name: `num_heads * head_dim` resolved from a model's own config.
+"""Sizes by name: `num_heads * head_dim` resolved from a model's config.
 
 Expressions are integers, names, `+ - * //`, `max`, `min`, `gcd`, `share` and parentheses, nothing else: they are
 parsed, never evaluated by Python. A name is a symbol that a spec file defines, or else a key of the config

@@ -190,7 +190,7 @@ def _target_ranges(tensor: TensorCopy) -> tuple[ByteRange, ...]:
 
 def _fault(where: str, got: str, expected: str) -> Fault:
     return Fault(
-        code="original-differs",
+        code="shards-without-checkpoint",
         what="the shards do not make up the checkpoint that their manifest describes",
         where=where,
         got=got,

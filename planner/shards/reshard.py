@@ -105,7 +105,7 @@ def _recompiled(old: Plan, checkpoint: Path, tp_size: int | None, uneven: bool) 
     others = sorted(str(rule) for rule in rules if rule.origin not in (Origin.PRESET, Origin.DEFAULT))
     raise MismatchError(
         Fault(
-            code="plan-not-repeatable",
+            code="plan-not-of-a-preset",
             what="the plan of the shards cannot be made again for another TP size",
             where="--tp",
             got=", ".join(others[:3]) or "a plan that the preset of this version does not make",
@@ -123,7 +123,7 @@ def _parameter_faults(old: dict[str, Parameter], old_plan: Plan, plan: Plan) -> 
         after = _described(new.get(name), plan)
         if before != after:
             yield Fault(
-                code="another-model",
+                code="plan-of-other-parameters",
                 what="the plan is for other parameters than the shards hold",
                 where=name,
                 got=after,

@@ -1,7 +1,8 @@
 """The plan document: which intervals of which parameter each TP rank holds, and how each module runs.
 
 A `Plan` that was read is consistent: its schema, version, fingerprint, references and interval arithmetic were checked.
-Whether it fits a checkpoint, a model or a training job is for others to say.
+Whether it fits a checkpoint, a model or a training job is for others to say. Whoever works with plans imports them, and
+their entries, from here.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def read_shards(folder: Path, plan: Plan | None = None) -> ShardsFolder:
     if (manifest.plan, manifest.tp_size) != (expected.fingerprint, plan.tp_size):
         raise MismatchError(
             Fault(
-                code="another-plan",
+                code="shards-of-another-plan",
                 what="the shards are of another plan",
                 where=str(folder / MANIFEST_NAME),
                 got=f"{manifest.plan} at TP={manifest.tp_size}",
@@ -182,7 +182,7 @@ def _tensor_faults(tensors: dict[tuple[str, int], TensorEntry], plan: Plan) -> I
                 yield replace(fault, where=f"rank {rank}: {fault.where}")
     for name, rank in tensors.keys() - known:
         yield Fault(
-            code="tensor-unknown",
+            code="shards-tensor-unknown",
             what="the shards have a tensor that the plan does not know",
             where=f"rank {rank}: {name}",
             expected="the plan's tensors only",

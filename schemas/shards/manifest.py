@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from autotp_plan.schemas import documents
+from autotp_plan.schemas.codec import decode, encode
 from autotp_plan.schemas.errors import DocumentError, Fault
 
 MANIFEST_NAME = "autotp_shards.json"
@@ -43,7 +44,8 @@ class ShardFile:
     owner: FileOwner = None
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> ShardFile:
+    def from_value(cls, data: dict[str, Any]) -> ShardFile:
+        """The entry that a manifest holds: `rank` is null for tensors of all ranks, and absent where no rank reads."""
         owner: FileOwner = None
         if data.get("unused"):
             owner = Owner.NO_RANK
@@ -51,7 +53,8 @@ class ShardFile:
             owner = Owner.ALL_RANKS if data["rank"] is None else data["rank"]
         return cls(name=data["name"], size=data["size"], crc32=data["crc32"], owner=owner)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_value(self) -> dict[str, Any]:
+        """The entry that a manifest holds."""
         data: dict[str, Any] = {"name": self.name, "size": self.size, "crc32": self.crc32}
         if self.owner is Owner.NO_RANK:
             return {**data, "unused": True}
@@ -67,13 +70,6 @@ class SourceFile:
     name: str
     header: str
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> SourceFile:
-        return cls(**data)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "header": self.header}
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
@@ -82,23 +78,16 @@ class Source:
     fingerprint: str
     files: tuple[SourceFile, ...]
 
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Source:
-        return cls(fingerprint=data["fingerprint"], files=tuple(SourceFile.from_dict(entry) for entry in data["files"]))
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"fingerprint": self.fingerprint, "files": [file.to_dict() for file in self.files]}
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """What a shards folder holds: `plan` is the fingerprint of its plan."""
 
+    version: str = VERSION
     plan: str
     tp_size: int
     files: tuple[ShardFile, ...]
     source: Source
-    version: str = VERSION
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -111,6 +100,11 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, data: Any) -> Manifest:
+        """The manifest that the JSON value `data` is.
+
+        Raises:
+            DocumentError: another format version, a breach of the schema, or a wrong fingerprint.
+        """
         version = data.get("version") if isinstance(data, dict) else None
         if isinstance(version, str) and version.split(".")[0] != VERSION.split(".")[0]:
             raise DocumentError(
@@ -136,23 +130,11 @@ class Manifest:
                     next="copy the folder again, or pre-split again",
                 )
             )
-        return cls(
-            plan=data["plan"],
-            tp_size=data["tp_size"],
-            files=tuple(ShardFile.from_dict(entry) for entry in data["files"]),
-            source=Source.from_dict(data["source"]),
-            version=data["version"],
-        )
+        return decode(cls, {key: value for key, value in data.items() if key not in ("format", "fingerprint")})
 
     def to_dict(self) -> dict[str, Any]:
-        data = {
-            "format": FORMAT,
-            "version": self.version,
-            "plan": self.plan,
-            "tp_size": self.tp_size,
-            "files": [file.to_dict() for file in self.files],
-            "source": self.source.to_dict(),
-        }
+        """The JSON value of the manifest, fingerprint included."""
+        data = {"format": FORMAT, "version": self.version, **encode(self)}
         return {**data, "fingerprint": documents.fingerprint(data)}
 
     def to_json(self) -> str:

@@ -99,7 +99,7 @@ def source_of(checkpoint: Checkpoint) -> Source:
     if hidden:
         raise MismatchError(
             Fault(
-                code="file-name",
+                code="checkpoint-file-name",
                 what="a file of the checkpoint has a name that shards cannot remember",
                 where=str(checkpoint.folder / hidden[0]),
                 got=repr(hidden[0]),

@@ -71,7 +71,7 @@ class OutputFolder:
         if isinstance(error, (OSError, EOFError)):
             raise OutputError(
                 Fault(
-                    code="operating-system",
+                    code="stopped-by-operating-system",
                     what=f"{self.command} was stopped by the operating system",
                     where=str(self.path),
                     got=getattr(error, "strerror", None) or str(error),
@@ -235,13 +235,9 @@ class OutputFolder:
             os.fsync(self._journal)
 
     def _fault(self, got: str, expected: str, next_step: str = "correct it and run the command again") -> Fault:
+        what = f"{self.command} cannot write here"
         return Fault(
-            code="output-folder",
-            what=f"{self.command} cannot write here",
-            where=str(self.path),
-            got=got,
-            expected=expected,
-            next=next_step,
+            code="folder-not-writable", what=what, where=str(self.path), got=got, expected=expected, next=next_step
         )
 
 

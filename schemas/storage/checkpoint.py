@@ -90,7 +90,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     if not isinstance(config, dict):
         raise CheckpointError(
             Fault(
-                code="config-no-object",
+                code="config-not-object",
                 what="config.json is not a JSON object",
                 where=str(path),
                 got=type(config).__name__,

@@ -152,7 +152,7 @@ def _entry(path: Path, name: str, value: Any, begin: int) -> TensorEntry:
     if not isinstance(dtype, str) or dtype not in BITS:
         raise CheckpointError(
             Fault(
-                code="unknown-dtype",
+                code="unknown-tensor-dtype",
                 what="a tensor has a dtype that cannot be sharded",
                 where=f"{path}: {name}",
                 got=str(dtype),
