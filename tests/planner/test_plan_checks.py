@@ -1,21 +1,17 @@
-"""What can be wrong with a consistent plan: columns and rows that do not pair, and a checkpoint it is not for."""
+"""What can be wrong with a consistent plan: columns, rows and tied parameters that do not pair."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from autotp_plan.planner import SpecFile, check_checkpoint, check_plan, compile_plan
+from autotp_plan.planner import check_plan
 from autotp_plan.planner.model.inventory import inventory_hash
 from autotp_plan.planner.rules.partition import Sharding, partition, replicated
 from autotp_plan.schemas.layout import Layout
 from autotp_plan.schemas.plan.document import ModelIdentity, Parameter, Plan, Style, Tie
 from autotp_plan.schemas.plan.rule_ref import Origin, RuleRef
-from tests.helpers.checkpoints import LLAMA_CONFIG, llama_shapes, write_checkpoint, write_llama
 
 COLUMN = partition((12, 4), Sharding(dim=0, unit=2), 2)
 FUSED = partition((24, 4), Sharding(dim=0, shape=(2, -1), unit=2), 2)
@@ -133,78 +129,3 @@ def test_tied_parameters_must_be_sharded_alike(style: Style, layout: Layout, tie
     )
     what = "a tied parameter runs in styles that need different layouts"
     assert found(plan) == ([] if sound else [("head.weight", what)])
-
-
-# the checkpoint
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write_llama(tmp_path / "llama", num_files=2)
-
-
-@pytest.fixture
-def plan(folder: Path) -> Plan:
-    return compile_plan(folder, tp_size=2)
-
-
-def faults(plan: Plan, folder: Path) -> dict[tuple[str, str], tuple[str, str]]:
-    return {(fault.where, fault.what): (fault.got, fault.expected) for fault in check_checkpoint(plan, folder)}
-
-
-def test_a_plan_fits_its_own_checkpoint(plan: Plan, folder: Path, tmp_path: Path) -> None:
-    assert check_checkpoint(plan, folder) == []
-    trivial: dict[str, Any] = {"torch_dtype": "float32", "transformers_version": "9", "_name_or_path": "x"}
-    trivial["use_cache"] = False
-    assert check_checkpoint(plan, write_llama(tmp_path / "again", **trivial)) == []
-
-
-def test_missing_extra_and_changed_tensors_are_faults(plan: Plan, tmp_path: Path) -> None:
-    shapes: dict[str, Any] = llama_shapes()
-    for layer in range(2):
-        del shapes[f"model.layers.{layer}.self_attn.k_proj.weight"]
-        shapes[f"model.layers.{layer}.extra"] = (2,)
-    shapes["model.norm.weight"] = (31,)
-    dtype = {"lm_head.weight": "F32"}
-    other = write_checkpoint(tmp_path / "other", shapes, LLAMA_CONFIG, dtype=dtype)
-    assert faults(plan, other) == {
-        ("model.layers.{0..1}.self_attn.k_proj.weight", "a tensor of the plan is missing"): (
-            "",
-            "BF16 of [16, 32]",
-        ),
-        ("model.layers.{0..1}.extra", "the checkpoint has a tensor that the plan does not know"): (
-            "",
-            "the plan's tensors only",
-        ),
-        ("model.norm.weight", "a tensor is not what the plan says"): ("BF16 of [31]", "BF16 of [32]"),
-        ("lm_head.weight", "a tensor is not what the plan says"): ("F32 of [64, 32]", "BF16 of [64, 32]"),
-    }
-
-
-def test_another_config_is_a_fault(plan: Plan, folder: Path) -> None:
-    what = "config.json is not the one the plan was compiled from"
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 5e5}))
-    assert [name for _, name in faults(plan, folder)] == [what]
-    (folder / "config.json").unlink()
-    ((_, (got, _)),) = faults(plan, folder).items()
-    assert got == "no config.json"
-
-
-def test_old_tables_and_tied_heads_may_be_there(tmp_path: Path) -> None:
-    shapes: dict[str, Any] = {**llama_shapes(), "model.layers.1.self_attn.rotary_emb.inv_freq": (2,)}
-    config = {**LLAMA_CONFIG, "tie_word_embeddings": True}
-    folder = write_checkpoint(tmp_path / "old", shapes, config)
-    assert check_checkpoint(compile_plan(folder, tp_size=2), folder) == []
-
-
-def test_a_tied_head_may_be_there_under_its_other_name(tmp_path: Path) -> None:
-    shapes = {"embed.weight": (4, 2), "embed_out.weight": (4, 2)}
-    folder = write_checkpoint(tmp_path / "renamed", shapes, {})
-    spec = SpecFile.from_dict({
-        "layer_specs": [{"patterns": [".*"], "partition_type": "skip"}],
-        "renamed_tensors": {"embed_out.weight": "head.weight"}, "tied": [{"name": "head.weight", "to": "embed.weight"}],
-    })  # fmt: skip
-    plan = compile_plan(folder, tp_size=2, specs=[spec])
-    assert plan.ignored == ("embed_out.weight",)
-    assert check_checkpoint(plan, folder) == []
