@@ -67,7 +67,7 @@ def random_model(random: Random) -> Model:
 
 
 def random_plan(model: Model, tp_size: int, random: Random) -> Plan:
-    """A plan in which every parameter is cut anywhere, in a view of its own, some of it on several ranks."""
+    """A plan in which every parameter is sharded anywhere, in any view, some of it on several ranks."""
     layouts: dict[str, Layout] = {}
     parameters = []
     for name, (dtype, shape, source, sources) in model.parameters.items():

@@ -15,13 +15,13 @@ Parts = list[list[tuple[int, int]]]
 def tilings(draw: st.DrawFn, size: int | None = None) -> tuple[int, Parts]:
     """A dimension and a random layout of it: intervals dealt to ranks, some of them to several."""
     size = draw(st.integers(1, 60)) if size is None else size
-    cuts = sorted(draw(st.sets(st.integers(1, max(1, size - 1)), max_size=8)) - {size})
-    edges = [0, *cuts, size]
+    inner = sorted(draw(st.sets(st.integers(1, max(1, size - 1)), max_size=8)) - {size})
+    edges = [0, *inner, size]
     num_ranks = draw(st.integers(1, 5))
     ranks: Parts = [[] for _ in range(num_ranks)]
-    for run in zip(edges, edges[1:]):
+    for interval in zip(edges, edges[1:]):
         for rank in draw(st.sets(st.integers(0, num_ranks - 1), min_size=1)):
-            ranks[rank].append(run)
+            ranks[rank].append(interval)
     return size, [draw(st.permutations(rank)) for rank in ranks]
 
 
@@ -32,9 +32,9 @@ def take(values: list[int], intervals: list[tuple[int, int]] | iv.Intervals) -> 
 
 @given(st.integers(0, 200), st.integers(1, 17))
 def test_divide_tiles_evenly(count: int, num_ranks: int) -> None:
-    runs = iv.divide(count, num_ranks)
-    assert [index for start, stop in runs for index in range(start, stop)] == list(range(count))
-    sizes = [stop - start for start, stop in runs]
+    divided = iv.divide(count, num_ranks)
+    assert [index for start, stop in divided for index in range(start, stop)] == list(range(count))
+    sizes = [stop - start for start, stop in divided]
     assert max(sizes) - min(sizes) <= 1
     assert sizes == sorted(sizes, reverse=True), "the first ranks hold the longer intervals"
 
@@ -87,13 +87,13 @@ def test_faults_say_what_is_wrong(ranks: Parts, size: int, message: str) -> None
 @given(tilings())
 def test_holders_says_who_holds_each_index(tiling: tuple[int, Parts]) -> None:
     size, ranks = tiling
-    runs = iv.holders(ranks)
-    assert [index for (start, stop), _ in runs for index in range(start, stop)] == list(range(size))
-    for (start, stop), holding in runs:
+    found = iv.holders(ranks)
+    assert [index for (start, stop), _ in found for index in range(start, stop)] == list(range(size))
+    for (start, stop), holding in found:
         for index in range(start, stop):
             by_hand = tuple(r for r, parts in enumerate(ranks) if any(a <= index < b for a, b in parts))
             assert holding == by_hand
-    assert all(one[1] != other[1] for one, other in zip(runs, runs[1:])), "intervals are the longest"
+    assert all(one[1] != other[1] for one, other in zip(found, found[1:])), "intervals are the longest"
 
 
 @given(tilings(), st.data())

@@ -1,4 +1,4 @@
-"""Rows that lie apart in memory are copied alike with numpy and without."""
+"""Rows that lie apart in memory are copied to the same places with numpy and without."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from autotp_plan.planner.shards import copy_rows
     gaps=st.tuples(st.integers(0, 9), st.integers(0, 9)),
     starts=st.tuples(st.integers(0, 9), st.integers(0, 9)),
 )
-def test_rows_are_copied_alike_with_numpy_and_without(
+def test_numpy_and_plain_copies_give_the_same_bytes(
     length: int, count: int, gaps: tuple[int, int], starts: tuple[int, int]
 ) -> None:
     source = bytes(range(256))

@@ -1,4 +1,4 @@
-"""Splitting checkpoints: every byte where torch's own slicing puts it, whole files or nothing."""
+"""Splitting checkpoints: every byte where torch's slicing puts it, complete files or nothing."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torc
 
 
 def expected(tensors: dict[str, torch.Tensor], rank: int, tp_size: int = 2) -> dict[str, torch.Tensor]:
-    """One rank's shards by torch's own slicing; a plain restatement of SPEC that knows no intervals."""
+    """One rank's shards by torch's slicing; a plain restatement of SPEC that knows no intervals."""
 
     def part(tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
         return tensor.view(torch.uint8 if tensor.element_size() == 1 else tensor.dtype).chunk(tp_size, dim)[rank]
@@ -100,7 +100,7 @@ def tensors(request: pytest.FixtureRequest) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def folder(tensors: dict[str, torch.Tensor], tmp_path: Path) -> Path:
-    """A checkpoint of three files with what usually lies beside it."""
+    """A checkpoint of three files with the files that usually lie next to it."""
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     names = list(tensors)
@@ -222,8 +222,8 @@ def test_the_same_bytes_every_time(llama: tuple[Path, Plan], tmp_path: Path) -> 
 
 def test_files_of_a_single_rank_and_of_a_replicated_model(llama: tuple[Path, Plan], tmp_path: Path) -> None:
     folder, _ = llama
-    whole = SpecFile.from_dict({"layer_specs": [{"patterns": [".*"], "partition_type": "skip"}]})
-    manifest = presplit(compile_plan(folder, tp_size=2, specs=[whole], preset="none"), folder, tmp_path / "whole")
+    skip = SpecFile.from_dict({"layer_specs": [{"patterns": [".*"], "partition_type": "skip"}]})
+    manifest = presplit(compile_plan(folder, tp_size=2, specs=[skip], preset="none"), folder, tmp_path / "replicated")
     assert {file.owner for file in manifest.files} == {Owner.ALL_RANKS, None}
     manifest = presplit(compile_plan(folder, tp_size=1), folder, tmp_path / "one")
     assert {file.owner for file in manifest.files} == {Owner.ALL_RANKS, 0, None}

@@ -57,7 +57,7 @@ def test_merge_and_reshard_give_every_byte_back(
 @pytest.mark.parametrize("tp_size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("old_size", [1, 2, 4])
 def test_reshard_by_the_preset(tmp_path: Path, old_size: int, tp_size: int) -> None:
-    """Uneven (3 of 4 KV heads) and replicated (8 of 4) included: as compiled and cut from the checkpoint."""
+    """Uneven (3 of 4 KV heads) and replicated (8 of 4) included: as compiled and split from the checkpoint."""
     original = write_llama(tmp_path / "original", biases=False, num_files=2)
     uneven = tp_size == 3
     presplit(compile_plan(original, tp_size=old_size), original, tmp_path / "old")
@@ -91,7 +91,7 @@ def test_a_plan_for_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_tensors_that_no_rank_reads_come_back(tmp_path: Path) -> None:
-    """A tied head that is on disk all the same, with bytes of its own, and a table that is no parameter."""
+    """A tied head that is on disk all the same, with other bytes, and a table that is no parameter."""
     shapes = {**llama_shapes(), "model.layers.0.self_attn.rotary_emb.inv_freq": (4,)}
     config = {**LLAMA_CONFIG, "tie_word_embeddings": True}
     original = write_checkpoint(tmp_path / "original", shapes, config, num_files=2)

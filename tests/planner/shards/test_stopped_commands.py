@@ -141,14 +141,14 @@ def test_complete_files_are_kept_and_verified(work: Path, tmp_path: Path, monkey
     kept = sorted(path for path in output.iterdir() if not path.name.startswith("."))
     assert len(kept) >= 3
     numbers = {path.name: path.stat().st_ino for path in kept}
-    broken, shortened, *whole = kept
+    broken, shortened, *sound = kept
     data = bytearray(broken.read_bytes())
     data[-1] ^= 1
     broken.write_bytes(data)
     os.truncate(shortened, 10)
     run_job(job_of(work, "presplit", output))
     assert files_of(output) == files_of(work / "presplit")
-    assert all(path.stat().st_ino == numbers[path.name] for path in whole), "not written a second time"
+    assert all(path.stat().st_ino == numbers[path.name] for path in sound), "not written a second time"
 
 
 def test_an_unfinished_folder_is_no_shards_folder(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,11 +168,11 @@ def test_a_torn_journal_makes_the_last_files_be_written_again(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last line was half written, or all of it was lost: whatever is not noted is written again."""
-    for cut in (1, 20, 10_000):
-        output = tmp_path / str(cut)
+    for lost in (1, 20, 10_000):
+        output = tmp_path / str(lost)
         stop_after(work, output, monkeypatch)
         journal = output / JOURNAL_NAME
-        os.truncate(journal, max(0, journal.stat().st_size - cut))
+        os.truncate(journal, max(0, journal.stat().st_size - lost))
         run_job(job_of(work, "presplit", output))
         assert files_of(output) == files_of(work / "presplit")
 

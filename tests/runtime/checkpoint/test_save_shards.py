@@ -1,4 +1,4 @@
-"""Shards saved by a running job are those that `presplit` would cut from its weights, and merge into a checkpoint."""
+"""Shards saved by a running job are those that `presplit` would make of its weights, and merge into a checkpoint."""
 
 from __future__ import annotations
 
@@ -108,9 +108,9 @@ def test_untrained_shards_merge_to_the_checkpoint(saved: tuple[Path, Any], name:
     work, _ = saved
     check_shards(work / name / "untrained")
     merge(work / name / "untrained", tmp_path / "merged")
-    whole = work / name / "whole"
-    assert {path.name for path in whole.iterdir()} == {path.name for path in (tmp_path / "merged").iterdir()}
-    for path in whole.iterdir():
+    original = work / name / "whole"
+    assert {path.name for path in original.iterdir()} == {path.name for path in (tmp_path / "merged").iterdir()}
+    for path in original.iterdir():
         assert (tmp_path / "merged" / path.name).read_bytes() == path.read_bytes(), path.name
 
 

@@ -1,4 +1,4 @@
-"""Reading shards: the right bytes, to any dtype, in pieces as small as one likes."""
+"""Reading shards: the right bytes, to any dtype, through a buffer of any size."""
 
 from __future__ import annotations
 
