@@ -11,13 +11,13 @@ from pathlib import Path
 from autotp_plan.planner.plan_checks import check_plan
 from autotp_plan.planner.shards.copy_plan import full_tensor
 from autotp_plan.planner.shards.folder_writer import write_shards
-from autotp_plan.schemas.errors import CheckpointError, Fault, MismatchError
+from autotp_plan.schemas.errors import MismatchError
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.file_layout import MAX_FILE_BYTES
 from autotp_plan.schemas.shards.manifest import Manifest
-from autotp_plan.schemas.shards.origin import Original, original_of_checkpoint
+from autotp_plan.schemas.shards.origin import original_of_checkpoint
 from autotp_plan.schemas.storage.byte_ranges import ByteRanges
-from autotp_plan.schemas.storage.checkpoint import Checkpoint, read_checkpoint
+from autotp_plan.schemas.storage.checkpoint import read_checkpoint
 from autotp_plan.schemas.storage.checksum import Progress
 from autotp_plan.schemas.storage.plan_fit import checkpoint_faults
 
@@ -52,7 +52,7 @@ def presplit(
     faults = check_plan(plan) + checkpoint_faults(plan, checkpoint)
     if faults:
         raise MismatchError(faults)
-    original = _original(checkpoint, plan)
+    original = original_of_checkpoint(checkpoint, plan)
     sources = {
         parameter.name: (full_tensor(ByteRanges.of([checkpoint.tensors[name] for name in parameter.names_on_disk()])),)
         for parameter in plan.expanded()
@@ -60,19 +60,3 @@ def presplit(
     return write_shards(
         plan, original, sources, output, "presplit", max_file_bytes=max_file_bytes, workers=workers, progress=progress
     )
-
-
-def _original(checkpoint: Checkpoint, plan: Plan) -> Original:
-    try:
-        return original_of_checkpoint(checkpoint, plan)
-    except OSError as error:
-        raise CheckpointError(
-            Fault(
-                code="unreadable-checkpoint",
-                what="the checkpoint cannot be read",
-                where=str(error.filename or checkpoint.folder),
-                got=error.strerror or str(error),
-                expected="files that can be read",
-                next="correct what is wrong, and run presplit again",
-            )
-        ) from error

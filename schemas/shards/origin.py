@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from autotp_plan.schemas.errors import Fault, MismatchError
+from autotp_plan.schemas.errors import CheckpointError, Fault, MismatchError
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.folder import ShardsFolder
 from autotp_plan.schemas.shards.manifest import INDEX_COPY_NAME, MANIFEST_NAME, PLAN_NAME, ShardFile, Source, SourceFile
@@ -49,14 +49,26 @@ def original_of_checkpoint(checkpoint: Checkpoint, plan: Plan) -> Original:
 
     Raises:
         MismatchError: a file has a name that a manifest cannot hold.
-        OSError: a file cannot be read.
+        CheckpointError: a file cannot be read.
     """
     used = {name for parameter in plan.expanded() for name in parameter.names_on_disk()}
-    return Original(
-        source=source_of(checkpoint),
-        unused=tuple(tensor for file in checkpoint.files for tensor in file.tensors if tensor.name not in used),
-        copied=tuple(_small_files(checkpoint.folder)),
-    )
+    try:
+        return Original(
+            source=source_of(checkpoint),
+            unused=tuple(tensor for file in checkpoint.files for tensor in file.tensors if tensor.name not in used),
+            copied=tuple(_small_files(checkpoint.folder)),
+        )
+    except OSError as error:
+        raise CheckpointError(
+            Fault(
+                code="unreadable-checkpoint",
+                what="the checkpoint cannot be read",
+                where=str(error.filename or checkpoint.folder),
+                got=error.strerror or str(error),
+                expected="files that can be read",
+                next="correct what is wrong, and run the command again",
+            )
+        ) from error
 
 
 def original_of_shards(shards: ShardsFolder) -> Original:
@@ -91,8 +103,11 @@ def _small_files(folder: Path) -> Iterator[CopiedFile]:
 
 
 def source_of(checkpoint: Checkpoint) -> Source:
-    """The headers of a checkpoint, and a fingerprint over them and a sample of every tensor. Raises as
-    `original_of_checkpoint`.
+    """The headers of a checkpoint, and a fingerprint over them and a sample of every tensor.
+
+    Raises:
+        MismatchError: a file has a name that a manifest cannot hold.
+        OSError: a file cannot be read.
     """
     files = tuple(SourceFile(name=file.path.name, header=file.header) for file in checkpoint.files)
     hidden = [file.name for file in files if file.name.startswith(".") or not file.name.isprintable()]

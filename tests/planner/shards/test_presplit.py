@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import zlib
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 
 from autotp_plan.planner import SpecFile, compile_plan, presplit
 from autotp_plan.planner.shards import copy_engine
-from autotp_plan.schemas.errors import AutoTPError, MismatchError, OptionError, OutputError
+from autotp_plan.schemas.errors import AutoTPError, CheckpointError, MismatchError, OptionError, OutputError
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.manifest import (
     INDEX_COPY_NAME,
@@ -26,7 +27,8 @@ from autotp_plan.schemas.shards.manifest import (
     Manifest,
     Owner,
 )
-from autotp_plan.schemas.storage.safetensors_header import read_header
+from autotp_plan.schemas.storage import checkpoint
+from autotp_plan.schemas.storage.safetensors_header import SafetensorsFile, read_header
 from tests.helpers.checkpoints import write_llama
 
 SPEC = SpecFile.from_dict(
@@ -255,6 +257,33 @@ def test_another_checkpoint_is_refused(llama: tuple[Path, Plan], tmp_path: Path)
     other = write_llama(tmp_path / "other", vocab_size=62)
     assert "a tensor is not what the plan says" in refused(MismatchError, plan, other, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_cannot_be_read_is_said(
+    llama: tuple[Path, Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, plan = llama
+
+    def pread(*_: Any) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", pread)
+    message = refused(CheckpointError, plan, folder, tmp_path / "out")
+    assert "the checkpoint cannot be read" in message and "Input/output error" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_headers_are_read_once(llama: tuple[Path, Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, plan = llama
+    read: list[str] = []
+
+    def counted(path: Path) -> SafetensorsFile:
+        read.append(path.name)
+        return read_header(path)
+
+    monkeypatch.setattr(checkpoint, "read_header", counted)
+    presplit(plan, folder, tmp_path / "out")
+    assert sorted(read) == sorted(path.name for path in folder.glob("*.safetensors"))
 
 
 def test_short_writes_and_reads_are_finished(
