@@ -96,30 +96,30 @@ class FileLayout:
 
     def groups(self) -> Iterator[list[PlacedFile]]:
         """All files, those with the ranks' shards of the same parameters together, by rank."""
-        for index in range(len(self.sharded)):
-            yield [self._parameters_file(rank, index) for rank in range(self.plan.tp_size)]
-        for index in range(len(self.replicated)):
-            yield [self._parameters_file(Owner.ALL_RANKS, index)]
-        for index, kept in enumerate(self.unused):
+        for part, parameters in enumerate(self.sharded):
+            yield [
+                self._file(rank, part, len(self.sharded), [self._shard(parameter, rank) for parameter in parameters])
+                for rank in range(self.plan.tp_size)
+            ]
+        for part, parameters in enumerate(self.replicated):
+            tensors = [self._shard(parameter, 0) for parameter in parameters]
+            yield [self._file(Owner.ALL_RANKS, part, len(self.replicated), tensors)]
+        for part, kept in enumerate(self.unused):
             tensors = [PlacedTensor(name=tensor.name, dtype=tensor.dtype, shape=tensor.shape) for tensor in kept]
-            yield [self._file(Owner.NO_RANK, index, len(self.unused), tensors)]
+            yield [self._file(Owner.NO_RANK, part, len(self.unused), tensors)]
 
     def files(self) -> Iterator[PlacedFile]:
         """All files."""
         for files in self.groups():
             yield from files
 
-    def _parameters_file(self, owner: int | Owner, index: int) -> PlacedFile:
-        groups, rank = (self.sharded, owner) if isinstance(owner, int) else (self.replicated, 0)
-        tensors = []
-        for parameter in groups[index]:
-            layout = self.plan.layouts[parameter.layout]
-            shape = parameter_shape(self.plan.shape_of(parameter), layout.shape, layout.rank_shape(rank))
-            tensors.append(PlacedTensor(name=parameter.name, dtype=parameter.dtype, shape=shape, parameter=parameter))
-        return self._file(owner, index, len(groups), tensors)
+    def _shard(self, parameter: Parameter, rank: int) -> PlacedTensor:
+        layout = self.plan.layouts[parameter.layout]
+        shape = parameter_shape(self.plan.shape_of(parameter), layout.shape, layout.rank_shape(rank))
+        return PlacedTensor(name=parameter.name, dtype=parameter.dtype, shape=shape, parameter=parameter)
 
-    def _file(self, owner: int | Owner, index: int, count: int, tensors: Sequence[PlacedTensor]) -> PlacedFile:
-        name = shard_file_name(owner, self.plan.tp_size, index, count)
+    def _file(self, owner: int | Owner, part: int, num_parts: int, tensors: Sequence[PlacedTensor]) -> PlacedFile:
+        name = shard_file_name(owner, self.plan.tp_size, part, num_parts)
         return PlacedFile(name=name, owner=owner, plan=self.plan.fingerprint, tensors=tensors)
 
 
