@@ -136,7 +136,11 @@ def test_a_killed_job_resumes_with_the_losses_of_an_undisturbed_one(tmp_path: Pa
 TRAINED = {"fused and grouped": 1, "experts": 2, "uneven": 3}
 
 
-@pytest.mark.parametrize("name", TRAINED)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("experts", "uneven")]
+"""Their jobs are resumed by `test_a_killed_job_resumes_with_the_losses_of_an_undisturbed_one` too."""
+
+
+@pytest.mark.parametrize("name", ["fused and grouped", *SLOW])
 def test_a_training_program_killed_at_a_random_step_resumes(name: str, tmp_path: Path) -> None:
     from autotp_plan.planner import compile_plan, merge
     from tests.helpers.models import save_checkpoint
