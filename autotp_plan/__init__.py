@@ -5,8 +5,8 @@
     plan = compile_plan(Path("checkpoint"), tp_size=4)  # offline, without torch
     plan = load_plan("plan.json")  # in a training job
 
-This folder is the import name. The code lives beside it, in `schemas/`, `planner/`, `runtime/` and `plans/`, which are
-links here: what is imported, checked and packaged is one tree. Nothing else belongs in this folder.
+`schemas` are the documents that both sides share, `planner` works offline, `runtime` is one rank of a training job,
+`huggingface` is what both need of transformers, `plans` are compiled plans of public models.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -29,7 +29,7 @@ PROBE = (
 
 def write_405b(folder: Path) -> int:
     """Llama-3.1-405B as on the hub: the config of the 8B model with other sizes."""
-    config = json.loads((ROOT / "plans/llama_3_1_8b/config.json").read_text())
+    config = json.loads((ROOT / "autotp_plan/plans/llama_3_1_8b/config.json").read_text())
     config.update(hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128)
     return write_sparse_checkpoint(folder, config, llama_tensors(config), num_files=191)
 

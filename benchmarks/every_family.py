@@ -21,7 +21,7 @@ from typing import Any
 os.environ.update(DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
 
 
-PLANS = Path(__file__).parent.parent / "plans"
+PLANS = Path(__file__).parent.parent / "autotp_plan" / "plans"
 MISSING_DEFAULTS = {"dbrx": {"attn_config": {"rope_theta": 500000.0, "clip_qkv": 8.0}}}
 """What a default config must have, and has not, for transformers to build its model."""
 

@@ -26,7 +26,7 @@ from tests.helpers.sparse import llama_tensors, write_sparse_checkpoint
 TP_SIZE = 2
 TARGET_MIB = 64
 MIB = 2**20
-PLANS = Path(__file__).parent.parent / "plans"
+PLANS = Path(__file__).parent.parent / "autotp_plan" / "plans"
 
 
 class Sampler:

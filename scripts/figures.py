@@ -17,7 +17,7 @@ from autotp_plan.schemas.plan.document import Plan
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
-PLAN = ROOT / "plans" / "phi_3_medium" / "tp2.json"
+PLAN = ROOT / "autotp_plan" / "plans" / "phi_3_medium" / "tp2.json"
 WEIGHT = "model.layers.{0..39}.self_attn.qkv_proj.weight"
 HEAD_DIM = 128
 

@@ -21,9 +21,10 @@ from autotp_plan.planner.cli.main import main as command_line
 from autotp_plan.planner.rules.preset_files import preset_names, read_preset
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "autotp_plan"
 ROOMS = ("schemas", "huggingface", "planner", "runtime")
 OTHER_FOLDERS = {
-    "plans/": "compiled plans of public models, each with the config.json it was compiled from",
+    "autotp_plan/plans/": "compiled plans of public models, each with the config.json it was compiled from",
     "examples/": "training programs: a plain loop, custom patterns, Trainer, Ray Train, a model that is not from "
     "transformers",
     "benchmarks/": "programs that measure: planning, loading, training, presplit, killed commands",
@@ -80,7 +81,7 @@ def _option(option: click.Option, context: click.Context) -> tuple[str, str, str
 
 def fields(schema: str) -> str:
     """The objects of `schemas/<schema>.schema.json` and their keys, as Markdown."""
-    data = json.loads((ROOT / "schemas" / f"{schema}.schema.json").read_text(encoding="utf-8"))
+    data = json.loads((PACKAGE / "schemas" / f"{schema}.schema.json").read_text(encoding="utf-8"))
     parts = list(_object("the file", data))
     for name, definition in data.get("$defs", {}).items():
         if definition.get("type") == "object":
@@ -129,7 +130,7 @@ def _cell(text: str) -> str:
 
 def tree() -> str:
     """The packages, folder by folder: a line per file, the first sentence of its docstring. As Markdown."""
-    parts = [section for room in ROOMS for section in _folder(ROOT / room)]
+    parts = [section for room in ROOMS for section in _folder(PACKAGE / room)]
     return "\n".join([*parts, "### Other folders\n", *_table("folder", OTHER_FOLDERS.items())])
 
 

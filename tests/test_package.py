@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -13,8 +14,6 @@ import pytest
 
 from autotp_plan.planner.rules.preset_files import preset_names, read_preset
 from tests.helpers.paths import ROOT
-
-PARTS = ("schemas", "huggingface", "planner", "runtime", "plans")
 
 
 def test_the_public_names() -> None:
@@ -54,27 +53,18 @@ except MissingDependencyError as error:
 def test_the_wheel_has_every_file(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "out"), "."]
     source = tmp_path / "source"  # a copy: setuptools writes beside what it builds
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "autotp_plan/__init__.py", "autotp_plan/py.typed"):
-        (source / name).parent.mkdir(exist_ok=True)
-        (source / name).write_bytes((ROOT / name).read_bytes())
-    for part in PARTS:
-        (source / "autotp_plan" / part).symlink_to(f"../{part}")
-        for path in (ROOT / part).rglob("*"):
-            if path.is_file() and "__pycache__" not in path.parts:
-                target = source / path.relative_to(ROOT)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(path.read_bytes())
+    shutil.copytree(ROOT / "autotp_plan", source / "autotp_plan", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
     done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (wheel,) = (tmp_path / "out").glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
     wanted = {
-        f"autotp_plan/{path.relative_to(ROOT)}"
-        for part in PARTS
-        for path in (ROOT / part).rglob("*")
-        if path.suffix in (".py", ".json")
-    } | {"autotp_plan/__init__.py", "autotp_plan/py.typed"}
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "autotp_plan").rglob("*")
+        if path.suffix in (".py", ".json") or path.name == "py.typed"
+    }
     assert wanted <= held, wanted - held
     outside = {name for name in held - wanted if ".dist-info/" not in name}
     assert not outside, "nothing else is installed"

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import PACKAGE
 
 PARTS = ("schemas", "huggingface", "planner", "runtime")
-FILES = [path for part in PARTS for path in sorted((ROOT / part).rglob("*.py"))]
+FILES = [path for part in PARTS for path in sorted((PACKAGE / part).rglob("*.py"))]
 INTERNALS = [path for path in FILES if path.name.endswith("internals.py")]
 
 LISTED = frozenset({
@@ -92,7 +92,7 @@ OURS = defined_names(path.read_text(encoding="utf-8") for path in FILES if path 
 
 
 def test_there_are_such_files() -> None:
-    names = {str(path.relative_to(ROOT)) for path in INTERNALS}
+    names = {str(path.relative_to(PACKAGE)) for path in INTERNALS}
     assert names == {
         "huggingface/internals.py", "runtime/deepspeed/internals.py", "runtime/deepspeed/zero_internals.py",
         "runtime/tensor_parallel/torch_internals.py",
@@ -101,9 +101,9 @@ def test_there_are_such_files() -> None:
         assert list(private_names(path.read_text(encoding="utf-8"), OURS)), f"{path} says no private name"
 
 
-@pytest.mark.parametrize("name", [str(path.relative_to(ROOT)) for path in FILES if path not in INTERNALS])
+@pytest.mark.parametrize("name", [str(path.relative_to(PACKAGE)) for path in FILES if path not in INTERNALS])
 def test_no_other_file_says_a_private_name(name: str) -> None:
-    assert not list(private_names((ROOT / name).read_text(encoding="utf-8"), OURS))
+    assert not list(private_names((PACKAGE / name).read_text(encoding="utf-8"), OURS))
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#{1,6} +(.+?) *#*$", re.MULTILINE)
 CODE = re.compile(r"`([^`\n]+)`")
 WORKFLOW = re.compile(r"^\.\./\.\./actions/workflows/([\w.-]+\.yml)(/badge\.svg)?$")
-FOLDERS = ("autotp_plan", "benchmarks", "docs", "examples", "huggingface", "planner", "plans", "runtime", "schemas",
-           "scripts", "tests")  # fmt: skip
+FOLDERS = ("autotp_plan", "benchmarks", "docs", "examples", "scripts", "tests")
 WRITTEN_BY_MKDOCSTRINGS = "api.md"
 
 

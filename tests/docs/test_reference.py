@@ -78,7 +78,7 @@ def test_the_tables_of_fields_have_every_key(schema: str) -> None:
             return set()
         return set(value.get("properties", ())) | {key for item in value.values() for key in keys(item)}
 
-    wanted = keys(json.loads((ROOT / "schemas" / f"{schema}.schema.json").read_text()))
+    wanted = keys(json.loads((ROOT / "autotp_plan" / "schemas" / f"{schema}.schema.json").read_text()))
     assert wanted
     page = fields(schema)
     assert not [key for key in wanted if f"| `{key}` |" not in page]

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PLANS = ROOT / "plans"
-PRESETS = ROOT / "planner" / "presets"
+PACKAGE = ROOT / "autotp_plan"
+PLANS = PACKAGE / "plans"
+PRESETS = PACKAGE / "planner" / "presets"
 EXAMPLES = ROOT / "examples"

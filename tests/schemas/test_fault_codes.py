@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import PACKAGE
 
 FOLDERS = ("planner", "schemas", "huggingface")
 
@@ -30,10 +30,10 @@ def faults_made(path: Path) -> Iterator[tuple[int, ast.expr | None, ast.expr | N
 
 
 def sources() -> list[Path]:
-    return [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [path for folder in FOLDERS for path in sorted((PACKAGE / folder).rglob("*.py"))]
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_every_fault_has_a_code(path: Path) -> None:
     for line, code, _ in faults_made(path):
         assert code is not None, f"{path}:{line} has no code"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autotp_plan.schemas.plan.rule_ref import DEFAULT_RULE, NO_RULE, Origin, RuleRef, Section
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import PLANS
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_any_text_comes_out_as_it_went_in(text: str) -> None:
 
 
 def golden_rules() -> Iterator[str]:
-    for path in sorted((ROOT / "plans").glob("*/tp*.json")):
+    for path in sorted(PLANS.glob("*/tp*.json")):
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         yield from (entry["rule"] for entry in [*data["parameters"], *data.get("tied", ())])
 

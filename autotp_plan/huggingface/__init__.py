@@ -3,6 +3,3 @@
 `internals` is the only place that says a private name of transformers, accelerate or PEFT. torch and transformers are
 imported inside functions, never at module level: planning from a checkpoint does without them.
 """
-
-if __name__ != "autotp_plan.huggingface":
-    raise ImportError("import autotp_plan.huggingface: a second import would make second copies of classes")

@@ -7,9 +7,6 @@ model = plan.load_model("shards/")
 engine, optimizer, loader, scheduler = plan.initialize(model, config="ds_config.json", training_data=dataset)
 """
 
-if __name__ != "autotp_plan.runtime":
-    raise ImportError("import autotp_plan.runtime, not the folder: a second import would make second copies of classes")
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -2,6 +2,3 @@
 
 Imports nothing of ours outside this package, and no torch.
 """
-
-if __name__ != "autotp_plan.schemas":
-    raise ImportError("import autotp_plan.schemas, not the folder: a second import would make second copies of classes")

@@ -4,9 +4,6 @@ from autotp_plan.planner import compile_plan
 plan = compile_plan(Path("checkpoint"), tp_size=4)
 """
 
-if __name__ != "autotp_plan.planner":
-    raise ImportError("import autotp_plan.planner, not the folder: a second import would make second copies of classes")
-
 from autotp_plan.planner.compiler import compile_plan
 from autotp_plan.planner.model.inventory import Inventory, inventory_of_folder, inventory_of_module
 from autotp_plan.planner.plan_checks import check_plan
