@@ -295,7 +295,7 @@ class TrainingPlan:
         """
         from autotp_plan.runtime.integrations.trainer import adapt_trainer
 
-        adapt_trainer(trainer, self)
+        adapt_trainer(trainer, self.document, self.init_mesh(), self.initialize)
 
     def add_lora(self, model: nn.Module, config: Any) -> Any:
         """`peft.get_peft_model` for a model from `load_model`, before `initialize`. Every rank calls it.

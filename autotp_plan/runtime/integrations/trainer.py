@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils import DistributedType, recursively_apply
 from torch import Tensor
@@ -21,32 +21,31 @@ from autotp_plan.runtime.deepspeed.internals import is_sharded
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.runtime.tensor_parallel.partly_replicated import SHARED
 from autotp_plan.schemas.errors import Fault, MismatchError
+from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.upstream import replaced
 
-if TYPE_CHECKING:
-    from autotp_plan.runtime.training_plan import TrainingPlan
 
-
-def adapt_trainer(trainer: Any, plan: TrainingPlan) -> None:
+def adapt_trainer(trainer: Any, plan: Plan, ranks: Ranks, initialize: Callable[..., Any]) -> None:
     """Let `trainer` count by data-parallel ranks, before it is run.
 
     Args:
-        trainer: a transformers Trainer of any class, with a model from `plan.load_model`.
-        plan: the plan.
+        trainer: a transformers Trainer of any class, with a model from `TrainingPlan.load_model`.
+        plan: the plan that the model was loaded by.
+        ranks: this process's place in the mesh.
+        initialize: `TrainingPlan.initialize`, which makes the engine.
 
     Raises:
         MismatchError: it does not run under DeepSpeed, is of another TP size, or its model was not loaded by a plan.
     """
     accelerator = trainer.accelerator
-    ranks = plan.init_mesh()
     _check(trainer, accelerator, ranks)
     plugin = accelerator.state.deepspeed_plugin
-    wanted = engine_config(plugin.deepspeed_config, plan.document)
+    wanted = engine_config(plugin.deepspeed_config, plan)
     for config in (plugin.deepspeed_config, trainer.args.hf_deepspeed_config.config):
         config["tensor_parallel"] = wanted["tensor_parallel"]
         zero = config.setdefault("zero_optimization", {})
         zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
-    prepare_engine_with(accelerator, _initialize(plan))
+    prepare_engine_with(accelerator, _as_accelerate_calls(initialize))
     accelerator.gather_for_metrics = _gather_once(accelerator, accelerator.gather_for_metrics, ranks)
     accelerator.get_state_dict = _without_partly_replicated(accelerator.get_state_dict)
     trainer.gather_function = functools.partial(
@@ -88,12 +87,12 @@ def _check(trainer: Any, accelerator: Any, ranks: Ranks) -> None:
         )
 
 
-def _initialize(plan: TrainingPlan) -> Callable[..., Any]:
-    """`plan.initialize` as Accelerate calls `deepspeed.initialize`; DeepSpeed then counts data-parallel ranks."""
+def _as_accelerate_calls(initialize: Callable[..., Any]) -> Callable[..., Any]:
+    """`TrainingPlan.initialize` as Accelerate calls `deepspeed.initialize`; DeepSpeed then counts data-parallel ranks."""
 
     def initialize(*, model: Any, config_params: dict[str, Any], **options: Any) -> Any:
         config = {key: value for key, value in config_params.items() if key != "train_batch_size"}
-        started = plan.initialize(model, config=config, **options)
+        started = initialize(model, config=config, **options)
         config_params["train_batch_size"] = started[0].train_batch_size()
         return started
 
