@@ -44,7 +44,7 @@ MODULES = modules()
 
 
 def imports(path: Path, module_level: bool | None = None, typing: bool = False) -> Iterator[str]:
-    """What a file imports: at module level (True), inside functions (False), both (None); with `typing` for types too."""
+    """What a file imports: at module level (True), inside functions (False), both (None); and for `typing` alone."""
 
     def walk(node: ast.AST, inside: bool) -> Iterator[str]:
         for child in ast.iter_child_nodes(node):

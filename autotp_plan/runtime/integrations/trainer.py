@@ -88,15 +88,15 @@ def _check(trainer: Any, accelerator: Any, ranks: Ranks) -> None:
 
 
 def _as_accelerate_calls(initialize: Callable[..., Any]) -> Callable[..., Any]:
-    """`TrainingPlan.initialize` as Accelerate calls `deepspeed.initialize`; DeepSpeed then counts data-parallel ranks."""
+    """`initialize` as Accelerate calls DeepSpeed's; DeepSpeed then counts data-parallel ranks."""
 
-    def initialize(*, model: Any, config_params: dict[str, Any], **options: Any) -> Any:
+    def called_by_accelerate(*, model: Any, config_params: dict[str, Any], **options: Any) -> Any:
         config = {key: value for key, value in config_params.items() if key != "train_batch_size"}
         started = initialize(model, config=config, **options)
         config_params["train_batch_size"] = started[0].train_batch_size()
         return started
 
-    return initialize
+    return called_by_accelerate
 
 
 def _gather_once(accelerator: Any, gather_for_metrics: Callable[..., Any], ranks: Ranks) -> Callable[..., Any]:
