@@ -51,6 +51,7 @@ def in_four_ranks(plan_file: Path) -> tuple[int, int, int, int, bool]:
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(300)
 def test_tp_ranks_are_next_to_each_other(plan_file: Path) -> None:
     found = launch(in_four_ranks, 4, plan_file, timeout=100)
     assert found == [(0, 2, 0, 2, True), (1, 2, 0, 2, True), (0, 2, 1, 2, True), (1, 2, 1, 2, True)]

@@ -87,6 +87,7 @@ def shard_shape(plan: Any) -> tuple[int, ...]:
 
 
 @pytest.mark.distributed
+@pytest.mark.timeout(300)
 def test_what_a_rank_holds_of_each_parameter(work: Path) -> None:
     for found in launch(in_four_ranks, 4, work, timeout=200):
         assert found["held in"] == [FUSED, FUSED + "_shared"], "two KV heads on four ranks"
