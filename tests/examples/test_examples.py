@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import re
 import shutil
 import socket
@@ -36,9 +38,11 @@ def command_of(example: str) -> list[str]:
 
 
 def free_port() -> str:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return str(one.getsockname()[1])
+    """A port below those that the kernel gives to sockets of other tests meanwhile."""
+    while True:
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", random.SystemRandom().randrange(20000, 32000)))
+            return str(one.getsockname()[1])
 
 
 def run(words: list[str], folder: Path, timeout: float = TIMEOUT) -> str:
