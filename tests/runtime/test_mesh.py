@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 
@@ -35,17 +36,17 @@ def test_reading_the_ranks_does_not_make_them(plan_file: Path) -> None:
 
 
 def in_four_ranks(plan_file: Path) -> tuple[int, int, int, int, bool]:
-    import deepspeed.comm.torch
     from deepspeed.utils import groups
 
     from autotp_plan.runtime import load_plan
 
-    build = deepspeed.comm.torch.build_shm_op
+    backend = importlib.import_module("deepspeed.comm.torch")  # as an attribute of its package it is torch itself
+    build = backend.build_shm_op
     plan = load_plan(plan_file)
     ranks = plan.init_mesh()
     assert plan.init_mesh() is ranks and plan.ranks is ranks, "it is made once"
     assert load_plan(plan_file).init_mesh().tp_group is ranks.tp_group, "another plan of the size has the same groups"
-    assert deepspeed.comm.torch.build_shm_op is build, "DeepSpeed is left as it was"
+    assert backend.build_shm_op is build, "DeepSpeed is left as it was"
     same = ranks.tp_group is groups.get_tensor_model_parallel_group()
     return ranks.tp_rank, ranks.tp_size, ranks.dp_rank, ranks.dp_size, same
 
