@@ -75,9 +75,15 @@ def write_shards(
 def check_options(command: str, workers: int, max_file_bytes: int = 1) -> None:
     """Raise OptionError unless both numbers are positive."""
     if workers < 1 or max_file_bytes < 1:
-        got = f"workers {workers}, file size {max_file_bytes}"
         raise OptionError(
-            Fault(code="bad-number", what=f"{command} cannot run", where=command, got=got, expected="positive numbers")
+            Fault(
+                code="bad-number",
+                what=f"{command} cannot run",
+                where=command,
+                got=f"workers {workers}, file size {max_file_bytes}",
+                expected="positive numbers",
+                next="give numbers of at least 1",
+            )
         )
 
 
