@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import click
 
 from autotp_plan.planner.cli.output import progress, reported
-from autotp_plan.schemas.errors import Fault, OptionError
 
 if TYPE_CHECKING:
     from autotp_plan.schemas.shards.manifest import Manifest
@@ -74,20 +73,11 @@ def reshard(
     shards: Path, tp_size: int | None, plan_file: Path | None, uneven: bool, output: Path, workers: int, quiet: bool
 ) -> None:
     """Write shards for another number of ranks: what presplit would write from the original checkpoint."""
+    from autotp_plan.planner.shards.reshard import check_target
     from autotp_plan.planner.shards.reshard import reshard as run
     from autotp_plan.schemas.plan.document import Plan
 
-    if (tp_size is None) == (plan_file is None):
-        raise OptionError(
-            Fault(
-                code="tp-or-plan",
-                what="reshard needs a number of ranks or a plan",
-                where="--tp",
-                got="neither" if tp_size is None else "both",
-                expected="either --tp or --plan",
-                next="give --tp N for the plan of the same preset, or --plan FILE for another one",
-            )
-        )
+    check_target(tp_size, plan_file)
     plan = None if plan_file is None else Plan.read(plan_file)
     started = time.monotonic()
     with progress("reshard", quiet) as shown:

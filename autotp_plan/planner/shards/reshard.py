@@ -14,7 +14,7 @@ from autotp_plan.planner.plan_checks import check_plan
 from autotp_plan.planner.rules.preset_files import AUTO
 from autotp_plan.planner.shards.copy_plan import stored_shards
 from autotp_plan.planner.shards.folder_writer import write_shards
-from autotp_plan.schemas.errors import AutoTPError, Fault, MismatchError
+from autotp_plan.schemas.errors import AutoTPError, Fault, MismatchError, OptionError
 from autotp_plan.schemas.plan.document import Parameter, Plan
 from autotp_plan.schemas.plan.rule_ref import Origin
 from autotp_plan.schemas.shards.file_layout import MAX_FILE_BYTES
@@ -55,10 +55,10 @@ def reshard(
         CompileError: no plan can be made for `tp_size`.
         ShardsError: the folder is not what its manifest and plan say.
         DocumentError: its manifest or plan cannot be read.
-        OptionError: `workers` or `max_file_bytes` is not positive.
+        OptionError: neither or both of `tp_size` and `plan` are given; `workers` or `max_file_bytes` is not positive.
         OutputError: `output` cannot be written, or the operating system stopped the command.
     """
-    assert (tp_size is None) != (plan is None), "give either tp_size or plan"
+    check_target(tp_size, plan)
     shards = read_shards(shards_folder)
     with _headers_only(shards) as checkpoint:
         if plan is None:
@@ -73,6 +73,21 @@ def reshard(
     return write_shards(
         plan, original, sources, output, "reshard", max_file_bytes=max_file_bytes, workers=workers, progress=progress
     )
+
+
+def check_target(tp_size: int | None, plan: Plan | Path | None) -> None:
+    """Raise OptionError unless exactly one of the two ways to say what to shard for is given."""
+    if (tp_size is None) == (plan is None):
+        raise OptionError(
+            Fault(
+                code="tp-or-plan",
+                what="reshard needs a number of ranks or a plan",
+                where="--tp",
+                got="neither" if tp_size is None else "both",
+                expected="either --tp or --plan",
+                next="give --tp N for the plan of the same preset, or --plan FILE for another one",
+            )
+        )
 
 
 @contextlib.contextmanager

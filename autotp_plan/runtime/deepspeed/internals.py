@@ -7,6 +7,7 @@ No other file says them. Each function states what it relies on and raises Missi
 from __future__ import annotations
 
 import importlib
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -128,13 +129,13 @@ class ShardedLayer(TensorParallel_Layer):  # type: ignore[misc]
         for attribute in ("mp_group", "tp_index", "tp_world_size", "is_tp_parallel", "name", "tp_overlap_comm"):
             private(self, attribute, _PACKAGE, "tensor-parallel layers")
 
+    @abstractmethod
     def gather_params(self, params_list: list[Any]) -> None:
         """Replace the data of sharded parameters by the full parameters. DeepSpeed calls it when it saves."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shard_params(self, params_list: list[Any]) -> None:
         """Replace the data of full parameters by this rank's shards. The reverse of `gather_params`."""
-        raise NotImplementedError
 
     def _tp_partition(self, params_list: list[Any]) -> None:
         self.shard_params(params_list)

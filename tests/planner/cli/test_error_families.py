@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from autotp_plan import planner as library
 from autotp_plan.planner import compile_plan
 from autotp_plan.planner.cli.export import export
 from autotp_plan.planner.cli.main import compile
@@ -56,3 +57,12 @@ def test_tp_sizes_that_make_no_sense(tmp_path: Path) -> None:
         with pytest.raises(OptionError) as caught:
             compile_plan(tmp_path, **options)
         assert [fault.code for fault in caught.value.faults] == [code]
+
+
+def test_the_library_refuses_both_ways_to_reshard_too(tmp_path: Path) -> None:
+    plan = compile_plan(write_llama(tmp_path / "llama"), tp_size=2)
+    cases: list[dict[str, Any]] = [{}, {"tp_size": 2, "plan": plan}]
+    for options in cases:
+        with pytest.raises(OptionError) as caught:
+            library.reshard(tmp_path, tmp_path / "new", **options)
+        assert [fault.code for fault in caught.value.faults] == ["tp-or-plan"]
