@@ -127,14 +127,18 @@ def test_deepspeed_launcher_starts_the_basic_example(clone: Path) -> None:
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_a_tp_group_may_span_two_nodes(clone: Path, launcher: str) -> None:
     """Two agents that meet on the loopback address, one process each: the TP group spans both nodes."""
-    port = free_port()
+    from torch.distributed import TCPStore
+
     if launcher == "torchrun":
+        # The store lives here, in neither node: a node that hosts it and ends first breaks the other's farewell.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         meeting = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "test"]
-        commands = [["torchrun", *meeting, "--rdzv-endpoint", f"127.0.0.1:{port}", *BASIC]] * 2
+        meeting += ["--rdzv-endpoint", f"127.0.0.1:{store.port}", "--rdzv-conf", "is_host=0"]
+        commands = [["torchrun", *meeting, *BASIC]] * 2
     else:
         (clone / "hosts").write_text("one slots=1\ntwo slots=1\n")
         meeting = ["--hostfile", "hosts", "--num_nodes", "2", "--num_gpus", "1", "--no_ssh"]
-        meeting += ["--master_addr", "127.0.0.1", "--master_port", port]
+        meeting += ["--master_addr", "127.0.0.1", "--master_port", free_port()]
         commands = [["deepspeed", *meeting, "--node_rank", str(rank), *BASIC] for rank in range(2)]
     with ThreadPoolExecutor(len(commands)) as nodes:
         outputs = list(nodes.map(lambda command: run(command, clone), commands))
