@@ -23,7 +23,7 @@ ROOMS = (
     "huggingface",
     "planner.model", "planner.deepspeed", "planner.rules", "planner.fallback", "planner.shards",
     "runtime.deepspeed", "runtime.data", "runtime.tensor_parallel", "runtime.loading", "runtime.checkpoint",
-    "runtime.integrations", "runtime.verify",
+    "runtime.calls", "runtime.integrations", "runtime.verify",
     "planner.cli", "planner.presets", "plans",
 )  # fmt: skip
 """Every folder, the lowest first: a room imports only rooms that come before it. Files that lie in `planner/` or

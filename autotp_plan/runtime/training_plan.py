@@ -15,6 +15,7 @@ from deepspeed.utils import groups, log_dist
 from torch import nn
 
 from autotp_plan.huggingface.meta_model import build_model
+from autotp_plan.runtime.calls.sharded_model import Loaded, become_sharded, loaded_of
 from autotp_plan.runtime.checkpoint.job import load_checkpoint, save_checkpoint
 from autotp_plan.runtime.checkpoint.mesh_change import why_this_mesh_only
 from autotp_plan.runtime.checkpoint.save_shards import save_shards
@@ -168,7 +169,7 @@ class TrainingPlan:
         )
         if self.tp_size > 1:
             check_batches(built, ranks)
-        built.autotp_loaded_from = Path(path).absolute()  # type: ignore[assignment]
+        become_sharded(built, Loaded(plan=self.document, ranks=ranks, folder=Path(path).absolute()))
         return built
 
     def initialize(
@@ -281,7 +282,7 @@ class TrainingPlan:
             OutputError: `folder` is not a new one, or cannot be written.
         """
         model = getattr(engine, "module", engine)
-        source = Path(like) if like is not None else model.autotp_loaded_from
+        source = Path(like) if like is not None else loaded_of(model).folder
         save_shards(model, Path(folder), self.document, self.init_mesh(), source)
 
     def adapt_trainer(self, trainer: Any) -> None:

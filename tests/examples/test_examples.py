@@ -127,7 +127,7 @@ def test_deepspeed_launcher_starts_the_basic_example(clone: Path) -> None:
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_a_tp_group_may_span_two_nodes(clone: Path, launcher: str) -> None:
     """Two agents that meet on the loopback address, one process each: the TP group spans both nodes."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     if launcher == "torchrun":
         # The store lives here, in neither node: a node that hosts it and ends first breaks the other's farewell.
