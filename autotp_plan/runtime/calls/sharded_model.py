@@ -54,7 +54,8 @@ def become_sharded(model: nn.Module, loaded: Loaded) -> None:
     """
     model.autotp = loaded  # type: ignore[assignment]
     if loaded.ranks.tp_size > 1:
-        model.__class__ = _sharded_class(type(model))
+        cls: Any = type(model)
+        model.__class__ = _sharded_class(cls)
 
 
 def loaded_of(model: nn.Module) -> Loaded:
