@@ -43,14 +43,34 @@ def without_zero_init() -> Iterator[None]:
         yield
 
 
-def kept_in_float32(model: Any) -> tuple[str, ...]:
-    """Parts of names of tensors that are float32 whatever the model's dtype, in memory and in checkpoints.
+def stays_float32(model: Any, dtype: Any) -> Callable[[str], bool]:
+    """Whether a tensor of `model`, by its name, is float32 although the model is of another `dtype`.
 
-    Relies on `_keep_in_fp32_modules_strict`, None or a collection of strings.
+    Relies on `PreTrainedModel._get_dtype_plan(dtype)`, a dict of dtypes by pattern, which are all float32, and on
+    `core_model_loading.build_glob_alternation(patterns)`, whose first result is one regex for all of them.
     """
-    return tuple(
-        private(model, "_keep_in_fp32_modules_strict", _TRANSFORMERS, "the dtypes of a model without weights") or ()
-    )
+    from transformers import core_model_loading
+
+    used_for = "the dtypes of a model's tensors"
+    patterns = list(private(model, "_get_dtype_plan", _TRANSFORMERS, used_for)(dtype))
+    if not patterns:
+        return lambda name: False
+    regex = private(core_model_loading, "build_glob_alternation", _TRANSFORMERS, used_for)(patterns)[0]
+    return lambda name: regex.search(name) is not None
+
+
+def compute_buffers(model: Any) -> None:
+    """Compute the buffers of `model` once more, as `from_pretrained` does when it has built a model in its dtype.
+
+    Its parameters are not touched. Relies on `PreTrainedModel._init_weights(module)`, which computes buffers too; and
+    on `_is_hf_initialized` of modules and parameters, which keeps `initialize_weights` from doing them again.
+    """
+    private(model, "_init_weights", _TRANSFORMERS, "the values of a model's buffers")
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    for module in model.modules():
+        module._is_hf_initialized = False
+    model.initialize_weights()
 
 
 def tensor_parallel_plan(model: Any) -> dict[str, str]:

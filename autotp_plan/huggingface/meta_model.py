@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from autotp_plan.huggingface.internals import kept_in_float32, model_of_config, without_zero_init
+from autotp_plan.huggingface.internals import compute_buffers, model_of_config, stays_float32, without_zero_init
 from autotp_plan.schemas.errors import CheckpointError, Fault, MissingDependencyError
 from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, read_config
 
@@ -37,10 +37,11 @@ def build_model(
             class, the causal language model of the config's `model_type`.
         on_meta: `all` for shapes and dtypes alone, which are then those of checkpoints; `parameters` for a model that
             is filled with weights, whose buffers are real; `nothing` for a model with random weights.
-        options: for transformers, such as `attn_implementation="sdpa"`.
+        options: for transformers, such as `attn_implementation="sdpa"`, or a `dtype` that is not the config's.
 
     Returns:
-        A `transformers.PreTrainedModel` whose weights are tied as its config says.
+        A `transformers.PreTrainedModel` whose weights are tied as its config says. Its tensors have the dtypes that
+        `from_pretrained` gives them, and its buffers the values.
 
     Raises:
         CheckpointError: transformers cannot build a model from the config.
@@ -68,9 +69,7 @@ def build_model(
     }
     try:
         model_config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        dtype = getattr(model_config, "dtype", None) or torch.float32
-        if on_meta == "all":  # the text part of a config may name another dtype, or none
-            options = {"dtype": dtype, **options}
+        options = {"dtype": getattr(model_config, "dtype", None) or torch.float32, **options}
         named = getattr(transformers, architecture or (config.get("architectures") or [""])[0], None)
         with places[on_meta], without_zero_init():
             model: Any
@@ -79,8 +78,9 @@ def build_model(
             else:
                 model = transformers.AutoModelForCausalLM.from_config(model_config, **options)
         model.tie_weights()
-        if on_meta == "all":
-            _keep_in_float32(model, dtype)
+        if on_meta != "all":
+            compute_buffers(model)
+        _keep_in_float32(model, options["dtype"])
     except _UNBUILDABLE as error:
         raise CheckpointError(
             Fault(
@@ -112,11 +112,9 @@ def _keep_in_float32(model: Any, dtype: Any) -> None:
     """Give tensors that are float32 whatever the model's dtype that dtype, as in checkpoints."""
     import torch
 
-    if dtype not in (torch.float16, torch.bfloat16):
-        return
-    kept = kept_in_float32(model)
+    stays = stays_float32(model, dtype)
     for name, tensor in parameters_and_buffers(model):
-        if tensor.dtype == dtype and any(part in name for part in kept):
+        if tensor.is_floating_point() and stays(name):
             tensor.data = tensor.data.to(torch.float32)
 
 

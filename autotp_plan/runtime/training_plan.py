@@ -10,11 +10,9 @@ from typing import Any
 
 import deepspeed
 import torch
-from accelerate import init_empty_weights
 from deepspeed.utils import groups, log_dist
 from torch import nn
 
-from autotp_plan.huggingface.meta_model import build_model
 from autotp_plan.runtime.calls.sharded_model import Loaded, become_sharded, loaded_of
 from autotp_plan.runtime.checkpoint.job import load_checkpoint, save_checkpoint
 from autotp_plan.runtime.checkpoint.mesh_change import why_this_mesh_only
@@ -26,6 +24,7 @@ from autotp_plan.runtime.deepspeed.engine_config import engine_config
 from autotp_plan.runtime.deepspeed.internals import skip_sums_over_one_rank
 from autotp_plan.runtime.deepspeed.mesh import Ranks, check_world_size, init_ranks
 from autotp_plan.runtime.loading.check_model import check_model
+from autotp_plan.runtime.loading.empty_model import empty_model
 from autotp_plan.runtime.loading.shard_model import shard_model
 from autotp_plan.runtime.loading.weights import open_weights
 from autotp_plan.schemas.errors import Fault, MismatchError
@@ -120,7 +119,9 @@ class TrainingPlan:
             path: a shards folder, or the original checkpoint (then only this rank's intervals are read).
             model: your own module, built on meta, or a function that builds it; None builds the transformers model that
                 the folder's config.json describes.
-            dtype: floating-point dtype to convert to; None keeps the checkpoint's (or what the plan says).
+            dtype: floating-point dtype to convert to; None takes what the plan says, else what the config says, as
+                `from_pretrained(path, dtype="auto")` does. What transformers keeps in float32 is float32. Your own
+                module with None gets the dtypes of the files.
             verify_checksums: read every shard file once more and compare its checksum (sizes, headers and fingerprints
                 are always compared).
             map_shards: map a pre-split weight that stays on the CPU in its dtype: each page is read when it is used,
@@ -137,7 +138,8 @@ class TrainingPlan:
             The model, on this rank's device.
 
         Raises:
-            MismatchError: plan, folder, model and world size do not belong together.
+            MismatchError: plan, folder, model and world size do not belong together; or the weights are of several
+                dtypes, and none is named.
             ShardsError: the shards folder is not complete, or not what its manifest says.
             CheckpointError: the checkpoint cannot be read, or transformers cannot build its model.
             DocumentError: a JSON file in the folder is not what it should be.
@@ -146,24 +148,15 @@ class TrainingPlan:
         """
         check_world_size(self.tp_size)
         source = open_weights(Path(path), self.document, verify_checksums=verify_checksums, map_shards=map_shards)
-        built: nn.Module
-        if model is None:
-            built = build_model(Path(path), self.document.model.architecture, **options)
-        elif isinstance(model, nn.Module):
-            built = model
-        else:
-            with init_empty_weights(include_buffers=False):
-                built = model()
+        built, dtypes = empty_model(Path(path), self.document, model, dtype, options)
         check_model(built, self.document)
-        if dtype is None and self.document.runtime.dtype is not None:
-            dtype = getattr(torch, self.document.runtime.dtype)
         ranks = self.init_mesh()
         shard_model(
             built,
             self.document,
             source,
             ranks,
-            dtype,
+            dtypes,
             share_input_gradients=share_input_gradients,
             vocab_parallel_loss=vocab_parallel_loss,
         )

@@ -138,7 +138,7 @@ def save_checkpoint(folder: Path, variant: str, dtype: torch.dtype = torch.float
     return folder
 
 
-def load_dense(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+def load_dense(folder: Path, dtype: torch.dtype | str = torch.float32, **options: Any) -> nn.Module:
     """The unsharded model of a checkpoint, in training mode."""
     from transformers import AutoModelForCausalLM
 

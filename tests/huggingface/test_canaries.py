@@ -44,6 +44,38 @@ def loss_is_of_causal_lms(loss: Any) -> bool:
         return AutoModelForCausalLM.from_config(config).loss_function is loss
 
 
+def float32_is_kept_by_pattern(_: Any) -> bool:
+    from transformers import DeepseekV3ForCausalLM, GptOssForCausalLM
+
+    def plan_of(cls: Any, dtype: Any) -> Any:
+        model = SimpleNamespace(
+            _keep_in_fp32_modules=cls._keep_in_fp32_modules,
+            _keep_in_fp32_modules_strict=cls._keep_in_fp32_modules_strict,
+        )
+        return cls._get_dtype_plan(model, dtype)
+
+    strict = {"e_score_correction_bias": torch.float32}
+    return (
+        plan_of(DeepseekV3ForCausalLM, torch.bfloat16) == strict == plan_of(DeepseekV3ForCausalLM, torch.float16)
+        and plan_of(GptOssForCausalLM, torch.bfloat16) == plan_of(DeepseekV3ForCausalLM, torch.float32) == {}
+        and set(plan_of(GptOssForCausalLM, torch.float16).values()) == {torch.float32}
+    )
+
+
+def buffers_are_computed_once_more(_: Any) -> bool:
+    from transformers import CodeGenConfig, CodeGenModel
+
+    from autotp_plan.huggingface.internals import compute_buffers
+
+    model = CodeGenModel(CodeGenConfig(n_embd=32, n_head=4, n_layer=1, n_positions=8, rotary_dim=4, vocab_size=8))
+    before = model.wte.weight.detach().clone()
+    buffer = model.h[0].attn.embed_positions
+    right = buffer.clone()
+    buffer.zero_()
+    compute_buffers(model)
+    return torch.equal(buffer, right) and torch.equal(model.wte.weight, before)
+
+
 def mixtral_stacks_experts(table: Any) -> bool:
     from transformers import AutoModelForCausalLM, MixtralConfig
 
@@ -74,9 +106,13 @@ CANARIES = [
     Canary("transformers.integrations.deepspeed:_hf_deepspeed_config_weak_ref",
            "a model under TrainingArguments with ZeRO 3: transformers would partition it before it is sharded",
            zero_3_is_read_from_it),
-    Canary("transformers:PreTrainedModel._keep_in_fp32_modules_strict",
-           "the dtypes of a plan from a bare config.json: tensors kept in float32 would be planned in bf16",
-           lambda names: names is None),
+    Canary("transformers:PreTrainedModel._get_dtype_plan",
+           "tensors kept in float32: they would be planned and loaded in bf16", float32_is_kept_by_pattern),
+    Canary(f"{LOADING}:build_glob_alternation", "tensors kept in float32: which ones they are",
+           lambda build: build(["a.*.b", "c"])[0].search("x.a.0.b")),
+    Canary("transformers:PreTrainedModel._init_weights", "the values of buffers", buffers_are_computed_once_more),
+    Canary("transformers:PreTrainedModel._initialize_weights", "the values of buffers, and parameters that stay",
+           uses("_is_hf_initialized", "_init_weights")),
     Canary("transformers:PreTrainedModel._tp_plan", TABLES, lambda plan: plan is None or isinstance(plan, dict)),
     Canary("transformers.conversion_mapping:get_model_conversion_mapping", TABLES, takes("model", "add_legacy")),
     Canary(f"{LOADING}:WeightConverter", TABLES, mixtral_stacks_experts),

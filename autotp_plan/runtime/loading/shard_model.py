@@ -31,7 +31,7 @@ def shard_model(
     plan: Plan,
     source: WeightSource,
     ranks: Ranks,
-    dtype: torch.dtype | None,
+    dtypes: Mapping[str, torch.dtype],
     *,
     share_input_gradients: bool = True,
     vocab_parallel_loss: bool = True,
@@ -43,7 +43,7 @@ def shard_model(
         plan: the plan.
         source: where the weights are.
         ranks: this process's place in the mesh.
-        dtype: floating-point dtype to convert to; None keeps that of the files.
+        dtypes: of floating-point parameters and buffers by name; what is not in it keeps its dtype on disk.
         share_input_gradients: all-reduce the gradient of a tensor once for all layers that take it.
         vocab_parallel_loss: let a causal LM compute its loss from each rank's logits, where it can.
     """
@@ -54,7 +54,7 @@ def shard_model(
     if vocab_parallel_loss:
         use_vocab_parallel_loss(model)
     _set_attributes(model, plan, ranks.tp_rank)
-    _load_weights(model, sharded, source, ranks, dtype)
+    _load_weights(model, sharded, source, ranks, dtypes)
     _restore_ties(model, plan)
     _move_buffers(model, ranks.device)
     for name, shards in sharded.items():
@@ -86,10 +86,10 @@ def _load_weights(
     sharded: Mapping[str, ShardedParams],
     source: WeightSource,
     ranks: Ranks,
-    dtype: torch.dtype | None,
+    dtypes: Mapping[str, torch.dtype],
 ) -> None:
     for weight in source.of_rank(ranks.tp_rank):
-        tensor = read_weight(weight, ranks.device, dtype)
+        tensor = read_weight(weight, ranks.device, dtypes.get(weight.name))
         name, _, leaf = weight.name.rpartition(".")
         owner = model.get_submodule(name)
         if name in sharded and leaf in sharded[name].layouts:
