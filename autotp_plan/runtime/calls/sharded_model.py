@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from autotp_plan.runtime.calls.vocabulary import VocabularyCalls
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.schemas.plan.document import Plan
 
@@ -38,7 +39,7 @@ class ShardedModule:
     autotp: Loaded
 
 
-class ShardedPreTrainedModel(ShardedModule):
+class ShardedPreTrainedModel(VocabularyCalls, ShardedModule):
     """Methods of a sharded transformers model, before those of `PreTrainedModel`."""
 
 

@@ -55,7 +55,7 @@ def shard_model(
         use_vocab_parallel_loss(model)
     _set_attributes(model, plan, ranks.tp_rank)
     _load_weights(model, sharded, source, ranks, dtypes)
-    _restore_ties(model, plan)
+    restore_ties(model, plan)
     _move_buffers(model, ranks.device)
     for name, shards in sharded.items():
         shards.finish(model.get_submodule(name))
@@ -109,7 +109,13 @@ def _assign(owner: nn.Module, leaf: str, tensor: Tensor) -> None:
     owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=trains))
 
 
-def _restore_ties(model: nn.Module, plan: Plan) -> None:
+def restore_ties(model: nn.Module, plan: Plan) -> None:
+    """Make each parameter that the plan ties to another that other one.
+
+    Args:
+        model: a model whose weights are loaded.
+        plan: its plan.
+    """
     for tie in plan.tied:
         name, _, leaf = tie.name.rpartition(".")
         model.get_submodule(name).register_parameter(leaf, model.get_parameter(tie.to))

@@ -37,7 +37,11 @@ class VocabParallelEmbedding(PlannedLayer, _Bare):
         self.held = self.shards.layouts["weight"].rank_intervals(self.tp_index)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Token ids `(...)` to `(..., embedding_dim)`, the same on every rank."""
+        """Token ids `(...)` to `(..., embedding_dim)`, the same on every rank.
+
+        Raises:
+            IndexError: an id is not in the vocabulary; on CUDA a device-side assertion, as from an unsharded table.
+        """
         if not self.is_tp_parallel:
             return F.embedding(input, self.local_weight, self.padding_idx)
         local, mine = find_held(input, self.held)
@@ -45,7 +49,8 @@ class VocabParallelEmbedding(PlannedLayer, _Bare):
         if self.padding_idx is not None:
             padded = iv.copies(self.held, ((self.padding_idx, self.padding_idx + 1),))
             padding_idx = padded[0][0] if padded else None
-        output = F.embedding(local, self.local_weight, padding_idx)
+        outside = input - input % self.num_embeddings  # 0, but for an id beyond the table a row beyond every shard
+        output = F.embedding(local + outside, self.local_weight, padding_idx)
         return sum_over_ranks(output.masked_fill(~mine.unsqueeze(-1), 0.0), self.mp_group)
 
 
