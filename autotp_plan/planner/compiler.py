@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autotp_plan.planner.deepspeed.notes import notes_on_partition_config
+from autotp_plan.planner.deepspeed.notes import notes_on_partition_config, notes_on_the_rest
 from autotp_plan.planner.deepspeed.read_config import TensorParallelSection
 from autotp_plan.planner.fallback.prove import Prover, fallback_rules, proven
 from autotp_plan.planner.fold_plan import fold_plan
@@ -36,6 +36,7 @@ def compile_plan(
     uneven: bool = False,
     deepspeed: TensorParallelSection | None = None,
     prove: Prover | None = None,
+    strict: bool = False,
 ) -> Plan:
     """The plan for `model` at `tp_size`.
 
@@ -48,6 +49,8 @@ def compile_plan(
         deepspeed: the `tensor_parallel` section of a DeepSpeed config; its rules come after `specs`.
         prove: tries a plan on a twin (`autotp_plan.runtime.try_plan`); a model without a preset is planned by its own
             `tp_plan` only with it.
+        strict: hold the `partition_config` of `deepspeed` to what a spec file is held to: a weight that no rule names
+            and a pattern that matches nothing are errors. Otherwise they are as in DeepSpeed, with a note in the plan.
 
     Returns:
         a plan that passes `check_plan`.
@@ -61,22 +64,24 @@ def compile_plan(
     """
     given = ModelInput(model)
     options = _Options(tp_size=_tp_size(tp_size, deepspeed), uneven=uneven, deepspeed=deepspeed)
-    rules = collect_rules(given.model_type, preset, specs, deepspeed)
+    rules = collect_rules(given.model_type, preset, specs, deepspeed, strict)
     try:
         return _compile(given, rules, options)
     except CompileError as error:
         undecided = any(fault.code == UNDECIDED for fault in error.faults)
-        if not rules.may_fall_back or not given.model_type or not undecided:
+        if not rules.may_fall_back or not undecided:
             raise
         try:
-            found = fallback_rules(given, options.tp_size)
+            plan = _by_fallback(given, rules, options, prove)
         except CompileError:
-            if rules.user_files:  # then what these leave open is what the user must know
-                raise error from None
-            raise
-        if found is None:
-            raise
-    return proven(lambda made: _compile(given, rules.with_fallback(made), options), found, prove, given.where)
+            if not rules.user_files:
+                raise
+            plan = None
+        if plan is not None:
+            return plan
+        if not rules.may_leave_rest:  # what the user's rules leave open is what the user must know
+            raise error from None
+    return _compile(given, rules.leaving_rest_whole(), options)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,15 +101,24 @@ class _Description:
     ignored: tuple[str, ...]
 
 
+def _by_fallback(given: ModelInput, rules: RuleSet, options: _Options, prove: Prover | None) -> Plan | None:
+    """The plan by the model's own `tp_plan`, after `rules`; None when it has none that can be read."""
+    found = fallback_rules(given, options.tp_size) if given.model_type else None
+    if found is None:
+        return None
+    return proven(lambda made: _compile(given, rules.with_fallback(made), options), found, prove, given.where)
+
+
 def _compile(given: ModelInput, rules: RuleSet, options: _Options) -> Plan:
     model = _describe(given, rules)
     resolution = resolve(model.inventory, rules, model.symbols, model.num_layers, options.tp_size, options.uneven)
     folded = fold_plan(model.inventory, resolution, options.tp_size)
-    notes = (*rules.notes, *model.inventory.notes, *notes_on_gradients(resolution.undecided))
+    notes = (*rules.notes, *model.inventory.notes, *resolution.notes, *notes_on_gradients(resolution.undecided))
     plan = dataclasses.replace(folded, ignored=model.ignored, runtime=_runtime_options(options.deepspeed), notes=notes)
     if options.deepspeed is not None and options.deepspeed.partition_config is not None and rules.preset is not None:
         added = notes_on_partition_config(plan, str(rules.preset.name))
         plan = dataclasses.replace(plan, notes=(*plan.notes, *added))
+    plan = dataclasses.replace(plan, notes=(*plan.notes, *notes_on_the_rest(plan)))
     faults = check_plan(plan)
     if faults:
         raise CompileError(faults)

@@ -55,6 +55,7 @@ def main() -> None:
 )
 @click.option("--uneven", is_flag=True, help="Give ranks shards of unequal size where the TP size does not divide.")
 @click.option("--ds-config", type=_FILE, help="DeepSpeed config; its tensor_parallel section is applied.")
+@click.option("--strict", is_flag=True, help="A DeepSpeed config must name every weight, and each pattern must match.")
 @reported
 def compile(
     model: Path,
@@ -64,6 +65,7 @@ def compile(
     specs: tuple[Path, ...],
     uneven: bool,
     ds_config: Path | None,
+    strict: bool,
 ) -> None:
     """Compile a plan: decide how every parameter of a model is sharded."""
     from autotp_plan.planner.compiler import compile_plan
@@ -88,7 +90,14 @@ def compile(
     if faults:
         raise AutoTPError(faults)
     plan = compile_plan(
-        model, tp_size=tp_size, preset=preset, specs=files, uneven=uneven, deepspeed=section, prove=_prove
+        model,
+        tp_size=tp_size,
+        preset=preset,
+        specs=files,
+        uneven=uneven,
+        deepspeed=section,
+        prove=_prove,
+        strict=strict,
     )
     try:
         write_atomically(output, plan.to_json())

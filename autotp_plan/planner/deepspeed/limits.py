@@ -80,9 +80,9 @@ def _obstacle(entry: Parameter, layout: Layout, plan: Plan, tied: bool) -> str |
         return "its weight lies the other way round (Conv1D)"
     if not entry.gather_output and not _is_even(layout):
         return "a rank's share is not its even part of each sub-parameter, which is how DeepSpeed cuts"
-    num_kv_heads = _num_kv_heads(plan.model.config or {})
-    if num_kv_heads % plan.tp_size and not any(part in entry.name for part in _SHARDED_WITHOUT_HEADS):
-        return f"DeepSpeed cuts it by KV heads, and {num_kv_heads} are not divisible by {plan.tp_size}"
+    kv_heads = num_kv_heads(plan.model.config or {})
+    if kv_heads % plan.tp_size and is_sharded_by_heads(entry.name):
+        return f"DeepSpeed cuts it by KV heads, and {kv_heads} are not divisible by {plan.tp_size}"
     return None
 
 
@@ -139,7 +139,12 @@ def _same(one: Sequence[iv.Interval], other: Sequence[iv.Interval]) -> bool:
     return iv.join_touching(one) == iv.join_touching(other)
 
 
-def _num_kv_heads(config: Mapping[str, Any]) -> int:
+def is_sharded_by_heads(name: str) -> bool:
+    """Whether DeepSpeed shards the layer of the parameter `name` by KV heads, where the config has a number of them."""
+    return not any(part in name for part in _SHARDED_WITHOUT_HEADS)
+
+
+def num_kv_heads(config: Mapping[str, Any]) -> int:
     """The number of KV heads by which DeepSpeed shards; 0 when the config has none."""
     value = next((config[key] for key in _KV_HEAD_KEYS if config.get(key) is not None), 0)
     return value if isinstance(value, int) else 0

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from autotp_plan.planner.deepspeed.limits import obstacles
+from autotp_plan.schemas.names import expand
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.plan.entries import Parameter
-from autotp_plan.schemas.plan.rule_ref import Origin
+from autotp_plan.schemas.plan.rule_ref import REST_RULE, Origin
+from autotp_plan.schemas.storage.safetensors_header import num_bytes
 
 
 def notes_on_partition_config(plan: Plan, preset: str) -> Iterator[str]:
@@ -36,9 +38,26 @@ def notes_on_partition_config(plan: Plan, preset: str) -> Iterator[str]:
         yield f"Preset {preset!r} adds what plain DeepSpeed cannot do at {_few(names)}: {reason}."
 
 
+def notes_on_the_rest(plan: Plan) -> Iterator[str]:
+    """A note on the weights that no rule of a DeepSpeed config names, with their bytes; nothing when there are none."""
+    sizes = {
+        entry.name: len(expand(entry.name)) * num_bytes(entry.dtype, plan.shape_of(entry)) for entry in plan.parameters
+    }
+    rest = [entry.name for entry in plan.parameters if entry.rule == REST_RULE]
+    if rest:
+        held, total = sum(sizes[name] for name in rest), sum(sizes.values())
+        count, share = sum(len(expand(name)) for name in rest), 100 * held / max(total, 1)
+        yield (
+            f"{count} parameter{'s' if count > 1 else ''}, {held} bytes ({share:.1f} % of the model), stay replicated "
+            f"because no rule names them, as in DeepSpeed: {_few(rest)}. `--strict` makes this an error."
+        )
+
+
 def _is_added(entry: Parameter) -> bool:
     """Whether rules of a preset decided it; the vocabulary is theirs always."""
-    return entry.rule.origin is not Origin.DS_CONFIG and entry.style != "vocab" and not entry.gather_output
+    return (
+        entry.rule.origin not in (Origin.DS_CONFIG, Origin.REST) and entry.style != "vocab" and not entry.gather_output
+    )
 
 
 def _few(names: Sequence[str]) -> str:

@@ -31,10 +31,8 @@ _KNOWN = frozenset(
 _KNOWN_NESTED = frozenset({"tp_size", "tp_grain_size", "mpu", "tp_group"})
 
 _IGNORED_PARTITION_KEYS = {
-    "strict_mode": "every undecided weight is an error here, as with strict_mode",
     "tp_size": "DeepSpeed overwrites it with autotp_size",
     "embedding_partition_dim": "DeepSpeed never reads it",
-    "lm_head_patterns": "the preset or a rule of your own says which weight is the head",
 }
 
 
@@ -48,6 +46,8 @@ class TensorParallelSection:
     dtype: str | None = None
     tp_overlap_comm: bool = False
     vocab_parallel_lm_head: bool | None = None
+    strict_mode: bool = False
+    head_names: tuple[str, ...] = ("lm_head", "embed_out")
     notes: tuple[str, ...] = ()
 
 
@@ -106,7 +106,10 @@ def parse_section(section: Any) -> TensorParallelSection:
     dtype = section.get("dtype")
     if dtype is not None and _DTYPES.get(str(dtype)) is None:
         faults.append(_fault("tensor_parallel.dtype", repr(dtype), "one of " + ", ".join(sorted(_DTYPES))))
-    partition = _partition_config(section.get("partition_config"), faults, notes)
+    given = section.get("partition_config")
+    partition = _partition_config(given, faults, notes)
+    flags = given if isinstance(given, dict) else {}
+    strict = _typed(flags, "strict_mode", bool, faults, "tensor_parallel.partition_config")
     result = TensorParallelSection(
         tp_size=tp_size or None,
         preset_model=_typed(section, "preset_model", str, faults),
@@ -114,6 +117,8 @@ def parse_section(section: Any) -> TensorParallelSection:
         dtype=_DTYPES.get(str(dtype)) if dtype is not None else None,
         tp_overlap_comm=bool(_typed(section, "tp_overlap_comm", bool, faults)),
         vocab_parallel_lm_head=vocab_parallel,
+        strict_mode=bool(strict),
+        head_names=_head_names(flags, faults),
         notes=tuple(notes),
     )
     if faults:
@@ -145,7 +150,15 @@ def _partition_config(data: Any, faults: list[Fault], notes: list[str]) -> SpecF
         for key, reason in _IGNORED_PARTITION_KEYS.items():
             if key in data:
                 notes.append(f"partition_config.{key} is not applied: {reason}.")
-        data = {key: value for key, value in data.items() if key not in _IGNORED_PARTITION_KEYS}
+        if "lm_head_patterns" in data:
+            notes.append(
+                "partition_config.lm_head_patterns counts for row-parallel heads; otherwise the preset or a rule of "
+                "your own says which weight is the head."
+            )
+        ours = (*_IGNORED_PARTITION_KEYS, "strict_mode", "lm_head_patterns")
+        data = {key: value for key, value in data.items() if key not in ours}
+        if isinstance(data.get("layer_specs"), list):
+            data["layer_specs"] = [_without_idle_keys(*one, notes) for one in enumerate(data["layer_specs"], 1)]
     try:
         return SpecFile.from_dict(data, "partition_config")
     except DocumentError as error:
@@ -156,12 +169,33 @@ def _partition_config(data: Any, faults: list[Fault], notes: list[str]) -> SpecF
         return None
 
 
-def _typed(section: dict[str, Any], key: str, kind: type, faults: list[Fault]) -> Any:
+def _without_idle_keys(number: int, rule: Any, notes: list[str]) -> Any:
+    """A rule without `gather_output` where DeepSpeed does not look at it."""
+    if not isinstance(rule, dict) or rule.get("gather_output") is not True:
+        return rule
+    kind = str(rule.get("partition_type", "column")).lower()
+    if kind not in ("row", "skip"):
+        return rule
+    notes.append(f"gather_output of ds-config #{number} is not applied: it is for column, and the rule is {kind}.")
+    return {key: value for key, value in rule.items() if key != "gather_output"}
+
+
+def _head_names(partition: dict[str, Any], faults: list[Fault]) -> tuple[str, ...]:
+    """`lm_head_patterns`: names of modules that are heads, whole names and no patterns."""
+    names = partition.get("lm_head_patterns") or ["lm_head", "embed_out"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        where = "tensor_parallel.partition_config.lm_head_patterns"
+        faults.append(_fault(where, repr(names), "a list of names of modules"))
+        return ()
+    return tuple(names)
+
+
+def _typed(section: dict[str, Any], key: str, kind: type, faults: list[Fault], where: str = "tensor_parallel") -> Any:
     value = section.get(key)
     if value is None or type(value) is kind:
         return value
     names = {int: "an integer", bool: "true or false", str: "a string"}
-    faults.append(_fault(f"tensor_parallel.{key}", repr(value), names[kind]))
+    faults.append(_fault(f"{where}.{key}", repr(value), names[kind]))
     return None
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from autotp_plan.planner.rules.rule_set import RuleList
@@ -15,7 +15,7 @@ from autotp_plan.planner.rules.symbols import SymbolError, Symbols
 from autotp_plan.schemas.fault_book import FaultBook
 from autotp_plan.schemas.layout import Layout
 from autotp_plan.schemas.plan.entries import Style
-from autotp_plan.schemas.plan.rule_ref import RuleRef
+from autotp_plan.schemas.plan.rule_ref import Origin, RuleRef
 from autotp_plan.schemas.spec import Spec
 
 
@@ -121,8 +121,31 @@ def _check_keys(rule: RuleRef, spec: Spec, faults: FaultBook) -> None:
             )
 
 
-def check_patterns_match(rules: Sequence[Rule], names: Sequence[str], faults: FaultBook) -> None:
-    """Every pattern that is not optional must match a parameter: one that does not is a misunderstanding."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unmatched:
+    """A pattern that matches no parameter, and what may be meant."""
+
+    rule: RuleRef
+    pattern: str
+    hint: str
+
+    def fault(self, faults: FaultBook) -> None:
+        """Note it as a fault."""
+        faults.add(
+            "pattern-without-match",
+            "a pattern matches no parameter",
+            rule=self.rule,
+            got=self.pattern,
+            expected="at least one parameter of the model",
+            next=self.hint,
+        )
+
+    def __str__(self) -> str:
+        return f"{self.rule}: the pattern {self.pattern} matches no parameter, and has no effect; {self.hint}."
+
+
+def unmatched_patterns(rules: Sequence[Rule], names: Sequence[str]) -> Iterator[Unmatched]:
+    """Every pattern that is not optional and matches no parameter: a misunderstanding."""
     for rule in rules:
         if rule.spec.optional:
             continue
@@ -137,30 +160,22 @@ def check_patterns_match(rules: Sequence[Rule], names: Sequence[str], faults: Fa
                 hint = "the checkpoint may be incomplete, or another architecture; see `--preset none --spec FILE`"
             else:
                 hint = f'compare with the model\'s names, such as {_example(names)}; or mark the rule "optional": true'
-            faults.add(
-                "pattern-without-match",
-                "a pattern matches no parameter",
-                rule=rule.ref,
-                got=pattern.pattern,
-                expected="at least one parameter of the model",
-                next=hint,
-            )
+            yield Unmatched(rule=rule.ref, pattern=pattern.pattern, hint=hint)
 
 
-def deciding_rule(name: str, rules: Sequence[Sequence[Rule]], faults: FaultBook) -> Rule | None:
+def deciding_rule(name: str, matching: Sequence[Sequence[Rule]], faults: FaultBook) -> Rule | None:
     """The rule that decides the parameter `name`: the first that matches, of the first list that has one.
 
     Args:
         name: the parameter's.
-        rules: compiled rule lists, in order of precedence.
-        faults: gets a fault where two rules of one list match and say different things.
+        matching: the rules of each list that match it, in order of precedence.
+        faults: gets a fault where two rules of one list say different things; in a DeepSpeed config the first counts.
     """
-    for rule_list in rules:
-        found = [rule for rule in rule_list if rule.matches(name)]
+    for found in matching:
         if not found:
             continue
         for other in found[1:]:
-            if _meaning(other.spec) != _meaning(found[0].spec):
+            if found[0].ref.origin is not Origin.DS_CONFIG and meaning(other.spec) != meaning(found[0].spec):
                 faults.add(
                     "rules-disagree",
                     "two rules match one parameter and disagree",
@@ -173,7 +188,7 @@ def deciding_rule(name: str, rules: Sequence[Sequence[Rule]], faults: FaultBook)
     return None
 
 
-def _meaning(spec: Spec) -> Spec:
+def meaning(spec: Spec) -> Spec:
     """The rule without what does not change the layout."""
     return dataclasses.replace(spec, patterns=(), model_types=None, optional=False, when=None)
 

@@ -8,15 +8,40 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from autotp_plan.planner.rules import partition as pt
 from autotp_plan.planner.rules.matching import Decision, Rule
 from autotp_plan.planner.rules.symbols import SymbolError
 from autotp_plan.schemas.fault_book import FaultBook
 from autotp_plan.schemas.names import fold, parent_module
-from autotp_plan.schemas.plan.rule_ref import DEFAULT_RULE, RuleRef
+from autotp_plan.schemas.plan.rule_ref import DEFAULT_RULE, REST_RULE, RuleRef
 from autotp_plan.schemas.spec import Spec
+
+_SAME_STYLE = {("row", "vocab"), ("column", "shard"), ("row", "shard")}
+"""A user's and a preset's word for the same: DeepSpeed has one word for each of the two dimensions, and no more."""
+
+
+def merge_with_preset(spec: Spec, known: Spec) -> Spec:
+    """A user's rule, completed by what only the preset's rule for the same parameter knows.
+
+    Args:
+        spec: the user's rule.
+        known: the preset's rule.
+
+    Returns:
+        the preset's rule where the user's says the same in DeepSpeed's words; else the user's, with the preset's unit
+        if it has none and shards the same dimension, and with a partial gradient wherever one of the two says so.
+    """
+    if (spec.partition_type, known.partition_type) in _SAME_STYLE:
+        spec = dataclasses.replace(known, patterns=spec.patterns)
+    elif spec.unit is None and spec.partition_type == known.partition_type:
+        spec = dataclasses.replace(spec, unit=known.unit)
+    return dataclasses.replace(
+        spec,
+        grad_allreduce=spec.grad_allreduce or known.grad_allreduce,
+        add_once=spec.add_once or known.add_once,
+    )
 
 
 def check_style(name: str, rule: RuleRef, spec: Spec, known: Rule, faults: FaultBook) -> None:
@@ -30,7 +55,8 @@ def check_style(name: str, rule: RuleRef, spec: Spec, known: Rule, faults: Fault
         faults: gets a fault where the styles differ.
     """
     found, expected = ((one.partition_type, one.gather_output) for one in (spec, known.spec))
-    if found == expected or spec.partition_type == "skip":
+    row_head = spec.split_input and known.spec.gather_output
+    if found == expected or spec.partition_type == "skip" or row_head:
         return
     faults.add(
         "style-of-another-module",
@@ -108,7 +134,9 @@ def check_modules_sharded_together(
                     decisions[name].rule,
                     got=f"{', '.join(one.rpartition('.')[0].rpartition('.')[2] for one in sharded)} sharded",
                     expected="all of them sharded, or all of them replicated",
-                    next="give the others the same kind of rule, or remove this one",
+                    next='add a rule for it, or say "use_default_specs": true, and the preset decides what is left open'
+                    if decisions[name].rule == REST_RULE
+                    else "give the others the same kind of rule, or remove this one",
                 )
 
 
@@ -145,14 +173,20 @@ def settle_partial_gradients(
     return settled
 
 
-def undecided_among_sharded(decisions: Mapping[str, Decision]) -> list[str]:
+def undecided_among_sharded(
+    decisions: Mapping[str, Decision], rules: Collection[RuleRef] = (DEFAULT_RULE,)
+) -> list[str]:
     """The parameters that no rule decides, in modules whose weights are sharded: their gradients may be partial.
+
+    Args:
+        decisions: how every parameter is sharded.
+        rules: what decides where no rule does.
 
     Returns:
         names, layers folded.
     """
     sharded = _modules_of_sharded_activations(decisions)
-    return fold(name for name, one in decisions.items() if one.rule == DEFAULT_RULE and parent_module(name) in sharded)
+    return fold(name for name, one in decisions.items() if one.rule in rules and parent_module(name) in sharded)
 
 
 def notes_on_gradients(names: Sequence[str]) -> list[str]:

@@ -21,6 +21,7 @@ from autotp_plan.schemas.errors import CompileError
 from autotp_plan.schemas.fault_book import FaultBook
 from autotp_plan.schemas.names import is_index
 from autotp_plan.schemas.plan.entries import PlannedModule
+from autotp_plan.schemas.plan.rule_ref import DEFAULT_RULE, REST_RULE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,13 +29,15 @@ class Resolution:
     """What was decided, one entry for each name of the model.
 
     `attributes` are `(module, attribute, value on each rank)`; `modules` are `(module, its collectives)`. `undecided`
-    are parameters among sharded weights that no rule decides.
+    are parameters among sharded weights that no rule decides. `notes` are on rules of a DeepSpeed config that do not do
+    what they seem to.
     """
 
     decisions: dict[str, Decision]
     attributes: tuple[tuple[str, str, tuple[int, ...]], ...]
     modules: tuple[tuple[str, PlannedModule], ...]
     undecided: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def resolve(
@@ -53,7 +56,14 @@ def resolve(
     Raises:
         CompileError: with every fault found.
     """
-    resolver = Resolver(inventory=inventory, symbols=symbols, tp_size=tp_size, uneven=uneven)
+    resolver = Resolver(
+        inventory=inventory,
+        symbols=symbols,
+        tp_size=tp_size,
+        uneven=uneven,
+        rest_stays_whole=rules.rest_stays_whole,
+        heads=rules.heads,
+    )
     faults = resolver.faults
     if num_layers is not None:
         _check_layers(inventory, num_layers, faults, resolver.optional(rules.lists))
@@ -62,10 +72,18 @@ def resolve(
     undecided = undecided_among_sharded(decisions)
     if rules.preset is not None and rules.preset.name in preset_names():
         refuse_undecided(undecided, str(rules.preset.name), faults)
+    elif rules.preset is None:
+        undecided = undecided_among_sharded(decisions, (DEFAULT_RULE, REST_RULE))
     attributes = tuple(module_attributes(rules.lists, decisions, symbols, tp_size, faults))
     modules = tuple(planned_modules(rules.lists, decisions, symbols, tp_size, faults))
     faults.raise_if_any(CompileError)
-    return Resolution(decisions=decisions, attributes=attributes, modules=modules, undecided=tuple(undecided))
+    return Resolution(
+        decisions=decisions,
+        attributes=attributes,
+        modules=modules,
+        undecided=tuple(undecided),
+        notes=tuple(resolver.notes),
+    )
 
 
 def _check_layers(inventory: Inventory, num_layers: int, faults: FaultBook, optional: Collection[str]) -> None:

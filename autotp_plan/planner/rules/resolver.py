@@ -1,7 +1,8 @@
 """Which rule decides each parameter, and the layout that follows.
 
 Rule lists are asked in order of precedence; the first rule that matches decides. Every fault of the whole model is
-collected; nothing is guessed: a weight that no rule decides is a fault, and so is a pattern that matches nothing.
+collected; nothing is guessed: a weight that no rule decides is a fault, and so is a pattern that matches nothing. A
+DeepSpeed config is read as DeepSpeed reads it (`deepspeed_rules`).
 """
 
 from __future__ import annotations
@@ -12,20 +13,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from autotp_plan.planner.deepspeed.limits import num_kv_heads
 from autotp_plan.planner.model.inventory import Inventory
 from autotp_plan.planner.rules import partition as pt
+from autotp_plan.planner.rules.deepspeed_rules import (
+    REST,
+    as_deepspeed_runs,
+    is_deepspeeds,
+    matching_rules,
+    settle_ties,
+    shadowed,
+)
 from autotp_plan.planner.rules.heads import describe_units
 from autotp_plan.planner.rules.matching import (
     Decision,
     Rule,
-    check_patterns_match,
     compile_rules,
     deciding_rule,
     pattern_for,
+    unmatched_patterns,
 )
 from autotp_plan.planner.rules.preset_checks import (
     check_modules_sharded_together,
     check_style,
+    merge_with_preset,
     misreads_fused_weight,
     settle_partial_gradients,
 )
@@ -44,8 +55,6 @@ _STYLES: Mapping[PartitionType, Style] = {
     "shard": "shard",
     "skip": "replicated",
 }
-_SAME_STYLE = {("row", "vocab"), ("column", "shard"), ("row", "shard")}
-"""A user's and a preset's word for the same: DeepSpeed has one word for each of the two dimensions, and no more."""
 UNDECIDED = "undecided-weight"
 """Code of the fault of a weight that no rule decides."""
 MAX_SUGGESTED_TP = 1024
@@ -59,7 +68,10 @@ class Resolver:
     symbols: Symbols
     tp_size: int
     uneven: bool = False
+    rest_stays_whole: bool = False
+    heads: tuple[str, ...] = ()
     faults: FaultBook = field(default_factory=FaultBook)
+    notes: list[str] = field(default_factory=list)
     _layouts: dict[tuple[RuleRef, Spec, tuple[int, ...]], Layout | None] = field(default_factory=dict)
     _applied: set[tuple[Spec, tuple[int, ...]]] = field(default_factory=set)
     _indivisible: list[tuple[str, RuleRef, str, pt.IndivisibleError]] = field(default_factory=list)
@@ -78,22 +90,34 @@ class Resolver:
         ]
         deciding = [compiled_rules for rules, compiled_rules in compiled if rules.decides]
         names = [*self.inventory.parameters, *self.inventory.tied]
-        for compiled_rules in deciding:
-            check_patterns_match(compiled_rules, names, self.faults)
+        for rules, compiled_rules in compiled:
+            for unmatched in unmatched_patterns(compiled_rules, names) if rules.decides else ():
+                if rules.may_match_nothing:
+                    self.notes.append(str(unmatched))
+                else:
+                    unmatched.fault(self.faults)
         trusted = [rule for rules, compiled_rules in compiled if rules.trusted for rule in compiled_rules]
+        matching = {
+            name: matching_rules(name, len(self._shape(name)), self._is_bias_of_weight(name), deciding, trusted)
+            for name in names
+        }
+        for at, compiled_rules in enumerate(deciding):
+            if compiled_rules and is_deepspeeds(compiled_rules[0]):
+                self.notes += shadowed(compiled_rules, {name: found[at] for name, found in matching.items()})
         decisions: dict[str, Decision] = {}
         for name in names:
             if self._is_bias_of_weight(name):
                 continue
-            decision = self._decide(name, deciding_rule(name, deciding, self.faults), trusted)
+            decision = self._decide(name, deciding_rule(name, matching[name], self.faults), trusted)
             if decision is not None:
                 decisions[name] = decision
         for name in filter(self._is_bias_of_weight, names):
             weight = name.removesuffix("bias") + "weight"
             if weight in decisions:
-                rule = deciding_rule(name, deciding, self.faults)
+                rule = deciding_rule(name, matching[name], self.faults)
                 decisions[name] = self._bias(name, weight, decisions[weight], rule)
         self._report_indivisible()
+        decisions = settle_ties(decisions, self.inventory.tied, self.notes)
         check_modules_sharded_together(decisions, trusted, self.faults)
         decisions = settle_partial_gradients(decisions, trusted, self.faults)
         return {name: decisions[name] for name in names if name in decisions}
@@ -108,11 +132,21 @@ class Resolver:
         shape = self._shape(name)
         if rule is None and len(shape) <= 1:  # a preset knows what is special about it even where it does not decide
             rule = next((one for one in trusted if one.matches(name)), None)
+        if rule is None and len(shape) > 1 and self.rest_stays_whole:
+            rule = REST
         if rule is None:
             return self._by_default(name, shape)
         spec = rule.spec
         known = None if rule.trusted else next((other for other in trusted if other.matches(name)), None)
+        if is_deepspeeds(rule):
+            kv_heads = num_kv_heads(self.symbols.config) if known is None else 0
+            spec = as_deepspeed_runs(
+                spec, name, shape, heads=self.heads, num_kv_heads=kv_heads, tp_size=self.tp_size if known is None else 1
+            )
         if known is not None:
+            if spec.split_input and known.spec.gather_output and name in self.inventory.tied:
+                self.notes.append(f"{name} is tied to the embedding, so {known.ref} shards both by vocabulary.")
+                spec = known.spec
             spec = merge_with_preset(spec, known.spec)
             check_style(name, rule.ref, spec, known, self.faults)
         if spec.partition_type == "skip":
@@ -269,25 +303,3 @@ class Resolver:
             return all(pt.tp_size_fits(shape, self._sharding(spec, tp_size), tp_size) for spec, shape in self._applied)
         except (SymbolError, pt.PartitionError):
             return False
-
-
-def merge_with_preset(spec: Spec, known: Spec) -> Spec:
-    """A user's rule, completed by what only the preset's rule for the same parameter knows.
-
-    Args:
-        spec: the user's rule.
-        known: the preset's rule.
-
-    Returns:
-        the preset's rule where the user's says the same in DeepSpeed's words; else the user's, with the preset's unit
-        if it has none and shards the same dimension, and with a partial gradient wherever one of the two says so.
-    """
-    if (spec.partition_type, known.partition_type) in _SAME_STYLE:
-        spec = dataclasses.replace(known, patterns=spec.patterns)
-    elif spec.unit is None and spec.partition_type == known.partition_type:
-        spec = dataclasses.replace(spec, unit=known.unit)
-    return dataclasses.replace(
-        spec,
-        grad_allreduce=spec.grad_allreduce or known.grad_allreduce,
-        add_once=spec.add_once or known.add_once,
-    )

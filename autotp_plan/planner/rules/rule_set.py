@@ -27,7 +27,8 @@ MAX_LAYERS = 100_000
 class RuleList:
     """The rules of one origin. The name of each begins with `origin` and `name`: `preset llama #1`.
 
-    `trusted` rules know the architecture, and others are compared with them, even where they do not decide.
+    `trusted` rules know the architecture, and others are compared with them, even where they do not decide. A pattern
+    that matches nothing is a fault, unless the list `may_match_nothing`.
     """
 
     origin: Origin
@@ -38,6 +39,7 @@ class RuleList:
     modules: tuple[ModuleSpec, ...] = ()
     trusted: bool = False
     decides: bool = True
+    may_match_nothing: bool = False
 
     def ref(self, index: int, section: Section | None = None) -> RuleRef:
         """The rule that is the `index`th (from 1) of the list, or of another section of the same file."""
@@ -49,7 +51,9 @@ class RuleSet:
     """Everything that decides: rule lists in order of precedence, and the facts about the model they bring along.
 
     `user_files` are spec files and the DeepSpeed config. `preset` knows the architecture even where its rules do not
-    decide (`use_default_specs` false).
+    decide (`use_default_specs` false). Weights that no rule decides are faults; where `rest_stays_whole` they are
+    replicated, and where `may_leave_rest` that is allowed when there is no preset and no `tp_plan`. `heads` are names
+    of modules that are heads to a DeepSpeed config.
     """
 
     lists: tuple[RuleList, ...]
@@ -57,11 +61,18 @@ class RuleSet:
     preset: SpecFile | None
     notes: tuple[str, ...] = ()
     may_fall_back: bool = False
+    rest_stays_whole: bool = False
+    may_leave_rest: bool = False
+    heads: tuple[str, ...] = ()
 
     def with_fallback(self, rules: SpecFile) -> RuleSet:
         """These rules, and after them those made from transformers' `tp_plan` in the place of a preset."""
         last = RuleList(origin=Origin.TP_PLAN, specs=rules.layer_specs, modules=rules.modules, trusted=True)
         return dataclasses.replace(self, lists=(*self.lists, last), preset=rules)
+
+    def leaving_rest_whole(self) -> RuleSet:
+        """These rules, with every weight that none of them decides replicated, as DeepSpeed does."""
+        return dataclasses.replace(self, rest_stays_whole=True)
 
     @property
     def files(self) -> tuple[SpecFile, ...]:
@@ -166,6 +177,7 @@ def collect_rules(
     preset: str,
     spec_files: Sequence[SpecFile],
     section: TensorParallelSection | None,
+    strict: bool = False,
 ) -> RuleSet:
     """The rules for a model of `model_type`.
 
@@ -174,6 +186,8 @@ def collect_rules(
         preset: `auto`, `none` or a name.
         spec_files: the first has the highest precedence.
         section: the `tensor_parallel` section of a DeepSpeed config; its rules come after the spec files'.
+        strict: hold the DeepSpeed config to what a spec file is held to: every weight is decided, every pattern
+            matches.
 
     Raises:
         CompileError: there is no such preset, or it is for another model.
@@ -192,17 +206,22 @@ def collect_rules(
         for number, file in enumerate(spec_files, 1)
     ]
     if partition:
-        lists.append(_list_of(partition, Origin.DS_CONFIG))
+        lists.append(dataclasses.replace(_list_of(partition, Origin.DS_CONFIG), may_match_nothing=not strict))
     if found:
         lists += _lists_of_preset(found, decides=use_preset, section=section)
     if section:
         notes.extend(section.notes)
+    may_leave_rest = partition is not None and not (spec_files or strict or (section and section.strict_mode))
+    may_fall_back = preset == AUTO and found is None and use_preset
     return RuleSet(
         lists=tuple(lists),
         user_files=user_files,
         preset=found,
         notes=tuple(notes),
-        may_fall_back=preset == AUTO and found is None and use_preset,
+        may_fall_back=may_fall_back,
+        rest_stays_whole=may_leave_rest and not may_fall_back and (found is None or not use_preset),
+        may_leave_rest=may_leave_rest,
+        heads=section.head_names if section else (),
     )
 
 

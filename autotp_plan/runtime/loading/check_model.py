@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from autotp_plan.runtime.tensor_parallel.embedding import can_be_vocab_parallel
-from autotp_plan.runtime.tensor_parallel.linear import is_linear
+from autotp_plan.runtime.tensor_parallel.linear import is_linear, orientation
 from autotp_plan.runtime.tensor_parallel.module_boundary import averages_by_mean, unknown_inputs
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.errors import Fault, MismatchError
+from autotp_plan.schemas.layout import Layout, group_view
 from autotp_plan.schemas.names import expand
 from autotp_plan.schemas.plan.document import Parameter, Plan, PlannedModule
 
@@ -91,7 +93,7 @@ def _module_faults(parameter: Parameter, modules: Mapping[str, nn.Module], plan:
 
 
 def _own_forward_faults(parameter: Parameter, module: nn.Module) -> Iterator[Fault]:
-    if is_linear(module) or isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding) or (isinstance(module, (nn.Linear, Conv1D)) and is_linear(module)):
         yield _fault(
             "a linear layer or embedding cannot keep its forward when its weight is sharded",
             parameter.name,
@@ -112,6 +114,13 @@ def _weight_faults(parameter: Parameter, module: nn.Module, plan: Plan) -> Itera
             if vocab
             else "torch.nn.Linear or transformers' Conv1D, or one that computes the same; shard for other modules",
         )
+    elif not vocab and (held := _sharded_dim(shape, layout)) != (expected := _dim_of(parameter.style, module)):
+        yield _fault(
+            f"the weight is sharded along its {'input' if parameter.style == 'column' else 'output'} features",
+            parameter.name,
+            f"{parameter.style}, along dim {held} of {list(shape)}",
+            f'dim {expected}, as {_class_name(module)} lies: in the spec file "partition_dim": {expected}',
+        )
     elif parameter.gather_output and shape != layout.shape:
         yield _fault(
             "the output of a weight that is sharded in another shape cannot be gathered",
@@ -128,6 +137,17 @@ def _weight_faults(parameter: Parameter, module: nn.Module, plan: Plan) -> Itera
             f"max_norm={module.max_norm}, scale_grad_by_freq={module.scale_grad_by_freq}, sparse={module.sparse}",
             "none of them set",
         )
+
+
+def _sharded_dim(shape: Sequence[int], layout: Layout) -> int | None:
+    """The dimension of a weight of `shape` that a layout, perhaps of a view of it, shards."""
+    groups = group_view(shape, layout.shape) or ()
+    return next((dim for dim, group in enumerate(groups) if layout.dim in group), None)
+
+
+def _dim_of(style: str, module: nn.Module) -> int:
+    """The dimension of a linear layer's weight that is sharded in `style`."""
+    return int((style == "row") != (orientation(module) == "transposed"))
 
 
 def _replica_faults(parameter: Parameter, plan: Plan) -> Iterator[Fault]:

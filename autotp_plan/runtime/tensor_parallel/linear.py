@@ -7,8 +7,9 @@ head counts. A layer is built with parameters on the meta device; `finish` marks
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -79,11 +80,11 @@ class PlannedLayer(ShardedLayer):
 
 
 class _Linear(PlannedLayer):
-    """What column- and row-parallel layers share: their sizes, and whether the weight is transposed (in a Conv1D)."""
+    """What column- and row-parallel layers share: their sizes, and whether the weight is transposed, as in a Conv1D."""
 
     def __init__(self, module: nn.Module, **kwargs: Any) -> None:
         super().__init__(module, **kwargs)
-        self.transposed = isinstance(module, Conv1D)
+        self.transposed = orientation(module) == "transposed"
         first, second = self.shards.shapes["weight"]
         self.out_features, self.in_features = (second, first) if self.transposed else (first, second)
 
@@ -169,28 +170,63 @@ class RowParallelLinear(_Linear):
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether `module` computes `x W^T + b` (or, a Conv1D, `x W + b`) and nothing else.
+    """Whether `module` computes `x W^T + b` or `x W + b` and nothing else."""
+    return orientation(module) is not None
 
-    A subclass of `nn.Linear` that overrides forward is tried out on small numbers: Falcon's is a plain product, a
-    router's is not.
+
+def orientation(module: nn.Module) -> Literal["linear", "transposed"] | None:
+    """How `module` multiplies by its weight: `x W^T + b`, or as a Conv1D `x W + b`. None where it does anything else.
+
+    A class that is not known is tried out on small whole numbers, in training and in evaluation: Falcon's linear layer
+    is a plain product, a router is not. What has parameters, buffers or modules besides `weight` and `bias` is not.
     """
-    if isinstance(module, Conv1D):
-        return type(module).forward is Conv1D.forward
-    if not isinstance(module, nn.Linear):
-        return False
-    if type(module).forward is nn.Linear.forward:
-        return True
-    if {name for name, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}:
-        return False
-    weight = nn.Parameter(torch.arange(6.0).view(3, 2))
-    bias = None if module.bias is None else nn.Parameter(torch.tensor([0.5, -2.0, 1.0]))
-    parameters: dict[str, Tensor] = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    input = torch.tensor([[[1.0, -3.0], [0.25, 2.0]]])
+    forward = type(module).forward
+    if isinstance(module, nn.Linear) and forward is nn.Linear.forward:
+        return "linear"
+    if isinstance(module, Conv1D) and forward is Conv1D.forward:
+        return "transposed"
+    weight = getattr(module, "weight", None)
+    inside = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
+    if (
+        not isinstance(weight, nn.Parameter)
+        or weight.dim() != 2
+        or inside - {"weight", "bias"}
+        or next(module.children(), None) is not None
+    ):
+        return None
+    found = {_computes(module, weight.shape, training) for training in (False, True)}
+    return found.pop() if len(found) == 1 else None
+
+
+_PROBE_SIZE = 3
+
+
+def _computes(module: nn.Module, shape: Sequence[int], training: bool) -> Literal["linear", "transposed"] | None:
+    """What a copy of `module` with a weight of 3 x 3 small whole numbers computes; its sizes are then 3 too."""
+    size = _PROBE_SIZE
+    small = copy.copy(module)
+    for name, value in vars(module).items():
+        if type(value) is int and value in shape:
+            vars(small)[name] = size
+    vars(small)["training"] = training
+    weight = torch.arange(1.0, size * size + 1).view(size, size)
+    bias = None if getattr(module, "bias", None) is None else torch.tensor([3.0, -2.0, 1.0])
+    tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    input = torch.arange(-_PROBE_ROWS, 2.0 * _PROBE_ROWS).view(1, _PROBE_ROWS, size)
     try:
-        output = functional_call(module, parameters, (input,))
-        return isinstance(output, Tensor) and torch.equal(output, F.linear(input, weight, bias))
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            output = functional_call(small, tensors, (input,))
     except Exception:  # a forward that wants something else is not a linear layer's
-        return False
+        return None
+    if not isinstance(output, Tensor):
+        return None
+    if torch.equal(output, F.linear(input, weight, bias)):
+        return "linear"
+    return "transposed" if torch.equal(output, F.linear(input, weight.t(), bias)) else None
+
+
+_PROBE_ROWS = 500
+"""So many that a dropout of 1 % shows, and few enough that float32 sums of the numbers are exact."""
 
 
 class _OverlappedColumn(torch.autograd.Function):

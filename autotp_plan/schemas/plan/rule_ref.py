@@ -19,6 +19,7 @@ class Origin(enum.Enum):
     PRESET = "preset"
     TP_PLAN = "tp_plan of transformers"
     DEFAULT = "default for 1-D"
+    REST = "no rule of ds-config"
     UNKNOWN = ""
 
 
@@ -55,6 +56,8 @@ class RuleRef:
         """The rule that a plan file calls `text`: `str` of the result is `text` again, whatever it is."""
         if text == Origin.DEFAULT.value:
             return DEFAULT_RULE
+        if text == Origin.REST.value:
+            return REST_RULE
         if match := _PRESET.fullmatch(text):
             return cls(Origin.PRESET, match[1], int(match[3]), Section(match[2] or ""))
         if match := _SPEC.fullmatch(text):
@@ -75,5 +78,7 @@ class RuleRef:
 
 DEFAULT_RULE = RuleRef(Origin.DEFAULT)
 """What decides a parameter of at most one dimension that no rule matches: replicated on every rank."""
+REST_RULE = RuleRef(Origin.REST)
+"""What decides a weight that no rule of a DeepSpeed config names: replicated on every rank, as DeepSpeed leaves it."""
 NO_RULE = RuleRef(Origin.UNKNOWN)
 """For plans that are not made by rules; its text is empty."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from autotp_plan.planner import compile_plan
+from autotp_plan.planner import SpecFile, compile_plan
 from autotp_plan.planner.deepspeed.read_config import parse_section, read_deepspeed_config
 from autotp_plan.planner.plan_table import as_json
 from autotp_plan.schemas.errors import AutoTPError, DocumentError, Fault
@@ -45,9 +45,9 @@ def compiled(folder: Path, section: dict[str, Any], tp_size: int | None = None, 
     return compile_plan(folder, tp_size=tp_size, deepspeed=parse_section(section), **options)
 
 
-def refused(folder: Path, section: dict[str, Any], tp_size: int | None = None) -> list[Fault]:
+def refused(folder: Path, section: dict[str, Any], tp_size: int | None = None, **options: Any) -> list[Fault]:
     with pytest.raises(AutoTPError) as caught:
-        compiled(folder, section, tp_size)
+        compiled(folder, section, tp_size, **options)
     return list(caught.value.faults)
 
 
@@ -93,11 +93,18 @@ def test_the_tutorials_partition_config_shards_a_model_of_ones_own(tmp_path: Pat
 
 def test_the_tutorials_partition_config_is_refused_for_a_llama(llama: Path) -> None:
     """On a Llama the same config has a rule for a weight that is not there, and leaves gate and up whole."""
-    found = {(fault.what, fault.where) for fault in refused(llama, {"autotp_size": 4, "partition_config": CUSTOM})}
+    section = {"autotp_size": 4, "partition_config": CUSTOM}
+    found = {(fault.what, fault.where) for fault in refused(llama, section, strict=True)}
     assert found == {
         ("a pattern matches no parameter", "ds-config #3"),
         ("no rule decides a weight", "model.layers.{0..1}.mlp.gate_proj.weight"),
         ("no rule decides a weight", "model.layers.{0..1}.mlp.up_proj.weight"),
+    }
+    found = {(fault.what, fault.where) for fault in refused(llama, section)}
+    torn = "a weight is replicated where the rest of its module is sharded"
+    assert found == {
+        (torn, "model.layers.{0..1}.mlp.gate_proj.weight (no rule of ds-config)"),
+        (torn, "model.layers.{0..1}.mlp.up_proj.weight (no rule of ds-config)"),
     }
 
 
@@ -107,7 +114,7 @@ def test_the_example_of_deepspeeds_configuration_page_is_refused(llama: Path) ->
         "autotp_size": 4, "preset_model": "llama", "tp_overlap_comm": False,
         "partition_config": {"use_default_specs": False, "layer_specs": [O_AND_DOWN]},
     }  # fmt: skip
-    found = refused(llama, section)
+    found = refused(llama, section, strict=True)
     assert {fault.what for fault in found} == {"no rule decides a weight"}
     assert {fault.where.split(".")[-2] for fault in found} == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
     section["partition_config"]["use_default_specs"] = True  # type: ignore[index]
@@ -146,8 +153,11 @@ def test_rules_for_other_model_types_do_not_count(tmp_path: Path) -> None:
     (fault,) = refused(folder, {"autotp_size": 4, "partition_config": partition})
     assert (fault.what, fault.got) == ("the dimension is not equal sub-parameters", "64 in 3")
     partition["layer_specs"] = [gqa, equal, O_AND_DOWN, GATE_UP]
-    found = refused(folder, {"autotp_size": 4, "partition_config": partition})
-    assert {fault.what for fault in found} == {"two rules match one parameter and disagree"}
+    with pytest.raises(AutoTPError, match="two rules match one parameter and disagree"):
+        compile_plan(folder, tp_size=4, specs=[SpecFile.from_dict(partition)])
+    plan = compiled(folder, {"autotp_size": 4, "partition_config": partition})
+    assert {str(entry.rule) for entry in plan.parameters if "qkv" in entry.name} == {"ds-config #1"}
+    assert any("ds-config #2 (column) decides nothing" in note and "ds-config #1." in note for note in plan.notes)
 
 
 def test_the_documented_bloom_form_is_refused_where_heads_would_be_cut(tmp_path: Path) -> None:
@@ -206,12 +216,10 @@ def test_every_form_in_the_docstrings_of_tp_layer_spec_compiles(tmp_path: Path) 
 
 def test_patterns_for_modules_say_how_to_mend_them(llama: Path) -> None:
     r"""Docstrings write `.*\.o_proj$`; DeepSpeed matches parameter names, so that this matches nothing, silently."""
-    found = refused(
-        llama, {"autotp_size": 2, "partition_config": {"layer_specs": [{"patterns": [r".*\.o_proj$"], **ROW}]}}
-    )
-    assert [fault.next for fault in found] == [
-        r"patterns are matched against parameter names, not modules: write .*\.o_proj\.weight$"
-    ]
+    section = {"autotp_size": 2, "partition_config": {"layer_specs": [{"patterns": [r".*\.o_proj$"], **ROW}]}}
+    hint = r"patterns are matched against parameter names, not modules: write .*\.o_proj\.weight$"
+    assert [fault.next for fault in refused(llama, section, strict=True)] == [hint]
+    assert any("ds-config #1" in note and hint in note for note in compiled(llama, section).notes)
     open_end = {"patterns": [r".*\.o_proj", r".*\.down_proj"], **ROW}
     plan = compiled(llama, {"autotp_size": 2, "partition_config": {"layer_specs": [open_end]}})
     assert {str(entry.rule) for entry in plan.parameters if entry.style == "row"} == {"ds-config #1"}
@@ -238,7 +246,6 @@ def test_overlap_is_honoured(llama: Path) -> None:
         ({"keep_module_on_host": True}, "keep_module_on_host is not applied"),
         ({"vocab_parallel_lm_head": True}, "the loss is computed on full logits"),
         ({"tp": {"tp_size": 1, "tp_grain_size": 64}}, "tp_grain_size is not applied"),
-        ({"partition_config": {"strict_mode": False}}, "partition_config.strict_mode is not applied"),
         ({"partition_config": {"tp_size": 8}}, "DeepSpeed overwrites it with autotp_size"),
         ({"partition_config": {"embedding_partition_dim": 1}}, "DeepSpeed never reads it"),
         ({"partition_config": {"lm_head_patterns": ["x"]}}, "says which weight is the head"),
@@ -254,6 +261,7 @@ def test_what_is_not_applied_is_noted(llama: Path, section: dict[str, Any], note
         {}, {"autotp_size": 0}, {"replace_with_kernel_inject": False}, {"kernel_inject": False}, {"preset_model": None},
         {"injection_policy_tuple": None}, {"partition_config": None}, {"dtype": None}, {"vocab_parallel_lm_head": None},
         {"vocab_parallel_ce_backend": "torch"}, {"tensor_parallel": {}}, {"keep_module_on_host": False},
+        {"tp": {}},
         {"tp": {"tp_size": 2, "tp_grain_size": 1, "mpu": None, "tp_group": None}, "autotp_size": 2},
     ],
 )  # fmt: skip
@@ -284,6 +292,8 @@ def test_default_options_change_nothing(llama: Path, section: dict[str, Any]) ->
         ({"tp": {"mpu": "x"}}, "tp.mpu", "a JSON file cannot hold it"),
         ({"autotp_sise": 4}, "autotp_sise", 'did you mean "autotp_size"?'),
         ({"partition_config": []}, "partition_config", "Rules that say"),
+        ({"partition_config": {"strict_mode": 1}}, "partition_config.strict_mode", "true or false"),
+        ({"partition_config": {"lm_head_patterns": "head"}}, "partition_config.lm_head_patterns", "a list of names"),
         ({"partition_config": {"layer_spec": []}}, "partition_config.layer_spec", 'did you mean "layer_specs"?'),
         ({"partition_config": {"layer_specs": [{"patterns": ["x"], "partition_type": "diagonal"}]}},
          "partition_config.layer_specs[0].partition_type", "column (split output features)"),
