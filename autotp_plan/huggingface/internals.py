@@ -86,6 +86,16 @@ def tensor_parallel_plan(model: Any) -> dict[str, str]:
     return {str(key): str(style) for key, style in found.items()}
 
 
+def unused_names(model: Any) -> list[str]:
+    """Regexes of names, to be searched for, of tensors that checkpoints hold and that `model` has no parameter for.
+
+    Such are the layers that predict more than one token. transformers drops them when it loads, in silence. Relies on
+    `_keys_to_ignore_on_load_unexpected`, a collection or None, which holds those of the models inside it too.
+    """
+    used_for = "the tensors of a checkpoint that a model does not use"
+    return sorted(private(model, "_keys_to_ignore_on_load_unexpected", _TRANSFORMERS, used_for) or ())
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversion:
     """How tensors of a checkpoint become one parameter.

@@ -6,20 +6,16 @@ torch and transformers are imported when it is called, never before: planning fr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from autotp_plan.huggingface.internals import compute_buffers, model_of_config, stays_float32, without_zero_init
-from autotp_plan.schemas.errors import CheckpointError, Fault, MissingDependencyError
+from autotp_plan.schemas.errors import AutoTPError, CheckpointError, Fault, MissingDependencyError
 from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, read_config
 
 _LARGE = 2**27
 """Number of elements from which on a new tensor is a parameter, not a buffer."""
-_UNBUILDABLE = (
-    ValueError, KeyError, TypeError, AttributeError, AssertionError, ImportError, OSError, RuntimeError,
-)  # fmt: skip
-"""What transformers raises for configs that it cannot build a model from."""
 
 
 def build_model(
@@ -44,7 +40,7 @@ def build_model(
         `from_pretrained` gives them, and its buffers the values.
 
     Raises:
-        CheckpointError: transformers cannot build a model from the config.
+        CheckpointError: transformers cannot build a model from the config, or only by running code that lies beside it.
         MissingDependencyError: transformers or torch is not installed, or transformers is not as it is needed.
     """
     config = read_config(folder) or {}
@@ -69,19 +65,26 @@ def build_model(
     }
     try:
         model_config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        options = {"dtype": getattr(model_config, "dtype", None) or torch.float32, **options}
+        options = {"dtype": _dtype(model_config) or torch.float32, **options}
         named = getattr(transformers, architecture or (config.get("architectures") or [""])[0], None)
         with places[on_meta], without_zero_init():
             model: Any
             if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
                 model = model_of_config(named, model_config, **options)
             else:
-                model = transformers.AutoModelForCausalLM.from_config(model_config, **options)
+                multimodal = type(model_config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+                causal = type(model_config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or not multimodal
+                automatic = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForImageTextToText
+                model = automatic.from_config(model_config, trust_remote_code=False, **options)
         model.tie_weights()
         if on_meta != "all":
             compute_buffers(model)
         _keep_in_float32(model, options["dtype"])
-    except _UNBUILDABLE as error:
+    except AutoTPError:
+        raise
+    except Exception as error:  # transformers and its validation of configs raise errors of many kinds
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(_remote_code(folder, config)) from None
         raise CheckpointError(
             Fault(
                 code="unbuildable-config",
@@ -96,6 +99,16 @@ def build_model(
     return model
 
 
+def names_a_dtype(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says of which dtype the model is, for itself or for its text model."""
+    text = config.get("text_config")
+    return any(
+        one.get(key) is not None
+        for one in (config, text if isinstance(text, Mapping) else {})
+        for key in ("dtype", "torch_dtype")
+    )
+
+
 def parameters_and_buffers(module: Any) -> Iterator[tuple[str, Any]]:
     """Every parameter of `module` under every name it has, and every buffer that checkpoints hold."""
     yield from module.named_parameters(remove_duplicate=False)
@@ -106,6 +119,27 @@ def parameters_and_buffers(module: Any) -> Iterator[tuple[str, Any]]:
     }
     saved = module.state_dict(keep_vars=True).keys() if buffers else ()
     yield from ((name, buffer) for name, buffer in buffers.items() if name in saved)
+
+
+def _dtype(model_config: Any) -> Any:
+    """The dtype that a transformers config names; where it names none, that of its text model; None for neither."""
+    found = getattr(model_config, "dtype", None)
+    return found if found is not None else getattr(getattr(model_config, "text_config", None), "dtype", None)
+
+
+def _remote_code(folder: Path, config: Mapping[str, Any]) -> Fault:
+    """The fault of a model whose code is not part of transformers."""
+    mapped = config.get("auto_map")
+    files = sorted({str(one) for one in mapped.values()}) if isinstance(mapped, Mapping) else []
+    return Fault(
+        code="remote-code",
+        what="the model's code is not part of transformers, and code from a checkpoint is never run",
+        where=str(folder / CONFIG_NAME),
+        got=f"model_type {config.get('model_type')}" + (f", with code in {', '.join(files)}" if files else ""),
+        expected="a model that transformers has",
+        next="to plan, give a folder with safetensors files and a spec file for its weights (--preset none --spec FILE)"
+        "; to train, import the code and give the model yourself: plan.load_model(path, model=module_on_meta)",
+    )
 
 
 def _keep_in_float32(model: Any, dtype: Any) -> None:

@@ -68,13 +68,15 @@ def compile_plan(
     try:
         return _compile(given, rules, options)
     except CompileError as error:
-        undecided = any(fault.code == UNDECIDED for fault in error.faults)
-        if not rules.may_fall_back or not undecided:
+        undecided = {fault.code == UNDECIDED for fault in error.faults}
+        if not rules.may_fall_back or True not in undecided:
             raise
         try:
             plan = _by_fallback(given, rules, options, prove)
         except CompileError:
-            if not rules.user_files:
+            if not rules.may_leave_rest:
+                if False in undecided:  # what is wrong in the user's rules comes first
+                    raise error from None
                 raise
             plan = None
         if plan is not None:
@@ -103,7 +105,7 @@ class _Description:
 
 def _by_fallback(given: ModelInput, rules: RuleSet, options: _Options, prove: Prover | None) -> Plan | None:
     """The plan by the model's own `tp_plan`, after `rules`; None when it has none that can be read."""
-    found = fallback_rules(given, options.tp_size) if given.model_type else None
+    found = fallback_rules(given, options.tp_size, rules.decide) if given.model_type else None
     if found is None:
         return None
     return proven(lambda made: _compile(given, rules.with_fallback(made), options), found, prove, given.where)

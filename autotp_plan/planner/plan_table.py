@@ -8,7 +8,7 @@ from typing import Any
 
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.layout import Layout
-from autotp_plan.schemas.names import expand
+from autotp_plan.schemas.names import expand, fold
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.plan.entries import Parameter, PlannedModule
 from autotp_plan.schemas.storage.safetensors_header import num_bytes
@@ -172,6 +172,32 @@ def headline(plan: Plan) -> str:
     return f"{model} at TP={plan.tp_size}, {summary(plan).num_parameters} parameters in {dtypes}"
 
 
+def computed_in_full(plan: Plan) -> list[str]:
+    """The modules whose matrices every rank multiplies by in full, so that more ranks make them no faster.
+
+    Returns:
+        names, layers folded; where nothing in a module is sharded, the module stands for what is in it.
+    """
+    whole: set[str] = set()
+    sharded: set[str] = set()
+    for parameter in plan.expanded():
+        layout = plan.layouts[parameter.layout]
+        module = parameter.name.rpartition(".")[0]
+        if layout.dim is not None:
+            sharded.update(_and_parents(module))
+        elif len(plan.shape_of(parameter)) > 1:
+            whole.add(module)
+    tops = {next(one for one in reversed([module, *_and_parents(module)]) if one not in sharded)
+            for module in whole - sharded}  # fmt: skip
+    return fold(name for name in tops if name)
+
+
+def _and_parents(module: str) -> list[str]:
+    """The module and all that it is in: `a.b`, `a`, and the empty name of the model itself."""
+    parts = module.split(".")
+    return [".".join(parts[:length]) for length in range(len(parts), 0, -1)] + [""]
+
+
 def describe(plan: Plan) -> list[str]:
     """What the table does not say, in sentences: totals, what is replicated and what that costs, ties, attributes."""
     totals = summary(plan)
@@ -183,6 +209,11 @@ def describe(plan: Plan) -> list[str]:
         f"everything is {1 / plan.tp_size:.1%}, {human_bytes(totals.total // plan.tp_size)})",
         f"replicated: {human_bytes(totals.replicated)} on every rank, {human_bytes(copies)} of copies over all ranks",
     ]
+    if in_full := computed_in_full(plan):
+        lines.append(f"computed in full on every rank: {', '.join(in_full)}")
+    gathered = fold(p.name.rpartition(".")[0] for p in plan.expanded() if p.gather_output and _LAYER.match(p.name))
+    if gathered:
+        lines.append(f"gathered, so that what follows is computed in full on every rank: {', '.join(gathered)}")
     lines += [f"{tie.name} is {tie.to}, run as {tie.style}" for tie in plan.tied]
     for attribute in plan.module_attributes:
         same = len(set(attribute.values)) == 1

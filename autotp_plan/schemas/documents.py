@@ -29,12 +29,13 @@ MAX_DOCUMENT_BYTES = 64 * 1024 * 1024
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def read_json(path: Path, kind: str) -> Any:
+def read_json(path: Path, kind: str, special_floats: bool = False) -> Any:
     """The parsed JSON of a file.
 
     Args:
         path: the file.
         kind: what messages call it, such as `plan`.
+        special_floats: as for `loads`.
 
     Raises:
         DocumentError: it is missing, too large, not UTF-8 or not JSON.
@@ -65,28 +66,36 @@ def read_json(path: Path, kind: str) -> Any:
         ) from None
     except UnicodeDecodeError:
         raise DocumentError(_not_json(path, kind, "bytes that are not UTF-8 text")) from None
-    return parse_json(text, kind, path)
+    return parse_json(text, kind, path, special_floats)
 
 
-def parse_json(text: str, kind: str, path: Path | str) -> Any:
-    """The parsed JSON of `text`; `kind` and `path` are what messages call it.
+def parse_json(text: str, kind: str, path: Path | str, special_floats: bool = False) -> Any:
+    """The parsed JSON of `text`; `kind` and `path` are what messages call it. `special_floats`: as for `loads`.
 
     Raises:
         DocumentError: a syntax error, a repeated key, or NaN.
     """
     try:
-        return loads(text)
+        return loads(text, special_floats)
     except (ValueError, RecursionError) as error:
         raise DocumentError(_not_json(path, kind, str(error) or type(error).__name__)) from None
 
 
-def loads(text: str) -> Any:
+def loads(text: str, special_floats: bool = False) -> Any:
     """The value of a JSON text.
+
+    Args:
+        text: the JSON.
+        special_floats: read `Infinity` and `-Infinity`, which Python writes and JSON does not have, as
+            `{"__float__": "Infinity"}`: transformers' own form for them (`PreTrainedConfig`), which is JSON, and which
+            it reads back.
 
     Raises:
         ValueError: a syntax error, a repeated key, NaN, or half of a character.
     """
-    value = json.loads(text, object_pairs_hook=_no_repeated_keys, parse_constant=_no_constant)
+    value = json.loads(
+        text, object_pairs_hook=_no_repeated_keys, parse_constant=_tagged if special_floats else _no_constant
+    )
     if _SURROGATE.search(text):
         json.dumps(value, ensure_ascii=False).encode("utf-8")  # a pair is a character, one alone is not
     return value
@@ -232,6 +241,12 @@ def _no_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def _tagged(name: str) -> dict[str, str]:
+    if name == "NaN":
+        raise ValueError("NaN, which is no value")
+    return {"__float__": name}
 
 
 def _not_json(path: Path | str, kind: str, got: str) -> Fault:

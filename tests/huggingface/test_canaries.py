@@ -101,6 +101,14 @@ def modules_are_registered(_: Any) -> bool:
     return config._custom_modules == {int: str}
 
 
+def multi_token_layers_are_named(_: Any) -> bool:
+    from transformers import AutoModelForCausalLM, Qwen3NextConfig
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(Qwen3NextConfig(num_hidden_layers=1, num_experts=2, vocab_size=8))
+    return model._keys_to_ignore_on_load_unexpected == {"^mtp.*"}
+
+
 CANARIES = [
     Canary("transformers:PreTrainedModel._from_config", "building a model from its config", uses("dtype")),
     Canary("transformers.integrations.deepspeed:_hf_deepspeed_config_weak_ref",
@@ -119,6 +127,8 @@ CANARIES = [
     Canary(f"{LOADING}:PrefixChange", TABLES),
     Canary(f"{LOADING}:WeightRenaming.rename_source_key", TABLES, takes("source_key")),
     Canary(f"{LOADING}:WeightRenaming.reverse_transform", TABLES),
+    Canary("transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected",
+           "tensors of multi-token prediction: they would have to be described by hand", multi_token_layers_are_named),
     Canary("transformers.loss.loss_utils:ForCausalLMLoss",
            "the vocabulary-parallel loss: logits would be gathered again, in silence", loss_is_of_causal_lms),
     Canary("transformers.pytorch_utils:Conv1D", "sharding GPT-2's layers",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from autotp_plan.planner.cli.output import not_written, reported
+from autotp_plan.planner.cli.output import not_written, reported, table_width
 from autotp_plan.schemas.errors import OutputError
 
 if TYPE_CHECKING:
@@ -147,5 +147,5 @@ def _table(*titles: str) -> Table:
 def _print(table: Table, err: bool = False) -> None:
     from rich.console import Console
 
-    terminal = (sys.stderr if err else sys.stdout).isatty()
-    Console(stderr=err, markup=False, emoji=False, highlight=False, width=None if terminal else 200).print(table)
+    width = table_width(sys.stderr if err else sys.stdout)
+    Console(stderr=err, markup=False, emoji=False, highlight=False, width=width).print(table)

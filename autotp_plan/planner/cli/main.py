@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from autotp_plan.planner.cli.export import export, presets
-from autotp_plan.planner.cli.output import not_written, reported
+from autotp_plan.planner.cli.output import not_written, reported, table_width
 from autotp_plan.planner.cli.shards import check_shards, merge, presplit, reshard
 from autotp_plan.schemas.errors import AutoTPError, Fault, OutputError
 from autotp_plan.schemas.shards.manifest import MANIFEST_NAME, PLAN_NAME
@@ -176,9 +176,7 @@ def show(plan_file: Path, output_format: str) -> None:
 def _console() -> Console:
     from rich.console import Console
 
-    terminal = sys.stdout.isatty()
-    width = None if terminal else 160
-    return Console(markup=False, emoji=False, highlight=False, soft_wrap=not terminal, width=width)
+    return Console(markup=False, emoji=False, highlight=False, soft_wrap=not sys.stdout.isatty(), width=table_width())
 
 
 def _print_table(plan: Plan) -> None:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import click
 
@@ -17,6 +17,7 @@ from autotp_plan.schemas.errors import AutoTPError, Fault
 
 _F = TypeVar("_F", bound=Callable[..., None])
 _LINE_SECONDS = 5.0
+_ANY_WIDTH = 10_000
 
 
 def reported(function: _F) -> _F:
@@ -63,6 +64,11 @@ def progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None] | No
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(what, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def table_width(stream: TextIO | None = None) -> int | None:
+    """The width of a table on `stream` (default: standard output): a terminal's; in a pipe or a file nothing is cut."""
+    return None if (stream or sys.stdout).isatty() else _ANY_WIDTH
 
 
 def _lines(what: str) -> Callable[[int, int], None]:

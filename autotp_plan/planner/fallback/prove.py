@@ -33,8 +33,13 @@ class Findings(Protocol):
 Prover = Callable[[Plan], Findings]
 
 
-def fallback_rules(model: ModelInput, tp_size: int) -> SpecFile | None:
+def fallback_rules(model: ModelInput, tp_size: int, decided: Callable[[str], bool]) -> SpecFile | None:
     """The rules of the model's `tp_plan`; None for a model that transformers does not know.
+
+    Args:
+        model: as it was given.
+        tp_size: number of TP ranks.
+        decided: whether a parameter has a rule of the user's.
 
     Raises:
         CompileError: the model has no `tp_plan`, or one that is not complete or not understood.
@@ -46,7 +51,8 @@ def fallback_rules(model: ModelInput, tp_size: int) -> SpecFile | None:
     config = getattr(module, "config", None)
     if not hasattr(config, "model_type") or not hasattr(module, "get_input_embeddings"):
         return None
-    return rules_of_model(module, tp_size, model.where)
+    on_disk = () if model.checkpoint is None else tuple(model.checkpoint.tensors)
+    return rules_of_model(module, tp_size, model.where, decided=decided, on_disk=on_disk)
 
 
 def proven(compile_with: Callable[[SpecFile], Plan], rules: SpecFile, prove: Prover | None, where: str) -> Plan:

@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
+import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from autotp_plan.huggingface.internals import tensor_parallel_plan
-from autotp_plan.planner.fallback.disk_names import disk_names, ties
+from autotp_plan.planner.fallback.disk_names import disk_names, ties, unused_tensors
+from autotp_plan.planner.fallback.skeleton import differentiable_inputs, name_pattern, spec_skeleton
 from autotp_plan.schemas.errors import CompileError, Fault
 from autotp_plan.schemas.names import starred
-from autotp_plan.schemas.spec import CrossingSpec, ModuleSpec, Spec, SpecFile
+from autotp_plan.schemas.spec import AttributeSpec, CrossingSpec, Indivisible, ModuleSpec, Spec, SpecFile
 
 NAME = "tp_plan of transformers"
 MAX_REPLICATED = 0.1
 """The largest share of a model that may be replicated because its `tp_plan` does not name it."""
+
+_GROUPS = "num_key_value_groups"
 
 _SILENT = {"local_params", "replicate", "replicated"}
 _GATHERED = {"colwise_gather_output", "colwise_rep"}
@@ -39,24 +42,33 @@ _KNOWN = _SILENT | _GATHERED | _SPLIT_INPUT | _COLUMN | _ROW | _VOCABULARY | _MO
 }  # fmt: skip
 
 
-def rules_of_model(model: Any, tp_size: int, where: str) -> SpecFile:
+def rules_of_model(
+    model: Any,
+    tp_size: int,
+    where: str,
+    *,
+    decided: Callable[[str], bool] = lambda name: False,
+    on_disk: Collection[str] = (),
+) -> SpecFile:
     """The rules for a model by its `tp_plan`.
 
     Args:
         model: a transformers model; its parameters may be on meta.
         tp_size: number of TP ranks.
         where: what faults point to.
+        decided: whether a parameter has a rule of the user's, and needs none here.
+        on_disk: the names of the checkpoint's tensors, if there is one.
 
     Raises:
         CompileError: the model has no `tp_plan`, or one that is not complete or not understood. The fault shows a spec
             file to fill in.
     """
     plan = tensor_parallel_plan(model)
-    translation = _Translation(model, plan, tp_size)
+    translation = _Translation(model, plan, tp_size, decided)
     translation.run()
-    undecided = translation.undecided
-    unknown = sorted({style for style in plan.values() if style not in _KNOWN})
-    if not plan or unknown or undecided:
+    unknown = sorted({style for key, style in plan.items() if style not in _KNOWN and not translation.is_settled(key)})
+    nothing_known = not plan and not any(map(decided, translation.parameters))
+    if nothing_known or unknown or translation.undecided:
         raise CompileError(_refusal(translation, unknown, where))
     renamed, assembled, odd = disk_names(model)
     if odd:
@@ -74,18 +86,20 @@ def rules_of_model(model: Any, tp_size: int, where: str) -> SpecFile:
         name=NAME,
         model_types=(model.config.model_type,),
         layer_specs=tuple(translation.specs()),
+        module_attributes=tuple(translation.attributes()),
         modules=tuple(translation.modules),
         tied=tuple(ties(model)),
         renamed_tensors=renamed,
         assembled_tensors=assembled,
+        ignored_tensors=tuple(unused_tensors(model, renamed, assembled, on_disk)),
     )
 
 
 class _Translation:
     """One rule for each parameter, grouped; what no rule could be found for."""
 
-    def __init__(self, model: Any, plan: Mapping[str, str], tp_size: int) -> None:
-        self.model, self.plan, self.tp_size = model, plan, tp_size
+    def __init__(self, model: Any, plan: Mapping[str, str], tp_size: int, decided: Callable[[str], bool]) -> None:
+        self.model, self.plan, self.tp_size, self.decided = model, plan, tp_size, decided
         self.config = model.config
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.by_module = dict(model.named_modules())
@@ -95,6 +109,8 @@ class _Translation:
 
     def run(self) -> None:
         for name, parameter in self.parameters.items():
+            if self.decided(name):
+                continue
             style = self._style(name)
             owner, _, leaf = name.rpartition(".")
             spec = self._planned(owner, leaf, parameter, style) if style else self._unplanned(name, owner, parameter)
@@ -102,6 +118,11 @@ class _Translation:
                 self.found[name] = spec
         self._limit_replicated()
         self._collectives()
+
+    def is_settled(self, key: str) -> bool:
+        """Whether the user's rules decide all that a key of the `tp_plan` is about."""
+        about = [name for name in self.parameters if key in (starred(name), starred(name).rpartition(".")[0])]
+        return bool(about) and all(map(self.decided, about))
 
     def specs(self) -> Iterator[Spec]:
         """The rules, a pattern for each group of parameters that differ in numbers only."""
@@ -112,7 +133,7 @@ class _Translation:
         for template, groups in by_template.items():
             for spec, names in groups.items():
                 alone = len(groups) == 1 and all(starred(n) != template or n in self.found for n in self.parameters)
-                patterns[spec] += [_pattern(template)] if alone else [re.escape(name) + "$" for name in names]
+                patterns[spec] += [name_pattern(template)] if alone else [re.escape(name) + "$" for name in names]
         for spec, matching in patterns.items():
             yield dataclasses.replace(spec, patterns=tuple(matching))
 
@@ -138,14 +159,13 @@ class _Translation:
             return Spec(patterns=(), partition_type="row", split_input=True, indivisible="uneven")
         packed = style in _PACKED
         if linear and style in _COLUMN:
-            return Spec(
-                patterns=(),
-                partition_type="column",
-                shape=(2, -1) if packed else None,
-                unit=None if packed else self._unit(owner, parameter.shape[0]),
-            )
+            if packed:
+                return Spec(patterns=(), partition_type="column", shape=(2, -1))
+            unit, shared = self._unit(owner, parameter.shape[0])
+            indivisible: Indivisible = "replicate" if shared else "error"
+            return Spec(patterns=(), partition_type="column", unit=unit, indivisible=indivisible)
         if linear and style == "rowwise":
-            return Spec(patterns=(), partition_type="row", unit=self._unit(owner, parameter.shape[1]))
+            return Spec(patterns=(), partition_type="row", unit=self._unit(owner, parameter.shape[1])[0])
         if not hasattr(module, "in_features") and style in _COLUMN | _ROW:
             dim = max(dims - 2, 0) if style in _COLUMN else dims - 1
             shape = tuple(2 if packed and at == dim else -1 for at in range(dims))
@@ -185,28 +205,45 @@ class _Translation:
         if sum(self.parameters[name].numel() for name in unnamed) > MAX_REPLICATED * total:
             self.undecided += unnamed
 
-    def _unit(self, owner: str, size: int) -> int | None:
-        """The width of one head in an attention module's projection."""
+    def _unit(self, owner: str, size: int) -> tuple[int | None, bool]:
+        """The unit of an attention module's projection, a head or more, and whether ranks may share a unit.
+
+        Ranks share KV heads where there are fewer of them than ranks, if the module takes the number of query heads
+        per KV head from an attribute, which is then set. The query heads of one KV head stay together.
+        """
         attention = self.by_module[owner.rpartition(".")[0]]
         heads = _count(self.config, "num_attention_heads")
         if heads is None or not _is_attention(attention):
-            return None
-        head_dim = getattr(attention, "head_dim", None)
-        counts = (heads, _count(self.config, "num_key_value_heads"))
-        if type(head_dim) is int and size % head_dim == 0 and size // head_dim in counts:
-            return head_dim
-        return size // heads if size % heads == 0 else None
+            return None, False
+        head_dim, kv_heads = getattr(attention, "head_dim", None), _count(self.config, "num_key_value_heads") or heads
+        if type(head_dim) is int and size % head_dim == 0 and size // head_dim in (heads, kv_heads):
+            shares = _GROUPS in vars(attention) and kv_heads < self.tp_size
+            if size // head_dim == kv_heads < heads:
+                return head_dim, shares
+            return head_dim * (heads // math.gcd(heads, max(kv_heads, self.tp_size)) if shares else 1), False
+        return (size // heads if size % heads == 0 else None), False
+
+    def attributes(self) -> Iterator[AttributeSpec]:
+        """The number of query heads per KV head, where ranks share KV heads."""
+        heads, kv_heads = _count(self.config, "num_attention_heads"), _count(self.config, "num_key_value_heads")
+        if heads is None or kv_heads is None or not kv_heads < self.tp_size:
+            return
+        owners = {starred(name.rpartition(".")[0].rpartition(".")[0])
+                  for name, spec in self.found.items() if spec.indivisible == "replicate"}  # fmt: skip
+        if owners:
+            patterns = tuple(map(name_pattern, sorted(owners)))
+            yield AttributeSpec(patterns=patterns, attributes={_GROUPS: f"{heads} // max({kv_heads}, tp_size)"})
 
     def _collectives(self) -> None:
         """The collectives at modules' inputs and outputs."""
         for key, style in self.plan.items():
-            pattern = _pattern(key)
+            pattern = name_pattern(key)
             matched = [name for name in self.by_module if re.match(pattern, name)]
             if not matched:
                 continue
             module = self.by_module[matched[0]]
             if style == "moe_tp_experts":
-                inputs = {name: CrossingSpec(operation="copy") for name in _differentiable_inputs(module)}
+                inputs = {name: CrossingSpec(operation="copy") for name in differentiable_inputs(module)}
                 self.modules.append(
                     ModuleSpec(patterns=(pattern,), inputs=inputs, output=CrossingSpec(operation="reduce"))
                 )
@@ -233,20 +270,6 @@ def _is_attention(module: Any) -> bool:
     return heads and "attention_mask" in inspect.signature(type(module).forward).parameters
 
 
-def _differentiable_inputs(experts: Any) -> list[str]:
-    """The inputs of an experts module that gradients flow through: hidden states and routing weights.
-
-    transformers passes `(hidden_states, indices, weights)` in this order (MoeExpertsParallel in
-    transformers/distributed/tensor_parallel.py).
-    """
-    _, *names = inspect.signature(type(experts).forward).parameters
-    return names[:3:2]
-
-
-def _pattern(template: str) -> str:
-    return re.escape(template).replace(r"\*", r"\d+") + "$"
-
-
 def _refusal(translation: _Translation, unknown: Sequence[str], where: str) -> list[Fault]:
     reasons = []
     if not translation.plan:
@@ -261,26 +284,10 @@ def _refusal(translation: _Translation, unknown: Sequence[str], where: str) -> l
             code="no-preset",
             what="there is no preset for this model, and it cannot be planned without one",
             where=where,
-            got=f"model_type {translation.config.model_type}: {'; '.join(reasons)}; undecided: {undecided}",
+            got=f"model_type {translation.config.model_type}: {'; '.join(reasons)}"
+            + (f"; undecided: {undecided}" if undecided else ""),
             expected="a preset, a complete tp_plan, or a spec file",
             next="fill in a spec file, give it with --spec, and prove the plan with `autotp-plan verify`:\n"
-            '  {"layer_specs": [\n    ' + ",\n    ".join(_skeleton(translation)) + "\n  ]}",
+            + spec_skeleton(translation.model, translation.found, translation.decided),
         )
     ]
-
-
-def _skeleton(translation: _Translation) -> Iterator[str]:
-    """A rule, as JSON, for each weight; `partition_type` is filled in where it is known."""
-    done: set[str] = set()
-    for name, parameter in translation.parameters.items():
-        template = starred(name)
-        if parameter.dim() < 2 or template in done:
-            continue
-        done.add(template)
-        rule: dict[str, Any] = {"patterns": [_pattern(template)], "partition_type": "column | row | skip"}
-        found = translation.found.get(name)
-        if found is not None and (found.partition_type in ("vocab", "skip") or found.gather_output):
-            rule["partition_type"] = found.partition_type
-            rule |= {"gather_output": True} if found.gather_output else {}
-            rule |= {"indivisible": "uneven"} if found.indivisible == "uneven" else {}
-        yield json.dumps(rule)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autotp_plan.huggingface.meta_model import parameters_and_buffers
+from autotp_plan.huggingface.meta_model import names_a_dtype, parameters_and_buffers
 from autotp_plan.planner.model.fused_tensors import fused_parameters
 from autotp_plan.planner.model.model_input import ModelInput
 from autotp_plan.planner.model.quantized import refuse_quantised
@@ -31,6 +31,11 @@ _DTYPES = {
     "torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2", "torch.int64": "I64", "torch.int32": "I32",
     "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8", "torch.bool": "BOOL",
 }  # fmt: skip
+
+_NO_DTYPE = (
+    "config.json names no dtype, and there are no tensors to ask: F32 is assumed, as transformers does. A plan for a "
+    "checkpoint of another dtype is compiled from the checkpoint, or with `dtype` in config.json."
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,8 +101,9 @@ def take_inventory(model: ModelInput, names: DiskNames) -> Inventory:
         return _of_checkpoint(model.checkpoint, model.config, names)
     if not model.is_folder:
         return inventory_of_module(model.module, names)
-    refuse_quantised(model.config, (), model.where)
-    return dataclasses.replace(inventory_of_module(model.module, names), config=model.config)
+    refuse_quantised(model.config, (), model.given)
+    notes = () if names_a_dtype(model.config or {}) else (_NO_DTYPE,)
+    return dataclasses.replace(inventory_of_module(model.module, names), config=model.config, notes=notes)
 
 
 def inventory_of_folder(folder: Path, names: DiskNames | None = None) -> Inventory:
@@ -151,7 +157,7 @@ def inventory_of_module(module: Any, names: DiskNames | None = None) -> Inventor
 
 
 def _of_checkpoint(checkpoint: Checkpoint, config: dict[str, Any] | None, names: DiskNames) -> Inventory:
-    refuse_quantised(config, checkpoint.tensors, str(checkpoint.folder))
+    refuse_quantised(config, checkpoint.tensors, checkpoint.folder)
     to_memory = ToMemory(names, checkpoint.tensors)
     parameters: dict[str, ParameterInfo] = {}
     several: list[tuple[DiskTensor, TensorEntry]] = []

@@ -286,6 +286,9 @@ class Resolver:
             return
         sizes = [size for size in range(1, MAX_SUGGESTED_TP + 1) if self._fits(size)]
         works = ", ".join(map(str, sizes[:16])) + (", ..." if len(sizes) > 16 else "")
+        advice = f"TP sizes that work for the whole model: {works}"
+        if not self.uneven:
+            advice += "; or allow unequal shares with --uneven"
         for name, rule, units, error in self._indivisible:
             self.faults.add(
                 error.code,
@@ -294,7 +297,7 @@ class Resolver:
                 rule,
                 got=f"{units} over {self.tp_size} ranks",
                 expected=error.expected,
-                next=f"TP sizes that work for the whole model: {works}; or allow unequal shares with --uneven",
+                next=advice,
             )
 
     def _fits(self, tp_size: int) -> bool:

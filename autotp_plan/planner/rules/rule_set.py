@@ -7,6 +7,7 @@ along. No rule is applied to anything here; presets are found in `preset_files`.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,8 +68,26 @@ class RuleSet:
 
     def with_fallback(self, rules: SpecFile) -> RuleSet:
         """These rules, and after them those made from transformers' `tp_plan` in the place of a preset."""
-        last = RuleList(origin=Origin.TP_PLAN, specs=rules.layer_specs, modules=rules.modules, trusted=True)
-        return dataclasses.replace(self, lists=(*self.lists, last), preset=rules)
+        last = RuleList(
+            origin=Origin.TP_PLAN,
+            specs=rules.layer_specs,
+            attributes=rules.module_attributes,
+            modules=rules.modules,
+            trusted=True,
+        )
+        unused = ", ".join(rules.ignored_tensors)
+        notes = [f"These tensors of the checkpoint are not used, as in transformers: {unused}."] if unused else []
+        return dataclasses.replace(self, lists=(*self.lists, last), preset=rules, notes=(*self.notes, *notes))
+
+    def decide(self, name: str) -> bool:
+        """Whether a rule of the user's matches the parameter `name`."""
+        return any(
+            re.match(pattern, name)
+            for rules in self.lists
+            if not rules.trusted
+            for spec in rules.specs
+            for pattern in spec.patterns
+        )
 
     def leaving_rest_whole(self) -> RuleSet:
         """These rules, with every weight that none of them decides replicated, as DeepSpeed does."""
@@ -111,13 +130,17 @@ class RuleSet:
                     next="correct config.json",
                 )
             ) from None
-        if number is None and any("*" in name for file in self.files for name in file.ignored_tensors):
+        if number is None and any(
+            "*" in name.removesuffix(BELOW) for file in self.files for name in file.ignored_tensors
+        ):
             raise CompileError(
                 Fault(
                     code="ignored-tensors-without-num-layers",
                     what="ignored_tensors has a * for each layer, and the number of layers is not known",
                     where="ignored_tensors",
-                    got=", ".join(name for file in self.files for name in file.ignored_tensors if "*" in name),
+                    got=", ".join(
+                        n for file in self.files for n in file.ignored_tensors if "*" in n.removesuffix(BELOW)
+                    ),
                     expected="num_layers too",
                     next='add "num_layers": "num_hidden_layers", or a number, to the spec file',
                 )
@@ -133,7 +156,7 @@ class RuleSet:
             renamed.update(file.renamed_tensors)
             assembled.update(file.assembled_tensors)
         base = next((file.base_model_prefix for file in self.files if file.base_model_prefix), None)
-        ignored = {name.replace("*", layers) for file in self.files for name in file.ignored_tensors}
+        ignored = {_in_layers(name, layers) for file in self.files for name in file.ignored_tensors}
         for file in self.files:
             ignored |= set(_layers_past_the_last(file, symbols, num_layers))
         if base:  # a checkpoint may lack the prefix, whichever way the names are written here
@@ -151,6 +174,12 @@ class RuleSet:
                 if tie.when is None or symbols.config_flag(tie.when)
             },
         )
+
+
+def _in_layers(name: str, layers: str) -> str:
+    """The name with `layers` for each `*`; `.**` at its end stays."""
+    stem = name.removesuffix(BELOW)
+    return stem.replace("*", layers) + name.removeprefix(stem)
 
 
 def _layers_past_the_last(file: SpecFile, symbols: Symbols, num_layers: int | None) -> Iterator[str]:

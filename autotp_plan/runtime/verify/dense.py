@@ -115,7 +115,9 @@ def write_twin(plan: Plan, folder: Path, attention: tuple[str, ...]) -> None:
         raise MismatchError(_no_twin([f"{type(error).__name__}: {error}"])) from None
     runs, refused = _attention(folder / "original", plan, attention)
     ran: list[tuple[Sizes, About]] = []
+    tried = None
     for sizes in _candidates(plan, original):
+        tried = sizes
         try:
             about = _try(plan, original, folder, sizes, runs)
         except Exception as error:  # transformers raises anything for sizes that do not go together
@@ -127,7 +129,7 @@ def write_twin(plan: Plan, folder: Path, attention: tuple[str, ...]) -> None:
     if not ran:
         raise MismatchError(_no_twin(reasons))
     sizes, about = min(ran, key=lambda one: len(one[1].ungraded))
-    if sizes != ran[-1][0]:
+    if sizes != tried:  # the folders hold what was tried last, or what an error left of it
         _try(plan, original, folder, sizes, runs)
     replace(about, refused=refused).write(folder)
 

@@ -77,7 +77,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """The parsed config.json of a folder; None when there is none.
+    """The parsed config.json of a folder; None when there is none. `Infinity` is `{"__float__": "Infinity"}` in it.
 
     Raises:
         DocumentError: it is not JSON.
@@ -86,7 +86,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     path = folder / CONFIG_NAME
     if not path.exists():
         return None
-    config = documents.read_json(path, "config.json")
+    config = documents.read_json(path, "config.json", special_floats=True)
     if not isinstance(config, dict):
         raise CheckpointError(
             Fault(

@@ -299,3 +299,51 @@ def test_a_fingerprint_is_of_the_contents(plan_file: Path) -> None:
     data = json.loads(plan_file.read_text())
     fingerprint = data.pop("fingerprint")
     assert documents.fingerprint(data) == fingerprint
+
+
+def test_a_table_in_a_pipe_is_never_cut(run: Run, tmp_path: Path) -> None:
+    """A long name, a shape and a unit are there in full: what a pipe is read by has no width."""
+    folder = tmp_path / "long"
+    name = "model.layers.0." + "a_very_long_module_name_." * 8
+    shapes = {f"{name}{leaf}.weight": (64, 64) for leaf in ("up", "down", "other")}
+    write_checkpoint(folder, shapes, config={})
+    spec = tmp_path / "spec.json"
+    rules = [{"patterns": [".*up\\.weight$"], "partition_type": "column", "unit": 8}]
+    rules += [{"patterns": [".*down\\.weight$"], "partition_type": "row", "unit": 8}]
+    rules += [{"patterns": [".*other\\.weight$"], "partition_type": "skip"}]
+    spec.write_text(json.dumps({"layer_specs": rules}))
+    run("compile", "--model", folder, "--tp", 2, "--preset", "none", "--spec", spec, "-o", tmp_path / "long.json")
+    shown = run("show", tmp_path / "long.json").stdout
+    (line,) = [line for line in shown.splitlines() if "up.weight" in line]
+    assert name.removeprefix("model.layers.0.") + "up.weight" in line
+    assert all(cell in line for cell in ("64 x 64", "column", "1/2 of dim 0", "spec file #1"))
+    assert f"computed in full on every rank: {name}other" in shown
+
+
+def test_what_is_computed_in_full_is_named_by_the_largest_module(run: Run, tmp_path: Path) -> None:
+    shapes = {
+        "model.tower.layers.0.fc.weight": (4, 4), "model.tower.layers.1.fc.weight": (4, 4), "model.tower.n.bias": (4,),
+        "model.text.0.mlp.up.weight": (4, 4), "model.text.0.mlp.gate.weight": (4, 4), "model.text.0.mlp.n.weight": (4,),
+        "model.text.0.mlp.gathered.weight": (4, 4), "model.text.0.mlp.down.weight": (4, 4),
+    }  # fmt: skip
+    write_checkpoint(tmp_path / "model", shapes, config={})
+    rules = [
+        {"patterns": [".*up\\.weight$"]},
+        {"patterns": [".*down\\.weight$"], "partition_type": "row"},
+        {"patterns": [".*gathered\\.weight$"], "gather_output": True},
+        {"patterns": [".*(tower|gate).*weight$"], "partition_type": "skip"},
+    ]
+    (tmp_path / "spec.json").write_text(json.dumps({"layer_specs": rules}))
+    plan = tmp_path / "plan.json"
+    arguments = ("--preset", "none", "--spec", tmp_path / "spec.json", "-o", plan)
+    run("compile", "--model", tmp_path / "model", "--tp", 2, *arguments)
+    shown = run("show", plan).stdout.splitlines()
+    assert "computed in full on every rank: model.text.0.mlp.gate, model.tower" in shown
+    assert "gathered, so that what follows is computed in full on every rank: model.text.0.mlp.gathered" in shown
+    assert not [line for line in run("show", plan, "--format", "json").stdout.splitlines() if "in full" in line]
+
+
+def test_unequal_shares_are_not_advised_to_who_asked_for_them(run: Run, llama: Path, tmp_path: Path) -> None:
+    arguments = ("compile", "--model", llama, "--tp", 64, "-o", tmp_path / "plan64.json")
+    assert "--uneven" in run(*arguments, status=2).output
+    assert "--uneven" not in run(*arguments, "--uneven", status=2).output
