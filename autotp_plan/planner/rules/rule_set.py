@@ -81,13 +81,8 @@ class RuleSet:
 
     def decide(self, name: str) -> bool:
         """Whether a rule of the user's matches the parameter `name`."""
-        return any(
-            re.match(pattern, name)
-            for rules in self.lists
-            if not rules.trusted
-            for spec in rules.specs
-            for pattern in spec.patterns
-        )
+        patterns = [p for rules in self.lists if not rules.trusted for spec in rules.specs for p in spec.patterns]
+        return any(_matches(pattern, name) for pattern in patterns)
 
     def leaving_rest_whole(self) -> RuleSet:
         """These rules, with every weight that none of them decides replicated, as DeepSpeed does."""
@@ -174,6 +169,14 @@ class RuleSet:
                 if tie.when is None or symbols.config_flag(tie.when)
             },
         )
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Whether a pattern matches a name; one that is no regular expression is a fault of its own, and matches none."""
+    try:
+        return re.match(pattern, name) is not None
+    except (re.error, OverflowError, RecursionError):
+        return False
 
 
 def _in_layers(name: str, layers: str) -> str:

@@ -148,6 +148,16 @@ def test_a_spec_cures_what_transformers_leaves_open(tmp_path: Path) -> None:
     assert "c_fc" not in fault.next
 
 
+def test_what_is_wrong_in_the_users_rules_comes_first(tmp_path: Path) -> None:
+    rules = {"layer_specs": [{"patterns": ["(", "no_such_weight"], "partition_type": "skip"}]}
+    config = AutoConfig.for_model("gpt_neo", hidden_size=64, num_layers=2, num_heads=8, vocab_size=256,
+                                  attention_types=[[["global"], 2]])  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(CompileError) as caught:
+        compile_plan(tmp_path, tp_size=2, specs=[SpecFile.from_dict(rules)], prove=right)
+    assert {"bad-pattern", "pattern-without-match"} <= {fault.code for fault in caught.value.faults}
+
+
 def experts_of(plan: Plan) -> dict[str, Any]:
     return {entry.name: plan.layouts[entry.layout].intervals for entry in plan.parameters if ".experts." in entry.name}
 
