@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from autotp_plan.runtime.calls.vocabulary import VocabularyCalls
 from autotp_plan.runtime.deepspeed.mesh import Ranks
+from autotp_plan.runtime.tensor_parallel.torch_internals import parameter_of
 from autotp_plan.schemas.plan.document import Plan
 
 
@@ -37,6 +38,13 @@ class ShardedModule:
     """Methods of every sharded model, before those of its class."""
 
     autotp: Loaded
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """The parameter itself, this rank's shard; a layer's attribute may show the full weight."""
+        owner, _, leaf = target.rpartition(".")
+        parameter = parameter_of(cast(nn.Module, self).get_submodule(owner), leaf)
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
 
 
 class ShardedPreTrainedModel(VocabularyCalls, ShardedModule):

@@ -184,7 +184,7 @@ class _RankWriter:
     def _owned(self, owner: nn.Module, leaf: str) -> tuple[int, Tensor]:
         """The elements of a flattened parameter that this DP rank writes, and where they begin."""
         dp_rank, dp_size = self.ranks.dp_rank, self.ranks.dp_size
-        held: Any = getattr(owner, leaf)
+        held: Any = shard_of(owner, leaf)
         if not isinstance(held, nn.Parameter):
             return 0, held.reshape(-1)[: held.numel() if dp_rank == 0 else 0]
         partition = partition_of(held, dp_rank)

@@ -25,7 +25,7 @@ class _Bare(nn.Embedding):
         nn.Module.__init__(self)
 
 
-class VocabParallelEmbedding(PlannedLayer, _Bare):
+class VocabParallelEmbedding(PlannedLayer, _Bare):  # type: ignore[override]  # read-only
     """An embedding table sharded by rows: each rank looks up the tokens it holds, an all-reduce sums the results."""
 
     partition_type = "column"
@@ -35,6 +35,11 @@ class VocabParallelEmbedding(PlannedLayer, _Bare):
         self.num_embeddings, self.embedding_dim = module.num_embeddings, module.embedding_dim
         self.padding_idx = module.padding_idx
         self.held = self.shards.layouts["weight"].rank_intervals(self.tp_index)
+
+    @property
+    def gathers_when_read(self) -> bool:
+        """Whether others read the full table: always, as it may be the head's too."""
+        return True
 
     def forward(self, input: Tensor) -> Tensor:
         """Token ids `(...)` to `(..., embedding_dim)`, the same on every rank.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,9 +22,10 @@ from transformers.pytorch_utils import Conv1D
 from autotp_plan.runtime.deepspeed.internals import ShardedLayer, are_all_of_deepspeed
 from autotp_plan.runtime.tensor_parallel.collectives import copy_to_ranks, sum_over_ranks, take
 from autotp_plan.runtime.tensor_parallel.dropout_rng import enter_sharded_region, leave_sharded_region
+from autotp_plan.runtime.tensor_parallel.gathered_weight import GatheredWeight, ShardedWeight
 from autotp_plan.runtime.tensor_parallel.lazy_logits import LastDimSharding, LazilyGathered
 from autotp_plan.runtime.tensor_parallel.sharded_params import ShardedParams
-from autotp_plan.runtime.tensor_parallel.torch_internals import forward_pre_hooks
+from autotp_plan.runtime.tensor_parallel.torch_internals import forward_pre_hooks, parameter_of
 from autotp_plan.schemas.layout import Layout
 
 
@@ -69,6 +71,45 @@ class PlannedLayer(ShardedLayer):
         self.shards.shard_params(self, params_list)
 
     @property
+    def weight(self) -> Any:
+        """The parameter `weight`; of a layer that `gathers_when_read`, the full weight instead of this rank's shard."""
+        return self._read("weight")
+
+    @property
+    def bias(self) -> Any:
+        """The parameter `bias`, or None; as `weight`."""
+        return self._read("bias")
+
+    @property
+    def gathers_when_read(self) -> bool:
+        """Whether others read the full weight: of layers with words of the vocabulary, which a loss may multiply by."""
+        return False
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """The parameter itself, this rank's shard."""
+        parameter = parameter_of(self, target)
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
+
+    def _read(self, leaf: str) -> Any:
+        parameter = parameter_of(self, leaf)
+        if parameter is None or not (self.gathers_when_read and self.is_tp_parallel) or parameter.is_meta:
+            return parameter
+        layout = self.shards.layouts[leaf]
+        if layout.dim is None:
+            return parameter
+        sharded = ShardedWeight(
+            name=f"{self.name}.{leaf}",
+            parameter=parameter,
+            shard=partial(self.shards.shard, self, leaf),
+            layout=layout,
+            shape=self.shards.shapes[leaf],
+            group=self.mp_group,
+            tp_rank=self.tp_index,
+        )
+        return GatheredWeight.of(sharded)
+
+    @property
     def local_weight(self) -> Tensor:
         """This rank's shard of the weight, as `F.linear` takes it: `(out_features, in_features)`."""
         return self.shards.shard(self, "weight")
@@ -76,7 +117,7 @@ class PlannedLayer(ShardedLayer):
     @property
     def local_bias(self) -> Tensor | None:
         """This rank's shard of the bias."""
-        return None if self.bias is None else self.shards.shard(self, "bias")
+        return None if parameter_of(self, "bias") is None else self.shards.shard(self, "bias")
 
 
 class _Linear(PlannedLayer):
@@ -106,6 +147,11 @@ class ColumnParallelLinear(_Linear):
         super().__init__(module, **kwargs)
         self.gather_output = gather_output
         self.defer_gather = False
+
+    @property
+    def gathers_when_read(self) -> bool:
+        """Whether others read the full weight, as the layer's output is gathered too."""
+        return self.gather_output
 
     def __call__(self, input: Tensor) -> Tensor:
         """As any module's, but with `copy_to_ranks` before the hooks of ZeRO 3.

@@ -40,3 +40,14 @@ def holds_a_tensor(tree: Any) -> bool:
 def forward_pre_hooks(module: nn.Module) -> Collection[Callable[..., Any]]:
     """The functions that are called before `module.forward`. Relies on `Module._forward_pre_hooks`."""
     return module._forward_pre_hooks.values()
+
+
+def parameter_of(module: nn.Module, name: str) -> Any:
+    """The parameter `name` that `module` holds, whatever its class shows as attribute. Relies on `Module._parameters`.
+
+    As an attribute it is looked up there too: where ZeRO 3 puts parameters together.
+    """
+    try:
+        return module._parameters[name]
+    except KeyError:
+        raise AttributeError(f"{type(module).__name__} has no parameter {name}") from None
