@@ -113,8 +113,8 @@ class GatheredWeight(Tensor):
 
 
 class _Gather(torch.autograd.Function):
-    """The full tensor, or one of its shape that holds a single NaN. What follows computes the same on every rank, so the
-    shard's gradient is a part of the full gradient.
+    """The full tensor, or one of its shape that holds a single NaN. What follows computes the same on every rank, so
+    the shard's gradient is a part of the full gradient.
     """
 
     @staticmethod
