@@ -222,6 +222,8 @@ CANARIES = [
            lambda leaves: leaves(([1], {"a": 2.0})) == [1, 2.0]),
     Canary("torch.nn:Linear", "sharing input gradients between layers under ZeRO 3",
            lambda cls: len(cls(1, 1)._forward_pre_hooks.values()) == 0),
+    Canary("torch.nn:BatchNorm1d", "finding the shard of a layer whose attribute shows the full weight",
+           lambda cls: set(cls(1)._parameters) == {"weight", "bias"} and "running_mean" in cls(1)._buffers),
     Canary("torch.nn:Module.__getattr__", "zeroing biases that one rank alone may add (module_boundary)",
            lambda _: "weight" not in vars(nn.Linear(1, 1))),
 ]  # fmt: skip

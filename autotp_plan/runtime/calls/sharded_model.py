@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from autotp_plan.runtime.calls.vocabulary import VocabularyCalls
 from autotp_plan.runtime.deepspeed.mesh import Ranks
-from autotp_plan.runtime.tensor_parallel.torch_internals import parameter_of
+from autotp_plan.runtime.tensor_parallel.torch_internals import tensor_of
 from autotp_plan.schemas.plan.document import Plan
 
 
@@ -42,7 +42,7 @@ class ShardedModule:
     def get_parameter(self, target: str) -> nn.Parameter:
         """The parameter itself, this rank's shard; a layer's attribute may show the full weight."""
         owner, _, leaf = target.rpartition(".")
-        parameter = parameter_of(cast(nn.Module, self).get_submodule(owner), leaf)
+        parameter = tensor_of(cast(nn.Module, self).get_submodule(owner), leaf)
         assert isinstance(parameter, nn.Parameter)
         return parameter
 

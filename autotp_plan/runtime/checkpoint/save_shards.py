@@ -23,6 +23,7 @@ from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.runtime.deepspeed.zero_internals import partition_of
 from autotp_plan.runtime.loading.weights import DTYPES
 from autotp_plan.runtime.tensor_parallel.partly_replicated import element_copies, held_parameters
+from autotp_plan.runtime.tensor_parallel.torch_internals import tensor_of
 from autotp_plan.schemas.errors import AutoTPError, Fault, OutputError
 from autotp_plan.schemas.names import expand
 from autotp_plan.schemas.plan.document import Plan
@@ -184,7 +185,7 @@ class _RankWriter:
     def _owned(self, owner: nn.Module, leaf: str) -> tuple[int, Tensor]:
         """The elements of a flattened parameter that this DP rank writes, and where they begin."""
         dp_rank, dp_size = self.ranks.dp_rank, self.ranks.dp_size
-        held: Any = shard_of(owner, leaf)
+        held: Any = tensor_of(owner, leaf)
         if not isinstance(held, nn.Parameter):
             return 0, held.reshape(-1)[: held.numel() if dp_rank == 0 else 0]
         partition = partition_of(held, dp_rank)

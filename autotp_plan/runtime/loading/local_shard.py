@@ -11,7 +11,7 @@ from autotp_plan.runtime.deepspeed.zero_internals import is_partitioned
 from autotp_plan.runtime.tensor_parallel.linear import PlannedLayer
 from autotp_plan.runtime.tensor_parallel.module_boundary import WithCollectives
 from autotp_plan.runtime.tensor_parallel.sharded_params import ShardedParams
-from autotp_plan.runtime.tensor_parallel.torch_internals import parameter_of
+from autotp_plan.runtime.tensor_parallel.torch_internals import tensor_of
 from autotp_plan.schemas.documents import did_you_mean
 from autotp_plan.schemas.errors import Fault, MismatchError
 
@@ -45,11 +45,8 @@ def local_shard(model: nn.Module, name: str, *, gradient: bool = False) -> Tenso
     if leaf not in _names(owner):
         raise MismatchError(_unknown(module, name))
     shards = shards_of(owner)
-    if shards is not None and leaf in shards.layouts:
-        held = [parameter_of(owner, one.name) for one in shards.held[leaf]]
-    else:
-        held = [getattr(owner, leaf)]
-    if any(map(is_partitioned, held)):
+    held = [one.name for one in shards.held[leaf]] if shards is not None and leaf in shards.layouts else [leaf]
+    if any(is_partitioned(tensor_of(owner, one)) for one in held):
         raise MismatchError(
             Fault(
                 what="ZeRO 3 has partitioned the shard over the DP ranks",
@@ -61,7 +58,7 @@ def local_shard(model: nn.Module, name: str, *, gradient: bool = False) -> Tenso
         )
     if shards is not None and leaf in shards.layouts:
         return shards.gradient(owner, leaf) if gradient else shards.shard(owner, leaf)
-    tensor: Tensor = getattr(owner, leaf)
+    tensor: Tensor = tensor_of(owner, leaf)
     return tensor.grad if gradient else tensor
 
 
@@ -79,7 +76,7 @@ def _names(owner: nn.Module) -> set[str]:
     shards = shards_of(owner)
     if shards is not None:
         found -= {one.name for held in shards.held.values() for one in held}
-        found |= {name for name in shards.held if parameter_of(owner, shards.held[name][0].name) is not None}
+        found |= {name for name in shards.held if tensor_of(owner, shards.held[name][0].name) is not None}
     return found
 
 

@@ -21,7 +21,7 @@ from autotp_plan.runtime.tensor_parallel.dropout_rng import has_dropout, use_sha
 from autotp_plan.runtime.tensor_parallel.linear import PlannedLayer
 from autotp_plan.runtime.tensor_parallel.module_boundary import WithCollectives
 from autotp_plan.runtime.tensor_parallel.sharded_params import ShardedParams
-from autotp_plan.runtime.tensor_parallel.torch_internals import parameter_of
+from autotp_plan.runtime.tensor_parallel.torch_internals import tensor_of
 from autotp_plan.runtime.tensor_parallel.vocab_loss import use_vocab_parallel_loss
 from autotp_plan.schemas.names import expand
 from autotp_plan.schemas.plan.document import Plan
@@ -120,7 +120,7 @@ def restore_ties(model: nn.Module, plan: Plan) -> None:
     for tie in plan.tied:
         name, _, leaf = tie.name.rpartition(".")
         source, _, of_source = tie.to.rpartition(".")
-        tied = parameter_of(model.get_submodule(source), of_source)
+        tied = tensor_of(model.get_submodule(source), of_source)
         model.get_submodule(name).register_parameter(leaf, tied)
 
 

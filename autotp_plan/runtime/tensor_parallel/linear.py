@@ -25,7 +25,7 @@ from autotp_plan.runtime.tensor_parallel.dropout_rng import enter_sharded_region
 from autotp_plan.runtime.tensor_parallel.gathered_weight import GatheredWeight, ShardedWeight
 from autotp_plan.runtime.tensor_parallel.lazy_logits import LastDimSharding, LazilyGathered
 from autotp_plan.runtime.tensor_parallel.sharded_params import ShardedParams
-from autotp_plan.runtime.tensor_parallel.torch_internals import forward_pre_hooks, parameter_of
+from autotp_plan.runtime.tensor_parallel.torch_internals import forward_pre_hooks, tensor_of
 from autotp_plan.schemas.layout import Layout
 
 
@@ -87,12 +87,12 @@ class PlannedLayer(ShardedLayer):
 
     def get_parameter(self, target: str) -> nn.Parameter:
         """The parameter itself, this rank's shard."""
-        parameter = parameter_of(self, target)
+        parameter = tensor_of(self, target)
         assert isinstance(parameter, nn.Parameter)
         return parameter
 
     def _read(self, leaf: str) -> Any:
-        parameter = parameter_of(self, leaf)
+        parameter = tensor_of(self, leaf)
         if parameter is None or not (self.gathers_when_read and self.is_tp_parallel) or parameter.is_meta:
             return parameter
         layout = self.shards.layouts[leaf]
@@ -117,7 +117,7 @@ class PlannedLayer(ShardedLayer):
     @property
     def local_bias(self) -> Tensor | None:
         """This rank's shard of the bias."""
-        return None if parameter_of(self, "bias") is None else self.shards.shard(self, "bias")
+        return None if tensor_of(self, "bias") is None else self.shards.shard(self, "bias")
 
 
 class _Linear(PlannedLayer):

@@ -24,7 +24,7 @@ from autotp_plan.runtime.tensor_parallel.partly_replicated import (
     join_held,
     slice_held,
 )
-from autotp_plan.runtime.tensor_parallel.torch_internals import parameter_of
+from autotp_plan.runtime.tensor_parallel.torch_internals import tensor_of
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.layout import Layout, parameter_shape
 
@@ -67,7 +67,7 @@ class ShardedParams:
     def assign(self, module: nn.Module, name: str, shard: Tensor) -> None:
         """Fill the parameter `name` of the plan with this rank's shard of it."""
         for one in self.held[name]:
-            empty = parameter_of(module, one.name)
+            empty = tensor_of(module, one.name)
             part = slice_held(one, shard, self.layouts[name], self.tp_rank)
             assert part.shape == empty.shape, f"{one.name}: {part.shape} for {empty.shape}"
             trains = empty.requires_grad and part.is_floating_point()
@@ -75,12 +75,12 @@ class ShardedParams:
 
     def gradient(self, module: nn.Module, name: str) -> Tensor | None:
         """The gradient of this rank's shard of `name`, None when it has none."""
-        found = [parameter_of(module, one.name).grad for one in self.held[name]]
+        found = [tensor_of(module, one.name).grad for one in self.held[name]]
         return None if any(gradient is None for gradient in found) else self._joined(name, found)
 
     def shard(self, module: nn.Module, name: str) -> Tensor:
         """This rank's shard of `name`, put together from the parameters that hold it."""
-        return self._joined(name, [parameter_of(module, one.name) for one in self.held[name]])
+        return self._joined(name, [tensor_of(module, one.name) for one in self.held[name]])
 
     def _joined(self, name: str, found: Sequence[Tensor]) -> Tensor:
         return join_held(self.held[name], found, self.layouts[name], self.shapes[name], self.tp_rank)
@@ -89,7 +89,7 @@ class ShardedParams:
         """Tell DeepSpeed about the loaded parameters: which are shards, how they are gathered and sharded again."""
         for name, held in self.held.items():
             for one in held:
-                parameter = parameter_of(module, one.name)
+                parameter = tensor_of(module, one.name)
                 if one.layout.dim is not None:
                     mark_as_shard(parameter, partial(self.gather_params, module), partial(self.shard_params, module))
                     self._register_hooks(parameter, one.layout)
@@ -144,7 +144,7 @@ class ShardedParams:
 
     def _sharded(self, module: nn.Module, params_list: list[Any]) -> Iterator[tuple[Any, HeldParameter, int]]:
         """`(parameter, how it is held, dim)` of those of `params_list` that this module holds shards in."""
-        ours = {id(parameter_of(module, one.name)): one for held in self.held.values() for one in held}
+        ours = {id(tensor_of(module, one.name)): one for held in self.held.values() for one in held}
         for parameter in params_list:
             one = ours.get(id(parameter))
             if one is not None and one.layout.dim is not None:

@@ -42,12 +42,12 @@ def forward_pre_hooks(module: nn.Module) -> Collection[Callable[..., Any]]:
     return module._forward_pre_hooks.values()
 
 
-def parameter_of(module: nn.Module, name: str) -> Any:
-    """The parameter `name` that `module` holds, whatever its class shows as attribute. Relies on `Module._parameters`.
+def tensor_of(module: nn.Module, name: str) -> Any:
+    """The parameter or buffer `name` that `module` holds, whatever its class shows as the attribute `name`.
 
-    As an attribute it is looked up there too: where ZeRO 3 puts parameters together.
+    Relies on `Module._parameters`, which ZeRO 3 replaces to put parameters together, and on `Module._buffers`.
     """
-    try:
-        return module._parameters[name]
-    except KeyError:
-        raise AttributeError(f"{type(module).__name__} has no parameter {name}") from None
+    for held in (module._parameters, module._buffers):
+        if name in held:
+            return held[name]
+    raise AttributeError(f"{type(module).__name__} has no parameter or buffer {name}")
