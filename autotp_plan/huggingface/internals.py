@@ -186,3 +186,20 @@ def gathering_objects_with(
 def register_lora_layers(config: Any, layers: Mapping[type[Any], type[Any]]) -> None:
     """Tell PEFT which adapter goes with which class of layers. Relies on `LoraConfig._register_custom_module(dict)`."""
     private(config, "_register_custom_module", "peft", "LoRA on tensor-parallel layers")(dict(layers))
+
+
+# datasets
+
+
+def ranks_a_stream_is_split_for(data: Any) -> int | None:
+    """For how many ranks `datasets.distributed.split_dataset_by_node` has split a stream; None when it has not.
+
+    Relies on `datasets.IterableDataset._distributed`, None or an object with `world_size`.
+    """
+    import sys
+
+    datasets = sys.modules.get("datasets")  # a stream of another library is none of its own
+    if datasets is None or not isinstance(data, datasets.IterableDataset):
+        return None
+    split = private(data, "_distributed", "datasets", "giving each data-parallel rank its share of a stream")
+    return None if split is None else int(split.world_size)

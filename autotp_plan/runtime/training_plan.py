@@ -18,6 +18,7 @@ from autotp_plan.runtime.checkpoint.job import load_checkpoint, save_checkpoint
 from autotp_plan.runtime.checkpoint.mesh_change import why_this_mesh_only
 from autotp_plan.runtime.checkpoint.save_shards import save_shards
 from autotp_plan.runtime.data.batch_check import check_batches
+from autotp_plan.runtime.data.loader import training_loader
 from autotp_plan.runtime.data.sampler import ResumableSampler, tp_sampler
 from autotp_plan.runtime.deepspeed.autotp_calls import check_autotp_calls
 from autotp_plan.runtime.deepspeed.engine_config import engine_config
@@ -173,6 +174,8 @@ class TrainingPlan:
         training_data: Any = None,
         collate_fn: Callable[[Any], Any] | None = None,
         seed: int = 0,
+        num_workers: int | None = None,
+        data_is_sharded: bool = False,
         skip_lone_sums: bool = True,
         **kwargs: Any,
     ) -> tuple[Any, Any, Any, Any]:
@@ -182,9 +185,14 @@ class TrainingPlan:
             model: the model.
             config: a DeepSpeed config file or dict. Its batch sizes count data-parallel ranks; its `tensor_parallel`
                 section, where it has one, must be of the plan's TP size.
-            training_data: a dataset for the loader.
+            training_data: a dataset for the loader. Of a stream (torch's `IterableDataset`) every rank reads all
+                samples, in the same order, and data-parallel rank r of n keeps the batches r, r + n, ...
             collate_fn: makes a batch of samples; None for torch's.
-            seed: decides the order of the samples, together with the epoch.
+            seed: decides the order of the samples, together with the epoch; a stream has an order of its own.
+            num_workers: processes that read data; None for DeepSpeed's number where there is an accelerator, 0 on CPU
+                and for a stream. A stream divides its samples between them (`torch.utils.data.get_worker_info`).
+            data_is_sharded: `training_data` is a stream that gives each data-parallel rank other samples by itself, and
+                the TP ranks of one the same.
             skip_lone_sums: with one DP rank and without ZeRO, do not copy gradients for DeepSpeed's all-reduce over
                 that rank.
             kwargs: for `deepspeed.initialize`. An `mpu` of an older script is compared with the plan and not used.
@@ -194,7 +202,8 @@ class TrainingPlan:
             batches; None without `training_data`.
 
         Raises:
-            MismatchError: the config, an `mpu` or a call of `deepspeed.tp_model_init` is for another mesh.
+            MismatchError: the config, an `mpu` or a call of `deepspeed.tp_model_init` is for another mesh; or
+                `training_data` is no dataset.
             DocumentError: the config file cannot be read.
         """
         settings = engine_config(config, self.document)
@@ -209,7 +218,9 @@ class TrainingPlan:
             log_dist(f"Checkpoints of this job cannot be resumed on every mesh: {reason}", [0], logging.WARNING)
         loader = None
         if training_data is not None:
-            loader = _loader(engine, training_data, collate_fn, seed, ranks)
+            loader = training_loader(
+                engine, training_data, ranks, collate_fn, seed=seed, num_workers=num_workers, is_sharded=data_is_sharded
+            )
         return engine, optimizer, loader, scheduler
 
     def save_checkpoint(
@@ -326,18 +337,3 @@ class TrainingPlan:
             seed: decides the order, together with the epoch.
         """
         return tp_sampler(dataset, self.init_mesh(), shuffle=shuffle, seed=seed)
-
-
-def _loader(engine: Any, data: Any, collate_fn: Callable[[Any], Any] | None, seed: int, ranks: Ranks) -> Any:
-    """The engine's loader, with a sampler where the data has a length."""
-    is_stream = isinstance(data, torch.utils.data.IterableDataset)
-    on_cpu = ranks.device.type == "cpu"  # then processes that load data take what the model computes with
-    loader = engine.deepspeed_io(
-        data,
-        data_sampler=None if is_stream else tp_sampler(data, ranks, seed=seed),
-        collate_fn=collate_fn,
-        pin_memory=not on_cpu,
-        num_local_io_workers=0 if on_cpu else None,
-    )
-    engine.training_dataloader = loader
-    return loader

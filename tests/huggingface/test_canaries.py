@@ -109,6 +109,16 @@ def multi_token_layers_are_named(_: Any) -> bool:
     return model._keys_to_ignore_on_load_unexpected == {"^mtp.*"}
 
 
+def streams_say_how_they_are_split(split: Any) -> bool:
+    import datasets
+
+    from autotp_plan.huggingface.internals import ranks_a_stream_is_split_for
+
+    stream = datasets.IterableDataset.from_generator(lambda: iter([{"n": 0}]))
+    split_for = ranks_a_stream_is_split_for
+    return split_for(stream) is None and split_for(split(stream, rank=0, world_size=3)) == 3
+
+
 CANARIES = [
     Canary("transformers:PreTrainedModel._from_config", "building a model from its config", uses("dtype")),
     Canary("transformers.integrations.deepspeed:_hf_deepspeed_config_weak_ref",
@@ -140,6 +150,8 @@ CANARIES = [
            lambda function: takes("input_data", "use_gather_object")(function)
            and uses("gather", "gather_object")(function)),
     Canary("accelerate.accelerator:Accelerator.get_state_dict", f"{TRAINER}: save_model", takes("model", "unwrap")),
+    Canary("datasets.distributed:split_dataset_by_node", "a stream that is split would be split once more",
+           streams_say_how_they_are_split),
     Canary("peft:LoraConfig._register_custom_module", "LoRA on tensor-parallel layers", modules_are_registered),
 ]  # fmt: skip
 

@@ -20,6 +20,7 @@ from autotp_plan.runtime.checkpoint.mesh_change import load_from_other_mesh, mod
 from autotp_plan.runtime.checkpoint.rng_state import load_rng_state, save_rng_state, seed_from_rng_state
 from autotp_plan.runtime.checkpoint.zero_files import SavedJob
 from autotp_plan.runtime.data.sampler import ResumableSampler
+from autotp_plan.runtime.data.stream import StreamLoader
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.schemas.documents import format_json, read_json, write_atomically
 from autotp_plan.schemas.errors import CheckpointError, Fault, MismatchError
@@ -134,6 +135,7 @@ def load_checkpoint(engine: Any, folder: Path, plan: Plan, ranks: Ranks, tag: st
         )
     about = read_json(folder / tag / ABOUT_NAME, "checkpoint")
     differences = _differences(about, _about(engine, plan, ranks))
+    _check_position(engine, about, ranks, folder / tag)
     if differences and (differences != ["dp_size"] or engine.zero_optimization_stage() > 0):
         client_state = load_from_other_mesh(engine, _saved_job(engine, folder / tag, about, plan, ranks), plan, ranks)
     else:  # without ZeRO, what DeepSpeed saves does not depend on the number of DP ranks
@@ -149,19 +151,19 @@ def load_checkpoint(engine: Any, folder: Path, plan: Plan, ranks: Ranks, tag: st
 
 def _set_position(engine: Any, about: dict[str, Any], ranks: Ranks, restore: Callable[[], None]) -> None:
     """Let the loader that `initialize` made continue with the sample after the last that was trained on."""
-    sampler = _sampler(engine)
-    if sampler is not None and about["position"] is not None:
+    source = _source(engine)
+    if source is not None and about["position"] is not None:
         epoch, samples = about["position"]
-        sampler.set_position(epoch, samples // ranks.dp_size, restore, _batches(engine, ranks))
+        source.set_position(epoch, samples // ranks.dp_size, restore, _batches(engine, ranks))
 
 
 def _position(engine: Any, ranks: Ranks) -> list[int] | None:
     """The epoch of the loader that `initialize` made, and the samples of it that all DP ranks together have seen."""
-    sampler = _sampler(engine)
-    if sampler is None:
+    source = _source(engine)
+    if source is None:
         return None
     size, drop_last = engine.train_micro_batch_size_per_gpu(), engine.dataloader_drop_last()
-    epoch, start = sampler.position(_batches(engine, ranks), size, drop_last)
+    epoch, start = source.position(_batches(engine, ranks), size, drop_last)
     return [epoch, start * ranks.dp_size]
 
 
@@ -171,9 +173,30 @@ def _batches(engine: Any, ranks: Ranks) -> int:
     return batches
 
 
-def _sampler(engine: Any) -> ResumableSampler | None:
-    sampler = getattr(getattr(engine, "training_dataloader", None), "data_sampler", None)
-    return sampler if isinstance(sampler, ResumableSampler) else None
+def _source(engine: Any) -> ResumableSampler | StreamLoader | None:
+    """What knows the position of the loader that `initialize` made."""
+    loader = getattr(engine, "training_dataloader", None)
+    source = loader if isinstance(loader, StreamLoader) else getattr(loader, "data_sampler", None)
+    return source if isinstance(source, (ResumableSampler, StreamLoader)) else None
+
+
+def _check_position(engine: Any, about: dict[str, Any], ranks: Ranks, folder: Path) -> None:
+    """A stream can be resumed where each DP rank's position in it follows from that of the saved job."""
+    source = _source(engine)
+    if not isinstance(source, StreamLoader) or about["position"] is None:
+        return
+    _, samples = about["position"]
+    reason = source.why_not_from(samples // ranks.dp_size, about["dp_size"] == ranks.dp_size)
+    if samples % ranks.dp_size or reason:
+        raise MismatchError(
+            Fault(
+                what="the stream of data cannot be resumed here",
+                where=f"{folder}: position",
+                got=reason or f"{samples} samples, which {ranks.dp_size} DP ranks do not divide",
+                expected=f"{about['dp_size']} DP ranks and the batch size of the saved job",
+                next="resume on as many DP ranks; or initialize without training_data, and read the stream yourself",
+            )
+        )
 
 
 def _check_tag(tag: str, folder: Path) -> None:

@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType, recursively_apply
 from torch import Tensor
 
 from autotp_plan.huggingface.internals import gathering_objects_with, prepare_engine_with
+from autotp_plan.runtime.data.stream import check_not_split
 from autotp_plan.runtime.deepspeed.engine_config import engine_config
 from autotp_plan.runtime.deepspeed.internals import is_sharded
 from autotp_plan.runtime.deepspeed.mesh import Ranks
@@ -45,6 +46,7 @@ def adapt_trainer(trainer: Any, plan: Plan, ranks: Ranks, initialize: Callable[.
         config["tensor_parallel"] = wanted["tensor_parallel"]
         zero = config.setdefault("zero_optimization", {})
         zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
+    _let_every_rank_read(trainer, accelerator, ranks)
     prepare_engine_with(accelerator, _as_accelerate_calls(initialize))
     accelerator.gather_for_metrics = _gather_once(accelerator, accelerator.gather_for_metrics, ranks)
     accelerator.get_state_dict = _without_partly_replicated(accelerator.get_state_dict)
@@ -85,6 +87,18 @@ def _check(trainer: Any, accelerator: Any, ranks: Ranks) -> None:
                 next="TrainingArguments(use_cpu=True) on a machine without accelerators",
             )
         )
+
+
+def _let_every_rank_read(trainer: Any, accelerator: Any, ranks: Ranks) -> None:
+    """Let each rank read the data and keep its DP rank's share.
+
+    Where one process reads for all (`dispatch_batches`, the default for a stream), Accelerate gives all ranks of a mesh
+    with TP ranks the same batch, whatever their DP rank.
+    """
+    accelerator.dataloader_config.dispatch_batches = False
+    evaluated = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+    for data in (trainer.train_dataset, *evaluated.values()):
+        check_not_split(data, ranks, "Trainer(train_dataset=..., eval_dataset=...)", "leave out split_dataset_by_node")
 
 
 def _as_accelerate_calls(initialize: Callable[..., Any]) -> Callable[..., Any]:
