@@ -76,8 +76,16 @@ def compute_buffers(model: Any) -> None:
 def tensor_parallel_plan(model: Any) -> dict[str, str]:
     """The model's `tp_plan`: style by module or parameter, with `*` for numbers; empty when it has none.
 
+    For a class that is not transformers' own the plans of its config, its class and the model are put together.
+
     Relies on `_tp_plan`, a dict or None.
     """
+    if not type(model).__module__.startswith("transformers."):
+        found: dict[Any, Any] = {}
+        of_config = getattr(getattr(model, "config", None), "base_model_tp_plan", None)
+        for plan in (of_config, getattr(type(model), "_tp_plan", None), getattr(model, "_tp_plan", None)):
+            found.update(plan if isinstance(plan, Mapping) else {})
+        return {str(key): str(style) for key, style in found.items()}
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):

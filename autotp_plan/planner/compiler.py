@@ -11,6 +11,7 @@ from typing import Any
 from autotp_plan.planner.deepspeed.notes import notes_on_partition_config, notes_on_the_rest
 from autotp_plan.planner.deepspeed.read_config import TensorParallelSection
 from autotp_plan.planner.fallback.prove import Prover, fallback_rules, proven
+from autotp_plan.planner.fallback.tp_plan import OWN_NAME
 from autotp_plan.planner.fold_plan import fold_plan
 from autotp_plan.planner.model.inventory import Inventory, take_inventory
 from autotp_plan.planner.model.model_input import ModelInput
@@ -24,6 +25,7 @@ from autotp_plan.planner.rules.symbols import Symbols
 from autotp_plan.schemas.errors import CompileError, Fault, OptionError
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.plan.entries import MAX_TP_SIZE, RuntimeOptions
+from autotp_plan.schemas.plan.rule_ref import Origin
 from autotp_plan.schemas.spec import SpecFile
 
 
@@ -49,8 +51,9 @@ def compile_plan(
         deepspeed: the `tensor_parallel` section of a DeepSpeed config; its rules come after `specs`.
         prove: tries a plan on a twin (`autotp_plan.runtime.try_plan`); a model without a preset is planned by its own
             `tp_plan` only with it.
-        strict: hold the `partition_config` of `deepspeed` to what a spec file is held to: a weight that no rule names
-            and a pattern that matches nothing are errors. Otherwise they are as in DeepSpeed, with a note in the plan.
+        strict: hold the `partition_config` of `deepspeed`, and a `tp_plan` of the model's own, to what a spec file is
+            held to: a weight that no rule names and a pattern that matches nothing are errors. Otherwise they are as in
+            DeepSpeed, with a note in the plan.
 
     Returns:
         a plan that passes `check_plan`.
@@ -63,7 +66,7 @@ def compile_plan(
         MissingDependencyError: a bare config.json needs transformers, and it is not installed.
     """
     given = ModelInput(model)
-    options = _Options(tp_size=_tp_size(tp_size, deepspeed), uneven=uneven, deepspeed=deepspeed)
+    options = _Options(tp_size=_tp_size(tp_size, deepspeed), uneven=uneven, deepspeed=deepspeed, strict=strict)
     rules = collect_rules(given.model_type, preset, specs, deepspeed, strict)
     try:
         return _compile(given, rules, options)
@@ -91,6 +94,7 @@ class _Options:
     tp_size: int
     uneven: bool
     deepspeed: TensorParallelSection | None
+    strict: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,10 +109,15 @@ class _Description:
 
 def _by_fallback(given: ModelInput, rules: RuleSet, options: _Options, prove: Prover | None) -> Plan | None:
     """The plan by the model's own `tp_plan`, after `rules`; None when it has none that can be read."""
-    found = fallback_rules(given, options.tp_size, rules.decide) if given.model_type else None
+    asked = given.model_type or not given.is_folder
+    found = fallback_rules(given, options.tp_size, rules.decide) if asked else None
     if found is None:
         return None
-    return proven(lambda made: _compile(given, rules.with_fallback(made), options), found, prove, given.where)
+    own = found.name == OWN_NAME
+    if own and not options.strict:
+        rules = rules.leaving_rest_whole()
+    origin = Origin.OWN_TP_PLAN if own else Origin.TP_PLAN
+    return proven(lambda made: _compile(given, rules.with_fallback(made, origin), options), found, prove, given.where)
 
 
 def _compile(given: ModelInput, rules: RuleSet, options: _Options) -> Plan:

@@ -10,7 +10,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from autotp_plan.planner.fallback.tp_plan import NAME, rules_of_model
+from autotp_plan.huggingface.internals import tensor_parallel_plan
+from autotp_plan.planner.fallback.own_model import NOTE, is_of_transformers
+from autotp_plan.planner.fallback.tp_plan import NAME, OWN_NAME, rules_of_model
 from autotp_plan.planner.model.model_input import ModelInput
 from autotp_plan.schemas.errors import CheckpointError, CompileError, Fault, MissingDependencyError
 from autotp_plan.schemas.plan.document import Plan
@@ -34,7 +36,7 @@ Prover = Callable[[Plan], Findings]
 
 
 def fallback_rules(model: ModelInput, tp_size: int, decided: Callable[[str], bool]) -> SpecFile | None:
-    """The rules of the model's `tp_plan`; None for a model that transformers does not know.
+    """The rules of the model's `tp_plan`; None for a model that transformers does not know and that has none itself.
 
     Args:
         model: as it was given.
@@ -48,8 +50,9 @@ def fallback_rules(model: ModelInput, tp_size: int, decided: Callable[[str], boo
         module = model.module
     except (CheckpointError, MissingDependencyError):
         return None
-    config = getattr(module, "config", None)
-    if not hasattr(config, "model_type") or not hasattr(module, "get_input_embeddings"):
+    if getattr(module, "config", None) is None or not hasattr(module, "named_parameters"):
+        return None
+    if not is_of_transformers(module) and not tensor_parallel_plan(module):
         return None
     on_disk = () if model.checkpoint is None else tuple(model.checkpoint.tensors)
     return rules_of_model(module, tp_size, model.where, decided=decided, on_disk=on_disk)
@@ -57,6 +60,8 @@ def fallback_rules(model: ModelInput, tp_size: int, decided: Callable[[str], boo
 
 def proven(compile_with: Callable[[SpecFile], Plan], rules: SpecFile, prove: Prover | None, where: str) -> Plan:
     """The plan that a model's `tp_plan` makes, once a twin has shown that it is right.
+
+    There is no twin of a model that is not of transformers: its plan has a note instead.
 
     Args:
         compile_with: makes a plan of such rules.
@@ -67,6 +72,9 @@ def proven(compile_with: Callable[[SpecFile], Plan], rules: SpecFile, prove: Pro
     Raises:
         CompileError: there is no way to prove the plan, or it is wrong.
     """
+    if rules.name == OWN_NAME:
+        plan = compile_with(rules)
+        return dataclasses.replace(plan, notes=(NOTE, *plan.notes))
     if prove is None:
         raise CompileError(
             Fault(

@@ -17,12 +17,14 @@ from typing import Any
 
 from autotp_plan.huggingface.internals import tensor_parallel_plan
 from autotp_plan.planner.fallback.disk_names import disk_names, ties, unused_tensors
+from autotp_plan.planner.fallback.own_model import is_of_transformers, with_full_names
 from autotp_plan.planner.fallback.skeleton import differentiable_inputs, name_pattern, spec_skeleton
 from autotp_plan.schemas.errors import CompileError, Fault
 from autotp_plan.schemas.names import starred
 from autotp_plan.schemas.spec import AttributeSpec, CrossingSpec, Indivisible, ModuleSpec, Spec, SpecFile
 
 NAME = "tp_plan of transformers"
+OWN_NAME = "tp_plan of the model"
 MAX_REPLICATED = 0.1
 """The largest share of a model that may be replicated because its `tp_plan` does not name it."""
 
@@ -53,7 +55,8 @@ def rules_of_model(
     """The rules for a model by its `tp_plan`.
 
     Args:
-        model: a transformers model; its parameters may be on meta.
+        model: a model with a config; its parameters may be on meta. The `tp_plan` of one that is not of transformers is
+            read as DeepSpeed reads it: what it does not name stays whole.
         tp_size: number of TP ranks.
         where: what faults point to.
         decided: whether a parameter has a rule of the user's, and needs none here.
@@ -63,14 +66,15 @@ def rules_of_model(
         CompileError: the model has no `tp_plan`, or one that is not complete or not understood. The fault shows a spec
             file to fill in.
     """
-    plan = tensor_parallel_plan(model)
-    translation = _Translation(model, plan, tp_size, decided)
+    own = not is_of_transformers(model)
+    plan = with_full_names(tensor_parallel_plan(model), model) if own else tensor_parallel_plan(model)
+    translation = _Translation(model, plan, tp_size, decided, own)
     translation.run()
     unknown = sorted({style for key, style in plan.items() if style not in _KNOWN and not translation.is_settled(key)})
     nothing_known = not plan and not any(map(decided, translation.parameters))
     if nothing_known or unknown or translation.undecided:
         raise CompileError(_refusal(translation, unknown, where))
-    renamed, assembled, odd = disk_names(model)
+    renamed, assembled, odd = ({}, {}, []) if own else disk_names(model)
     if odd:
         raise CompileError(
             Fault(
@@ -83,29 +87,33 @@ def rules_of_model(
             )
         )
     return SpecFile(
-        name=NAME,
-        model_types=(model.config.model_type,),
+        name=OWN_NAME if own else NAME,
+        model_types=() if own else (model.config.model_type,),
         layer_specs=tuple(translation.specs()),
         module_attributes=tuple(translation.attributes()),
         modules=tuple(translation.modules),
         tied=tuple(ties(model)),
         renamed_tensors=renamed,
         assembled_tensors=assembled,
-        ignored_tensors=tuple(unused_tensors(model, renamed, assembled, on_disk)),
+        ignored_tensors=() if own else tuple(unused_tensors(model, renamed, assembled, on_disk)),
     )
 
 
 class _Translation:
     """One rule for each parameter, grouped; what no rule could be found for."""
 
-    def __init__(self, model: Any, plan: Mapping[str, str], tp_size: int, decided: Callable[[str], bool]) -> None:
-        self.model, self.plan, self.tp_size, self.decided = model, plan, tp_size, decided
+    def __init__(
+        self, model: Any, plan: Mapping[str, str], tp_size: int, decided: Callable[[str], bool], own: bool
+    ) -> None:
+        self.model, self.plan, self.tp_size, self.decided, self.own = model, plan, tp_size, decided, own
         self.config = model.config
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.by_module = dict(model.named_modules())
         self.found: dict[str, Spec] = {}
         self.modules: list[ModuleSpec] = []
         self.undecided: list[str] = []
+        vocabulary = ("get_input_embeddings", "get_output_embeddings")
+        self.embedding, self.head = (getattr(model, get)() if hasattr(model, get) else None for get in vocabulary)
 
     def run(self) -> None:
         for name, parameter in self.parameters.items():
@@ -116,7 +124,8 @@ class _Translation:
             spec = self._planned(owner, leaf, parameter, style) if style else self._unplanned(name, owner, parameter)
             if spec is not None:
                 self.found[name] = spec
-        self._limit_replicated()
+        if not self.own:
+            self._limit_replicated()
         self._collectives()
 
     def is_settled(self, key: str) -> bool:
@@ -144,8 +153,10 @@ class _Translation:
 
     def _planned(self, owner: str, leaf: str, parameter: Any, style: str) -> Spec | None:
         module, dims = self.by_module[owner], parameter.dim()
-        linear = leaf == "weight" and dims == 2 and hasattr(module, "in_features")
-        if leaf == "bias" and hasattr(module, "in_features"):
+        weight = self.parameters.get(f"{owner}.weight")
+        is_layer = hasattr(module, "in_features") or (self.own and weight is not None and weight.dim() == 2)
+        linear = leaf == "weight" and dims == 2 and is_layer
+        if leaf == "bias" and is_layer:
             return None  # goes with its weight
         if style == "replicated_with_grad_allreduce":
             return Spec(patterns=(), partition_type="skip", grad_allreduce=True)
@@ -166,7 +177,7 @@ class _Translation:
             return Spec(patterns=(), partition_type="column", unit=unit, indivisible=indivisible)
         if linear and style == "rowwise":
             return Spec(patterns=(), partition_type="row", unit=self._unit(owner, parameter.shape[1])[0])
-        if not hasattr(module, "in_features") and style in _COLUMN | _ROW:
+        if not is_layer and style in _COLUMN | _ROW:
             dim = max(dims - 2, 0) if style in _COLUMN else dims - 1
             shape = tuple(2 if packed and at == dim else -1 for at in range(dims))
             return Spec(patterns=(), partition_type="shard", shape=shape if packed else None, partition_dim=dim)
@@ -176,17 +187,23 @@ class _Translation:
     def _unplanned(self, name: str, owner: str, parameter: Any, named: bool = False) -> Spec | None:
         """A parameter that the `tp_plan` does not name: replicated if its kind always is, else undecided."""
         module = self.by_module[owner]
-        if parameter.dim() < 2:
-            return None  # replicated by default
         replicated = Spec(patterns=(), partition_type="skip")
-        if module is self.model.get_input_embeddings():
+        if parameter.dim() < 2:
+            return replicated if named and self.own else None  # by default
+        if module is self.embedding or (self.own and self._is_tied_to_head(parameter)):
             return Spec(patterns=(), partition_type="vocab", indivisible="uneven")
-        if module is self.model.get_output_embeddings() and hasattr(module, "in_features"):
+        if module is self.head and hasattr(module, "in_features"):
             return Spec(patterns=(), partition_type="column", gather_output=True, indivisible="uneven")
+        if self.own and not named:
+            return None  # stays whole, and is counted
         if named or not hasattr(module, "in_features") or self._is_router(owner, module):
             return replicated
         self.undecided.append(name)
         return None
+
+    def _is_tied_to_head(self, parameter: Any) -> bool:
+        """Whether a head whose output is gathered has the same weight."""
+        return any(other is parameter and self._style(name) in _GATHERED for name, other in self.parameters.items())
 
     def _is_router(self, owner: str, module: Any) -> bool:
         """Whether a linear layer has one output for each expert of its module, or fewer outputs than ranks."""
@@ -213,9 +230,10 @@ class _Translation:
         """
         attention = self.by_module[owner.rpartition(".")[0]]
         heads = _count(self.config, "num_attention_heads")
-        if heads is None or not _is_attention(attention):
+        head_dim = getattr(attention, "head_dim", None)
+        if heads is None or not (_is_attention(attention) or (self.own and head_dim is not None)):
             return None, False
-        head_dim, kv_heads = getattr(attention, "head_dim", None), _count(self.config, "num_key_value_heads") or heads
+        kv_heads = _count(self.config, "num_key_value_heads") or heads
         if type(head_dim) is int and size % head_dim == 0 and size // head_dim in (heads, kv_heads):
             shares = _GROUPS in vars(attention) and kv_heads < self.tp_size
             if size // head_dim == kv_heads < heads:
@@ -273,19 +291,19 @@ def _is_attention(module: Any) -> bool:
 def _refusal(translation: _Translation, unknown: Sequence[str], where: str) -> list[Fault]:
     reasons = []
     if not translation.plan:
-        reasons.append("transformers has no tp_plan for it")
+        reasons.append("it has no tp_plan" if translation.own else "transformers has no tp_plan for it")
     if unknown:
         reasons.append(f"its tp_plan has styles that are not understood: {', '.join(unknown)}")
     if translation.plan and translation.undecided:
         reasons.append("its tp_plan does not name weights that other models shard")
     undecided = ", ".join(dict.fromkeys(starred(name) for name in translation.undecided))
+    model_type = getattr(translation.config, "model_type", None)
     return [
         Fault(
             code="no-preset",
             what="there is no preset for this model, and it cannot be planned without one",
             where=where,
-            got=f"model_type {translation.config.model_type}: {'; '.join(reasons)}"
-            + (f"; undecided: {undecided}" if undecided else ""),
+            got=f"model_type {model_type}: {'; '.join(reasons)}" + (f"; undecided: {undecided}" if undecided else ""),
             expected="a preset, a complete tp_plan, or a spec file",
             next="fill in a spec file, give it with --spec, and prove the plan with `autotp-plan verify`:\n"
             + spec_skeleton(translation.model, translation.found, translation.decided),

@@ -198,12 +198,12 @@ def notes_on_gradients(names: Sequence[str]) -> list[str]:
     ]
 
 
-def refuse_undecided(names: Sequence[str], preset: str, faults: FaultBook) -> None:
+def refuse_undecided(names: Sequence[str], source: str, faults: FaultBook) -> None:
     """A fault for each of `names`: a preset has a rule for every parameter among the weights that it shards.
 
     Args:
         names: from `undecided_among_sharded`.
-        preset: the preset's name.
+        source: what shards the weights, as `preset llama`.
         faults: gets the faults.
     """
     for name in names:
@@ -211,7 +211,7 @@ def refuse_undecided(names: Sequence[str], preset: str, faults: FaultBook) -> No
             "unknown-to-preset",
             "the preset does not know a parameter among weights that are sharded",
             name,
-            got=f"preset {preset} has no rule for it",
+            got=f"{source} has no rule for it",
             expected="to know whether it acts on sharded activations, and so has a partial gradient",
             next='decide it in a spec file: {"patterns": ["..."], "partition_type": "skip", "grad_allreduce": true}, '
             "or false; `autotp-plan verify` shows which is right",

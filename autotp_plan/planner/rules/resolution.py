@@ -21,7 +21,7 @@ from autotp_plan.schemas.errors import CompileError
 from autotp_plan.schemas.fault_book import FaultBook
 from autotp_plan.schemas.names import is_index
 from autotp_plan.schemas.plan.entries import PlannedModule
-from autotp_plan.schemas.plan.rule_ref import DEFAULT_RULE, REST_RULE
+from autotp_plan.schemas.plan.rule_ref import DEFAULT_RULE, REST_RULE, Origin
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +71,9 @@ def resolve(
     _check_ties(inventory, decisions, faults)
     undecided = undecided_among_sharded(decisions)
     if rules.preset is not None and rules.preset.name in preset_names():
-        refuse_undecided(undecided, str(rules.preset.name), faults)
+        refuse_undecided(undecided, f"preset {rules.preset.name}", faults)
+    elif any(one.origin is Origin.OWN_TP_PLAN for one in rules.lists):
+        refuse_undecided(undecided, "the model's own tp_plan", faults)
     elif rules.preset is None:
         undecided = undecided_among_sharded(decisions, (DEFAULT_RULE, REST_RULE))
     attributes = tuple(module_attributes(rules.lists, decisions, symbols, tp_size, faults))

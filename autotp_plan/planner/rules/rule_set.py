@@ -66,10 +66,10 @@ class RuleSet:
     may_leave_rest: bool = False
     heads: tuple[str, ...] = ()
 
-    def with_fallback(self, rules: SpecFile) -> RuleSet:
-        """These rules, and after them those made from transformers' `tp_plan` in the place of a preset."""
+    def with_fallback(self, rules: SpecFile, origin: Origin) -> RuleSet:
+        """These rules, and after them those made from a `tp_plan` in the place of a preset."""
         last = RuleList(
-            origin=Origin.TP_PLAN,
+            origin=origin,
             specs=rules.layer_specs,
             attributes=rules.module_attributes,
             modules=rules.modules,

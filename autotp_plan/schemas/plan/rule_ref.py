@@ -18,8 +18,9 @@ class Origin(enum.Enum):
     DS_CONFIG = "ds-config"
     PRESET = "preset"
     TP_PLAN = "tp_plan of transformers"
+    OWN_TP_PLAN = "tp_plan of the model"
     DEFAULT = "default for 1-D"
-    REST = "no rule of ds-config"
+    REST = "no rule"
     UNKNOWN = ""
 
 
@@ -35,7 +36,7 @@ class Section(enum.Enum):
 _SECTIONS = "|".join(section.value for section in Section if section.value)
 _PRESET = re.compile(rf"preset (\S+)(?: ({_SECTIONS}))? #([1-9][0-9]*)")
 _SPEC = re.compile(r"spec (.+) #([1-9][0-9]*)", re.DOTALL)
-_UNNAMED = re.compile(rf"({Origin.DS_CONFIG.value}|{Origin.TP_PLAN.value}) #([1-9][0-9]*)")
+_UNNAMED = re.compile(rf"({Origin.DS_CONFIG.value}|{Origin.TP_PLAN.value}|{Origin.OWN_TP_PLAN.value}) #([1-9][0-9]*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,6 @@ class RuleRef:
 DEFAULT_RULE = RuleRef(Origin.DEFAULT)
 """What decides a parameter of at most one dimension that no rule matches: replicated on every rank."""
 REST_RULE = RuleRef(Origin.REST)
-"""What decides a weight that no rule of a DeepSpeed config names: replicated on every rank, as DeepSpeed leaves it."""
+"""What decides a weight that a DeepSpeed config or a `tp_plan` of one's own does not name: replicated on every rank."""
 NO_RULE = RuleRef(Origin.UNKNOWN)
 """For plans that are not made by rules; its text is empty."""
