@@ -286,9 +286,7 @@ class Resolver:
             return
         sizes = [size for size in range(1, MAX_SUGGESTED_TP + 1) if self._fits(size)]
         works = ", ".join(map(str, sizes[:16])) + (", ..." if len(sizes) > 16 else "")
-        advice = f"TP sizes that work for the whole model: {works}"
-        if not self.uneven:
-            advice += "; or allow unequal shares with --uneven"
+        otherwise = "; or allow unequal shares with --uneven" if self._fits(self.tp_size, uneven=True) else ""
         for name, rule, units, error in self._indivisible:
             self.faults.add(
                 error.code,
@@ -297,12 +295,15 @@ class Resolver:
                 rule,
                 got=f"{units} over {self.tp_size} ranks",
                 expected=error.expected,
-                next=advice,
+                next=f"TP sizes that work for the whole model: {works}{otherwise}",
             )
 
-    def _fits(self, tp_size: int) -> bool:
+    def _fits(self, tp_size: int, uneven: bool = False) -> bool:
         """Whether every rule that was applied could be at `tp_size`."""
         try:
-            return all(pt.tp_size_fits(shape, self._sharding(spec, tp_size), tp_size) for spec, shape in self._applied)
+            shardings = [(shape, self._sharding(spec, tp_size)) for spec, shape in self._applied]
+            if uneven:
+                shardings = [(shape, dataclasses.replace(sharding, uneven=True)) for shape, sharding in shardings]
+            return all(pt.tp_size_fits(shape, sharding, tp_size) for shape, sharding in shardings)
         except (SymbolError, pt.PartitionError):
             return False
