@@ -28,6 +28,9 @@ from autotp_plan.runtime.loading.check_model import check_model
 from autotp_plan.runtime.loading.empty_model import empty_model
 from autotp_plan.runtime.loading.shard_model import shard_model
 from autotp_plan.runtime.loading.weights import open_weights
+from autotp_plan.runtime.optimizers.choose import adapt_engine, adapt_optimizer, check_optimizer
+from autotp_plan.runtime.optimizers.grad_norm import use_global_norm
+from autotp_plan.runtime.optimizers.sharded_weights import sharded_weights
 from autotp_plan.schemas.errors import Fault, MismatchError
 from autotp_plan.schemas.plan.document import Plan
 
@@ -163,6 +166,7 @@ class TrainingPlan:
         )
         if self.tp_size > 1:
             check_batches(built, ranks)
+            use_global_norm()
         become_sharded(built, Loaded(plan=self.document, ranks=ranks, folder=Path(path).absolute()))
         return built
 
@@ -211,7 +215,11 @@ class TrainingPlan:
         check_autotp_calls(kwargs.pop("mpu", None), ranks)
         if kwargs.get("model_parameters") is None:
             kwargs["model_parameters"] = [p for p in model.parameters() if p.requires_grad]
+        if self.tp_size > 1:
+            kwargs["optimizer"] = check_optimizer(kwargs.get("optimizer"), settings, model)
         engine, optimizer, _, scheduler = _deepspeed_initialize(model=model, config=settings, mpu=groups, **kwargs)
+        if self.tp_size > 1:
+            adapt_engine(engine, settings, model)
         if skip_lone_sums:
             skip_sums_over_one_rank(engine)
         if reason := why_this_mesh_only(engine):
@@ -222,6 +230,22 @@ class TrainingPlan:
                 engine, training_data, ranks, collate_fn, seed=seed, num_workers=num_workers, is_sharded=data_is_sharded
             )
         return engine, optimizer, loader, scheduler
+
+    def adapt_optimizer(self, model: nn.Module, optimizer: Any) -> None:
+        """Let an optimizer step a model from `load_model` in a loop without an engine. Every rank calls it.
+
+        `initialize` does it for the optimizer of an engine. One that looks at whole matrices or tensors (Muon,
+        Adafactor, LAMB) then steps each sharded weight in full, on one of the TP ranks; others stay as they are.
+
+        Args:
+            model: the model.
+            optimizer: an optimizer of its parameters, before its first step.
+
+        Raises:
+            MismatchError: the optimizer cannot be right on a sharded model.
+        """
+        if self.tp_size > 1:
+            adapt_optimizer(optimizer, sharded_weights(model))
 
     def save_checkpoint(
         self, engine: Any, folder: str | os.PathLike[str], tag: str | None = None, client_state: Any = None

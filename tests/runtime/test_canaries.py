@@ -21,6 +21,7 @@ STAGES_1_2 = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"
 BF16 = "deepspeed.runtime.bf16_optimizer:BF16_Optimizer"
 STAGE_3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
 KEYS = "deepspeed.checkpoint.constants"
+MUON = "DeepSpeed's Muon on a sharded model"
 RESUMING = "resuming a job on a different mesh"
 FILES = "reading a saved job, to resume it on a different mesh"
 
@@ -211,7 +212,26 @@ CANARIES = [
     Canary(f"{STAGES_1_2}.state_dict", FILES,
            uses("BASE_OPTIMIZER_STATE", "SINGLE_PARTITION_OF_FP32_GROUPS", "PARAM_SLICE_MAPPINGS",
                 "dynamic_loss_scale", "overflow")),
+    # optimizers
+    Canary(f"{STAGES_1_2}.get_flat_partition", MUON,
+           uses("deepspeed.runtime.zero.muon.original_muon", "muon_update", "all_grad_tensors",
+                "_get_flat_partition_unpadded")),
+    Canary(f"{STAGES_1_2}._get_flat_partition_unpadded", MUON,
+           uses("deepspeed.runtime.zero.muon.original_muon", "muon_update", "all_grad_tensors")),
+    Canary(f"{ENGINE}._configure_basic_optimizer", MUON,
+           uses("deepspeed.runtime.zero.muon.muon_optimizer", "MuonWithAuxAdam")),
+    Canary("deepspeed.runtime.fp16.unfused_optimizer:FP16_UnfusedOptimizer.__init__",
+           "optimizers that look at whole tensors, in bf16", uses("fp16_groups", "fp32_groups")),
+    Canary("deepspeed.runtime.fp16.fused_optimizer:FP16_Optimizer.__init__", "DeepSpeed's fused Adam in bf16",
+           uses("fp32_groups_flat")),
+    Canary(f"{ENGINE}._configure_optimizer", "optimizers on a sharded model",
+           uses("basic_optimizer")),
     # torch
+    Canary("torch.nn.utils.clip_grad:_get_total_norm", "clip_grad_norm_ on a sharded model",
+           takes("tensors", "norm_type", "error_if_nonfinite", "foreach")),
+    Canary("torch.nn.utils.clip_grad:clip_grad_norm_", "clip_grad_norm_ on a sharded model", uses("_get_total_norm")),
+    Canary("torch.utils._python_dispatch:TorchDispatchMode.__torch_dispatch__",
+           "finding that an optimizer communicates"),
     Canary("torch:Tensor._version", "sharing input gradients, after a tensor was changed in place",
            version_counts_changes),
     Canary("torch:_assert_async", "refusing labels that are not in the vocabulary", assertion_raises),

@@ -244,3 +244,35 @@ def describe_for_universal_checkpoint(
         raise moved(
             _PACKAGE, where, str(error), "the arguments of DeepSpeed 0.19.8, for universal checkpoints"
         ) from None
+
+
+# optimizers
+
+
+def is_deepspeed_muon(optimizer: Any) -> bool:
+    """Whether an optimizer is the one that DeepSpeed makes for `"type": "Muon"`.
+
+    Relies on its class being `MuonWithAuxAdam` of `deepspeed.runtime.zero.muon.muon_optimizer`, which is not imported
+    here: that takes seconds.
+    """
+    kind = type(optimizer)
+    return (kind.__module__, kind.__name__) == ("deepspeed.runtime.zero.muon.muon_optimizer", "MuonWithAuxAdam")
+
+
+def stepped_tensors(engine: Any) -> dict[int, Tensor] | None:
+    """Without ZeRO: the tensor that the optimizer steps for each parameter, by its `id`; None where they are one.
+
+    In fp32 they are the parameters. In fp16 and bf16 relies on `FP16_UnfusedOptimizer.fp16_groups` and `fp32_groups`,
+    and on `FP16_Optimizer` (of FusedAdam) having `fp32_groups_flat`.
+    """
+    wrapper, optimizer = engine.optimizer, engine.basic_optimizer
+    if wrapper is optimizer:
+        return {id(one): one for group in optimizer.param_groups for one in group["params"]}
+    if hasattr(wrapper, "fp32_groups_flat"):
+        return None
+    pairs = zip(
+        private(wrapper, "fp16_groups", _PACKAGE, "optimizers in bf16"),
+        private(wrapper, "fp32_groups", _PACKAGE, "optimizers in bf16"),
+        strict=True,
+    )
+    return {id(parameter): master for group in pairs for parameter, master in zip(*group, strict=True)}

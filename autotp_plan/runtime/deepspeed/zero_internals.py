@@ -6,8 +6,9 @@ No other file says them. Each function states what it relies on and raises Missi
 
 from __future__ import annotations
 
+import importlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ from deepspeed.checkpoint.constants import (
 )
 from torch import Tensor, nn
 
-from autotp_plan.schemas.upstream import moved, private
+from autotp_plan.schemas.upstream import moved, private, replaced
 
 _PACKAGE = "deepspeed"
 _FLAT_GROUPS = (  # the attributes that hold the float32 weights, of DeepSpeed's three ZeRO optimizers
@@ -178,6 +179,31 @@ def load_optimizer_state(
     optimizer.load_state_dict([state] * dp_size, load_optimizer_states=True, load_from_fp32_weights=True)
     if stage < 3:
         private(optimizer, "update_lp_params", _PACKAGE, "resuming on a different mesh")()
+
+
+@contextmanager
+def muon_updates(make: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> Iterator[None]:
+    """While active, ZeRO 1 and 2 call `make(muon_update)` for `muon_update`.
+
+    Relies on `get_flat_partition` importing it from `deepspeed.runtime.zero.muon.original_muon` when it is called.
+    """
+    module = importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    update = private(module, "muon_update", _PACKAGE, "Muon under ZeRO")
+    with replaced(module, "muon_update", make(update)):
+        yield
+
+
+def wrap_flat_partition(optimizer: Any, around: Callable[[Callable[[], Any], Sequence[Tensor]], Any]) -> None:
+    """Let ZeRO 1 or 2 call `around(call, parameters)` where it orthogonalises the gradients of `parameters`, in order.
+
+    Relies on `optimizer.get_flat_partition(tensor_list, ...)`, which goes through the list from front to back.
+    """
+    flat_partition = private(optimizer, "get_flat_partition", _PACKAGE, "Muon under ZeRO")
+
+    def get_flat_partition(tensor_list: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+        return around(lambda: flat_partition(tensor_list, *args, **kwargs), tensor_list)
+
+    optimizer.get_flat_partition = get_flat_partition
 
 
 # what it saves

@@ -24,6 +24,7 @@ from autotp_plan.runtime.tensor_parallel.partly_replicated import (
     join_held,
     slice_held,
 )
+from autotp_plan.runtime.tensor_parallel.shard_registry import ShardInfo, remember_shard
 from autotp_plan.runtime.tensor_parallel.torch_internals import tensor_of
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.layout import Layout, parameter_shape
@@ -104,7 +105,9 @@ class ShardedParams:
             parameter.register_hook(  # type: ignore[no-untyped-call]
                 partial(_sum_over_replicas, layout=layout, tp_rank=self.tp_rank, group=self.group)
             )
-        if self.tp_rank == replicas[0]:
+        is_first = self.tp_rank == replicas[0]
+        remember_shard(parameter, ShardInfo(group=self.group, tp_rank=self.tp_rank, is_counted=is_first))
+        if is_first:
             parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                 count_gradient_on_every_rank
             )

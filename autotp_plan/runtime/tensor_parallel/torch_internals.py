@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def version_of(tensor: Tensor) -> int:
@@ -51,3 +54,40 @@ def tensor_of(module: nn.Module, name: str) -> Any:
         if name in held:
             return held[name]
     raise AttributeError(f"{type(module).__name__} has no parameter or buffer {name}")
+
+
+def total_norm_function() -> Callable[..., Tensor]:
+    """The function with which `torch.nn.utils.clip_grad_norm_` computes the norm of all gradients.
+
+    It is also `torch.nn.utils.get_total_norm`. Relies on `torch.nn.utils.clip_grad._get_total_norm`.
+    """
+    function: Callable[..., Tensor] = clip_grad._get_total_norm
+    return function
+
+
+def replace_total_norm_function(function: Callable[..., Tensor]) -> None:
+    """Let `torch.nn.utils.clip_grad_norm_` and `get_total_norm` use `function`, also where either was imported before.
+
+    Relies on `clip_grad_norm_` looking up `_get_total_norm` in its module when it is called.
+    """
+    replaced = total_norm_function()
+    for module in list(sys.modules.values()):
+        for name in ("_get_total_norm", "get_total_norm"):
+            if getattr(module, "__dict__", {}).get(name) is replaced:
+                setattr(module, name, function)
+
+
+class Communicates(Exception):
+    """A collective was called where `NoCommunication` is active."""
+
+
+class NoCommunication(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While active in a `with`, a collective of torch.distributed raises Communicates and communicates nothing.
+
+    Relies on collectives being operators of the namespaces `c10d` and `_c10d_functional`.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            raise Communicates(str(func))
+        return func(*args, **(kwargs or {}))

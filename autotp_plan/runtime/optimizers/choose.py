@@ -1,0 +1,211 @@
+"""Which optimizers a sharded model may have: as they are, with steps on full tensors, or not at all.
+
+What an optimizer looks at is found by a probe. An elementwise one is right on shards. One that looks at a whole tensor
+is given it, which takes the parameters themselves: ZeRO 1, 2 and 3 hand an optimizer flat pieces of all parameters, on
+which it would not compute what it computes without ZeRO, sharded or not.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from deepspeed.utils import log_dist
+from torch import nn
+
+from autotp_plan.runtime.deepspeed.internals import is_deepspeed_muon, stepped_tensors
+from autotp_plan.runtime.optimizers.deepspeed_muon import check_deepspeed_muon, orthogonalize_full_matrices
+from autotp_plan.runtime.optimizers.full_steps import FullSteps
+from autotp_plan.runtime.optimizers.probe import Finding, LooksAt, probe
+from autotp_plan.runtime.optimizers.sharded_weights import ShardedWeight, sharded_weights
+from autotp_plan.schemas.errors import Fault, MismatchError
+
+_ELEMENTWISE = ("adam", "adamw", "adagrad", "lion")
+"""DeepSpeed's own, by their names in its config."""
+_NEXT = (
+    'train without ZeRO ("zero_optimization": {"stage": 0}), or take an elementwise optimizer such as AdamW; under '
+    'ZeRO 1 and 2 Muon is DeepSpeed\'s ("optimizer": {"type": "Muon"})'
+)
+
+
+def check_optimizer(optimizer: Any, settings: Mapping[str, Any], model: nn.Module) -> Any:
+    """Refuse an optimizer that would be wrong on a sharded model, before an engine is made of it. No communication.
+
+    Args:
+        optimizer: an optimizer, a function that makes one of parameters, or None where the config names it.
+        settings: the DeepSpeed config.
+        model: a model from `load_model`, sharded over several ranks.
+
+    Returns:
+        The optimizer, or a function that makes and checks it.
+
+    Raises:
+        MismatchError: the optimizer looks at more than an element and cannot be given it.
+    """
+    stage = _zero_stage(settings)
+    if optimizer is None:
+        _check_named(settings, stage, model)
+    elif hasattr(optimizer, "param_groups"):
+        _check(optimizer, settings, stage, model)
+    elif callable(optimizer):
+        make = optimizer
+
+        def made(parameters: Any) -> Any:
+            found = make(parameters)
+            _check(found, settings, stage, model)
+            return found
+
+        return made
+    return optimizer
+
+
+def adapt_engine(engine: Any, settings: Mapping[str, Any], model: nn.Module) -> None:
+    """Let the optimizer of an engine step in full what it looks at as a whole; one that is elementwise stays as it is.
+
+    Args:
+        engine: the engine, made with an optimizer that `check_optimizer` passed.
+        settings: its DeepSpeed config.
+        model: its model.
+
+    Raises:
+        MismatchError: as `check_optimizer`, of an optimizer that the engine has made; or of parts of a weight.
+    """
+    optimizer = getattr(engine, "basic_optimizer", None)
+    if optimizer is None:
+        return
+    if _zero_stage(settings) > 0:
+        if is_deepspeed_muon(optimizer):
+            orthogonalize_full_matrices(engine.optimizer, sharded_weights(model))
+        return
+    tensors = stepped_tensors(engine)
+    if tensors is not None:  # else a group is one flat tensor, as only DeepSpeed's fused Adam has it
+        adapt_optimizer(optimizer, sharded_weights(model, tensors))
+
+
+def adapt_optimizer(optimizer: Any, weights: Sequence[ShardedWeight]) -> None:
+    """As `adapt_engine`, of an optimizer that steps the tensors of `weights` themselves, without ZeRO."""
+    in_full = _stepped_in_full(optimizer, weights, stage=0)
+    if in_full:
+        _check_parts(optimizer, in_full)
+        steps = FullSteps(optimizer, in_full)
+        optimizer.step = MethodType(lambda _, closure=None: steps.step(closure), optimizer)
+
+
+def _zero_stage(settings: Mapping[str, Any]) -> int:
+    return int((settings.get("zero_optimization") or {}).get("stage", 0))
+
+
+def _check_named(settings: Mapping[str, Any], stage: int, model: nn.Module) -> None:
+    section = settings.get("optimizer") or {}
+    name, options = section.get("type"), dict(section.get("params") or {})
+    if name is None or name.lower() in _ELEMENTWISE:
+        return
+    if name.lower() == "muon":
+        check_deepspeed_muon(settings, stage, sharded_weights(model))
+    elif name.lower() == "lamb":
+        half = any((settings.get(kind) or {}).get("enabled") for kind in ("fp16", "bf16", "bfloat16"))
+        if stage > 0 or half:
+            raise MismatchError(_fault(name, LooksAt.TENSOR, "ZeRO" if stage else "fp16 or bf16"))
+    elif name.lower() in ("muadam", "muadamw", "musgd"):
+        raise MismatchError(_fault(name, LooksAt.TENSOR, "muP's learning rates by full width"))
+    elif hasattr(torch.optim, name):
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        _check(getattr(torch.optim, name)(parameters, **options), settings, stage, model)
+
+
+def _check(optimizer: Any, settings: Mapping[str, Any], stage: int, model: nn.Module) -> None:
+    if is_deepspeed_muon(optimizer):
+        check_deepspeed_muon(settings, stage, sharded_weights(model))
+    else:
+        _stepped_in_full(optimizer, sharded_weights(model), stage)
+
+
+def _stepped_in_full(optimizer: Any, weights: Sequence[ShardedWeight], stage: int) -> list[ShardedWeight]:
+    """The weights that `optimizer` looks at as a whole.
+
+    Raises MismatchError where it cannot be given them, and warns where it is not known what it looks at.
+    """
+    name = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise MismatchError(_fault(name, LooksAt.ALL, ""))
+    findings = _findings(optimizer, weights)
+    looks_at = {finding.looks_at for finding in findings.values()}
+    if LooksAt.ALL in looks_at:
+        raise MismatchError(_fault(name, LooksAt.ALL, ""))
+    if LooksAt.TENSOR in looks_at and stage > 0:
+        raise MismatchError(_fault(name, LooksAt.TENSOR, f"ZeRO {stage}"))
+    unknown = [finding.reason for finding in findings.values() if finding.looks_at is LooksAt.UNKNOWN]
+    if unknown:
+        log_dist(
+            f"It is not known whether {name} is elementwise ({unknown[0]}). It steps each rank's shard of a weight: if "
+            "it looks at whole matrices, or takes norms, it is wrong under tensor parallelism.",
+            [0],
+            logging.WARNING,
+        )
+    return [weight for weight in weights if findings.get(id(weight), _ELEMENT).looks_at is LooksAt.TENSOR]
+
+
+_ELEMENT = Finding(LooksAt.ELEMENT)
+
+
+def _findings(optimizer: Any, weights: Sequence[ShardedWeight]) -> dict[int, Finding]:
+    """What the optimizer looks at in each sharded weight that it steps, by the `id` of the weight."""
+    groups = {id(one): at for at, group in enumerate(optimizer.param_groups) for one in group["params"]}
+    probed: dict[tuple[int, int], Finding] = {}
+    found = {}
+    for weight in weights:
+        tensor = weight.tensors[0]
+        group = groups.get(id(tensor))
+        if group is None:
+            continue
+        if is_deepspeed_muon(optimizer):
+            is_matrix = optimizer.param_groups[group]["use_muon"]
+            found[id(weight)] = Finding(LooksAt.TENSOR if is_matrix else LooksAt.ELEMENT)
+            continue
+        key = group, tensor.dim()
+        if key not in probed:
+            probed[key] = probe(optimizer, group, tensor.dim(), tensor.device)
+        found[id(weight)] = probed[key]
+    return found
+
+
+def _check_parts(optimizer: Any, weights: Sequence[ShardedWeight]) -> None:
+    """That all tensors of a weight are in one group of the optimizer."""
+    groups = {id(one): at for at, group in enumerate(optimizer.param_groups) for one in group["params"]}
+    faults = [
+        Fault(
+            code="split-weight",
+            what="the parts of a weight have different hyperparameters",
+            where=weight.name,
+            got=f"parameter groups {[groups.get(id(tensor)) for tensor in weight.tensors]}",
+            expected="the weight and its part called _shared in one parameter group",
+            next="choose groups by the beginning of a name, or by dim(), so that both are in the same",
+        )
+        for weight in weights
+        if len({groups.get(id(tensor)) for tensor in weight.tensors}) > 1
+    ]
+    if faults:
+        raise MismatchError(faults)
+
+
+def _fault(name: str, looks_at: LooksAt, under: str) -> Fault:
+    if looks_at is LooksAt.ALL:
+        return Fault(
+            code="optimizer-looks-at-all",
+            what="the optimizer cannot be right under tensor parallelism",
+            where=f"optimizer {name}",
+            got="a step that depends on several parameters at once, on random numbers, or on other processes",
+            expected="one that steps each parameter by itself, such as AdamW, Lion, Muon, Adafactor or LAMB",
+            next="take one of these; or train an unsharded model with it",
+        )
+    return Fault(
+        code="optimizer-needs-full-tensors",
+        what="the optimizer looks at a whole matrix or tensor, and cannot be given it here",
+        where=f"optimizer {name}",
+        got=under,
+        expected="parameters that are not flattened, or an elementwise optimizer",
+        next=_NEXT,
+    )
