@@ -67,7 +67,7 @@ def compile_plan(
     """
     given = ModelInput(model)
     options = _Options(tp_size=_tp_size(tp_size, deepspeed), uneven=uneven, deepspeed=deepspeed, strict=strict)
-    rules = collect_rules(given.model_type, preset, specs, deepspeed, strict)
+    rules = collect_rules(given, preset, specs, deepspeed, strict)
     try:
         return _compile(given, rules, options)
     except CompileError as error:

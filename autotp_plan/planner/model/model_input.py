@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autotp_plan.huggingface.meta_model import build_model
+from autotp_plan.huggingface.meta_model import build_model, parameters_and_buffers
 from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, Checkpoint, holds_tensors, read_checkpoint, read_config
 
 
@@ -49,6 +49,23 @@ class ModelInput:
         """The config's `model_type`."""
         found = (self.config or {}).get("model_type")
         return found if isinstance(found, str) else None
+
+    @property
+    def architecture(self) -> str | None:
+        """The class that the config names; None when it names none."""
+        found = (self.config or {}).get("architectures")
+        return found[0] if isinstance(found, list) and found and isinstance(found[0], str) else None
+
+    def tensor_names(self) -> list[str]:
+        """The names of the checkpoint's tensors, or of the module's parameters.
+
+        Raises:
+            CheckpointError: as `checkpoint` and `module`.
+            MissingDependencyError: as `module`.
+        """
+        if self.checkpoint is not None:
+            return list(self.checkpoint.tensors)
+        return [name for name, _ in parameters_and_buffers(self.module)]
 
     @functools.cached_property
     def checkpoint(self) -> Checkpoint | None:

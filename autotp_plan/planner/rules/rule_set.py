@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from autotp_plan.planner.deepspeed.read_config import TensorParallelSection
+from autotp_plan.planner.model.model_input import ModelInput
 from autotp_plan.planner.model.tensor_names import DiskNames
+from autotp_plan.planner.rules.model_class import fit_to_class, is_known_class
 from autotp_plan.planner.rules.preset_files import AUTO, find_preset, preset_for_deepspeed
 from autotp_plan.planner.rules.symbols import SymbolError, Symbols
 from autotp_plan.schemas.errors import CompileError, Fault
@@ -205,16 +207,16 @@ def _layers_past_the_last(file: SpecFile, symbols: Symbols, num_layers: int | No
 
 
 def collect_rules(
-    model_type: str | None,
+    model: ModelInput,
     preset: str,
     spec_files: Sequence[SpecFile],
     section: TensorParallelSection | None,
     strict: bool = False,
 ) -> RuleSet:
-    """The rules for a model of `model_type`.
+    """The rules for a model.
 
     Args:
-        model_type: as in config.json; None when it has none.
+        model: its config says which preset fits; its tensors are looked at where it is no causal language model.
         preset: `auto`, `none` or a name.
         spec_files: the first has the highest precedence.
         section: the `tensor_parallel` section of a DeepSpeed config; its rules come after the spec files'.
@@ -222,8 +224,9 @@ def collect_rules(
             matches.
 
     Raises:
-        CompileError: there is no such preset, or it is for another model.
+        CompileError: there is no such preset, it is for another model, or for another class than the tensors.
     """
+    model_type = model.model_type
     notes: list[str] = []
     partition = section.partition_config if section else None
     where = "--preset"
@@ -231,6 +234,8 @@ def collect_rules(
         where = "tensor_parallel.preset_model"
         preset = preset_for_deepspeed(section.preset_model, model_type, notes)
     found = find_preset(preset, model_type, notes, where)
+    if found is not None and is_known_class(model.architecture):
+        found = fit_to_class(found, model.architecture, model.tensor_names(), notes)
     user_files = (*spec_files, *([partition] if partition else ()))
     use_preset = all(file.use_default_specs for file in user_files)
     lists = [

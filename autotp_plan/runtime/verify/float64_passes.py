@@ -6,6 +6,7 @@ Only how a parameter or its gradient is read differs between the two, and that i
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,6 +54,32 @@ def causal_lm(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return output.loss, output.logits
 
 
+def by_class(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and logits of a transformers model of any class, or of an engine around one, with labels that fit it.
+
+    A model without a head has no loss: it is given one of all elements of its last hidden state.
+    """
+    inside = getattr(model, "module", model)
+    taken = inspect.signature(type(inside).forward).parameters
+    if "start_positions" in taken:  # question answering
+        positions = tokens[:, :2] % tokens.shape[1]
+        output = model(input_ids=tokens, start_positions=positions[:, 0], end_positions=positions[:, 1])
+        return output.loss, torch.stack((output.start_logits, output.end_logits))
+    if "labels" not in taken:
+        states = model(input_ids=tokens, use_cache=False).last_hidden_state
+        weights = torch.linspace(-1, 1, states.numel(), dtype=states.dtype, device=states.device)
+        return (states.flatten() * weights).mean(), states
+    if not hasattr(inside, "num_labels") or inside.get_output_embeddings() is not None:
+        return causal_lm(model, tokens)
+    labels = tokens % inside.num_labels
+    if type(inside).__name__.endswith("ForSequenceClassification"):
+        labels = labels[:, 1]
+        if inside.num_labels == 1:  # a regression
+            labels = tokens[:, 1].to(inside.dtype) / inside.config.vocab_size
+    output = model(input_ids=tokens, labels=labels)
+    return output.loss, output.logits
+
+
 def dense_reader(model: nn.Module) -> Read:
     """Reads the parameters and gradients of an unsharded model."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -70,7 +97,7 @@ def run_passes(
     names: Sequence[str],
     batches: Batches,
     *,
-    forward: Forward = causal_lm,
+    forward: Forward = by_class,
     promote: bool = True,
 ) -> Numbers:
     """Two forward and backward passes, whose gradients accumulate.
@@ -99,7 +126,7 @@ def run_passes_and_steps(model: nn.Module, read: Read, names: Sequence[str], bat
     found = run_passes(model, read, names, batches)
     optimizer.step()
     optimizer.zero_grad()
-    _backward(model, batches, Pass.AFTER_STEP, found, causal_lm, True)
+    _backward(model, batches, Pass.AFTER_STEP, found, by_class, True)
     optimizer.step()
     _record(found, "stepped", read, names)
     return found

@@ -11,7 +11,7 @@ import torch
 from deepspeed import comm as dist
 from torch import nn
 
-from autotp_plan.runtime.verify.float64_passes import ADAM, Forward, causal_lm
+from autotp_plan.runtime.verify.float64_passes import ADAM, Forward, by_class
 from autotp_plan.runtime.verify.random_inputs import Batches
 
 Steps = list[tuple[float, float]]
@@ -50,7 +50,7 @@ class Training:
         }
 
 
-def dense_steps(model: nn.Module, training: Training, forward: Forward = causal_lm) -> Steps:
+def dense_steps(model: nn.Module, training: Training, forward: Forward = by_class) -> Steps:
     """Loss and gradient norm of each step of the unsharded model."""
     optimizer = torch.optim.AdamW(model.parameters(), **training.adam)  # type: ignore[arg-type]
     history = []
@@ -74,7 +74,7 @@ def engine_steps(
     training: Training,
     *,
     zero_stage: int = 1,
-    forward: Forward = causal_lm,
+    forward: Forward = by_class,
     norm: Callable[[Any], Any] = lambda engine: engine.get_global_grad_norm(),
     **changes: Any,
 ) -> Steps:
