@@ -28,7 +28,12 @@ from autotp_plan.runtime.loading.check_model import check_model
 from autotp_plan.runtime.loading.empty_model import empty_model
 from autotp_plan.runtime.loading.shard_model import shard_model
 from autotp_plan.runtime.loading.weights import open_weights
-from autotp_plan.runtime.optimizers.choose import adapt_engine, adapt_optimizer, check_optimizer
+from autotp_plan.runtime.optimizers.choose import (
+    adapt_engine,
+    adapt_optimizer,
+    check_every_optimizer,
+    check_optimizer,
+)
 from autotp_plan.runtime.optimizers.grad_norm import use_global_norm
 from autotp_plan.runtime.optimizers.sharded_weights import sharded_weights
 from autotp_plan.schemas.errors import Fault, MismatchError
@@ -167,6 +172,7 @@ class TrainingPlan:
         if self.tp_size > 1:
             check_batches(built, ranks)
             use_global_norm()
+            check_every_optimizer()
         become_sharded(built, Loaded(plan=self.document, ranks=ranks, folder=Path(path).absolute()))
         return built
 

@@ -8,19 +8,22 @@ which it would not compute what it computes without ZeRO, sharded or not.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Mapping, Sequence
 from types import MethodType
 from typing import Any
 
 import torch
 from deepspeed.utils import log_dist
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from autotp_plan.runtime.deepspeed.internals import is_deepspeed_muon, stepped_tensors
 from autotp_plan.runtime.optimizers.deepspeed_muon import check_deepspeed_muon, orthogonalize_full_matrices
 from autotp_plan.runtime.optimizers.full_steps import FullSteps
 from autotp_plan.runtime.optimizers.probe import Finding, LooksAt, probe
 from autotp_plan.runtime.optimizers.sharded_weights import ShardedWeight, sharded_weights
+from autotp_plan.runtime.tensor_parallel.shard_registry import is_shard
 from autotp_plan.schemas.errors import Fault, MismatchError
 
 _ELEMENTWISE = ("adam", "adamw", "adagrad", "lion")
@@ -87,11 +90,47 @@ def adapt_engine(engine: Any, settings: Mapping[str, Any], model: nn.Module) -> 
 
 def adapt_optimizer(optimizer: Any, weights: Sequence[ShardedWeight]) -> None:
     """As `adapt_engine`, of an optimizer that steps the tensors of `weights` themselves, without ZeRO."""
+    _checked.add(optimizer)
     in_full = _stepped_in_full(optimizer, weights, stage=0)
     if in_full:
         _check_parts(optimizer, in_full)
         steps = FullSteps(optimizer, in_full)
         optimizer.step = MethodType(lambda _, closure=None: steps.step(closure), optimizer)
+
+
+def check_every_optimizer() -> None:
+    """From now on an optimizer that was not adapted is refused at its first step on a shard, if it needs to be.
+
+    So an optimizer of a loop without an engine is not wrong in silence. One that needs nothing is looked at once.
+    """
+    global _checks_every_optimizer
+    if not _checks_every_optimizer:
+        register_optimizer_step_pre_hook(_check_first_step)
+        _checks_every_optimizer = True
+
+
+_checks_every_optimizer = False
+_checked: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _check_first_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    if optimizer in _checked:
+        return
+    for at, group in enumerate(optimizer.param_groups):
+        for tensor in {one.dim(): one for one in group["params"] if is_shard(one)}.values():
+            if _finding(optimizer, at, tensor).looks_at in (LooksAt.TENSOR, LooksAt.ALL):
+                raise MismatchError(
+                    Fault(
+                        code="optimizer-not-adapted",
+                        what="the optimizer looks at a whole matrix or tensor, and would be given one rank's shard",
+                        where=f"optimizer {type(optimizer).__name__}",
+                        got=f"a shard of shape {tuple(tensor.shape)}",
+                        expected="an optimizer that was adapted to the sharded model",
+                        next="plan.adapt_optimizer(model, optimizer) before the first step, in a loop without an "
+                        "engine; else plan.initialize(model, optimizer=optimizer, ...)",
+                    )
+                )
+    _checked.add(optimizer)
 
 
 def _zero_stage(settings: Mapping[str, Any]) -> int:
@@ -161,15 +200,17 @@ def _findings(optimizer: Any, weights: Sequence[ShardedWeight]) -> dict[int, Fin
         group = groups.get(id(tensor))
         if group is None:
             continue
-        if is_deepspeed_muon(optimizer):
-            is_matrix = optimizer.param_groups[group]["use_muon"]
-            found[id(weight)] = Finding(LooksAt.TENSOR if is_matrix else LooksAt.ELEMENT)
-            continue
         key = group, tensor.dim()
         if key not in probed:
-            probed[key] = probe(optimizer, group, tensor.dim(), tensor.device)
+            probed[key] = _finding(optimizer, group, tensor)
         found[id(weight)] = probed[key]
     return found
+
+
+def _finding(optimizer: Any, group: int, tensor: Tensor) -> Finding:
+    if is_deepspeed_muon(optimizer):  # known, and the probe would compile its kernels
+        return Finding(LooksAt.TENSOR if optimizer.param_groups[group]["use_muon"] else LooksAt.ELEMENT)
+    return probe(optimizer, group, tensor.dim(), tensor.device)
 
 
 def _check_parts(optimizer: Any, weights: Sequence[ShardedWeight]) -> None:

@@ -164,9 +164,13 @@ def own_loop(plan: Any, model: Any, make: Callable[[Any], Any]) -> list[float]:
     """Without an engine, clipped by torch; without a plan the optimizer is not adapted."""
     import torch
 
+    from autotp_plan.runtime.optimizers.choose import _checked
+
     optimizer = make(model)
     if plan is not None:
         plan.adapt_optimizer(model, optimizer)
+    else:
+        _checked.add(optimizer)  # else its first step is refused
 
     def step() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
