@@ -17,6 +17,7 @@ from torch import Tensor
 
 from autotp_plan.runtime.checkpoint.flat_groups import check_flat_groups
 from autotp_plan.runtime.checkpoint.zero_files import WEIGHTS, SavedJob
+from autotp_plan.runtime.deepspeed.internals import is_deepspeed_muon
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.runtime.deepspeed.zero_internals import (
     FlatRange,
@@ -41,6 +42,8 @@ def why_this_mesh_only(engine: Any) -> str:
         return "ZeRO stage 3 saves frozen parameters in another form; use stage 1 or 2"
     if swaps_to_disk(engine.optimizer):
         return "the optimizer's state lies on NVMe, in files of each rank"
+    if is_deepspeed_muon(getattr(engine, "basic_optimizer", None)):
+        return "DeepSpeed's Muon keeps its momentum in a form of its own under ZeRO"
     return ""
 
 

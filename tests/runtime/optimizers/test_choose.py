@@ -80,6 +80,7 @@ def in_ranks(work: Path) -> dict[str, Any]:
     import torch
 
     from autotp_plan.runtime import load_plan
+    from autotp_plan.runtime.checkpoint.mesh_change import why_this_mesh_only
 
     torch.compiler.set_stance("force_eager")
     found: dict[str, Any] = {"refused": refusals(work)}
@@ -93,6 +94,7 @@ def in_ranks(work: Path) -> dict[str, Any]:
             if variant == "phi3" and stage < 2:
                 plan.save_checkpoint(engine, work / key)
                 found[f"{key} resumed"] = [train(engine)]
+                found[f"{key} other mesh"] = why_this_mesh_only(engine)
                 engine = plan.initialize(plan.load_model(work / variant).train(), config=settings(stage, **MUON))[0]
                 plan.load_checkpoint(engine, work / key)
                 found[f"{key} resumed"].append(train(engine))
@@ -141,7 +143,8 @@ def refusals(work: Path) -> dict[str, tuple[str, str]]:
     found["not adapted"] = refused(not_adapted.step)
     found["not adapted, again"] = refused(not_adapted.step)
     assert all(torch.equal(*pair) for pair in zip(before, matrices, strict=True)), "nothing was stepped"
-    elementwise: list[Any] = [torch.optim.AdamW(every), torch.optim.SGD(every, lr=0.1), kinds.Sophia(every), kinds.Opaque(every)]
+    sgd = torch.optim.SGD(every, lr=0.1)
+    elementwise: list[Any] = [torch.optim.AdamW(every), sgd, kinds.Sophia(every), kinds.Opaque(every)]
     for optimizer in elementwise:
         plan.adapt_optimizer(model, optimizer)
         assert "step" not in vars(optimizer), "it steps as it did"
@@ -215,3 +218,4 @@ def test_a_job_of_deepspeeds_muon_is_resumed(ranks: Any) -> None:
         for rank in ranks:
             job, resumed = rank[f"phi3 ZeRO {stage} resumed"]
             assert job == resumed
+            assert ("Muon" if stage else "ZeRO stage 0") in rank[f"phi3 ZeRO {stage} other mesh"], "no other mesh"
