@@ -17,7 +17,7 @@ from autotp_plan.runtime.calls.sharded_model import Loaded, become_sharded, load
 from autotp_plan.runtime.checkpoint.job import load_checkpoint, save_checkpoint
 from autotp_plan.runtime.checkpoint.mesh_change import why_this_mesh_only
 from autotp_plan.runtime.checkpoint.save_shards import save_shards
-from autotp_plan.runtime.data.batch_check import check_batches
+from autotp_plan.runtime.data.batch_check import check_batches, check_interval
 from autotp_plan.runtime.data.loader import training_loader
 from autotp_plan.runtime.data.sampler import ResumableSampler, tp_sampler
 from autotp_plan.runtime.deepspeed.autotp_calls import check_autotp_calls
@@ -117,12 +117,13 @@ class TrainingPlan:
         map_shards: bool = True,
         share_input_gradients: bool = True,
         vocab_parallel_loss: bool = True,
+        check_batches_every: int | None = 100,
         **options: Any,
     ) -> nn.Module:
         """Load this rank's part of the model, ready for `initialize`. Every rank calls it.
 
-        The model's first forward in training, and in evaluation, raises MismatchError when the TP ranks were given
-        different batches.
+        The model's first forward in training and in evaluation, and every 100th, raises MismatchError when the TP ranks
+        were given different batches.
 
         Args:
             path: a shards folder, or the original checkpoint (then only this rank's intervals are read).
@@ -141,6 +142,8 @@ class TrainingPlan:
             vocab_parallel_loss: in training with labels, let a transformers causal LM compute its loss from each rank's
                 logits. The all-gather of `output.logits` is then deferred to first use, which every rank of the TP
                 group must make; without labels, or in evaluation, they are gathered at once.
+            check_batches_every: n: the batches of the TP ranks are compared, by one small all-reduce, at the forwards
+                1, n + 1, 2n + 1, ..., counted in training and in evaluation. None compares nothing.
             options: for transformers, such as `attn_implementation`.
 
         Returns:
@@ -152,9 +155,11 @@ class TrainingPlan:
             ShardsError: the shards folder is not complete, or not what its manifest says.
             CheckpointError: the checkpoint cannot be read, or transformers cannot build its model.
             DocumentError: a JSON file in the folder is not what it should be.
+            OptionError: `check_batches_every` is less than 1.
 
         All of them before any communication, and on every rank.
         """
+        check_interval(check_batches_every)
         check_world_size(self.tp_size)
         source = open_weights(Path(path), self.document, verify_checksums=verify_checksums, map_shards=map_shards)
         built, dtypes = empty_model(Path(path), self.document, model, dtype, options)
@@ -170,7 +175,7 @@ class TrainingPlan:
             vocab_parallel_loss=vocab_parallel_loss,
         )
         if self.tp_size > 1:
-            check_batches(built, ranks)
+            check_batches(built, ranks, check_batches_every)
             use_global_norm()
             check_every_optimizer()
         become_sharded(built, Loaded(plan=self.document, ranks=ranks, folder=Path(path).absolute()))
@@ -347,10 +352,7 @@ class TrainingPlan:
         """
         from autotp_plan.runtime.integrations.lora import add_lora
 
-        adapted = add_lora(model, config, self.document)
-        if self.tp_size > 1:
-            check_batches(adapted, self.init_mesh())
-        return adapted
+        return add_lora(model, config, self.document)
 
     def save_adapter(self, engine: Any, folder: str | os.PathLike[str]) -> None:
         """Write the adapter of a model from `add_lora` as PEFT does for an unsharded model. Every rank calls it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from typing import Any
 
 import torch
@@ -10,11 +11,27 @@ from deepspeed import comm as dist
 from torch import Tensor, nn
 
 from autotp_plan.runtime.deepspeed.mesh import Ranks
-from autotp_plan.schemas.errors import Fault, MismatchError
+from autotp_plan.schemas.errors import Fault, MismatchError, OptionError
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def check_batches(model: nn.Module, ranks: Ranks) -> None:
-    """Let `model` compare over the TP ranks the first batch it gets in training, and the first in evaluation.
+def check_interval(every: int | None) -> None:
+    """Raise OptionError unless `every` is a number of forwards, or None."""
+    if every is not None and every < 1:
+        raise OptionError(
+            Fault(
+                what="batches cannot be compared so often",
+                where="load_model(check_batches_every=...)",
+                got=str(every),
+                expected="a number of forwards, 1 or more, or None to compare nothing",
+                next="leave it out: every 100th forward is compared",
+            )
+        )
+
+
+def check_batches(model: nn.Module, ranks: Ranks, every: int | None) -> None:
+    """Let `model` compare over the TP ranks the first batch it gets in training, and in evaluation, and every n-th.
 
     If the ranks of one group were given different samples it would compute numbers that belong to neither. Then its
     forward raises MismatchError, on every rank of the group.
@@ -22,35 +39,66 @@ def check_batches(model: nn.Module, ranks: Ranks) -> None:
     Args:
         model: a model from `load_model`.
         ranks: this process's place in the mesh.
+        every: n, counted in training and in evaluation; None compares nothing.
     """
-    unseen = {True, False}
+    if every is None:
+        return
+    seen = {True: 0, False: 0}
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module.training not in unseen:
+        number = seen[module.training]
+        seen[module.training] += 1
+        if number % every:
             return
-        unseen.remove(module.training)
-        if not unseen:
-            handle.remove()
         inputs: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
-        mine = {name: _summary(value) for name, value in inputs.items() if isinstance(value, Tensor)}
-        found: list[Any] = [None] * ranks.tp_size
-        dist.all_gather_object(found, mine, group=ranks.tp_group)
-        faults = [
-            Fault(
-                what="the TP ranks of a group were given different batches",
-                where=f"{name} of the first forward in {'training' if module.training else 'evaluation'}",
-                got="; ".join(f"TP rank {rank}: {batch.get(name, 'none')}" for rank, batch in enumerate(found)),
-                expected="the same samples on all TP ranks of a data-parallel group",
-                next="plan.initialize(training_data=...), or a sampler from plan.sampler(dataset); with Hugging Face's "
-                "Trainer, plan.adapt_trainer(trainer)",
-            )
-            for name in dict.fromkeys(name for batch in found for name in batch)
-            if len({batch.get(name) for batch in found}) > 1
-        ]
-        if faults:
-            raise MismatchError(faults)
+        batch = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        if number == 0 or _are_different(batch, ranks):
+            _name_differences(batch, ranks, number + 1, module.training)
 
-    handle = model.register_forward_pre_hook(compare, with_kwargs=True, prepend=True)
+    model.register_forward_pre_hook(compare, with_kwargs=True, prepend=True)
+
+
+def _are_different(batch: dict[Any, Tensor], ranks: Ranks) -> bool:
+    """Whether a checksum of the batch is another one on some TP rank: one all-reduce, and one wait for its result."""
+    checksum = torch.zeros((), dtype=torch.int64, device=ranks.device)
+    for name, value in batch.items():
+        checksum = checksum * 31 + zlib.crc32(f"{name} {value.dtype} {list(value.shape)}".encode())
+        checksum = checksum * 31 + _checksum(value.detach()).to(ranks.device)
+    bounds = torch.stack([checksum, -checksum])
+    dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=ranks.tp_group)
+    largest, smallest = bounds[0], -bounds[1]
+    return bool(largest != smallest)
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """A number of a tensor's bits and their order, int64 on its device; sums and products wrap around."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    bits = tensor.contiguous().reshape(-1).view(_INTEGERS[tensor.element_size()]).to(torch.int64)
+    places = torch.arange(1, 2 * len(bits), 2, device=bits.device) * 0x9E3779B97F4A7C1  # odd: no bit is lost
+    return (bits * places).sum()
+
+
+def _name_differences(batch: dict[Any, Tensor], ranks: Ranks, number: int, training: bool) -> None:
+    mine = {name: _summary(value) for name, value in batch.items()}
+    found: list[Any] = [None] * ranks.tp_size
+    dist.all_gather_object(found, mine, group=ranks.tp_group)
+    forward = "the first forward" if number == 1 else f"forward {number}"
+    faults = [
+        Fault(
+            what="the TP ranks of a group were given different batches",
+            where=f"{name} of {forward} in {'training' if training else 'evaluation'}",
+            got="; ".join(f"TP rank {rank}: {summaries.get(name, 'none')}" for rank, summaries in enumerate(found)),
+            expected="the same samples on all TP ranks of a data-parallel group",
+            next="plan.initialize(training_data=...), or a sampler from plan.sampler(dataset); with Hugging Face's "
+            "Trainer, plan.adapt_trainer(trainer); a stream must give every rank the same order: seed its shuffle",
+        )
+        for name in dict.fromkeys(name for summaries in found for name in summaries)
+        if len({summaries.get(name) for summaries in found}) > 1
+    ]
+    if faults:
+        raise MismatchError(faults)
 
 
 def _summary(tensor: Tensor) -> str:
