@@ -8,12 +8,14 @@ document is for.
 from __future__ import annotations
 
 import difflib
+import errno
 import functools
 import hashlib
 import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
@@ -29,19 +31,23 @@ MAX_DOCUMENT_BYTES = 64 * 1024 * 1024
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def read_json(path: Path, kind: str, special_floats: bool = False) -> Any:
+def read_json(path: Path, kind: str, special_floats: bool = False, plain: bool = False) -> Any:
     """The parsed JSON of a file.
 
     Args:
         path: the file.
         kind: what messages call it, such as `plan`.
         special_floats: as for `loads`.
+        plain: refuse a pipe or device, as no file of a folder is one; it might be waited for without end.
 
     Raises:
         DocumentError: it is missing, too large, not UTF-8 or not JSON.
     """
     try:
-        if path.stat().st_size > MAX_DOCUMENT_BYTES:
+        status = path.stat()
+        if plain and not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "no plain file", str(path))
+        if status.st_size > MAX_DOCUMENT_BYTES:
             raise DocumentError(
                 Fault(
                     code="document-too-large",
@@ -130,9 +136,14 @@ def fingerprint(data: Any) -> str:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old text or all of the new, synced to disk.
 
+    A link stays, and what it points to is written.
+
     Raises:
-        OSError: it cannot be written; the old file stays.
+        OSError: it cannot be written, or is no plain file but a device or pipe; what was there stays.
     """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is there, and is no plain file", str(path))
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     with os.fdopen(os.open(temporary, flags, 0o666), "w", encoding="utf-8", newline="\n") as file:

@@ -17,6 +17,7 @@ know about the command line.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -44,7 +45,15 @@ class Fault:
             lines.append(f"  expected: {self.expected}")
         if self.next:
             lines.append(f"  next:     {self.next}")
-        return "\n".join(lines)
+        return visible("\n".join(lines))
+
+
+def visible(text: str) -> str:
+    """`text` with control characters written out, `\\x1b` for ESC: names in files must not act on a terminal."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class AutoTPError(Exception):

@@ -506,6 +506,13 @@ def no_workers(work: Path) -> Case:
     presplit(plan_of(folder), folder, work / "shards", workers=1)
 
 
+@hint("bad-number", "and --workers of at most ")
+def too_many_workers(work: Path) -> Case:
+    folder = write_llama(work / "llama")
+    fault = yield lambda: presplit(plan_of(folder), folder, work / "shards", workers=10**9)
+    presplit(plan_of(folder), folder, work / "shards", workers=int(fault.next.split()[-1]))
+
+
 @hint("folder-not-writable", "give another folder, or remove this one")
 def a_folder_that_is_not_empty(work: Path) -> Case:
     folder = write_llama(work / "llama")

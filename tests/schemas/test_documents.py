@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import stat
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -401,3 +402,45 @@ def test_errors_sort_their_faults_and_survive_pickling() -> None:
     assert str(Fault(what="w", where="x", got="g", expected="e", next="n")).splitlines() == [
         "w", "  where:    x", "  got:      g", "  expected: e", "  next:     n"
     ]  # fmt: skip
+
+
+def test_a_link_stays_and_what_it_points_to_is_written(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    target, link = tmp_path / "there" / "plan.json", tmp_path / "link.json"
+    link.symlink_to(target)
+    for text in ("new", "again"):  # a link to nothing yet, and one to a file
+        documents.write_atomically(link, text)
+        assert link.is_symlink() and target.read_text() == text
+    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["plan.json"]
+
+
+def test_what_is_no_plain_file_is_neither_replaced_nor_read(tmp_path: Path) -> None:
+    """A pipe, which stands here for a device too, and a link to it: root could replace /dev/null."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link):
+        with pytest.raises(OSError, match="no plain file"):
+            documents.write_atomically(path, "text")
+        with pytest.raises(DocumentError) as caught:
+            documents.read_json(path, "config.json", plain=True)
+        assert caught.value.faults[0].got == "no plain file"
+    assert stat.S_ISFIFO(pipe.stat().st_mode) and link.is_symlink()
+    with pytest.raises(DocumentError, match="Is a directory"):
+        documents.read_json(tmp_path, "plan")
+
+
+def test_a_document_that_a_shell_writes_is_read() -> None:
+    """As in `--spec <(jq . spec.json)`."""
+    reader, writer = os.pipe()
+    os.write(writer, b'{"layer_specs": []}')
+    os.close(writer)
+    assert documents.read_json(Path(f"/dev/fd/{reader}"), "spec file") == {"layer_specs": []}
+    os.close(reader)
+
+
+def test_control_characters_of_names_are_written_out() -> None:
+    fault = Fault(what="a name", where="\x1b[31mred\x07", got="two\nlines\tand a tab", next="\x9b2J")
+    text = str(fault)
+    assert "\\x1b[31mred\\x07" in text and "\\x9b2J" in text and "two\nlines\tand a tab" in text
+    assert not set(text) & set("\x1b\x07\x9b")

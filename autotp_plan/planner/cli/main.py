@@ -17,7 +17,7 @@ import click
 from autotp_plan.planner.cli.export import export, presets
 from autotp_plan.planner.cli.output import not_written, reported, table_width
 from autotp_plan.planner.cli.shards import check_shards, merge, presplit, reshard
-from autotp_plan.schemas.errors import AutoTPError, Fault, OutputError
+from autotp_plan.schemas.errors import AutoTPError, Fault, OutputError, visible
 from autotp_plan.schemas.shards.manifest import MANIFEST_NAME, PLAN_NAME
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _report_compiled(plan: Plan, output: Path) -> None:
     from autotp_plan.planner.plan_table import human_bytes, summary
 
     for note in plan.notes:
-        click.echo(f"note: {note}", err=True)
+        click.echo(f"note: {visible(note)}", err=True)
     totals = summary(plan)
     largest = max(totals.per_rank)
     click.echo(
@@ -193,15 +193,16 @@ def _print_table(plan: Plan) -> None:
     for prefix, rows in groups(plan):
         indent = "  " if prefix else ""
         if prefix:
-            table.add_row(prefix)
+            table.add_row(visible(prefix))
         for row in rows:
             name, size = row.name.removeprefix(prefix), human_bytes(row.bytes_per_rank)
             style = "dim" if row.style.startswith("replicated") else None
-            table.add_row(indent + name, row.shape, row.style, row.share, size, row.rule, style=style)
-    console.print(Text(headline(plan), style="bold"))
+            cells = (indent + name, row.shape, row.style, row.share, size, row.rule)
+            table.add_row(*map(visible, cells), style=style)
+    console.print(Text(visible(headline(plan)), style="bold"))
     console.print(table)
     for line in describe(plan):
-        console.print(line)
+        console.print(visible(line))
 
 
 @main.command()

@@ -72,17 +72,20 @@ def write_shards(
         return new.finish(folder, original.source)
 
 
+MAX_WORKERS = 1024
+
+
 def check_options(command: str, workers: int, max_file_bytes: int = 1) -> None:
-    """Raise OptionError unless both numbers are positive."""
-    if workers < 1 or max_file_bytes < 1:
+    """Raise OptionError unless both numbers are positive, and `workers` is at most `MAX_WORKERS`."""
+    if not 1 <= workers <= MAX_WORKERS or max_file_bytes < 1:
         raise OptionError(
             Fault(
                 code="bad-number",
                 what=f"{command} cannot run",
                 where=command,
                 got=f"workers {workers}, file size {max_file_bytes}",
-                expected="positive numbers",
-                next="give numbers of at least 1",
+                expected=f"positive numbers, and at most {MAX_WORKERS} workers",
+                next=f"give numbers of at least 1, and --workers of at most {MAX_WORKERS}",
             )
         )
 

@@ -96,7 +96,7 @@ class Manifest:
         Raises:
             DocumentError: with every fault found.
         """
-        return cls.from_dict(documents.read_json(folder / MANIFEST_NAME, "shards manifest"))
+        return cls.from_dict(documents.read_json(folder / MANIFEST_NAME, "shards manifest", plain=True))
 
     @classmethod
     def from_dict(cls, data: Any) -> Manifest:

@@ -86,7 +86,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     path = folder / CONFIG_NAME
     if not path.exists():
         return None
-    config = documents.read_json(path, "config.json", special_floats=True)
+    config = documents.read_json(path, "config.json", special_floats=True, plain=True)
     if not isinstance(config, dict):
         raise CheckpointError(
             Fault(
@@ -116,7 +116,7 @@ def config_hash(config: dict[str, Any] | None) -> str | None:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    index = documents.read_json(path, "safetensors index")
+    index = documents.read_json(path, "safetensors index", plain=True)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
         raise CheckpointError(_index_fault(path, "no weight_map of file names by tensor name"))

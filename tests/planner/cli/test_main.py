@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -350,3 +351,35 @@ def test_unequal_shares_are_advised_only_where_they_help(run: Run, llama: Path, 
     run(*three, "--uneven")
     assert "--uneven" not in run(*many, status=2).output
     assert "--uneven" not in run(*many, "--uneven", status=2).output
+
+
+def test_a_plan_is_not_written_over_a_pipe_or_a_link(run: Run, llama: Path, tmp_path: Path) -> None:
+    pipe, link, target = tmp_path / "pipe", tmp_path / "link.json", tmp_path / "target.json"
+    os.mkfifo(pipe)
+    link.symlink_to(target)
+    refused = run("compile", "--model", llama, "--tp", 2, "-o", pipe, status=2)
+    assert "no plain file" in refused.output and pipe.is_fifo()
+    run("compile", "--model", llama, "--tp", 2, "-o", link)
+    assert link.is_symlink() and Plan.read(target).tp_size == 2
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "model.safetensors"])
+def test_a_file_of_a_checkpoint_that_is_a_pipe_is_not_waited_for(
+    run: Run, llama: Path, tmp_path: Path, name: str
+) -> None:
+    folder = shutil.copytree(llama, tmp_path / "folder")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    refused = run("compile", "--model", folder, "--tp", 2, "-o", tmp_path / "new.json", status=2).output
+    assert name in refused
+    assert name.endswith("safetensors") or "no plain file" in refused
+
+
+def test_names_of_a_checkpoint_do_not_act_on_the_terminal(run: Run, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "own", {"\x1b[31mup.weight": (4, 4)}, {"model_type": "own"})
+    output = tmp_path / "plan.json"
+    refused = run("compile", "--model", folder, "--tp", 2, "-o", output, status=2)
+    (tmp_path / "spec.json").write_text(json.dumps({"layer_specs": [{"patterns": [".*"], "partition_type": "skip"}]}))
+    run("compile", "--model", folder, "--tp", 2, "--spec", tmp_path / "spec.json", "-o", output)
+    for text in (refused.output, run("show", output).output):
+        assert "\\x1b[31mup.weight" in text and "\x1b" not in text
