@@ -210,8 +210,15 @@ def _print_table(plan: Plan) -> None:
 @click.option("--format", "output_format", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @click.option("--no-stamp", is_flag=True, help="Leave the plan file as it is.")
 @click.option("--attention", multiple=True, type=click.Choice(["eager", "sdpa"]), help="Only this one; repeatable.")
+@click.option(
+    "--optimizer",
+    default="adamw",
+    show_default=True,
+    metavar="NAME",
+    help="Of the engine's steps: of torch.optim, or package.module.Class; a stamp is of adamw alone.",
+)
 @reported
-def verify(plan_file: Path, output_format: str, no_stamp: bool, attention: tuple[str, ...]) -> None:
+def verify(plan_file: Path, output_format: str, no_stamp: bool, attention: tuple[str, ...], optimizer: str) -> None:
     """Prove a plan: run a small twin of its model, dense and sharded, on this machine's CPU, and compare all numbers.
 
     A plan that is proven gets a stamp, which `show` displays; the exit status is 1 when it is not. Errors are absolute,
@@ -222,14 +229,14 @@ def verify(plan_file: Path, output_format: str, no_stamp: bool, attention: tuple
     from autotp_plan.schemas.shards.manifest import MANIFEST_NAME, PLAN_NAME
 
     plan = Plan.read(plan_file)
-    proof = _verified(plan, tuple(dict.fromkeys(attention)))
+    proof = _verified(plan, tuple(dict.fromkeys(attention)), optimizer)
     if output_format == "json":
         click.echo(json.dumps(proof.to_dict(), indent=1, allow_nan=False))
     else:
         _print_proof(proof)
     if not proof.proven:
         sys.exit(1)
-    if no_stamp:
+    if no_stamp or optimizer != "adamw":
         return
     if plan_file.name == PLAN_NAME and (plan_file.parent / MANIFEST_NAME).exists():
         click.echo("not stamped: the plan is part of a shards folder, whose checksums hold it as it is", err=True)
@@ -240,16 +247,16 @@ def verify(plan_file: Path, output_format: str, no_stamp: bool, attention: tuple
             raise OutputError(not_written(plan_file, error)) from None
 
 
-def _verified(plan: Plan, attention: tuple[str, ...]) -> Proof:
+def _verified(plan: Plan, attention: tuple[str, ...], optimizer: str) -> Proof:
     from autotp_plan.runtime.verify.run import ATTENTION, verify_plan
 
     attention = attention or ATTENTION
     if not sys.stderr.isatty():
-        return verify_plan(plan, attention=attention)
+        return verify_plan(plan, attention=attention, optimizer=optimizer)
     from rich.console import Console
 
     with Console(stderr=True).status("starting") as status:
-        return verify_plan(plan, attention=attention, progress=status.update)
+        return verify_plan(plan, attention=attention, optimizer=optimizer, progress=status.update)
 
 
 def _print_proof(proof: Proof) -> None:

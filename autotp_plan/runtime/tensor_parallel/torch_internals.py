@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from autotp_plan.schemas.upstream import private, replaced
 
 
 def version_of(tensor: Tensor) -> int:
@@ -75,6 +78,18 @@ def replace_total_norm_function(function: Callable[..., Tensor]) -> None:
         for name in ("_get_total_norm", "get_total_norm"):
             if getattr(module, "__dict__", {}).get(name) is replaced:
                 setattr(module, name, function)
+
+
+@contextmanager
+def muon_orthogonalises_with(function: Callable[..., Tensor]) -> Iterator[None]:
+    """While active, `torch.optim.Muon` calls `function(gradient, coefficients, steps, eps)`.
+
+    Relies on it looking up `torch.optim._muon._zeropower_via_newtonschulz` when it is called.
+    """
+    module = importlib.import_module("torch.optim._muon")
+    private(module, "_zeropower_via_newtonschulz", "torch", "comparing Muon's steps")
+    with replaced(module, "_zeropower_via_newtonschulz", function):
+        yield
 
 
 class Communicates(Exception):

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
 from autotp_plan.huggingface.meta_model import build_model, parameters_and_buffers
 from autotp_plan.runtime.loading.check_model import check_model
+from autotp_plan.runtime.tensor_parallel.torch_internals import muon_orthogonalises_with
 from autotp_plan.runtime.verify import scale_config
 from autotp_plan.runtime.verify.float64_passes import EXPERTS, dense_reader, run_passes_and_steps
-from autotp_plan.runtime.verify.optimizer_steps import Training, dense_steps
+from autotp_plan.runtime.verify.optimizer_steps import ADAMW, Training, dense_steps, optimizer_class, orthogonalised
 from autotp_plan.runtime.verify.random_inputs import Batches, randomise
 from autotp_plan.runtime.verify.scale_plan import TwinError, num_layers_needed, twin_plan
 from autotp_plan.schemas.errors import AutoTPError, Fault, MismatchError
@@ -65,6 +67,7 @@ class About:
     attention: tuple[str, ...]
     refused: dict[str, str] = field(default_factory=dict)
     ungraded: tuple[str, ...] = ()
+    optimizer: str = ADAMW
 
     @classmethod
     def read(cls, folder: Path) -> About:
@@ -96,7 +99,7 @@ def options(attention: str) -> dict[str, Any]:
     return {"attn_implementation": attention, **EXPERTS}
 
 
-def write_twin(plan: Plan, folder: Path, attention: tuple[str, ...]) -> None:
+def write_twin(plan: Plan, folder: Path, attention: tuple[str, ...], optimizer: str = ADAMW) -> None:
     """Make a twin of the plan's model and write what the ranks need to compare with it.
 
     Args:
@@ -104,10 +107,14 @@ def write_twin(plan: Plan, folder: Path, attention: tuple[str, ...]) -> None:
         folder: is given `float64/` and `float32/`, checkpoints with a `plan.json`; `eager.pt` and `sdpa.pt`, the dense
             numbers; `engine.json`, losses and gradient norms; and `about.json`, which describes the twin.
         attention: the attention implementations to run.
+        optimizer: the optimizer of the engine's steps, as `optimizer_class` takes it.
 
     Raises:
+        OptionError: there is no such optimizer.
         MismatchError: no twin can be made.
     """
+    if optimizer != ADAMW:
+        optimizer_class(optimizer)
     reasons: list[str] = []
     try:
         original = _original(plan, folder / "original")
@@ -131,7 +138,10 @@ def write_twin(plan: Plan, folder: Path, attention: tuple[str, ...]) -> None:
     sizes, about = min(ran, key=lambda one: len(one[1].ungraded))
     if sizes != tried:  # the folders hold what was tried last, or what an error left of it
         _try(plan, original, folder, sizes, runs)
-    replace(about, refused=refused).write(folder)
+    about = replace(about, refused=refused, optimizer=optimizer)
+    about.write(folder)
+    if optimizer != ADAMW:
+        _write_steps_of_another(folder, plan, about)
 
 
 def _original(plan: Plan, folder: Path) -> Any:
@@ -259,6 +269,15 @@ def _write_float32(
             tensor.copy_(weights[name])
     _save(model, scaled, folder / "float32")
     (folder / "engine.json").write_text(json.dumps(dense_steps(model, Training(batches=batches))))
+
+
+def _write_steps_of_another(folder: Path, plan: Plan, about: About) -> None:
+    """In the place of AdamW's, the losses and gradient norms of another optimizer on the float32 checkpoint."""
+    cls = getattr(transformers, plan.model.architecture or "", transformers.AutoModelForCausalLM)
+    model = cls.from_pretrained(folder / "float32", dtype=torch.float32, **options(about.attention[0])).train()
+    training = Training(batches=about.batches, optimizer=about.optimizer)
+    with muon_orthogonalises_with(orthogonalised):
+        (folder / "engine.json").write_text(json.dumps(dense_steps(model, training)))
 
 
 def _save(model: Any, scaled: Plan, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,24 +10,27 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from torch import nn
+from torch import Tensor, nn
 
 from autotp_plan.runtime.verify.float64_passes import ADAM, Forward, by_class
 from autotp_plan.runtime.verify.random_inputs import Batches
+from autotp_plan.schemas.errors import Fault, OptionError
 
+ADAMW = "adamw"
 Steps = list[tuple[float, float]]
 """Loss, averaged over the batch of a step, and norm of the gradients before they are clipped, of each step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Training:
-    """AdamW with gradients clipped at norm 1. A step has `dp_size` * `accumulation` batches."""
+    """Gradients clipped at norm 1, and AdamW or another optimizer. A step has `dp_size` * `accumulation` batches."""
 
     batches: Batches
     num_steps: int = 3
     eps: float = ADAM["eps"]
     dp_size: int = 1
     accumulation: int = 1
+    optimizer: str = ADAMW
 
     @property
     def adam(self) -> dict[str, float]:
@@ -39,7 +43,7 @@ class Training:
 
     def engine_config(self, zero_stage: int, **changes: Any) -> dict[str, Any]:
         """The DeepSpeed config that trains so."""
-        return {
+        config = {
             "train_micro_batch_size_per_gpu": 2,
             "gradient_accumulation_steps": self.accumulation,
             "gradient_clipping": 1.0,
@@ -48,11 +52,74 @@ class Training:
             "steps_per_print": 10**9,
             **changes,
         }
+        if self.optimizer != ADAMW:  # then it is given to the engine, which does not flatten parameters for it
+            del config["optimizer"], config["zero_optimization"]
+        return config
+
+
+def make_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
+    """The optimizer of a model, with its class's own hyperparameters where it is not AdamW.
+
+    torch's Muon, which takes nothing else, steps the matrices alone.
+    """
+    if training.optimizer == ADAMW:
+        return torch.optim.AdamW(model.parameters(), **training.adam)  # type: ignore[arg-type]
+    kind = optimizer_class(training.optimizer)
+    is_muon = issubclass(kind, torch.optim.Muon)
+    made: torch.optim.Optimizer = kind([one for one in model.parameters() if one.dim() == 2 or not is_muon])
+    return made
+
+
+_NOT_COMPARED = (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)
+
+
+def orthogonalised(gradient: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
+    """Newton-Schulz (https://kellerjordan.github.io/posts/muon/) in float64, for comparing steps of Muon.
+
+    torch iterates in bfloat16, where the last digit of a gradient changes percents of an update, sharded or not.
+    """
+    first, second, third = coefficients
+    is_tall = gradient.size(0) > gradient.size(1)
+    matrix = gradient.double().t() if is_tall else gradient.double()
+    matrix = matrix / matrix.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = matrix @ matrix.t()
+        matrix = first * matrix + (second * gram + third * gram @ gram) @ matrix
+    result: Tensor = matrix.t() if is_tall else matrix
+    return result.to(gradient.dtype)
+
+
+def optimizer_class(name: str) -> Any:
+    """The class that `verify --optimizer` names: one of torch.optim in any case, or `package.module.Class`.
+
+    Raises:
+        OptionError: there is none.
+    """
+    module, _, cls = name.rpartition(".")
+    try:
+        found = {
+            known.lower(): value for known, value in vars(importlib.import_module(module or "torch.optim")).items()
+        }
+    except ImportError:
+        found = {}
+    kind = found.get(cls.lower())
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind not in _NOT_COMPARED:
+        return kind
+    raise OptionError(
+        Fault(
+            code="unknown-optimizer",
+            what="there is no such optimizer to compare",
+            where="--optimizer",
+            got=name,
+            expected="a class of torch.optim (adamw, adafactor, muon, ...), or the path of one: package.module.Class",
+            next="--optimizer adamw, or transformers.Adafactor",
+        )
+    )
 
 
 def dense_steps(model: nn.Module, training: Training, forward: Forward = by_class) -> Steps:
     """Loss and gradient norm of each step of the unsharded model."""
-    optimizer = torch.optim.AdamW(model.parameters(), **training.adam)  # type: ignore[arg-type]
+    optimizer = make_optimizer(model, training)
     history = []
     for step in range(training.num_steps):
         losses = []
@@ -90,7 +157,8 @@ def engine_steps(
         **changes: replace entries of the DeepSpeed config.
     """
     ranks = plan.ranks
-    engine, _, _, _ = plan.initialize(model, config=training.engine_config(zero_stage, **changes))
+    given = {} if training.optimizer == ADAMW else {"optimizer": make_optimizer(model, training)}
+    engine, _, _, _ = plan.initialize(model, config=training.engine_config(zero_stage, **changes), **given)
     history = []
     for step in range(training.num_steps):
         losses = []
@@ -98,10 +166,15 @@ def engine_steps(
             loss, _ = forward(engine, training.batches(training.seed(step, micro, ranks.dp_rank)))
             engine.backward(loss)
             losses.append(loss.detach().float())
+            if training.optimizer != ADAMW:  # without ZeRO, an engine does not keep the norm
+                gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+                found = torch.nn.utils.get_total_norm(gradients)
             engine.step()
         mean = torch.stack(losses).mean()
         dist.all_reduce(mean, group=ranks.dp_group)
-        history.append(((mean / training.dp_size).item(), float(norm(engine))))
+        history.append(
+            ((mean / training.dp_size).item(), float(norm(engine) if training.optimizer == ADAMW else found))
+        )
     engine.destroy()
     return history
 

@@ -38,7 +38,11 @@ class Trial:
 
 
 def verify_plan(
-    plan: Plan, *, attention: tuple[str, ...] = ATTENTION, progress: Callable[[str], None] = lambda _: None
+    plan: Plan,
+    *,
+    attention: tuple[str, ...] = ATTENTION,
+    optimizer: str = "adamw",
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Proof:
     """Prove `plan` right or wrong, on CPU processes that this call starts.
 
@@ -46,6 +50,8 @@ def verify_plan(
         plan: the plan of a transformers model.
         attention: implementations to run. Those that the architecture does not have are left out, and named in the
             proof's `twin`.
+        optimizer: that of the engine's steps: a class of torch.optim in any case (`adafactor`, `muon`), or the path of
+            one (`transformers.Adafactor`).
         progress: called with a sentence before each part.
 
     Returns:
@@ -54,6 +60,7 @@ def verify_plan(
     Raises:
         MissingDependencyError: torch, transformers or DeepSpeed is not installed.
         MismatchError: transformers cannot build the plan's model, or no small model of its architecture runs.
+        OptionError: there is no such optimizer.
         AutoTPError: the small model could not be run at all, for lack of memory for example.
     """
     started = time.monotonic()
@@ -62,7 +69,7 @@ def verify_plan(
         folder = Path(name)
         progress("running a small model of the same architecture, unsharded")
         try:
-            run_ranks(_write_twin, 1, plan, folder, attention, timeout=TWIN_SECONDS)
+            run_ranks(_write_twin, 1, plan, folder, attention, optimizer, timeout=TWIN_SECONDS)
         except RankError as error:
             raise AutoTPError(_not_run(str(error))) from None
         twin = json.loads((folder / "about.json").read_text())
@@ -108,10 +115,10 @@ def try_plan(plan: Plan) -> Trial:
     return Trial(partial_gradients=tuple(patterns), problem=problem)
 
 
-def _write_twin(plan: Plan, folder: Path, attention: tuple[str, ...]) -> None:
+def _write_twin(plan: Plan, folder: Path, attention: tuple[str, ...], optimizer: str) -> None:
     from autotp_plan.runtime.verify.dense import write_twin
 
-    write_twin(plan, folder, attention)
+    write_twin(plan, folder, attention, optimizer)
 
 
 def _run_rank(folder: Path) -> None:

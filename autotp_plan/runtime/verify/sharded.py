@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from autotp_plan.runtime.tensor_parallel.torch_internals import muon_orthogonalises_with
 from autotp_plan.runtime.training_plan import load_plan
 from autotp_plan.runtime.verify.compare import errors, partial_gradients
 from autotp_plan.runtime.verify.dense import PLAN_NAME, About, options
 from autotp_plan.runtime.verify.float64_passes import run_passes_and_steps, shard_reader
-from autotp_plan.runtime.verify.optimizer_steps import Training, engine_steps, relative_errors
+from autotp_plan.runtime.verify.optimizer_steps import Training, engine_steps, orthogonalised, relative_errors
 
 
 def run_rank(folder: Path) -> None:
@@ -29,7 +30,8 @@ def run_rank(folder: Path) -> None:
         _write(folder / f"{attention}.partial-{rank}.json", {"names": partial})
     plan = load_plan(folder / "float32" / PLAN_NAME)
     model = plan.load_model(folder / "float32", **options(about.attention[0])).train()
-    steps = engine_steps(plan, model, Training(batches=about.batches))
+    with muon_orthogonalises_with(orthogonalised):
+        steps = engine_steps(plan, model, Training(batches=about.batches, optimizer=about.optimizer))
     dense_steps = json.loads((folder / "engine.json").read_text())
     _write(folder / f"engine.rank-{rank}.json", relative_errors(dense_steps, steps))
 

@@ -15,7 +15,7 @@ from autotp_plan.planner import Plan, SpecFile, check_shards, compile_plan, pres
 from autotp_plan.planner.cli.main import main
 from autotp_plan.runtime.verify.report import ENGINE_TOLERANCE, FLOAT64_TOLERANCE, Proof
 from autotp_plan.runtime.verify.run import verify_plan
-from autotp_plan.schemas.errors import DocumentError, MissingDependencyError
+from autotp_plan.schemas.errors import DocumentError, MissingDependencyError, OptionError
 from autotp_plan.schemas.plan.stamp import Stamp
 from tests.helpers.models import save_checkpoint
 from tests.helpers.paths import PRESETS
@@ -239,3 +239,15 @@ def test_the_stamp_of_another_plan_is_refused(tmp_path: Path, stamp: Stamp) -> N
     assert [(fault.what, fault.where) for fault in caught.value.faults] == [
         ("the plan bears the stamp of another plan", "verified.plan")
     ]
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(180)
+def test_steps_of_another_optimizer_are_compared(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "llama", 2)
+    for optimizer in ("muon", "transformers.Adafactor"):
+        proof = verify_plan(plan, attention=("eager",), optimizer=optimizer)
+        assert proof.proven, proof.conclusions()
+    for unknown in ("nothing", "lbfgs", "no.such.module.Adam"):
+        with pytest.raises(OptionError, match="there is no such optimizer"):
+            verify_plan(plan, attention=("eager",), optimizer=unknown)
