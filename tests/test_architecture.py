@@ -21,7 +21,7 @@ HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "safetensors", "num
 ROOMS = (
     "schemas", "schemas.plan", "schemas.storage", "schemas.shards",
     "huggingface",
-    "planner.model", "planner.deepspeed", "planner.rules", "planner.fallback", "planner.shards",
+    "planner.model", "planner.deepspeed", "planner.wrappers", "planner.rules", "planner.fallback", "planner.shards",
     "runtime.deepspeed", "runtime.data", "runtime.tensor_parallel", "runtime.loading", "runtime.optimizers",
     "runtime.checkpoint", "runtime.calls", "runtime.integrations", "runtime.verify",
     "planner.cli", "planner.presets", "plans",

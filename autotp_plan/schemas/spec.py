@@ -117,6 +117,7 @@ class SpecFile:
     renamed_tensors: dict[str, str] = field(default_factory=dict)
     assembled_tensors: dict[str, tuple[str, ...]] = field(default_factory=dict)
     base_model_prefix: str | None = None
+    renamed_prefixes: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> SpecFile:

@@ -106,9 +106,10 @@ class _Translation:
         self, model: Any, plan: Mapping[str, str], tp_size: int, decided: Callable[[str], bool], own: bool
     ) -> None:
         self.model, self.plan, self.tp_size, self.decided, self.own = model, plan, tp_size, decided, own
-        self.config = model.config
+        self.config = _text_config(model)
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.by_module = dict(model.named_modules())
+        self.language_model = _language_model(model)
         self.found: dict[str, Spec] = {}
         self.modules: list[ModuleSpec] = []
         self.undecided: list[str] = []
@@ -196,7 +197,7 @@ class _Translation:
             return Spec(patterns=(), partition_type="column", gather_output=True, indivisible="uneven")
         if self.own and not named:
             return None  # stays whole, and is counted
-        if named or not hasattr(module, "in_features") or self._is_router(owner, module):
+        if named or not hasattr(module, "in_features") or self._is_router(owner, module) or self._is_outside(name):
             return replicated
         self.undecided.append(name)
         return None
@@ -204,6 +205,10 @@ class _Translation:
     def _is_tied_to_head(self, parameter: Any) -> bool:
         """Whether a head whose output is gathered has the same weight."""
         return any(other is parameter and self._style(name) in _GATHERED for name, other in self.parameters.items())
+
+    def _is_outside(self, name: str) -> bool:
+        """Whether a parameter is outside of the language model, as those of a vision tower are."""
+        return self.language_model is not None and not name.startswith(f"{self.language_model}.")
 
     def _is_router(self, owner: str, module: Any) -> bool:
         """Whether a linear layer has one output for each expert of its module, or fewer outputs than ranks."""
@@ -217,7 +222,11 @@ class _Translation:
 
     def _limit_replicated(self) -> None:
         """What is replicated only because the `tp_plan` does not name it must be a small share of the model."""
-        unnamed = [n for n, s in self.found.items() if s.partition_type == "skip" and self._style(n) is None]
+        unnamed = [
+            name
+            for name, spec in self.found.items()
+            if spec.partition_type == "skip" and self._style(name) is None and not self._is_outside(name)
+        ]
         total = sum(parameter.numel() for parameter in self.parameters.values())
         if sum(self.parameters[name].numel() for name in unnamed) > MAX_REPLICATED * total:
             self.undecided += unnamed
@@ -273,6 +282,20 @@ class _Translation:
                 self.modules.append(ModuleSpec(patterns=(pattern,), output=crossing))
 
 
+def _text_config(model: Any) -> Any:
+    """The config of a model's language model, which may be inside another; None for a model without one."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def _language_model(model: Any) -> str | None:
+    """The name of the language model inside a model of several; None for a model that is one itself."""
+    if _text_config(model) is getattr(model, "config", None) or not hasattr(model, "get_decoder"):
+        return None
+    decoder = model.get_decoder()
+    return next((name for name, module in model.named_modules() if module is decoder and name), None)
+
+
 def _count(config: Any, key: str) -> int | None:
     """An integer of the config that holds for all layers."""
     try:
@@ -297,7 +320,7 @@ def _refusal(translation: _Translation, unknown: Sequence[str], where: str) -> l
     if translation.plan and translation.undecided:
         reasons.append("its tp_plan does not name weights that other models shard")
     undecided = ", ".join(dict.fromkeys(starred(name) for name in translation.undecided))
-    model_type = getattr(translation.config, "model_type", None)
+    model_type = getattr(getattr(translation.model, "config", None), "model_type", None)
     return [
         Fault(
             code="no-preset",

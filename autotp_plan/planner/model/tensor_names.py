@@ -23,7 +23,8 @@ class DiskNames:
 
     `renamed` maps disk to module names, `assembled` a module name to those on disk that it is made of; `ignored` are
     names (with braces) of tensors that are no parameters; `tied` maps a second name to the parameter it is. Where no
-    name on disk begins with `base_model_prefix`, all but the head's lack it.
+    name on disk begins with `base_model_prefix`, all but the head's lack it. `renamed_prefixes` maps the beginning of
+    names on disk to that of module names, before all else; a name that has the beginning of a module name stays.
     """
 
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -31,6 +32,7 @@ class DiskNames:
     ignored: Sequence[str] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
     base_model_prefix: str | None = None
+    renamed_prefixes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +63,8 @@ class ToMemory:
         prefix = f"{names.base_model_prefix}." if names.base_model_prefix else ""
         self._missing = "" if any(name.startswith(prefix) for name in on_disk) else prefix
         self._ignored = NameSet(names.ignored)
+        kept = {module: module for module in names.renamed_prefixes.values()}
+        self._prefixes = sorted({**kept, **names.renamed_prefixes}.items(), key=lambda pair: -len(pair[0]))
 
     def role(self, disk: str) -> DiskTensor | None:
         """What the tensor with the name `disk` is.
@@ -68,7 +72,10 @@ class ToMemory:
         Returns:
             None for a tensor that is no parameter, and is ignored.
         """
-        prefixed = disk if not self._missing or self._is_named(disk) else self._missing + disk
+        before, after = next(((old, new) for old, new in self._prefixes if disk.startswith(old)), ("", ""))
+        prefixed = after + disk.removeprefix(before)
+        if self._missing and not self._is_named(prefixed):
+            prefixed = self._missing + prefixed
         if disk in self._ignored or prefixed in self._ignored:
             return None
         found = self._assembled.find(prefixed)
@@ -81,6 +88,7 @@ class ToMemory:
         names = [_fill(pattern, shared) for pattern in disks]
         if prefixed != disk:
             names = [name.removeprefix(self._missing) for name in names]
+            names = [before + name.removeprefix(after) if name.startswith(after) else name for name in names]
         return DiskTensor(
             parameter=_fill(memory, shared),
             sources=Sources(names=tuple(names)),
@@ -102,11 +110,16 @@ class ToDisk:
     def __init__(self, names: DiskNames) -> None:
         self._renamed = _Patterns((memory, disk) for disk, memory in names.renamed.items())
         self._assembled = _Patterns(names.assembled.items())
+        first: dict[str, str] = {}
+        for disk, module in names.renamed_prefixes.items():
+            first.setdefault(module, disk)
+        self._prefixes = sorted(first.items(), key=lambda pair: -len(pair[0]))
 
     def source(self, parameter: str) -> str | None:
         """The name on disk of a parameter that is one tensor there; None when it is the parameter's name."""
         found = self._renamed.find(parameter)
-        return None if found is None else _fill(*found)
+        name = self._on_disk(parameter if found is None else _fill(*found))
+        return None if name == parameter else name
 
     def sources(self, parameter: str, shape: Sequence[int]) -> Sources | None:
         """The names on disk of a parameter of `shape` that is several tensors there; None when it is one."""
@@ -115,7 +128,13 @@ class ToDisk:
             return None
         disks, numbers = found
         stacked = disks[0].count("*") > len(numbers)
-        return Sources(names=tuple(_fill(disk, numbers) for disk in disks), count=shape[0] if stacked and shape else 1)
+        names = tuple(self._on_disk(_fill(disk, numbers)) for disk in disks)
+        return Sources(names=names, count=shape[0] if stacked and shape else 1)
+
+    def _on_disk(self, name: str) -> str:
+        """The name with the beginning that it has on disk: the first that is listed for it."""
+        module, disk = next(((new, old) for new, old in self._prefixes if name.startswith(new)), ("", ""))
+        return disk + name.removeprefix(module)
 
 
 class _Patterns(Generic[_T]):

@@ -65,9 +65,9 @@ def resolve(
         heads=rules.heads,
     )
     faults = resolver.faults
-    if num_layers is not None:
-        _check_layers(inventory, num_layers, faults, resolver.optional(rules.lists))
     decisions = resolver.resolve(rules.lists)
+    if num_layers is not None:
+        _check_layers(inventory, num_layers, decisions, faults, resolver.optional(rules.lists))
     _check_ties(inventory, decisions, faults)
     undecided = undecided_among_sharded(decisions)
     if rules.preset is not None and rules.preset.name in preset_names():
@@ -88,13 +88,24 @@ def resolve(
     )
 
 
-def _check_layers(inventory: Inventory, num_layers: int, faults: FaultBook, optional: Collection[str]) -> None:
+def _check_layers(
+    inventory: Inventory,
+    num_layers: int,
+    decisions: Mapping[str, Decision],
+    faults: FaultBook,
+    optional: Collection[str],
+) -> None:
     """Every layer is there, and holds the parameters that the others hold.
 
-    What an optional rule decides may be in some layers only: a mixture of experts has dense layers too.
+    What an optional rule decides may be in some layers only: a mixture of experts has dense layers too. Lists of layers
+    in which nothing is sharded are others than those that the config counts, such as a vision tower's.
     """
     found: dict[str, set[int]] = defaultdict(set)
+    counted = {_list_of_layers(name) for name in inventory.parameters
+               if name not in decisions or decisions[name].layout.dim is not None}  # fmt: skip
     for name in inventory.parameters:
+        if _list_of_layers(name) not in counted:
+            continue
         parts = name.split(".")
         at = next((place for place, part in enumerate(parts) if is_index(part)), None)
         if at is not None:
@@ -122,6 +133,13 @@ def _check_layers(inventory: Inventory, num_layers: int, faults: FaultBook, opti
                 expected=f"layers 0 to {num_layers - 1}, as config.json says",
                 next="config.json is another model's, or the checkpoint holds more than the model",
             )
+
+
+def _list_of_layers(name: str) -> str | None:
+    """`model.layers` of `model.layers.3.mlp.up_proj.weight`; None for a name outside of layers."""
+    parts = name.split(".")
+    at = next((place for place, part in enumerate(parts) if is_index(part)), None)
+    return None if at is None else ".".join(parts[:at])
 
 
 def _check_ties(inventory: Inventory, decisions: Mapping[str, Decision], faults: FaultBook) -> None:

@@ -18,6 +18,7 @@ from autotp_plan.planner.model.tensor_names import DiskNames
 from autotp_plan.planner.rules.model_class import fit_to_class, is_known_class
 from autotp_plan.planner.rules.preset_files import AUTO, find_preset, preset_for_deepspeed
 from autotp_plan.planner.rules.symbols import SymbolError, Symbols
+from autotp_plan.planner.wrappers.wrapper import Wrapper, find_wrapper, flattened
 from autotp_plan.schemas.errors import CompileError, Fault
 from autotp_plan.schemas.names import BELOW, fold
 from autotp_plan.schemas.plan.rule_ref import Origin, RuleRef, Section
@@ -67,6 +68,7 @@ class RuleSet:
     rest_stays_whole: bool = False
     may_leave_rest: bool = False
     heads: tuple[str, ...] = ()
+    wrapper: Wrapper | None = None
 
     def with_fallback(self, rules: SpecFile, origin: Origin) -> RuleSet:
         """These rules, and after them those made from a `tp_plan` in the place of a preset."""
@@ -102,7 +104,8 @@ class RuleSet:
         for file in reversed(self.files):
             filled.update(file.defaults)
             definitions.update(file.symbols)
-        filled.update(config or {})
+        if config is not None:
+            filled.update(self.wrapper.flat_config(config) if self.wrapper else flattened(config))
         return Symbols(config=filled, definitions=definitions)
 
     def num_layers(self, symbols: Symbols) -> int | None:
@@ -164,6 +167,9 @@ class RuleSet:
             assembled=assembled,
             ignored=tuple(sorted(ignored)),
             base_model_prefix=base,
+            renamed_prefixes={
+                disk: name for file in reversed(self.files) for disk, name in file.renamed_prefixes.items()
+            },
             tied={
                 tie.name: tie.to
                 for file in reversed(self.files)
@@ -216,7 +222,8 @@ def collect_rules(
     """The rules for a model.
 
     Args:
-        model: its config says which preset fits; its tensors are looked at where it is no causal language model.
+        model: its config says which preset fits, that of the language model in a wrapper; its tensors are looked at
+            where it is no causal language model.
         preset: `auto`, `none` or a name.
         spec_files: the first has the highest precedence.
         section: the `tensor_parallel` section of a DeepSpeed config; its rules come after the spec files'.
@@ -226,16 +233,25 @@ def collect_rules(
     Raises:
         CompileError: there is no such preset, it is for another model, or for another class than the tensors.
     """
-    model_type = model.model_type
     notes: list[str] = []
+    wrapper = find_wrapper(model.config)
+    model_type = wrapper.preset_type(model.config or {}) if wrapper else model.model_type
     partition = section.partition_config if section else None
     where = "--preset"
     if section and section.preset_model and preset == AUTO:
         where = "tensor_parallel.preset_model"
         preset = preset_for_deepspeed(section.preset_model, model_type, notes)
     found = find_preset(preset, model_type, notes, where)
+    if wrapper and found:
+        found = wrapper.place(found)
+        notes.append(
+            f"{wrapper.model_type}: its language model, {wrapper.language_model}, is planned by preset {model_type}; "
+            "all else, as the vision tower and the projector, is replicated on every rank."
+        )
     if found is not None and is_known_class(model.architecture):
         found = fit_to_class(found, model.architecture, model.tensor_names(), notes)
+    if found is None:
+        wrapper = None
     user_files = (*spec_files, *([partition] if partition else ()))
     use_preset = all(file.use_default_specs for file in user_files)
     lists = [
@@ -246,6 +262,8 @@ def collect_rules(
         lists.append(dataclasses.replace(_list_of(partition, Origin.DS_CONFIG), may_match_nothing=not strict))
     if found:
         lists += _lists_of_preset(found, decides=use_preset, section=section)
+    if wrapper:
+        lists.append(RuleList(origin=Origin.PRESET, name=wrapper.model_type, specs=(wrapper.whole,), trusted=True))
     if section:
         notes.extend(section.notes)
     may_leave_rest = partition is not None and not (spec_files or strict or (section and section.strict_mode))
@@ -259,6 +277,7 @@ def collect_rules(
         rest_stays_whole=may_leave_rest and not may_fall_back and (found is None or not use_preset),
         may_leave_rest=may_leave_rest,
         heads=section.head_names if section else (),
+        wrapper=wrapper,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from autotp_plan.runtime.tensor_parallel.torch_internals import muon_orthogonali
 from autotp_plan.runtime.verify import scale_config
 from autotp_plan.runtime.verify.float64_passes import EXPERTS, dense_reader, run_passes_and_steps
 from autotp_plan.runtime.verify.optimizer_steps import ADAMW, Training, dense_steps, optimizer_class, orthogonalised
-from autotp_plan.runtime.verify.random_inputs import Batches, randomise
+from autotp_plan.runtime.verify.random_inputs import Batches, Images, images_for, randomise
 from autotp_plan.runtime.verify.scale_plan import TwinError, num_layers_needed, twin_plan
 from autotp_plan.schemas.errors import AutoTPError, Fault, MismatchError
 from autotp_plan.schemas.plan.document import Plan
@@ -57,6 +57,7 @@ class About:
         attention: the attention implementations that were run.
         refused: why the others were not.
         ungraded: parameters without a gradient: the loss does not depend on them.
+        no_images: why a model that takes images was run without; None where it takes none, or was run with some.
     """
 
     divisor: int
@@ -68,6 +69,7 @@ class About:
     refused: dict[str, str] = field(default_factory=dict)
     ungraded: tuple[str, ...] = ()
     optimizer: str = ADAMW
+    no_images: str | None = None
 
     @classmethod
     def read(cls, folder: Path) -> About:
@@ -75,7 +77,7 @@ class About:
         return cls(
             **{
                 **data,
-                "batches": Batches(**data["batches"]),
+                "batches": Batches.from_dict(data["batches"]),
                 "attention": tuple(data["attention"]),
                 "ungraded": tuple(data["ungraded"]),
             }
@@ -187,7 +189,7 @@ def _try(plan: Plan, original: Any, folder: Path, sizes: Sizes, attention: tuple
     for dtype in ("float64", "float32"):
         shutil.rmtree(folder / dtype, ignore_errors=True)
         (folder / dtype).mkdir()
-        (folder / dtype / CONFIG_NAME).write_text(json.dumps({**config, "dtype": dtype}))
+        (folder / dtype / CONFIG_NAME).write_text(json.dumps(_in_dtype(config, dtype)))
     twin: Any = build_model(folder / "float64", plan.model.architecture)
     num_parameters = sum(parameter.numel() for parameter in twin.parameters())
     if num_parameters > MOST_PARAMETERS:
@@ -195,7 +197,9 @@ def _try(plan: Plan, original: Any, folder: Path, sizes: Sizes, attention: tuple
     scaled = twin_plan(plan, original, twin, sizes.divisor)
     check_model(twin, scaled)
     words = twin.get_input_embeddings().weight.shape[0]
-    batches = Batches(vocab_size=words, length=_LENGTH, padding=getattr(twin.config, "pad_token_id", None))
+    images, no_images = _images(folder / "float64", plan)
+    padding = getattr(twin.config, "pad_token_id", None)
+    batches = Batches(vocab_size=words, length=_LENGTH, padding=padding, images=images)
     weights, ungraded = _write_float64(folder, plan, scaled, attention, batches)
     scaled = twin_plan(plan, original, twin, sizes.divisor, "F32")
     _write_float32(folder, plan, scaled, attention[0], batches, weights)
@@ -207,7 +211,28 @@ def _try(plan: Plan, original: Any, folder: Path, sizes: Sizes, attention: tuple
         batches=batches,
         attention=attention,
         ungraded=ungraded,
+        no_images=no_images,
     )
+
+
+def _images(folder: Path, plan: Plan) -> tuple[Images | None, str | None]:
+    """Images for the twin in `folder`, and why there are none where it takes some."""
+    try:
+        if "vision_config" not in (plan.model.config or {}):
+            return None, None
+        return images_for(build_model(folder, plan.model.architecture, on_meta="nothing", **EXPERTS)), None
+    except Exception as error:  # a model's own code raises anything for inputs that it does not take
+        return None, f"{type(error).__name__}: {str(error)[:300]}"
+
+
+def _in_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A config whose models, those inside it too, are of one dtype."""
+    inner = {
+        key: _in_dtype(value, dtype)
+        for key, value in config.items()
+        if key.endswith("_config") and isinstance(value, Mapping)
+    }
+    return {**config, **inner, "dtype": dtype}
 
 
 def _attention(folder: Path, plan: Plan, wanted: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, str]]:

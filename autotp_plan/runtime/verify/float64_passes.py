@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ ADAM = {"lr": 2e-3, "eps": 1e-3, "weight_decay": 0.01}
 EXPERTS = {"experts_implementation": "eager"}
 """How transformers must run experts: its default, grouped matrix products, has no float64 kernel on CPU."""
 
-Forward = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
-"""Loss and logits of a model for token ids of shape (batch, length)."""
+Forward = Callable[[Any, Any], tuple[Tensor, Tensor]]
+"""Loss and logits of a model for a batch: token ids of shape (batch, length), or the inputs by name."""
 Read = Callable[[str, bool], Tensor | None]
 """The parameter of a name, or with True its gradient; None for a gradient that is not there."""
 Numbers = dict[str, dict[str, Tensor]]
@@ -48,36 +48,47 @@ class PromoteToFloat64(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def causal_lm(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def causal_lm(model: Any, batch: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Loss and logits of a causal language model of transformers, or of an engine around one."""
-    output = model(input_ids=tokens, labels=tokens, use_cache=False)
+    inputs = _inputs(model, batch)
+    output = model(**inputs, labels=inputs["input_ids"], use_cache=False)
     return output.loss, output.logits
 
 
-def by_class(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def by_class(model: Any, batch: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Loss and logits of a transformers model of any class, or of an engine around one, with labels that fit it.
 
     A model without a head has no loss: it is given one of all elements of its last hidden state.
     """
+    inputs = _inputs(model, batch)
+    tokens = inputs["input_ids"]
     inside = getattr(model, "module", model)
     taken = inspect.signature(type(inside).forward).parameters
     if "start_positions" in taken:  # question answering
         positions = tokens[:, :2] % tokens.shape[1]
-        output = model(input_ids=tokens, start_positions=positions[:, 0], end_positions=positions[:, 1])
+        output = model(**inputs, start_positions=positions[:, 0], end_positions=positions[:, 1])
         return output.loss, torch.stack((output.start_logits, output.end_logits))
     if "labels" not in taken:
-        states = model(input_ids=tokens, use_cache=False).last_hidden_state
+        states = model(**inputs, use_cache=False).last_hidden_state
         weights = torch.linspace(-1, 1, states.numel(), dtype=states.dtype, device=states.device)
         return (states.flatten() * weights).mean(), states
     if not hasattr(inside, "num_labels") or inside.get_output_embeddings() is not None:
-        return causal_lm(model, tokens)
+        return causal_lm(model, batch)
     labels = tokens % inside.num_labels
     if type(inside).__name__.endswith("ForSequenceClassification"):
         labels = labels[:, 1]
         if inside.num_labels == 1:  # a regression
             labels = tokens[:, 1].to(inside.dtype) / inside.config.vocab_size
-    output = model(input_ids=tokens, labels=labels)
+    output = model(**inputs, labels=labels)
     return output.loss, output.logits
+
+
+def _inputs(model: Any, batch: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs of a forward by name; images have the dtype of the model."""
+    if isinstance(batch, Tensor):
+        return {"input_ids": batch}
+    dtype = next(model.parameters()).dtype
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
 
 
 def dense_reader(model: nn.Module) -> Read:

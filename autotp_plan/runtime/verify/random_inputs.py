@@ -1,9 +1,13 @@
-"""Random weights and random tokens: the same for the dense and the sharded model, from fixed seeds."""
+"""Random weights, random tokens and random images: the same for the dense and the sharded model, from fixed seeds."""
 
 from __future__ import annotations
 
+import inspect
 import math
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +16,138 @@ from autotp_plan.huggingface.meta_model import parameters_and_buffers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Images:
+    """One image for each of the two rows of a batch, as a model's forward takes them.
+
+    Attributes:
+        token: the id that stands for a feature of an image.
+        count: how many features an image has.
+        start: the id of the token before them; None where there is none.
+        reserved: ids that must not occur elsewhere.
+        floats: inputs that are random numbers, by name: their shapes.
+        integers: inputs that are the same in every batch, by name.
+        types: inputs of the shape of the tokens, 1 for those of an image.
+    """
+
+    token: int
+    count: int
+    start: int | None = None
+    reserved: tuple[int, ...] = ()
+    floats: dict[str, list[int]] = field(default_factory=dict)
+    integers: dict[str, Any] = field(default_factory=dict)
+    types: tuple[str, ...] = ()
+
+    def inputs(self, tokens: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """The inputs of a batch with these tokens and an image in each row, behind the first token."""
+        tokens = torch.where(torch.isin(tokens, torch.tensor(self.reserved)), torch.ones_like(tokens), tokens)
+        run = ([] if self.start is None else [self.start]) + [self.token] * self.count
+        images = torch.tensor([run]).expand(len(tokens), -1)
+        tokens = torch.cat((tokens[:, :1], images, tokens[:, 1:]), dim=1)
+        is_image = (tokens == self.token).long()
+        return {
+            "input_ids": tokens,
+            **{name: torch.randn(shape, generator=generator) for name, shape in self.floats.items()},
+            **{name: torch.tensor(value) for name, value in self.integers.items()},
+            **dict.fromkeys(self.types, is_image),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Batches:
-    """Batches of two rows of `length` token ids. Nothing is padded, but the id of the padding token occurs."""
+    """Batches of two rows of `length` token ids. Nothing is padded, but the id of the padding token occurs.
+
+    With `images` a batch is the inputs of a forward by name, and its rows are longer by an image.
+    """
 
     vocab_size: int
     length: int
     padding: int | None
+    images: Images | None = None
 
-    def __call__(self, seed: int) -> Tensor:
-        tokens = torch.randint(self.vocab_size, (2, self.length), generator=torch.Generator().manual_seed(seed))
+    def __call__(self, seed: int) -> Any:
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(self.vocab_size, (2, self.length), generator=generator)
         if self.padding is not None and 0 <= self.padding < self.vocab_size:
             tokens[0, 0] = self.padding
-        return tokens
+        return tokens if self.images is None else self.images.inputs(tokens, generator)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Batches:
+        """The batches that `dataclasses.asdict` wrote."""
+        images = data.get("images")
+        lists = ("reserved", "types")
+        found = None if images is None else Images(**{**images, **{key: tuple(images[key]) for key in lists}})
+        return cls(**{**data, "images": found})
+
+
+def images_for(model: Any) -> Images | None:
+    """Images for a small transformers model with random weights; None for a model that takes none.
+
+    What an image is follows from the arguments of the model's forward, how many features it has from running its tower.
+
+    Raises:
+        ValueError: the model takes images in another way than those that are known. Its own forward may raise anything.
+    """
+    takes = inspect.signature(type(model).forward).parameters
+    config = model.config
+    vision = getattr(config, "vision_config", None)
+    if "pixel_values" not in takes or vision is None:
+        return None
+    token = next((getattr(config, key) for key in _IMAGE_TOKENS if type(getattr(config, key, None)) is int), None)
+    if token is None:
+        raise ValueError("its config names no token for images")
+    patch, side = _one(vision.patch_size), _one(getattr(vision, "image_size", None) or 4 * _one(vision.patch_size))
+    pixels: list[Any] = [2, getattr(vision, "num_channels", None) or getattr(vision, "in_channels", 3), side, side]
+    integers: dict[str, Any] = {}
+    if "image_grid_thw" in takes:
+        frames, grid = vision.temporal_patch_size, side // patch
+        pixels = [2 * grid * grid, pixels[1] * frames * patch * patch]
+        integers["image_grid_thw"] = [[1, grid, grid]] * 2
+    elif getattr(config, "image_grid_pinpoints", None) and "image_sizes" in takes:
+        height, width = config.image_grid_pinpoints[0]
+        pixels = [2, 1 + (height // side) * (width // side), *pixels[1:]]
+        integers["image_sizes"] = [[height, width]] * 2
+    elif "image_sizes" in takes:
+        integers["image_sizes"] = [[side, side]] * 2
+    elif "pixel_attention_mask" in takes:
+        pixels = [2, 1, *pixels[1:]]
+    try:  # some models have an argument for the sizes of images that their tower does not take
+        features = _features(model, pixels, {})
+        integers = {}
+    except (AttributeError, IndexError, TypeError, ValueError):
+        features = _features(model, pixels, integers)
+    if features % 2:
+        raise ValueError(f"two images of one size have {features} features")
+    return Images(
+        token=token,
+        count=features // 2,
+        start=getattr(config, "vision_start_token_id", None),
+        reserved=tuple(sorted({value for key, value in config.to_dict().items() if _RESERVED.search(key) and value})),
+        floats={"pixel_values": pixels},
+        integers=integers,
+        types=tuple(name for name in ("token_type_ids", "mm_token_type_ids") if name in takes),
+    )
+
+
+_IMAGE_TOKENS = ("image_token_id", "image_token_index")
+_RESERVED = re.compile("(image|video|vision|audio|boi|eoi).*_token_(id|index)$")
+
+
+def _features(model: Any, pixels: list[int], integers: Mapping[str, Any]) -> int:
+    """How many tokens the images are to a model's language model."""
+    takes = inspect.signature(type(model).get_image_features).parameters
+    named = {name: torch.tensor(value) for name, value in integers.items() if name in takes}
+    dtype = next(model.parameters()).dtype
+    with torch.no_grad():
+        found = model.get_image_features(pixel_values=torch.ones(pixels, dtype=dtype), **named)
+    if hasattr(found, "pooler_output"):
+        found = found.last_hidden_state if found.pooler_output is None else found.pooler_output
+    parts = found if isinstance(found, (list, tuple)) else [found]
+    return sum(math.prod(part.shape[:-1]) for part in parts)
+
+
+def _one(size: Any) -> int:
+    return int(size[0] if isinstance(size, (list, tuple)) else size)
 
 
 def randomise(model: nn.Module) -> None:

@@ -178,8 +178,10 @@ class Proof:
     def conclusions(self) -> list[str]:
         """What the table of parameters does not show, a line each; the last one is the verdict."""
         lines = [f"{kind} attention was not run: {why}" for kind, why in self.twin["refused"].items()]
+        if self.twin.get("no_images"):
+            lines.append(f"run without images, so that only the language model was compared: {self.twin['no_images']}")
         if self.twin["ungraded"]:
-            lines.append(f"without a gradient in the unsharded model too: {', '.join(self.twin['ungraded'])}")
+            lines.append(f"without a gradient in the unsharded model too: {', '.join(fold(self.twin['ungraded']))}")
         if self.float64:
             logits, loss = error_text(self.largest("logits")), error_text(self.largest("loss"))
             kinds = " and ".join(self.float64)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 WIDTHS = frozenset(
@@ -30,6 +31,20 @@ _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "experts_per_token", "moe_top_k", "
 _WINDOWS = ("sliding_window", "sliding_window_size", "attention_window", "window_size", "attention_chunk_size")
 _PER_FREQUENCY = ("long_factor", "short_factor", "mrope_section")
 
+_TEXT = "text_config"
+_TOKEN_IDS = ("_token_id", "_token_ids", "_token_index")
+_TOWER_WIDTHS = ("embed_dim", "hidden_size", "d_model")
+"""The width of a vision tower; where there are two, the first: the other is what the tower gives."""
+_TOWER_DEPTHS = ("depth", "num_hidden_layers", "num_layers")
+_TO_TEXT = ("out_hidden_size", "projection_dim", "text_hidden_size", "hidden_size")
+"""Keys outside of the language model that may hold its width."""
+_TOWER_LINKED = ("vision_output_dim", "projector_input_dim", "projector_output_dim")
+"""Keys of Llama 4's projector that hold the same width."""
+_TOWER_HEAD = 8
+_TOWER_LAYERS = 2
+_SIDE = 4
+_PATCH = 2
+
 WINDOW = 8
 """Sliding windows and attention chunks of a twin, in tokens: shorter than its batch."""
 _MIN_VOCABULARY = 256
@@ -38,14 +53,16 @@ _MIN_HEAD_DIM = 4
 
 def divisors(config: Mapping[str, Any]) -> list[int]:
     """The numbers that divide all widths of `config` and leave heads even and at least 4 wide; the largest first."""
-    widths = [value for key, value in entries(config) if key in WIDTHS and value]
+    text = language_model(config)
+    widths = [value for key, value in entries(text) if key in WIDTHS and value]
     common = math.gcd(*widths) if widths else 1
-    return [k for k in range(common, 0, -1) if common % k == 0 and (k == 1 or _heads_stay(config, k))]
+    return [k for k in range(common, 0, -1) if common % k == 0 and (k == 1 or _heads_stay(text, k))]
 
 
 def num_layers(config: Mapping[str, Any]) -> int | None:
     """Number of layers, where the config says it."""
-    return next((config[key] for key in LAYERS if type(config.get(key)) is int), None)
+    text = language_model(config)
+    return next((text[key] for key in LAYERS if type(text.get(key)) is int), None)
 
 
 def per_layer(config: Mapping[str, Any], layer: int) -> tuple[tuple[str, str], ...]:
@@ -53,20 +70,20 @@ def per_layer(config: Mapping[str, Any], layer: int) -> tuple[tuple[str, str], .
     depth = num_layers(config) or 0
     return tuple(
         (key, repr(value[layer]))
-        for key, value in _all(config)
+        for key, value in _all(language_model(config))
         if isinstance(value, list) and len(value) == depth and key not in _PER_FREQUENCY and value != [*range(depth)]
     )
 
 
 def num_experts(config: Mapping[str, Any]) -> int | None:
     """Number of routed experts, where the model has any."""
-    values = dict(entries(config))
+    values = dict(entries(language_model(config)))
     return next((values[key] for key in _EXPERTS if values.get(key)), None)
 
 
 def fewest_experts(config: Mapping[str, Any]) -> int | None:
     """The smallest number of experts among which a router still has a choice; None for a model without experts."""
-    values, experts = dict(entries(config)), num_experts(config)
+    values, experts = dict(entries(language_model(config))), num_experts(config)
     if experts is None:
         return None
     chosen = max((values.get(key) or 0 for key in _EXPERTS_PER_TOKEN), default=0)
@@ -84,7 +101,8 @@ def shrink(
     """The twin's config, without dropout and with short attention windows.
 
     Args:
-        config: of the original model.
+        config: of the original model. In one with a language model inside, that is shrunk as a model by itself is; a
+            vision tower, which is replicated, becomes a small one that makes features of the same kind.
         divisor: one of `divisors(config)`.
         layers: how many of the first layers to keep; None for all.
         experts: number of routed experts; None for as many as there are.
@@ -93,10 +111,13 @@ def shrink(
     Returns:
         A config of the same keys.
     """
-    depth = num_layers(config)
-    vocabulary = dict(entries(config)).get("vocab_size")
+    depth, text = num_layers(config), language_model(config)
+    vocabulary = dict(entries(text)).get("vocab_size")
     words = _vocabulary(vocabulary, tp_size) if vocabulary else 0
-    specials = iter(range(words - 2, 0, -1))
+    taken = {value for key, value in entries(config) if key.endswith(_TOKEN_IDS)}
+    unused = (token for token in range(words - 2, 0, -1) if token not in taken)
+    specials: dict[int, int] = {}
+    hidden = _first(text, _HIDDEN)
 
     def changed(key: str, value: Any) -> Any:
         if isinstance(value, dict):
@@ -120,14 +141,104 @@ def shrink(
             return min(value, WINDOW)
         if key == "vocab_size":
             return words
-        if key.endswith(("_token_id", "_token_ids")) and value >= words:
-            return next(specials)
-        return value
+        return small_token(key, value)
 
-    smaller = {key: changed(key, value) for key, value in config.items()}
+    def small_token(key: str, value: Any) -> Any:
+        if not key.endswith(_TOKEN_IDS) or type(value) is not int or value < words:
+            return value
+        if value not in specials:
+            specials[value] = next(unused)
+        return specials[value]
+
+    if text is config:
+        smaller = {key: changed(key, value) for key, value in config.items()}
+    else:
+        around = _Around(hidden=hidden or 0, divisor=divisor, image=_image_size(config))
+        smaller = {
+            key: changed(key, value) if key == _TEXT else around.shrink(key, small_token(key, value))
+            for key, value in config.items()
+        }
+        if words:
+            smaller[_TEXT] = {**smaller[_TEXT], "pad_token_id": words - 1}
     if str(config.get("architectures")).endswith("ForTokenClassification']"):  # whose dropout need not be in the config
         smaller["classifier_dropout"] = 0.0
     return {**smaller, "pad_token_id": words - 1} if words else smaller  # an embedding treats its padding row apart
+
+
+def language_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the language model in a model of several; the config itself of one that is one."""
+    text = config.get(_TEXT)
+    return text if isinstance(text, Mapping) else config
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Around:
+    """What is around a language model of `hidden` features, whose twin has `hidden // divisor`.
+
+    Nothing of it is sharded, so its sizes need not keep their ratios: they only have to fit each other. `image` is the
+    height of the original's images.
+    """
+
+    hidden: int
+    divisor: int
+    image: int | None
+
+    def shrink(self, key: str, value: Any) -> Any:
+        """The twin's value of an entry outside of the language model's config."""
+        if isinstance(value, Mapping) and (_first(value, _TOWER_WIDTHS) or _first(value, _TOWER_DEPTHS)):
+            return self._tower(value)
+        if isinstance(value, Mapping):
+            return {inner: self.shrink(inner, item) for inner, item in value.items()}
+        if key in _TO_TEXT and value == self.hidden:
+            return self.hidden // self.divisor
+        if key == "image_grid_pinpoints" and value and self.image:
+            return [[side // self.image * _SIDE * _PATCH for side in point] for point in value]
+        if key == "mm_tokens_per_image" and value:
+            return _SIDE
+        return value
+
+    def _tower(self, tower: Mapping[str, Any]) -> dict[str, Any]:
+        """A tower of two layers, whose heads are `_TOWER_HEAD` wide, for images of `_SIDE` x `_SIDE` patches."""
+        depth = _first(tower, _TOWER_DEPTHS)
+        old = _first(tower, _TOWER_WIDTHS) or 0
+        width = (_first(tower, _HEADS) or 1) * _TOWER_HEAD
+        widths = next((key for key in _TOWER_WIDTHS if tower.get(key)), None)
+
+        def changed(key: str, value: Any) -> Any:
+            if key == widths:
+                return width
+            if key in (*_TO_TEXT, *_HIDDEN) and value == self.hidden:
+                return self.hidden // self.divisor
+            if key in ("head_dim", "global_head_dim"):
+                return _TOWER_HEAD if value else value
+            if key in _TOWER_DEPTHS:
+                return min(value, _TOWER_LAYERS)
+            if key in _TOWER_LINKED:
+                return 2 * width
+            if key == "intermediate_size" and value:
+                return width * value // old if old and value % old == 0 else 2 * width
+            if key == "patch_size":
+                return [_PATCH] * len(value) if isinstance(value, list) else _PATCH
+            if key in ("image_size", "window_size") and value:
+                return [_SIDE * _PATCH] * len(value) if isinstance(value, list) else _SIDE * _PATCH
+            if key == "num_position_embeddings":
+                return _SIDE * _SIDE
+            if key == "fullatt_block_indexes":
+                return [_TOWER_LAYERS - 1]
+            if key == "deepstack_visual_indexes":
+                return [*range(min(len(value), _TOWER_LAYERS))]
+            if isinstance(value, list) and len(value) == depth:
+                return value[:_TOWER_LAYERS]
+            if "drop" in key and type(value) in (int, float):
+                return type(value)(0)
+            return value
+
+        return {key: changed(key, value) for key, value in tower.items()}
+
+
+def _image_size(config: Mapping[str, Any]) -> int | None:
+    sizes = [value.get("image_size") for value in config.values() if isinstance(value, Mapping)]
+    return next((size for size in sizes if type(size) is int), None)
 
 
 def entries(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

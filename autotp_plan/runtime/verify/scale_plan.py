@@ -145,8 +145,17 @@ def _layer_kinds(plan: Plan, depth: int) -> list[frozenset[Any]] | None:
     for module in plan.modules:
         for name in expand(module.module):
             add(name, repr(replace(module, module="")))
-    layers = next((layers for layers in found.values() if layers.keys() == set(range(depth))), None)
+    sharded = {_list_of(entry.name) for entry in plan.expanded() if plan.layouts[entry.layout].dim is not None}
+    lists = sorted(found.items(), key=lambda item: item[0] not in sharded)  # a vision tower may be as deep
+    layers = next((layers for _, layers in lists if layers.keys() == set(range(depth))), None)
     return None if layers is None else [frozenset(layers[layer]) for layer in range(depth)]
+
+
+def _list_of(name: str) -> str:
+    """The list of layers that a parameter is in: `model.layers`."""
+    parts = name.split(".")
+    at = next((place for place, part in enumerate(parts) if is_index(part)), len(parts))
+    return ".".join(parts[:at])
 
 
 def _scaled_parameter(parameter: Parameter, name: str, layout: Layout, shape: tuple[int, ...], dtype: str) -> Parameter:
@@ -252,9 +261,10 @@ def _scaled_module(module: PlannedModule, config: Mapping[str, Any], divisor: in
 
 def _scaled_crossing(crossing: Crossing, config: Mapping[str, Any], divisor: int) -> Crossing:
     """Features scale, heads and experts do not. A size counts features if every config key of that size is a width."""
+    text = scale_config.language_model(config)
     if crossing.interval is not None:
         return replace(crossing, interval=_divided(crossing.interval, divisor))
-    sizes = {key in scale_config.WIDTHS for key, value in scale_config.entries(config) if value == crossing.size}
+    sizes = {key in scale_config.WIDTHS for key, value in scale_config.entries(text) if value == crossing.size}
     if crossing.operation != "split" or sizes != {True}:
         return crossing
     assert crossing.size is not None

@@ -1,0 +1,127 @@
+"""Small random checkpoints of models that hold a language model and a vision tower, and images for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autotp_plan.runtime.verify.random_inputs import randomise
+
+TEXT = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 256,
+    "intermediate_size": 96, "max_position_embeddings": 128, "head_dim": 16, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 0,
+}  # fmt: skip
+NO_HEAD_DIM = {key: value for key, value in TEXT.items() if key != "head_dim"}
+MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
+SIGLIP = {
+    "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "image_size": 56, "patch_size": 14,
+}  # fmt: skip
+CLIP = {**SIGLIP, "model_type": "clip_vision_model"}
+QWEN_VISION = {"depth": 3, "num_heads": 4, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+QWEN_TOKENS = {
+    "image_token_id": 250, "video_token_id": 251, "vision_start_token_id": 252, "vision_end_token_id": 253,
+}  # fmt: skip
+
+WRAPPERS: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "model_type": "gemma3", "image_token_index": 250, "boi_token_index": 251, "eoi_token_index": 252,
+        "mm_tokens_per_image": 4, "vision_config": SIGLIP,
+        "text_config": {**TEXT, "model_type": "gemma3_text", "sliding_window": 8,
+                        "layer_types": ["sliding_attention", "full_attention"]},
+    },
+    "qwen2_vl": {
+        "model_type": "qwen2_vl", **QWEN_TOKENS, "text_config": {**NO_HEAD_DIM, "model_type": "qwen2_vl_text", **MROPE},
+        "vision_config": {**QWEN_VISION, "embed_dim": 32, "hidden_size": 64},
+    },
+    "qwen2_5_vl": {
+        "model_type": "qwen2_5_vl", **QWEN_TOKENS,
+        "text_config": {**NO_HEAD_DIM, "model_type": "qwen2_5_vl_text", **MROPE},
+        "vision_config": {**QWEN_VISION, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64,
+                          "fullatt_block_indexes": [1], "window_size": 56},
+    },
+    "qwen3_vl": {
+        "model_type": "qwen3_vl", **QWEN_TOKENS,
+        "text_config": {**TEXT, "model_type": "qwen3_vl_text", "rope_parameters": {
+            "rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}},
+        "vision_config": {**QWEN_VISION, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64,
+                          "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+    },
+    "mistral3": {
+        "model_type": "mistral3", "image_token_index": 250, "spatial_merge_size": 2,
+        "text_config": {**TEXT, "model_type": "mistral"}, "tie_word_embeddings": False,
+        "vision_config": {"model_type": "pixtral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                          "num_attention_heads": 4, "head_dim": 8, "image_size": 56, "patch_size": 14},
+    },
+    "llama4": {
+        "model_type": "llama4", "image_token_index": 250, "boi_token_index": 251, "eoi_token_index": 252,
+        "text_config": {**TEXT, "model_type": "llama4_text", "intermediate_size": 48, "intermediate_size_mlp": 96,
+                        "num_local_experts": 4, "interleave_moe_layer_step": 2},
+        "vision_config": {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2,
+                          "num_attention_heads": 4, "image_size": 56, "patch_size": 14, "vision_output_dim": 48,
+                          "projector_input_dim": 48, "projector_output_dim": 48, "pixel_shuffle_ratio": 0.5},
+    },
+    "llava": {
+        "model_type": "llava", "image_token_index": 250, "vision_config": CLIP,
+        "text_config": {**TEXT, "model_type": "llama"}, "image_seq_length": 16,
+    },
+    "llava_next": {
+        "model_type": "llava_next", "image_token_index": 250, "vision_config": CLIP, "image_seq_length": 16,
+        "text_config": {**TEXT, "model_type": "mistral"}, "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]],
+    },
+    "llava_onevision": {
+        "model_type": "llava_onevision", "image_token_index": 250, "video_token_index": 251, "vision_config": SIGLIP,
+        "text_config": {**TEXT, "model_type": "qwen2"}, "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]],
+    },
+    "paligemma": {
+        "model_type": "paligemma", "image_token_index": 250, "projection_dim": 64,
+        "vision_config": {**SIGLIP, "projection_dim": 64}, "text_config": {**TEXT, "model_type": "gemma2"},
+    },
+    "internvl": {
+        "model_type": "internvl", "image_token_id": 250, "image_seq_length": 4, "downsample_ratio": 0.5,
+        "text_config": {**TEXT, "model_type": "qwen3"}, "tie_word_embeddings": False,
+        "vision_config": {"model_type": "internvl_vision", "hidden_size": 32, "intermediate_size": 48,
+                          "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": [56, 56],
+                          "patch_size": [14, 14]},
+    },
+    "smolvlm": {
+        "model_type": "smolvlm", "image_token_id": 250, "scale_factor": 2, "pad_token_id": 0,
+        "text_config": {**TEXT, "model_type": "llama"},
+        "vision_config": {**SIGLIP, "model_type": "smolvlm_vision"},
+    },
+    "idefics3": {
+        "model_type": "idefics3", "image_token_id": 250, "scale_factor": 2, "pad_token_id": 0,
+        "text_config": {**TEXT, "model_type": "llama"},
+        "vision_config": {**SIGLIP, "model_type": "idefics3_vision"},
+    },
+    "glm4v": {
+        "model_type": "glm4v", "image_token_id": 250, "video_token_id": 251, "image_start_token_id": 252,
+        "image_end_token_id": 253, "video_start_token_id": 254, "video_end_token_id": 255,
+        "text_config": {**NO_HEAD_DIM, "model_type": "glm4v_text", "rope_parameters": {
+            "rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+        "vision_config": {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64,
+                          "num_heads": 4, "patch_size": 14, "image_size": 56, "spatial_merge_size": 2,
+                          "temporal_patch_size": 2},
+    },
+}  # fmt: skip
+
+
+def make_wrapper_config(variant: str, **changes: Any) -> Any:
+    """The transformers config of a small wrapper."""
+    from transformers import AutoConfig
+
+    values = {**WRAPPERS[variant], **changes}
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def save_wrapper(folder: Path, variant: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """Write a random checkpoint of a wrapper to `folder`, as transformers does."""
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_config(make_wrapper_config(variant, **changes), dtype=dtype)
+    randomise(model)
+    model.save_pretrained(folder)
+    return folder

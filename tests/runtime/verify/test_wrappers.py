@@ -1,0 +1,118 @@
+"""Vision-language models with images: trained from shards as the dense model is, the vision tower's gradients too."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autotp_plan.planner import compile_plan
+from autotp_plan.planner.shards.presplit import presplit
+from autotp_plan.runtime.verify.run import verify_plan
+from tests.helpers.launch import launch
+from tests.helpers.wrappers import WRAPPERS, save_wrapper
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(270)]
+
+
+def wrong(variant: str) -> list[str]:
+    """The parameters of a tower whose gradients a planted error sums over the ranks, although each has all of it."""
+    return {"gemma3": ["model.vision_tower.post_layernorm.weight"], "qwen3_vl": ["model.visual.merger.norm.bias"]}[
+        variant
+    ]
+
+
+def prepare(work: Path) -> None:
+    """Checkpoints in float64, shards of two ranks, batches with images, and the dense model's numbers."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from autotp_plan.runtime.verify.float64_passes import EXPERTS, dense_reader, run_passes_and_steps
+    from autotp_plan.runtime.verify.random_inputs import Batches, images_for
+
+    for variant in WRAPPERS:
+        folder = save_wrapper(work / variant, variant, torch.float64)
+        plan = compile_plan(folder, tp_size=2)
+        presplit(plan, folder, work / f"{variant}.shards")
+        (work / f"{variant}.json").write_text(plan.to_json())
+        dense = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float64, **EXPERTS).train()
+        batches = Batches(vocab_size=240, length=8, padding=0, images=images_for(dense))
+        assert batches.images is not None
+        parameters = dict(dense.named_parameters())
+        names = [entry.name for entry in plan.expanded() if entry.name in parameters]
+        numbers = run_passes_and_steps(dense, dense_reader(dense), names, batches)
+        graded = {name for name in numbers["gradient"] if numbers["gradient"][name].abs().max() > 0}
+        assert [name for name in graded if "vis" in name] and any("language_model" in n or "text" in n for n in graded)
+        torch.save((dataclasses.asdict(batches), numbers), work / f"{variant}.pt")
+
+
+def in_ranks(work: Path) -> dict[str, float]:
+    import torch
+
+    from autotp_plan.runtime import load_plan
+    from autotp_plan.runtime.verify.compare import errors
+    from autotp_plan.runtime.verify.float64_passes import EXPERTS, run_passes_and_steps, shard_reader
+    from autotp_plan.runtime.verify.random_inputs import Batches
+
+    found, options = {}, dict[str, Any](EXPERTS)
+    for variant in WRAPPERS:
+        data, dense = torch.load(work / f"{variant}.pt")
+        plan = load_plan(work / f"{variant}.json")
+        model = plan.load_model(work / f"{variant}.shards", **options).train()
+        names = list(dense["stepped"])
+        numbers = run_passes_and_steps(model, shard_reader(model), names, Batches.from_dict(data))
+        rank = plan.ranks.tp_rank
+        assert numbers["gradient"].keys() == dense["gradient"].keys()
+        found[variant] = max(
+            e for kinds in errors(dense, numbers, plan.document, rank).values() for e in kinds.values()
+        )
+    return found
+
+
+def test_every_wrapper_trains_with_images_as_the_dense_model(tmp_path: Path) -> None:
+    """Three passes and two optimizer steps in float64: losses, logits, every gradient and every parameter."""
+    prepare(tmp_path)
+    for found in launch(in_ranks, 2, tmp_path):
+        assert found.keys() == WRAPPERS.keys()
+        assert max(found.values()) < 1e-9, found
+
+
+@pytest.mark.parametrize("variant", ["gemma3", "qwen3_vl"])
+def test_a_tower_whose_gradient_is_summed_is_found(tmp_path: Path, variant: str) -> None:
+    """`verify` makes images by itself, or the tower would have no gradient to compare."""
+    plan = compile_plan(save_wrapper(tmp_path / "model", variant), tp_size=2)
+    proof = verify_plan(plan, attention=("eager",))
+    assert proof.proven, proof.conclusions()
+    assert proof.twin["no_images"] is None and proof.twin["batches"]["images"]["count"] == 4
+    planted = [
+        dataclasses.replace(entry, partial_gradient=True) if entry.name in wrong(variant) else entry
+        for entry in plan.parameters
+    ]
+    assert planted != list(plan.parameters)
+    proof = verify_plan(dataclasses.replace(plan, parameters=tuple(planted)), attention=("eager",))
+    assert not proof.proven and proof.wrong == wrong(variant)
+
+
+def test_a_published_size_gives_a_small_twin(tmp_path: Path) -> None:
+    """Widths of a tower have no common divisor with the language model's, and need none."""
+    from autotp_plan.runtime.verify import scale_config
+
+    config: dict[str, Any] = {
+        "model_type": "gemma3", "image_token_index": 262144, "mm_tokens_per_image": 256,
+        "text_config": {"hidden_size": 5376, "intermediate_size": 21504, "num_attention_heads": 32, "head_dim": 128,
+                        "num_key_value_heads": 16, "num_hidden_layers": 62, "vocab_size": 262208},
+        "vision_config": {"hidden_size": 1152, "image_size": 896, "intermediate_size": 4304, "num_hidden_layers": 27,
+                          "num_attention_heads": 16, "patch_size": 14},
+    }  # fmt: skip
+    divisor = scale_config.divisors(config)[0]
+    assert divisor == 32
+    small = scale_config.shrink(config, divisor=divisor, layers=2, experts=None, tp_size=2)
+    text, vision = small["text_config"], small["vision_config"]
+    assert (text["hidden_size"], text["head_dim"], text["num_attention_heads"]) == (168, 4, 32)
+    assert (text["num_hidden_layers"], vision["num_hidden_layers"]) == (2, 2)
+    assert vision["hidden_size"] == 16 * 8 and vision["image_size"] == 4 * vision["patch_size"]
+    assert small["image_token_index"] < text["vocab_size"] and small["image_token_index"] != text["pad_token_id"]
+    assert json.loads(json.dumps(small)) == small
