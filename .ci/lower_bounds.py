@@ -1,6 +1,6 @@
 """Print the oldest version of every package that pyproject.toml allows, as pip constraints.
 
-Only what users install: tools for development (the extras `dev`, `bench` and `docs`) come in their newest versions.
+Only what users install: tools for development (the extras `dev`, `trl`, `bench` and `docs`) come in their newest versions.
 Needs `packaging`, and `tomli` on Python 3.10; both come with `pip install build`.
 """
 
@@ -18,7 +18,7 @@ else:
     import tomli as tomllib
 
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
-TOOLS = ("dev", "bench", "docs")
+TOOLS = ("dev", "trl", "bench", "docs")
 
 
 def lower_bounds(project: dict[str, Any]) -> list[str]:

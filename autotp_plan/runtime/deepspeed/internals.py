@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -96,6 +96,16 @@ def skip_sums_over_one_rank(engine: Any) -> None:
             through_copy(small_bucket, dp_group, dp_world_size)
 
     engine.allreduce_and_copy = allreduce_and_copy
+
+
+def tp_size_of_engine(given: Mapping[str, Any]) -> int:
+    """The TP size of the engine that `DeepSpeedEngine.__init__` makes of the arguments `given`, by name.
+
+    Relies on its argument `config_class` having `tensor_parallel_config.autotp_size`; 0 and 1 are without.
+    """
+    settings = given.get("config_class")
+    section = private(settings, "tensor_parallel_config", _PACKAGE, "refusing an engine for another TP size")
+    return max(1, int(section.autotp_size))
 
 
 def are_all_of_deepspeed(hooks: Iterable[Callable[..., Any]]) -> bool:

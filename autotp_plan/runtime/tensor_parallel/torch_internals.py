@@ -16,6 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autotp_plan.schemas.upstream import private, replaced
 
+FSDPParamGroup: Any = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_param_group").FSDPParamGroup
+"""What `fully_shard` makes of the parameters of one module, however a script has imported it.
+
+Relies on `FSDPParamGroup.__init__(params, modules, ...)`.
+"""
+
 
 def version_of(tensor: Tensor) -> int:
     """A number that grows when `tensor` is changed in place. Relies on `Tensor._version`."""

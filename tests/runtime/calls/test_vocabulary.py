@@ -100,8 +100,9 @@ def calls_on(work: Path, variant: str) -> dict[str, Any]:
     }
     model.get_input_embeddings().num_embeddings = 2**50  # planted: every id seems to be in the vocabulary
     found["planted id"] = said(IndexError, loss_of, model, token=VOCABULARY)
-    if variant == "llama_bias_tied":  # planted: transformers' own method, which sees the rows of one rank
+    if variant == "llama_bias_tied":  # planted: transformers' own method, on a layer that shows the rows of one rank
         model = plan.load_model(work / variant)
+        type(model.get_input_embeddings()).gathers_when_read = False
         PreTrainedModel.resize_token_embeddings(model, VOCABULARY)
         found["planted size"] = loss_of(model)
     return found
