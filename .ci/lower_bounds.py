@@ -1,6 +1,7 @@
 """Print the oldest version of every package that pyproject.toml allows, as pip constraints.
 
-Only what users install: tools for development (the extras `dev`, `trl`, `bench` and `docs`) come in their newest versions.
+Only what users install: what is for development (the extras `dev`, `trl`, `bench` and `docs`) comes in its newest
+versions.
 Needs `packaging`, and `tomli` on Python 3.10; both come with `pip install build`.
 """
 

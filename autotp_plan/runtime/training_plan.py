@@ -337,6 +337,19 @@ class TrainingPlan:
 
         adapt_trainer(trainer, self.document, self.init_mesh(), self.initialize)
 
+    def adapt_accelerator(self, accelerator: Any) -> None:
+        """Let an Accelerator count by data-parallel ranks; before `accelerator.prepare` of a model from `load_model`.
+
+        Args:
+            accelerator: an `accelerate.Accelerator` with a DeepSpeed plugin.
+
+        Raises:
+            MismatchError: it does not run under DeepSpeed, or is of another TP size.
+        """
+        from autotp_plan.runtime.integrations.accelerator import adapt_accelerator
+
+        adapt_accelerator(accelerator, self.document, self.init_mesh(), self.initialize)
+
     def add_lora(self, model: nn.Module, config: Any) -> Any:
         """`peft.get_peft_model` for a model from `load_model`, before `initialize`. Every rank calls it.
 

@@ -226,6 +226,9 @@ CANARIES = [
            uses("fp32_groups_flat")),
     Canary(f"{ENGINE}._configure_optimizer", "optimizers on a sharded model",
            uses("basic_optimizer")),
+    Canary(f"{ENGINE}.__init__", "refusing an engine for another TP size", takes("model", "config_class")),
+    Canary("deepspeed.runtime.config:DeepSpeedConfig._initialize_params", "refusing an engine for another TP size",
+           uses("tensor_parallel_config")),
     # torch
     Canary("torch.nn.utils.clip_grad:_get_total_norm", "clip_grad_norm_ on a sharded model",
            takes("tensors", "norm_type", "error_if_nonfinite", "foreach")),
@@ -245,6 +248,8 @@ CANARIES = [
            lambda leaves: leaves(([1], {"a": 2.0})) == [1, 2.0]),
     Canary("torch.nn:Linear", "sharing input gradients between layers under ZeRO 3",
            lambda cls: len(cls(1, 1)._forward_pre_hooks.values()) == 0),
+    Canary("torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup.__init__",
+           "refusing fully_shard of a model that is sharded", takes("params", "modules")),
     Canary("torch.nn:BatchNorm1d", "finding the shard of a layer whose attribute shows the full weight",
            lambda cls: set(cls(1)._parameters) == {"weight", "bias"} and "running_mean" in cls(1)._buffers),
     Canary("torch.nn:Module.__getattr__", "zeroing biases that one rank alone may add (module_boundary)",

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from autotp_plan.runtime.calls.vocabulary import VocabularyCalls
+from autotp_plan.runtime.calls.wrappers import guard_wrappers
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.runtime.tensor_parallel.torch_internals import tensor_of
 from autotp_plan.schemas.plan.document import Plan
@@ -65,6 +66,7 @@ def become_sharded(model: nn.Module, loaded: Loaded) -> None:
     if loaded.ranks.tp_size > 1:
         cls: Any = type(model)
         model.__class__ = _sharded_class(cls)
+        guard_wrappers()
 
 
 def loaded_of(model: nn.Module) -> Loaded:

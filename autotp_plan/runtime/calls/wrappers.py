@@ -1,7 +1,7 @@
 """What wraps a model for data parallelism, and would take a rank's shards for the full model.
 
-DDP sends the first rank's shards to all others and averages the gradients of different shards; FSDP shards them a second
-time; an engine that knows nothing of the TP size does as DDP. A sharded model therefore refuses them when they are made.
+DDP sends the first rank's shards to all others and averages the gradients of different shards; FSDP shards them a
+second time; an engine that knows nothing of the TP size does as DDP. They are therefore refused when they are made.
 """
 
 from __future__ import annotations
@@ -9,51 +9,58 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed
+from accelerate import Accelerator
 from deepspeed import DeepSpeedEngine, InferenceEngine
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from autotp_plan.runtime.deepspeed.internals import tp_size_of_engine
+from autotp_plan.runtime.deepspeed.internals import is_sharded, mark_as_sharded, tp_size_of_engine
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.runtime.tensor_parallel.linear import PlannedLayer
 from autotp_plan.runtime.tensor_parallel.module_boundary import WithCollectives
 from autotp_plan.runtime.tensor_parallel.torch_internals import FSDPParamGroup
 from autotp_plan.schemas.errors import Fault, MismatchError
 
+ADAPTED = "is_adapted_to_a_plan"
+"""The attribute of an Accelerator that counts data-parallel ranks."""
+
 _INSTEAD = (
-    "plan.initialize(model, config=...); with Hugging Face's Trainer a DeepSpeed config and plan.adapt_trainer(trainer); "
-    "with Accelerate a DeepSpeedPlugin and plan.adapt_accelerator(accelerator)"
+    "plan.initialize(model, config=...); with Hugging Face's Trainer a DeepSpeed config and plan.adapt_trainer(trainer)"
+    "; with Accelerate a DeepSpeedPlugin and plan.adapt_accelerator(accelerator)"
 )
 
 
 @functools.cache
 def guard_wrappers() -> None:
-    """From now on, the wrappers of this process refuse a sharded model, or a part of one, that they would take for full.
+    """From now on, the wrappers of this process refuse a sharded model, or a part of one.
 
-    Models that are not sharded are wrapped as before.
+    DDP over the ranks that hold the same shard is right, and so is a DeepSpeed engine for the plan's TP size. What is
+    not sharded is wrapped as before.
     """
     _check_first(DistributedDataParallel, _check_ddp)
     for cls in (FullyShardedDataParallel, DataParallel, InferenceEngine):
         _check_first(cls, functools.partial(_refuse, cls))
     _check_first(FSDPParamGroup, _check_fully_shard)
     _check_first(DeepSpeedEngine, _check_engine)
+    for method in ("prepare", "prepare_model"):
+        _check_first(Accelerator, _check_accelerator, method)
 
 
-def _check_first(cls: Any, check: Callable[[Mapping[str, Any]], None]) -> None:
-    """Let `cls` call `check` with the arguments it is made with, by name, before it is made."""
-    make = cls.__init__
-    signature = inspect.signature(make)
+def _check_first(cls: Any, check: Callable[[Mapping[str, Any]], None], method: str = "__init__") -> None:
+    """Let a method of `cls` call `check` with its arguments, by name, before it does what it does."""
+    function = getattr(cls, method)
+    signature = inspect.signature(function)
 
-    @functools.wraps(make)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it is one
+    @functools.wraps(function)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         check(signature.bind(self, *args, **kwargs).arguments)
-        make(self, *args, **kwargs)
+        return function(self, *args, **kwargs)
 
-    cls.__init__ = __init__
+    setattr(cls, method, checked)
 
 
 def is_sharded_by_a_plan(module: Any) -> bool:
@@ -110,9 +117,17 @@ def _check_engine(given: Mapping[str, Any]) -> None:
     if ranks is None or size != ranks.tp_size:
         expected = f"tensor_parallel.autotp_size: {ranks.tp_size}" if ranks is not None else "the model"
         _fail("deepspeed.initialize", f"an engine for tensor_parallel.autotp_size: {size}", expected, _INSTEAD)
+    if not is_sharded(given["model"]):
+        mark_as_sharded(given["model"])  # a module around the model, as Lightning's
 
 
-def _fail(where: str, got: str, expected: str, instead: str) -> None:
+def _check_accelerator(given: Mapping[str, Any]) -> None:
+    models = [*given.get("args", ()), given.get("model")]
+    if any(map(is_sharded_by_a_plan, models)) and not getattr(given["self"], ADAPTED, False):
+        _fail("accelerator.prepare", "an Accelerator that counts processes", "data-parallel ranks", _INSTEAD)
+
+
+def _fail(where: str, got: str, expected: str, instead: str) -> NoReturn:
     raise MismatchError(
         Fault(
             what="a sharded model is wrapped by something that takes each rank's shards for the full model",

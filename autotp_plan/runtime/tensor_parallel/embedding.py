@@ -34,6 +34,7 @@ class VocabParallelEmbedding(PlannedLayer, _Bare):  # type: ignore[override]  # 
         super().__init__(module, **kwargs)
         self.num_embeddings, self.embedding_dim = module.num_embeddings, module.embedding_dim
         self.padding_idx = module.padding_idx
+        self.sparse = False  # which DDP asks of every embedding
         self.held = self.shards.layouts["weight"].rank_intervals(self.tp_index)
 
     @property

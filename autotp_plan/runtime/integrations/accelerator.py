@@ -1,0 +1,133 @@
+"""Accelerate with a model from `load_model`: what its Accelerator must know of tensor parallelism.
+
+Accelerate gives all TP ranks of a data-parallel group the same batches once the DeepSpeed config says `autotp_size`.
+But it counts processes where it should count data-parallel ranks: in the engine's batch size, and in what it gathers
+for metrics. And it would save a partly replicated parameter under two names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from accelerate.utils import DistributedType, recursively_apply
+from torch import Tensor
+
+from autotp_plan.huggingface.internals import gathering_objects_with, prepare_engine_with
+from autotp_plan.runtime.calls.wrappers import ADAPTED
+from autotp_plan.runtime.deepspeed.engine_config import engine_config
+from autotp_plan.runtime.deepspeed.mesh import Ranks
+from autotp_plan.runtime.tensor_parallel.partly_replicated import SHARED
+from autotp_plan.schemas.errors import Fault, MismatchError
+from autotp_plan.schemas.plan.document import Plan
+from autotp_plan.schemas.upstream import replaced
+
+_ON_CPU = (
+    "on a machine without accelerators call PartialState(cpu=True) first, and Accelerator without cpu=True; "
+    "of a Trainer, TrainingArguments(use_cpu=True)"
+)
+
+
+def adapt_accelerator(accelerator: Any, plan: Plan, ranks: Ranks, initialize: Callable[..., Any]) -> dict[str, Any]:
+    """Let `accelerator` count by data-parallel ranks, before its `prepare` is called.
+
+    Args:
+        accelerator: an `accelerate.Accelerator` with a DeepSpeed plugin.
+        plan: the plan that the model is loaded by.
+        ranks: this process's place in the mesh.
+        initialize: `TrainingPlan.initialize`, which makes the engine.
+
+    Returns:
+        The `tensor_parallel` section that its DeepSpeed config has now.
+
+    Raises:
+        MismatchError: it does not run under DeepSpeed, or is of another TP size.
+    """
+    _check(accelerator, ranks)
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    config["tensor_parallel"] = engine_config(config, plan)["tensor_parallel"]
+    zero = config.setdefault("zero_optimization", {})
+    zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
+    accelerator.dataloader_config.dispatch_batches = False  # or it would give all DP ranks what one process reads
+    prepare_engine_with(accelerator, _as_accelerate_calls(initialize))
+    accelerator.gather_for_metrics = _gather_once(accelerator, accelerator.gather_for_metrics, ranks)
+    accelerator.get_state_dict = _without_partly_replicated(accelerator.get_state_dict)
+    setattr(accelerator, ADAPTED, True)
+    section: dict[str, Any] = config["tensor_parallel"]
+    return section
+
+
+def _check(accelerator: Any, ranks: Ranks) -> None:
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise MismatchError(
+            Fault(
+                what="Accelerate does not run under DeepSpeed",
+                where="Accelerator(deepspeed_plugin=...), or TrainingArguments(deepspeed=...)",
+                got=accelerator.distributed_type.value,
+                expected="a DeepSpeed config: anything else would average shards of different parts of the model",
+                next=f"Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config)); {_ON_CPU}",
+            )
+        )
+    if accelerator.num_processes != ranks.tp_size * ranks.dp_size:
+        raise MismatchError(
+            Fault(
+                what="Accelerate does not see the other processes",
+                where="accelerator.num_processes",
+                got=str(accelerator.num_processes),
+                expected=str(ranks.tp_size * ranks.dp_size),
+                next=_ON_CPU,
+            )
+        )
+
+
+def _as_accelerate_calls(initialize: Callable[..., Any]) -> Callable[..., Any]:
+    """`initialize` as Accelerate calls DeepSpeed's; DeepSpeed then counts data-parallel ranks."""
+
+    def called_by_accelerate(*, model: Any, config_params: dict[str, Any], **options: Any) -> Any:
+        config = {key: value for key, value in config_params.items() if key != "train_batch_size"}
+        started = initialize(model, config=config, **options)
+        config_params["train_batch_size"] = started[0].train_batch_size()
+        return started
+
+    return called_by_accelerate
+
+
+def _gather_once(accelerator: Any, gather_for_metrics: Callable[..., Any], ranks: Ranks) -> Callable[..., Any]:
+    """`gather_for_metrics` with the results of each data-parallel rank once, not once per TP rank."""
+    gather = accelerator.gather
+
+    def first_of_each(gathered: Tensor) -> Tensor:
+        by_rank = gathered.reshape(ranks.dp_size, ranks.tp_size, -1, *gathered.shape[1:])
+        return by_rank[:, 0].reshape(-1, *gathered.shape[1:])
+
+    def gather_tensors(data: Any) -> Any:
+        return recursively_apply(first_of_each, gather(data))
+
+    def of_first_tp_rank(gather_object: Callable[[Any], Any], data: Any) -> Any:
+        return gather_object([] if ranks.tp_rank else data)
+
+    def gather_for_metrics_once(input_data: Any, use_gather_object: bool = False) -> Any:
+        with replaced(accelerator, "gather", gather_tensors), gathering_objects_with(of_first_tp_rank):
+            return gather_for_metrics(input_data, use_gather_object)
+
+    return gather_for_metrics_once
+
+
+def _without_partly_replicated(get_state_dict: Callable[..., Any]) -> Callable[..., Any]:
+    """`get_state_dict` that refuses a model with partly replicated parameters, which it would save under two names."""
+
+    def checked(model: Any, unwrap: bool = True) -> Any:
+        for name, _ in model.module.named_parameters():
+            if name.endswith(SHARED):
+                raise MismatchError(
+                    Fault(
+                        what="a partly replicated parameter cannot be saved as a plain checkpoint",
+                        where=name.removesuffix(SHARED),
+                        got="two parameters: what this rank alone holds, and what other ranks hold too",
+                        expected="KV heads that tp_size divides, for save_model of a fused weight",
+                        next="set save_strategy='no' and use plan.save_checkpoint(trainer.deepspeed, folder)",
+                    )
+                )
+        return get_state_dict(model, unwrap)
+
+    return checked
