@@ -15,12 +15,13 @@ import pytest
 from tests.helpers.checkpoints import write_llama
 from tests.helpers.paths import PACKAGE
 
-PARTS = ("schemas", "huggingface", "planner", "runtime", "plans")
+PARTS = ("schemas", "huggingface", "inference", "planner", "runtime", "plans")
 HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "safetensors", "numpy", "ray", "peft"}
 
 ROOMS = (
     "schemas", "schemas.plan", "schemas.storage", "schemas.shards",
     "huggingface",
+    "inference",
     "planner.model", "planner.deepspeed", "planner.wrappers", "planner.rules", "planner.fallback", "planner.shards",
     "runtime.deepspeed", "runtime.data", "runtime.tensor_parallel", "runtime.loading", "runtime.optimizers",
     "runtime.checkpoint", "runtime.calls", "runtime.integrations", "runtime.verify",
@@ -123,6 +124,7 @@ def test_a_circle_is_found() -> None:
     [
         ("schemas", {"schemas"}),
         ("huggingface", {"schemas", "huggingface"}),
+        ("inference", {"schemas", "huggingface", "inference"}),
         ("planner", {"schemas", "huggingface", "planner"}),
         ("runtime", {"schemas", "huggingface", "runtime"}),
         ("plans", {"plans"}),

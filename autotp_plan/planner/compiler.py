@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,18 @@ from autotp_plan.planner.deepspeed.notes import notes_on_partition_config, notes
 from autotp_plan.planner.deepspeed.read_config import TensorParallelSection
 from autotp_plan.planner.fallback.prove import Prover, fallback_rules, proven
 from autotp_plan.planner.fallback.tp_plan import OWN_NAME
+from autotp_plan.planner.fallback.unused_tensors import with_unused_tensors
 from autotp_plan.planner.fold_plan import fold_plan
 from autotp_plan.planner.model.inventory import Inventory, take_inventory
 from autotp_plan.planner.model.model_input import ModelInput
 from autotp_plan.planner.plan_checks import check_plan
 from autotp_plan.planner.rules.preset_checks import notes_on_gradients
-from autotp_plan.planner.rules.preset_files import AUTO
+from autotp_plan.planner.rules.preset_files import AUTO, INFER
 from autotp_plan.planner.rules.resolution import resolve
 from autotp_plan.planner.rules.resolver import UNDECIDED
 from autotp_plan.planner.rules.rule_set import RuleSet, collect_rules
 from autotp_plan.planner.rules.symbols import Symbols
-from autotp_plan.schemas.errors import CompileError, Fault, OptionError
+from autotp_plan.schemas.errors import CheckpointError, CompileError, Fault, MissingDependencyError, OptionError
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.plan.entries import MAX_TP_SIZE, RuntimeOptions
 from autotp_plan.schemas.plan.rule_ref import Origin
@@ -39,21 +40,24 @@ def compile_plan(
     deepspeed: TensorParallelSection | None = None,
     prove: Prover | None = None,
     strict: bool = False,
+    infer: Callable[[Path], SpecFile] | None = None,
 ) -> Plan:
     """The plan for `model` at `tp_size`.
 
     Args:
         model: a folder with safetensors files or a bare config.json, or a live `torch.nn.Module` (on meta is fine).
         tp_size: number of TP ranks; None takes `autotp_size` of `deepspeed`.
-        preset: `auto` (by the config's model_type), `none`, or the name of a preset.
+        preset: `auto` (by the config's model_type), `none`, `infer`, or the name of a preset.
         specs: spec files, the first has the highest precedence.
         uneven: give ranks shares of unequal size where `tp_size` does not divide.
         deepspeed: the `tensor_parallel` section of a DeepSpeed config; its rules come after `specs`.
-        prove: tries a plan on a twin (`autotp_plan.runtime.try_plan`); a model without a preset is planned by its own
-            `tp_plan` only with it.
+        prove: tries a plan on a twin (`autotp_plan.runtime.try_plan`); a model without a preset is planned only with
+            it.
         strict: hold the `partition_config` of `deepspeed`, and a `tp_plan` of the model's own, to what a spec file is
             held to: a weight that no rule names and a pattern that matches nothing are errors. Otherwise they are as in
             DeepSpeed, with a note in the plan.
+        infer: makes rules for a folder's model (`autotp_plan.inference.infer.infer_rules`). A model without a preset is
+            planned by them, and without them by its own `tp_plan`.
 
     Returns:
         a plan that passes `check_plan`.
@@ -68,25 +72,65 @@ def compile_plan(
     given = ModelInput(model)
     options = _Options(tp_size=_tp_size(tp_size, deepspeed), uneven=uneven, deepspeed=deepspeed, strict=strict)
     rules = collect_rules(given, preset, specs, deepspeed, strict)
+    if preset == INFER:
+        return _by_inference(given, rules, options, prove, infer)
     try:
         return _compile(given, rules, options)
     except CompileError as error:
         undecided = {fault.code == UNDECIDED for fault in error.faults}
         if not rules.may_fall_back or True not in undecided:
             raise
+        faults: tuple[Fault, ...] = ()
+        if infer is not None and given.is_folder and given.model_type:
+            try:
+                return _by_inference(given, rules, options, prove, infer)
+            except MissingDependencyError:
+                pass
+            except (CompileError, CheckpointError) as refused:
+                faults = refused.faults
         try:
             plan = _by_fallback(given, rules, options, prove)
-        except CompileError:
+        except CompileError as refused:
             if not rules.may_leave_rest:
                 if False in undecided:  # what is wrong in the user's rules comes first
                     raise error from None
-                raise
+                raise CompileError([*faults, *refused.faults]) from None
             plan = None
         if plan is not None:
             return plan
         if not rules.may_leave_rest:  # what the user's rules leave open is what the user must know
             raise error from None
     return _compile(given, rules.leaving_rest_whole(), options)
+
+
+def _by_inference(
+    given: ModelInput,
+    rules: RuleSet,
+    options: _Options,
+    prove: Prover | None,
+    infer: Callable[[Path], SpecFile] | None,
+) -> Plan:
+    """The plan by rules that are inferred from the model. Raises CompileError, also where they prove wrong."""
+    if infer is None or not given.is_folder:
+        raise CompileError(
+            Fault(
+                code="cannot-infer",
+                what="there is no way to infer rules",
+                where=given.where,
+                got="a model that is not a folder" if infer is not None else "compile_plan without `infer`",
+                expected="a folder with a config.json, and a function that infers rules",
+                next="use `autotp-plan compile`, or compile_plan(folder, infer=infer_rules, ...) with "
+                "autotp_plan.inference.infer.infer_rules",
+            )
+        )
+    inferred = with_unused_tensors(infer(given.given), given)
+    return proven(
+        lambda made: _compile(given, rules.with_fallback(made, Origin.INFERENCE), options),
+        inferred,
+        prove,
+        given.where,
+        Origin.INFERENCE,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +161,9 @@ def _by_fallback(given: ModelInput, rules: RuleSet, options: _Options, prove: Pr
     if own and not options.strict:
         rules = rules.leaving_rest_whole()
     origin = Origin.OWN_TP_PLAN if own else Origin.TP_PLAN
-    return proven(lambda made: _compile(given, rules.with_fallback(made, origin), options), found, prove, given.where)
+    return proven(
+        lambda made: _compile(given, rules.with_fallback(made, origin), options), found, prove, given.where, origin
+    )
 
 
 def _compile(given: ModelInput, rules: RuleSet, options: _Options) -> Plan:

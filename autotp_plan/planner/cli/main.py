@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from autotp_plan.planner.cli.export import export, presets
+from autotp_plan.planner.cli.infer import infer, infer_with_limits, time_limit
 from autotp_plan.planner.cli.output import not_written, reported, table_width
 from autotp_plan.planner.cli.shards import check_shards, merge, presplit, reshard
 from autotp_plan.schemas.errors import AutoTPError, Fault, OutputError, visible
@@ -36,6 +37,7 @@ def main() -> None:
 
     \b
     autotp-plan compile --model CHECKPOINT --tp 4 -o plan.json
+    autotp-plan infer --model CHECKPOINT -o spec.json
     autotp-plan show plan.json
     autotp-plan verify plan.json
     autotp-plan presplit plan.json --checkpoint CHECKPOINT -o SHARDS
@@ -49,12 +51,13 @@ def main() -> None:
 @click.option("--model", type=_FILE, required=True, help="Checkpoint folder, or a folder with a bare config.json.")
 @click.option("--tp", "tp_size", type=int, help="Number of tensor-parallel ranks.")
 @click.option("-o", "--output", type=_FILE, required=True, help="Plan file to write.")
-@click.option("--preset", default="auto", show_default=True, help="auto (by model_type), none, or a preset's name.")
+@click.option("--preset", default="auto", show_default=True, help="auto (by model_type), none, infer, or a preset.")
 @click.option(
     "--spec", "specs", type=_FILE, multiple=True, help="Spec file; may be repeated, the first has precedence."
 )
 @click.option("--uneven", is_flag=True, help="Give ranks shards of unequal size where the TP size does not divide.")
 @click.option("--ds-config", type=_FILE, help="DeepSpeed config; its tensor_parallel section is applied.")
+@time_limit
 @click.option("--strict", is_flag=True, help="A DeepSpeed config must name every weight, and each pattern must match.")
 @reported
 def compile(
@@ -66,6 +69,7 @@ def compile(
     uneven: bool,
     ds_config: Path | None,
     strict: bool,
+    timeout: int,
 ) -> None:
     """Compile a plan: decide how every parameter of a model is sharded."""
     from autotp_plan.planner.compiler import compile_plan
@@ -98,6 +102,7 @@ def compile(
         deepspeed=section,
         prove=_prove,
         strict=strict,
+        infer=lambda folder: SpecFile.from_dict(infer_with_limits(folder, timeout)),
     )
     try:
         write_atomically(output, plan.to_json())
@@ -110,7 +115,7 @@ def _prove(plan: Plan) -> Any:
     """Try the plan of a model without a preset on a twin; takes torch, transformers and DeepSpeed."""
     from autotp_plan.runtime.verify.run import try_plan
 
-    click.echo(f"there is no preset: trying transformers' tp_plan on a twin at TP={plan.tp_size}", err=True)
+    click.echo(f"trying a plan without a preset on a twin at TP={plan.tp_size}", err=True)
     return try_plan(plan)
 
 
@@ -281,6 +286,7 @@ def _print_proof(proof: Proof) -> None:
 
 
 main.add_command(export)
+main.add_command(infer)
 main.add_command(presets)
 main.add_command(presplit)
 main.add_command(merge)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from autotp_plan.huggingface.internals import tensor_parallel_plan
@@ -16,6 +17,7 @@ from autotp_plan.planner.fallback.tp_plan import NAME, OWN_NAME, rules_of_model
 from autotp_plan.planner.model.model_input import ModelInput
 from autotp_plan.schemas.errors import CheckpointError, CompileError, Fault, MissingDependencyError
 from autotp_plan.schemas.plan.document import Plan
+from autotp_plan.schemas.plan.rule_ref import Origin
 from autotp_plan.schemas.spec import Spec, SpecFile
 
 
@@ -58,16 +60,45 @@ def fallback_rules(model: ModelInput, tp_size: int, decided: Callable[[str], boo
     return rules_of_model(module, tp_size, model.where, decided=decided, on_disk=on_disk)
 
 
-def proven(compile_with: Callable[[SpecFile], Plan], rules: SpecFile, prove: Prover | None, where: str) -> Plan:
-    """The plan that a model's `tp_plan` makes, once a twin has shown that it is right.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """Where rules without a preset come from: what messages call them, and the note that a plan gets."""
+
+    name: str
+    code: str
+    wrong: str
+    note: str
+
+
+TP_PLAN = Source(
+    name=f"the {NAME}, which does not say which gradients are partial",
+    code="wrong-tp-plan",
+    wrong="transformers' tp_plan of this model is wrong",
+    note="There is no preset for this model: its rules are transformers' own tp_plan, and a twin of the model computed "
+    "by them what the whole one does.",
+)
+INFERENCE = Source(
+    name="rules that were inferred from the model",
+    code="wrong-inference",
+    wrong="the rules that were inferred for this model are wrong",
+    note="The rules were inferred from the model itself (`autotp-plan infer` writes them), and a twin of the model "
+    "computed by them what the whole one does.",
+)
+
+
+def proven(
+    compile_with: Callable[[SpecFile], Plan], rules: SpecFile, prove: Prover | None, where: str, origin: Origin
+) -> Plan:
+    """The plan that rules without a preset make, once a twin has shown that it is right.
 
     There is no twin of a model that is not of transformers: its plan has a note instead.
 
     Args:
         compile_with: makes a plan of such rules.
-        rules: from `fallback_rules`.
+        rules: from `fallback_rules`, or inferred.
         prove: tries a plan on a twin.
         where: what faults point to.
+        origin: where the rules come from.
 
     Raises:
         CompileError: there is no way to prove the plan, or it is wrong.
@@ -75,13 +106,14 @@ def proven(compile_with: Callable[[SpecFile], Plan], rules: SpecFile, prove: Pro
     if rules.name == OWN_NAME:
         plan = compile_with(rules)
         return dataclasses.replace(plan, notes=(NOTE, *plan.notes))
+    source = INFERENCE if origin is Origin.INFERENCE else TP_PLAN
     if prove is None:
         raise CompileError(
             Fault(
                 code="unproven-tp-plan",
                 what="a plan without a preset needs proof",
                 where=where,
-                got=f"the {NAME}, which does not say which gradients are partial",
+                got=source.name,
                 expected="a way to try the plan",
                 next="use `autotp-plan compile`, or compile_plan(..., prove=autotp_plan.runtime.try_plan)",
             )
@@ -95,16 +127,12 @@ def proven(compile_with: Callable[[SpecFile], Plan], rules: SpecFile, prove: Pro
     if findings.problem is not None or findings.partial_gradients:
         raise CompileError(
             Fault(
-                code="wrong-tp-plan",
-                what="transformers' tp_plan of this model is wrong",
+                code=source.code,
+                what=source.wrong,
                 where=where,
                 got=findings.problem or "gradients that stay partial",
                 expected="a sharded twin that computes what the dense one computes",
                 next="write a spec file and give it with --spec; `autotp-plan verify` proves it",
             )
         )
-    note = (
-        "There is no preset for this model: its rules are transformers' own tp_plan, and a twin of the model computed "
-        "by them what the whole one does."
-    )
-    return dataclasses.replace(plan, notes=(note, *plan.notes))
+    return dataclasses.replace(plan, notes=(source.note, *plan.notes))

@@ -15,10 +15,11 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from autotp_plan.huggingface.disk_names import disk_names, ties
 from autotp_plan.huggingface.internals import tensor_parallel_plan
-from autotp_plan.planner.fallback.disk_names import disk_names, ties, unused_tensors
 from autotp_plan.planner.fallback.own_model import is_of_transformers, with_full_names
 from autotp_plan.planner.fallback.skeleton import differentiable_inputs, name_pattern, spec_skeleton
+from autotp_plan.planner.fallback.unused_tensors import unused_tensors
 from autotp_plan.schemas.errors import CompileError, Fault
 from autotp_plan.schemas.names import starred
 from autotp_plan.schemas.spec import AttributeSpec, CrossingSpec, Indivisible, ModuleSpec, Spec, SpecFile

@@ -13,7 +13,7 @@ from autotp_plan.schemas.documents import did_you_mean
 from autotp_plan.schemas.errors import CompileError, Fault
 from autotp_plan.schemas.spec import SpecFile
 
-AUTO, NONE = "auto", "none"
+AUTO, NONE, INFER = "auto", "none", "infer"
 
 
 def preset_names() -> list[str]:
@@ -55,18 +55,18 @@ def find_preset(preset: str, model_type: str | None, notes: list[str], where: st
     """The preset for a model.
 
     Args:
-        preset: `auto`, `none`, a preset's name or one of its aliases.
+        preset: `auto`, `none`, `infer`, a preset's name or one of its aliases.
         model_type: the model's, as in config.json.
         notes: what the user should know of the choice is added here.
         where: what faults point to.
 
     Returns:
-        None for `none`, and for `auto` where no preset is for `model_type`.
+        None for `none` and `infer`, and for `auto` where no preset is for `model_type`.
 
     Raises:
         CompileError: there is no such preset, or the model has another.
     """
-    if preset == NONE:
+    if preset in (NONE, INFER):
         return None
     names = preset_names()
     if preset == AUTO:
@@ -83,7 +83,7 @@ def find_preset(preset: str, model_type: str | None, notes: list[str], where: st
                 what="there is no such preset",
                 where=where,
                 got=preset,
-                expected="auto, none, " + ", ".join(names),
+                expected="auto, none, infer, " + ", ".join(names),
                 next=did_you_mean(preset, names) or "use --preset auto, or write a spec file and use --preset none",
             )
         )

@@ -71,7 +71,7 @@ class RuleSet:
     wrapper: Wrapper | None = None
 
     def with_fallback(self, rules: SpecFile, origin: Origin) -> RuleSet:
-        """These rules, and after them those made from a `tp_plan` in the place of a preset."""
+        """These rules, and after them those made from a `tp_plan`, or inferred, in the place of a preset."""
         last = RuleList(
             origin=origin,
             specs=rules.layer_specs,
@@ -81,7 +81,11 @@ class RuleSet:
         )
         unused = ", ".join(rules.ignored_tensors)
         notes = [f"These tensors of the checkpoint are not used, as in transformers: {unused}."] if unused else []
-        return dataclasses.replace(self, lists=(*self.lists, last), preset=rules, notes=(*self.notes, *notes))
+        lists = (*self.lists, last)
+        if rules.vocabulary_specs:
+            section = Section.VOCABULARY
+            lists += (RuleList(origin=origin, section=section, specs=rules.vocabulary_specs, trusted=True),)
+        return dataclasses.replace(self, lists=lists, preset=rules, notes=(*self.notes, *notes))
 
     def decide(self, name: str) -> bool:
         """Whether a rule of the user's matches the parameter `name`."""
@@ -224,7 +228,7 @@ def collect_rules(
     Args:
         model: its config says which preset fits, that of the language model in a wrapper; its tensors are looked at
             where it is no causal language model.
-        preset: `auto`, `none` or a name.
+        preset: `auto`, `none`, `infer` or a name.
         spec_files: the first has the highest precedence.
         section: the `tensor_parallel` section of a DeepSpeed config; its rules come after the spec files'.
         strict: hold the DeepSpeed config to what a spec file is held to: every weight is decided, every pattern

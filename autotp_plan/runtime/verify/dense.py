@@ -18,10 +18,10 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
+from autotp_plan.huggingface import scale_config
 from autotp_plan.huggingface.meta_model import build_model, parameters_and_buffers
 from autotp_plan.runtime.loading.check_model import check_model
 from autotp_plan.runtime.tensor_parallel.torch_internals import muon_orthogonalises_with
-from autotp_plan.runtime.verify import scale_config
 from autotp_plan.runtime.verify.float64_passes import EXPERTS, dense_reader, run_passes_and_steps
 from autotp_plan.runtime.verify.optimizer_steps import ADAMW, Training, dense_steps, optimizer_class, orthogonalised
 from autotp_plan.runtime.verify.random_inputs import Batches, Images, images_for, randomise

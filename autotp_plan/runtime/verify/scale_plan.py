@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import nn
 
+from autotp_plan.huggingface import scale_config
 from autotp_plan.huggingface.meta_model import parameters_and_buffers
-from autotp_plan.runtime.verify import scale_config
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.layout import Layout, SubParameter, group_view
 from autotp_plan.schemas.names import expand, is_index

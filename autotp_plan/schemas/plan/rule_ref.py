@@ -19,6 +19,7 @@ class Origin(enum.Enum):
     PRESET = "preset"
     TP_PLAN = "tp_plan of transformers"
     OWN_TP_PLAN = "tp_plan of the model"
+    INFERENCE = "inference"
     DEFAULT = "default for 1-D"
     REST = "no rule"
     UNKNOWN = ""
@@ -37,6 +38,7 @@ _SECTIONS = "|".join(section.value for section in Section if section.value)
 _PRESET = re.compile(rf"preset (\S+)(?: ({_SECTIONS}))? #([1-9][0-9]*)")
 _SPEC = re.compile(r"spec (.+) #([1-9][0-9]*)", re.DOTALL)
 _UNNAMED = re.compile(rf"({Origin.DS_CONFIG.value}|{Origin.TP_PLAN.value}|{Origin.OWN_TP_PLAN.value}) #([1-9][0-9]*)")
+_INFERRED = re.compile(rf"{Origin.INFERENCE.value}(?: ({_SECTIONS}))? #([1-9][0-9]*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,8 @@ class RuleRef:
             return cls(Origin.PRESET, match[1], int(match[3]), Section(match[2] or ""))
         if match := _SPEC.fullmatch(text):
             return cls(Origin.SPEC, match[1], int(match[2]))
+        if match := _INFERRED.fullmatch(text):
+            return cls(Origin.INFERENCE, "", int(match[2]), Section(match[1] or ""))
         if match := _UNNAMED.fullmatch(text):
             return cls(Origin(match[1]), "", int(match[2]))
         return cls(Origin.UNKNOWN, text)

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from autotp_plan.huggingface.disk_names import disk_names
 from autotp_plan.planner import SpecFile, compile_plan
-from autotp_plan.planner.fallback.disk_names import disk_names, unused_tensors
 from autotp_plan.planner.fallback.skeleton import CHOICE, spec_skeleton
+from autotp_plan.planner.fallback.unused_tensors import unused_tensors
 from autotp_plan.schemas.errors import CompileError
 from autotp_plan.schemas.plan.document import Plan
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from autotp_plan.runtime.verify import scale_config
+from autotp_plan.huggingface import scale_config
 from autotp_plan.runtime.verify.scale_plan import TwinError, num_layers_needed, scaled_layout, twin_plan
 from autotp_plan.schemas.intervals import divide
 from autotp_plan.schemas.layout import Layout, SubParameter

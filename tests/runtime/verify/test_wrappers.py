@@ -98,7 +98,7 @@ def test_a_tower_whose_gradient_is_summed_is_found(tmp_path: Path, variant: str)
 
 def test_a_published_size_gives_a_small_twin(tmp_path: Path) -> None:
     """Widths of a tower have no common divisor with the language model's, and need none."""
-    from autotp_plan.runtime.verify import scale_config
+    from autotp_plan.huggingface import scale_config
 
     config: dict[str, Any] = {
         "model_type": "gemma3", "image_token_index": 262144, "mm_tokens_per_image": 256,

@@ -26,6 +26,8 @@ from tests.helpers.paths import PLANS
         ("ds-config #1", RuleRef(Origin.DS_CONFIG, "", 1)),
         ("default for 1-D", DEFAULT_RULE),
         ("tp_plan of transformers #4", RuleRef(Origin.TP_PLAN, "", 4)),
+        ("inference #2", RuleRef(Origin.INFERENCE, "", 2)),
+        ("inference vocabulary #1", RuleRef(Origin.INFERENCE, "", 1, Section.VOCABULARY)),
         ("", NO_RULE),
         ("someone else's", RuleRef(Origin.UNKNOWN, "someone else's")),
         ("preset llama #01", RuleRef(Origin.UNKNOWN, "preset llama #01")),

@@ -1,0 +1,186 @@
+"""`infer_spec`: a spec file for a model that nobody described."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from autotp_plan.huggingface import scale_config
+from autotp_plan.huggingface.disk_names import disk_names
+from autotp_plan.inference import influence
+from autotp_plan.inference.experts import expert_regions
+from autotp_plan.inference.layers import Layer, Region, inner_norms, lay_out, layers_of, regions_of
+from autotp_plan.inference.small_model import Architecture, SmallModel
+from autotp_plan.inference.spec_text import SpecText
+from autotp_plan.inference.surroundings import add_surroundings
+from autotp_plan.inference.templates import Templates
+from autotp_plan.inference.trial import find_attributes, in_blocks
+from autotp_plan.schemas.errors import CompileError, Fault
+from autotp_plan.schemas.names import starred
+from autotp_plan.schemas.spec import SpecFile
+
+
+def infer_spec(folder: Path, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """A spec file for the model in `folder`, inferred from small models of its architecture.
+
+    Args:
+        folder: with a config.json that transformers knows.
+        progress: called with a sentence before each part.
+
+    Returns:
+        The JSON of a spec file. It is not proven: compile a plan with it, and prove that.
+
+    Raises:
+        CheckpointError: transformers cannot build the model.
+        CompileError: no small model runs, nothing can be sharded, or the checkpoint's tensors become parameters in a
+            way that byte ranges cannot express.
+    """
+    architecture = Architecture.read(folder)
+    renamed, assembled, odd = disk_names(architecture.original)
+    if odd:
+        raise CompileError(_odd(odd, str(folder)))
+    try:
+        first, second = next(architecture.pairs())
+    except (ValueError, StopIteration) as error:
+        raise CompileError(_not_run(str(error), str(folder))) from None
+    progress("asking two small models what depends on what")
+    found = regions(first)
+    text = SpecText(architecture, (first, second))
+    others = {_key(region, text.template): region for region in regions(second)}
+    tried: dict[tuple[str, str], Region | None] = {}
+    for region in found:
+        key = _key(region, text.template)
+        if key in tried or key not in others:
+            continue
+        progress(f"trying {key[0]} in pieces")
+        tried[key] = right = _tried(first, region)
+        if right is None:
+            text.notes.append(f"{key[1]} stays whole: {region.reasons[-1]}")
+            continue
+        other = others[key]
+        if right.grouped and not other.grouped:
+            lay_out(other, grouped=True)
+        if right.num_blocks > 1 and right.experts:
+            other = in_blocks(other, _experts(second, right.num_blocks, first))
+        text.add((right, other))
+    if not text.rules:
+        raise CompileError(_nothing(text.notes, str(folder)))
+    return text.document(renamed, assembled)
+
+
+def infer_rules(folder: Path) -> SpecFile:
+    """As `infer_spec`, read as rules: for `compile_plan(folder, infer=infer_rules, ...)`.
+
+    Args:
+        folder: with a config.json that transformers knows.
+
+    Raises:
+        CheckpointError, CompileError: as `infer_spec`.
+    """
+    return SpecFile.from_dict(infer_spec(folder))
+
+
+def regions(small: SmallModel) -> list[Region]:
+    """Every region of a small model."""
+    model = small.model
+    layers = list(one_of_each_kind(layers_of(model), small.config))
+    norms = inner_norms(model, layers)
+    seen = influence.watch(model, small.run, norms=norms)
+    by_layer = {
+        layer.prefix: [*regions_of(model, layer, seen), *expert_regions(model, layer, seen)] for layer in layers
+    }
+    modules = {region.module for found in by_layer.values() for region in found if not region.experts}
+    leaves = {name: [*seen.calls[name].arguments] for name in modules if name in seen.calls}
+    apart = influence.watch(model, small.run, norms=norms, apart=True, leaves=leaves)
+    for layer in layers:
+        add_surroundings(model, layer, by_layer[layer.prefix], apart, seen, norms)
+    return [region for found in by_layer.values() for region in found]
+
+
+def one_of_each_kind(layers: Iterable[Layer], config: Mapping[str, Any]) -> Iterator[Layer]:
+    """The first of each kind of layers: with other parameters, or of which the config's lists say something else."""
+    done: set[Any] = set()
+    for layer in layers:
+        shapes = {(name.removeprefix(layer.prefix), tuple(p.shape)) for name, p in layer.parameters.items()}
+        number = layer.prefix.rpartition(".")[2]
+        depth = scale_config.num_layers(config) or 0
+        said = scale_config.per_layer(config, int(number)) if int(number) < depth else ()
+        kind = (starred(layer.prefix), frozenset(shapes), said)
+        if kind not in done:
+            done.add(kind)
+            yield layer
+
+
+def _tried(small: SmallModel, region: Region) -> Region | None:
+    """The region with the attributes that make it right in pieces; None where nothing does."""
+    if region.reasons:
+        return None
+    model = small.model
+    norms = region.means
+    seen = influence.watch(model, small.run, norms=norms)
+    watches = [(model, seen)]
+    coarse, fine = len(region.units.coarse), len(region.units.fine)
+    sizes = [2]
+    if coarse < fine and not region.grouped and fine % (2 * coarse) == 0:
+        sizes.append(2 * coarse)
+    found = find_attributes(model, region, watches, sizes)
+    if found is None and coarse < fine and not region.grouped:
+        lay_out(region, grouped=True)
+        found = find_attributes(model, region, watches, [2])
+    if found is None and region.experts:
+        for key, number in small.numbers.items():
+            if "expert" in key and 1 < number < fine and fine % number == 0:
+                divided = in_blocks(region, number)
+                found = find_attributes(model, divided, watches, [2])
+                if found is not None:
+                    region = divided
+                    break
+    if found is None:
+        return None
+    region.reasons.clear()
+    region.attributes = found
+    return region
+
+
+def _experts(second: SmallModel, number: int, first: SmallModel) -> int:
+    """The number in the second model of the key that is `number` in the first."""
+    key = next(key for key, value in first.numbers.items() if "expert" in key and value == number)
+    return second.numbers[key]
+
+
+def _key(region: Region, template: Templates) -> tuple[str, str]:
+    return template(region.module), template(region.consumer)
+
+
+def _odd(odd: list[str], where: str) -> Fault:
+    return Fault(
+        code="unsupported-conversion",
+        what="the checkpoint's tensors become parameters in a way that byte ranges cannot express",
+        where=where,
+        got=", ".join(odd),
+        expected="stacking (MergeModulelist) and concatenation along the rows",
+        next="load and save the model in memory form, or wait for a preset",
+    )
+
+
+def _not_run(got: str, where: str) -> Fault:
+    return Fault(
+        code="no-small-model",
+        what="no small model of this architecture could be run, so nothing can be inferred",
+        where=where,
+        got=got,
+        expected="a causal language model that runs on token ids alone",
+        next="write a spec file and give it with --spec",
+    )
+
+
+def _nothing(notes: list[str], where: str) -> Fault:
+    return Fault(
+        code="nothing-inferred",
+        what="no weights were found that can be sharded",
+        where=where,
+        got="; ".join(notes) or "no layer whose inputs depend on parts of another's outputs",
+        expected="layers in which a matrix multiplies what other matrices made, feature by feature",
+        next="write a spec file and give it with --spec",
+    )

@@ -1,0 +1,229 @@
+"""One layer of a small model: which of its weights go together (`Region`), and what lies around them.
+
+A region is a consumer (the weight whose input features are sharded, row-parallel) with everything that its units reach.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, nn
+
+from autotp_plan.inference import influence
+from autotp_plan.inference.influence import Axis, Masks, Watch, is_linear, output_dim
+from autotp_plan.inference.units import Segment, Units, blocks, divided, find_units, segments
+from autotp_plan.schemas.names import is_index, starred
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """How one parameter of a region is divided: the dimension and its segments."""
+
+    dim: int
+    segments: tuple[Segment, ...]
+
+
+@dataclass(kw_only=True, slots=True)
+class Region:
+    """A consumer and the weights that go with it.
+
+    Attributes:
+        module: the module inside which activations are sharded.
+        consumer: the parameter whose input features are the units.
+        units: of the consumer's input features.
+        splits: by parameter, the consumer too.
+        columns: the linear layers whose outputs are sharded.
+        partial: parameters that are whole and whose gradients are partial.
+        copied_outputs: for linear layers that are whole, which of their outputs go straight to sharded weights.
+        copied_inputs, split_inputs: arguments of `module`; of the latter the dimension (from the end) and its segments.
+        added_once: parameters that are added to the partial sum.
+        means: norms over a sharded width.
+        experts: whether `module` computes with its parameters itself.
+        grouped: whether units that share something are kept together, on as many ranks as there are groups at most.
+        num_blocks: into how many blocks of units every weight is divided, each of which is sharded for itself.
+        consumer_dim: the dimension of the consumer that counts its input features.
+        reach: what depends on what.
+        attributes: attributes of `module` that hold counts, with what they count.
+        reasons: what stands in the way.
+    """
+
+    module: str
+    consumer: str
+    units: Units
+    splits: dict[str, Split] = field(default_factory=dict)
+    columns: list[str] = field(default_factory=list)
+    partial: list[str] = field(default_factory=list)
+    copied_outputs: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    copied_inputs: list[str] = field(default_factory=list)
+    split_inputs: dict[str, tuple[int, tuple[Segment, ...]]] = field(default_factory=dict)
+    added_once: list[str] = field(default_factory=list)
+    means: list[str] = field(default_factory=list)
+    experts: bool = False
+    grouped: bool = False
+    num_blocks: int = 1
+    consumer_dim: int = 1
+    reach: Masks = field(default_factory=dict)
+    attributes: dict[str, str] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True, slots=True)
+class Layer:
+    """A layer of a model, or all that is in none (an empty prefix)."""
+
+    prefix: str
+    parameters: dict[str, Tensor]
+    linears: list[str]
+
+
+def layers_of(model: nn.Module) -> Iterator[Layer]:
+    """The layers of a model: the parts of it that are numbered."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        at = next((place for place, part in enumerate(parts) if is_index(part)), None)
+        if at is not None:
+            groups.setdefault(".".join(parts[: at + 1]), {})[name] = parameter
+    for prefix, parameters in groups.items():
+        linears = [
+            name
+            for name, module in model.named_modules()
+            if name.startswith(f"{prefix}.") and is_linear(module) and f"{name}.weight" in parameters
+        ]
+        yield Layer(prefix=prefix, parameters=parameters, linears=linears)
+
+
+def inner_norms(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
+    """The norms that lie inside a layer's modules, not between them."""
+    return [
+        name
+        for layer in layers
+        for name, module in model.named_modules()
+        if name.startswith(f"{layer.prefix}.")
+        and "." in name.removeprefix(f"{layer.prefix}.")
+        and influence.takes_mean(module)
+    ]
+
+
+def regions_of(model: nn.Module, layer: Layer, seen: Watch) -> list[Region]:
+    """The regions of a layer, those that run last first.
+
+    Args:
+        model: the small model.
+        layer: the layer.
+        seen: of a forward pass in which the means of inner norms were constants.
+    """
+    found: list[Region] = []
+    taken: set[str] = set()
+    order = [name for name in seen.inputs if name in layer.linears]
+    for name in reversed(order):
+        module = model.get_submodule(name)
+        if f"{name}.weight" in taken or not seen.inputs[name].requires_grad:
+            continue
+        reach = reach_of(model, layer, seen, name)
+        region = _region_of_linear(model, layer, name, output_dim(module), reach, taken)
+        if region is not None:
+            found.append(region)
+            taken |= set(region.splits)
+    return found
+
+
+def reach_of(model: nn.Module, layer: Layer, seen: Watch, name: str, more: Mapping[str, Tensor] | None = None) -> Masks:
+    """What the inputs of a linear layer depend on: outputs of others, as rows of their weights, and parameters."""
+    sources = {
+        f"{other}.weight": seen.outputs[other] for other in layer.linears if other != name and other in seen.outputs
+    }
+    for other, parameter in layer.parameters.items():
+        if other.rpartition(".")[0] not in layer.linears:
+            sources[other] = parameter
+    found = influence.masks(seen.inputs[name], {**sources, **(more or {})})
+    outputs = {f"{other}.weight": output_dim(model.get_submodule(other)) for other in layer.linears}
+    return {
+        (other, outputs.get(other, dim)): masks
+        for (other, dim), masks in found.items()
+        if other not in outputs or dim == sources[other].dim() - 1
+    }
+
+
+def _region_of_linear(
+    model: nn.Module, layer: Layer, name: str, out_dim: int, reach: Masks, taken: set[str]
+) -> Region | None:
+    weight = layer.parameters[f"{name}.weight"]
+    size = weight.shape[1 - out_dim]
+    everything = (1 << size) - 1
+    outputs = {f"{other}.weight": output_dim(model.get_submodule(other)) for other in layer.linears}
+    sources: dict[Axis, list[int]] = {}
+    for (parameter, dim), found in reach.items():
+        owner, _, leaf = parameter.rpartition(".")
+        if owner in layer.linears:
+            if leaf == "weight" and dim == outputs[parameter] and parameter not in taken:
+                sources[parameter, dim] = found
+        elif parameter not in taken and any(mask not in (0, everything) for mask in found):
+            sources[parameter, dim] = found
+    partial = {axis: found for axis, found in sources.items() if any(mask not in (0, everything) for mask in found)}
+    matrices = {axis: found for axis, found in partial.items() if layer.parameters[axis[0]].dim() >= 2}
+    if not matrices:
+        return None
+    units = find_units(size, {f"{axis}": found for axis, found in partial.items()})
+    if units is None:
+        return None
+    region = Region(module="", consumer=f"{name}.weight", units=units, reach=partial)
+    region.columns = [parameter.removesuffix(".weight") for parameter, _ in partial if parameter in outputs]
+    region.consumer_dim = 1 - out_dim
+    region.module = _common([name, *(parameter.rpartition(".")[0] for parameter, _ in partial)])
+    lay_out(region)
+    return region
+
+
+def lay_out(region: Region, grouped: bool = False) -> None:
+    """Find how the indices of each parameter lie.
+
+    Args:
+        region: gets its splits.
+        grouped: keep together what shares something: whole groups of heads are the units.
+    """
+    units = region.units
+    counted = replace(units, fine=units.coarse) if grouped else units
+    region.grouped = grouped
+    region.splits = {}
+    for (parameter, dim), found in region.reach.items():
+        parts = segments(found, counted)
+        if parts is None:
+            region.reasons.append(f"the indices of {starred(parameter)} lie in no order that a layout can express")
+        else:
+            region.splits[parameter] = Split(dim=dim, segments=parts)
+    if not grouped and any(segment.mixed for split in region.splits.values() for segment in split.segments):
+        lay_out(region, grouped=True)
+        return
+    number = len(counted.fine)
+    fine = counted.fine != counted.coarse
+    own = Segment(unit=units.size // number, count=number, fine=fine)
+    region.splits[region.consumer] = Split(dim=region.consumer_dim, segments=(own,))
+    if not fine:
+        _into_blocks(region)
+
+
+def _into_blocks(region: Region) -> None:
+    """Divide every segment as the shortest ones are: a weight in four blocks of heads makes four of all others."""
+    level = region.units.coarse
+    every = [s for split in region.splits.values() for s in split.segments if not s.shared]
+    number = blocks(every, len(level))
+    if number <= 1:
+        region.num_blocks = max(number, 1)
+        if number == 0:
+            region.reasons.append("weights hold their units in blocks of different sizes")
+        return
+    region.num_blocks = number
+    count = len(level) // number
+    for parameter, split in list(region.splits.items()):
+        parts = tuple(part for segment in split.segments for part in divided(segment, count))
+        region.splits[parameter] = Split(dim=split.dim, segments=parts)
+
+
+def _common(names: Sequence[str]) -> str:
+    """The innermost module that holds all of `names`."""
+    parts = list(zip(*(name.split(".") for name in names)))
+    same = itertools.takewhile(lambda part: len(set(part)) == 1, parts)
+    return ".".join(part[0] for part in same)

@@ -1,0 +1,326 @@
+"""Small models of an architecture, of sizes that are told apart: what inference runs in the place of the real one.
+
+Works on the JSON of a transformers config by the names of its keys, and knows no model. Kept are what decides the
+structure: flags, kinds of layers, and whether query heads share key-value heads.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autotp_plan.huggingface import scale_config
+from autotp_plan.huggingface.meta_model import build_model
+from autotp_plan.schemas.names import is_index
+from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, read_config
+
+OPTIONS = {"experts_implementation": "eager", "attn_implementation": "eager"}
+"""How transformers runs a small model: experts one by one (in float64), and attention step by step."""
+
+HEADS = frozenset(
+    {"num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads"}
+)
+KV_HEADS = frozenset({"num_key_value_heads", "num_kv_heads", "n_head_kv", "kv_n_heads", "num_key_value_groups"})
+HIDDEN = frozenset({"hidden_size", "n_embd", "d_model", "n_embed", "dim_model"})
+_NO_WIDTHS = [
+    "vocab",
+    "position",
+    "token",
+    "window",
+    "context",
+    "length",
+    "theta",
+    "chunk",
+    "seq",
+    "ctx",
+    "base",
+    "layers",
+    "experts",
+    "steps",
+    "_id",
+    "image",
+    "patch",
+    "bucket",
+    "version",
+    "tp",
+    "iter",
+]
+_LARGE = 200
+"""From here on an integer of an unknown key counts features, unless its name says that it does not."""
+_HEAD_DIMS = ("head_dim", "kv_channels", "d_kv", "dim_head", "attention_head_dim", "global_head_dim", "v_head_dim",
+              "qk_nope_head_dim")  # fmt: skip
+_ROTARY = frozenset({"qk_rope_head_dim", "rotary_dim"})
+_TOKENS = (2, 10)
+_WORDS = 256
+MOST_PARAMETERS = 20_000_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """The numbers a small model is made of: heads, key-value heads where they are fewer, and how widths are counted."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary: int
+    first_width: int
+    step: int
+    hidden: int
+    """The hidden size, where it is not that of all heads."""
+    tied: bool = False
+    """Whether widths that are equal in the original stay equal."""
+
+
+_FIRST = Sizes(heads=8, kv_heads=2, head_dim=16, rotary=4, first_width=20, step=8, hidden=48)
+_SECOND = Sizes(heads=6, kv_heads=3, head_dim=24, rotary=8, first_width=34, step=10, hidden=84)
+_ROUND = (
+    Sizes(heads=8, kv_heads=2, head_dim=16, rotary=4, first_width=48, step=16, hidden=80),
+    Sizes(heads=12, kv_heads=4, head_dim=8, rotary=8, first_width=64, step=24, hidden=144),
+)
+CANDIDATES: tuple[tuple[Sizes, Sizes], ...] = (
+    (_FIRST, _SECOND),
+    (replace(_FIRST, tied=True), replace(_SECOND, tied=True)),
+    _ROUND,
+    (replace(_ROUND[0], tied=True), replace(_ROUND[1], tied=True)),
+)
+"""Pairs of sizes to try; the second tells apart what happens to be equal in the first. No number of heads is that of a
+head's features, so that a count of what depends on an index says which of the two it is.
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SmallModel:
+    """A small model in float64 with random weights.
+
+    Attributes:
+        model: transformers' model.
+        config: its config as transformers has it.
+        numbers: every integer of the config by its key, with a dot for one inside another.
+        tokens: what to run it on.
+    """
+
+    model: Any
+    config: dict[str, Any]
+    numbers: dict[str, int]
+    tokens: Tensor
+
+    def run(self) -> Any:
+        """A forward pass."""
+        return self.model(input_ids=self.tokens, use_cache=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """A model of transformers by its config.
+
+    Attributes:
+        folder: with a config.json.
+        original: the model at its full size, on meta.
+        given: config.json as it was given.
+        config: the config as transformers completes it, without what it computes from other keys.
+        computed: the keys that it computes.
+        layers: how many of the first layers hold every kind of layer.
+    """
+
+    folder: Path
+    original: Any
+    given: dict[str, Any]
+    config: dict[str, Any]
+    computed: frozenset[str] = field(default_factory=frozenset)
+    layers: int | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Architecture:
+        """The architecture of the config.json in `folder`.
+
+        Raises:
+            CheckpointError: transformers cannot build a model from it.
+        """
+        original = build_model(folder, on_meta="all")
+        given = read_config(folder) or {}
+        full = as_json(original.config)
+        computed = _computed_keys(type(original.config), given, full)
+        config = {key: value for key, value in full.items() if key not in computed}
+        return cls(
+            folder=folder,
+            original=original,
+            given=given,
+            config=config,
+            computed=computed,
+            layers=_layers_needed(original, full),
+        )
+
+    def small(self, sizes: Sizes) -> SmallModel:
+        """A small model. Raises whatever transformers does for sizes that do not go together."""
+        config = resized(self.config, sizes, self.layers)
+        with tempfile.TemporaryDirectory(prefix="autotp-infer-") as name:
+            (Path(name) / CONFIG_NAME).write_text(json.dumps({**config, "dtype": "float64"}))
+            architecture = type(self.original).__name__
+            elements = sum(p.numel() for p in build_model(Path(name), architecture, on_meta="all").parameters())
+            if elements > MOST_PARAMETERS:
+                raise ValueError(f"a small model of {elements} parameters is too large")
+            model = build_model(Path(name), architecture, on_meta="nothing", **OPTIONS).eval().double()
+        randomise(model)
+        generator = torch.Generator().manual_seed(1)
+        words = model.get_input_embeddings().weight.shape[0]
+        tokens = torch.randint(3, max(4, words - 40), _TOKENS, generator=generator)
+        full = as_json(model.config)
+        return SmallModel(model=model, config=full, numbers=dict(numbers_of(full)), tokens=tokens)
+
+    def pairs(self) -> Iterator[tuple[SmallModel, SmallModel]]:
+        """Pairs of small models that run, in the order in which they should be tried.
+
+        Raises:
+            ValueError: at the end, if there was none.
+        """
+        reason, found = "", False
+        for first, second in CANDIDATES:
+            try:
+                one, other = self.small(first), self.small(second)
+                with torch.no_grad():
+                    one.run(), other.run()
+            except Exception as error:  # transformers raises anything for sizes that do not go together
+                reason = reason or f"{type(error).__name__}: {error}"
+                continue
+            found = True
+            yield one, other
+        if not found:
+            raise ValueError(reason)
+
+
+def resized(config: Mapping[str, Any], sizes: Sizes, layers: int | None) -> dict[str, Any]:
+    """The config of a small model: every width another number, structure as it was.
+
+    Args:
+        config: of the original model.
+        sizes: the numbers to use.
+        layers: how many of the first layers to keep; None for all.
+    """
+    small = scale_config.shrink(
+        config, divisor=1, layers=layers, experts=scale_config.fewest_experts(config), tp_size=1
+    )
+    values = {key.rpartition(".")[2]: value for key, value in numbers_of(config)}
+    heads, kv_heads = _first(values, HEADS), _first(values, KV_HEADS)
+    multi_head = kv_heads is None or kv_heads == heads
+    new_kv = sizes.heads if multi_head else 1 if kv_heads == 1 else sizes.kv_heads
+    free = any(values.get(key) for key in (*_HEAD_DIMS[:5], "v_head_dim"))
+    hidden = sizes.hidden if free else sizes.heads * sizes.head_dim
+    widths = iter(range(sizes.first_width, 10_000, sizes.step))
+    by_old: dict[int, int] = {}
+
+    def width(old: int) -> int:
+        if old not in by_old or not sizes.tied:
+            new = next(widths)
+            while new in (hidden, sizes.heads * sizes.head_dim):
+                new = next(widths)
+            by_old[old] = new
+        return by_old[old]
+
+    def changed(key: str, value: Any) -> Any:
+        if isinstance(value, dict) and value and layers is not None and all(str(one).isdecimal() for one in value):
+            value = {number: item for number, item in value.items() if int(number) < layers}
+        if isinstance(value, dict):
+            return {inner: changed(inner, item) for inner, item in value.items()}
+        if isinstance(value, list):
+            if key == "mrope_section" and value:
+                half = sizes.head_dim // 2
+                return [half - (len(value) - 1), *[1] * (len(value) - 1)]
+            if key in ("long_factor", "short_factor"):
+                return value[: sizes.head_dim // 2]
+            return [changed(key, item) for item in value]
+        if type(value) is not int or value <= 0:
+            return value
+        if "vocab_size" in key:
+            return min(value, _WORDS)
+        if key in HEADS:
+            return sizes.heads
+        if key in KV_HEADS:
+            return new_kv if value == kv_heads else value
+        if key in HIDDEN:
+            return hidden
+        if key in _ROTARY or (key == "head_dim" and value == values.get("qk_rope_head_dim")):
+            return sizes.rotary
+        if key in _HEAD_DIMS:
+            return sizes.head_dim + 2 * max(0, _HEAD_DIMS.index(key) - 5)
+        unknown = value >= _LARGE and not any(word in key for word in _NO_WIDTHS)
+        if key in scale_config.WIDTHS or unknown:
+            return width(value)
+        return value
+
+    return {key: changed(key, value) for key, value in small.items()}
+
+
+def numbers_of(config: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, int]]:
+    """Every positive integer of a config with its key, those in inner objects with a dot."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from numbers_of(value, f"{before}{key}.")
+        elif type(value) is int and value > 0:
+            yield before + key, value
+
+
+def as_json(config: Any) -> dict[str, Any]:
+    """A config of transformers as the JSON of all its keys."""
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return values
+
+
+def randomise(model: Any) -> None:
+    """Give every parameter and buffer of floating point that is saved a random value that is not near zero."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            if parameter.dim() > 1:
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+            else:
+                parameter.copy_(noise * 0.2 + (1.0 if name.endswith("weight") else 0.0))
+
+
+def _computed_keys(cls: type[Any], given: Mapping[str, Any], full: Mapping[str, Any]) -> frozenset[str]:
+    """The keys that were not given and whose values follow from others."""
+    missing = [key for key, value in full.items() if key not in given and type(value) is int]
+    if not missing:
+        return frozenset()
+    doubled = {
+        key: 2 * value if type(value) is int and key in (scale_config.WIDTHS | HEADS | KV_HEADS | HIDDEN) else value
+        for key, value in given.items()
+    }
+    try:
+        other = as_json(cls.from_dict(doubled))
+    except Exception:  # a config that does not allow it
+        return frozenset()
+    aliases = set(getattr(cls, "attribute_map", {}))
+    return frozenset(key for key in missing if other.get(key) != full[key] and key not in aliases)
+
+
+def _layers_needed(original: Any, config: Mapping[str, Any]) -> int | None:
+    """How many of the first layers include every kind: by the parameters they have and what the config's lists say."""
+    depth = scale_config.num_layers(config)
+    if depth is None:
+        return None
+    kinds: dict[str, dict[int, set[Any]]] = {}
+    for name, parameter in original.named_parameters():
+        parts = name.split(".")
+        at = next((place for place, part in enumerate(parts) if is_index(part)), None)
+        if at is not None:
+            layers = kinds.setdefault(".".join(parts[:at]), {})
+            layers.setdefault(int(parts[at]), set()).add((".".join(parts[at + 1 :]), tuple(parameter.shape)))
+    numbered = next((found for found in kinds.values() if found.keys() == set(range(depth))), None)
+    if numbered is None:
+        return None
+    first: dict[Any, int] = {}
+    for layer in range(depth):
+        first.setdefault((frozenset(numbered[layer]), scale_config.per_layer(config, layer)), layer)
+    return min(depth, max(2, 1 + max(first.values())))
+
+
+def _first(values: Mapping[str, int], keys: frozenset[str]) -> int | None:
+    return next((values[key] for key in sorted(keys) if values.get(key)), None)

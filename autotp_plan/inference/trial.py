@@ -1,0 +1,274 @@
+"""Trying a region in pieces: the module with a rank's share of its weights, and the attributes that change with it.
+
+No rank is started: a module is copied for each rank and run on what the whole one was given. What it hands to the
+consumer must be the rank's share of what the whole module handed to it.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autotp_plan.inference.influence import Smooth, Watch, constant_means, first_tensor
+from autotp_plan.inference.layers import Region, Split
+from autotp_plan.inference.units import Segment, Units, divided
+from autotp_plan.schemas import intervals as iv
+
+TOLERANCE = 1e-9
+MOST_TRIALS = 120
+_SIZES = ("in_features", "out_features", "nf", "nx", "training", "num_embeddings", "embedding_dim")
+"""Attributes of layers, which are replaced by parallel ones."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """What one rank holds of `fine` units, `coarse` of them where they share something."""
+
+    tp_size: int
+    rank: int
+    blocks: int = 1
+
+    def units(self, segment: Segment, units: Units) -> list[int]:
+        """The units of a segment that the rank holds, counted from the segment's first."""
+        coarse = len(units.coarse) // self.blocks
+        first, last = _of_rank(coarse, self.tp_size, self.rank)
+        if not segment.fine:
+            return list(range(first, last))
+        each = units.num_shared
+        if coarse >= self.tp_size:
+            return list(range(first * each, last * each))
+        start, stop = _of_rank(coarse * each, self.tp_size, self.rank)
+        return list(range(start, stop))
+
+    def indices(self, split: Split, units: Units) -> list[int]:
+        """The indices of a parameter's dimension that the rank holds."""
+        found: list[int] = []
+        start = 0
+        for segment in split.segments:
+            held = [0] if segment.shared else self.units(segment, units)
+            found += [start + number * segment.unit + at for number in held for at in range(segment.unit)]
+            start += segment.size
+        return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Count:
+    """A number that a module may hold: what it counts (`fine`, `coarse * unit`, ...), in all and on a rank."""
+
+    meaning: str
+    value: int
+    local: int
+
+
+def counts(region: Region, share: Share) -> list[Count]:
+    """The numbers that change with a rank's share."""
+    units, blocks = region.units, share.blocks
+    fine, coarse = len(units.fine), len(units.coarse)
+    width = units.size // fine
+    local_coarse = len(share.units(Segment(unit=1, count=coarse // blocks), units)) * blocks
+    local_fine = len(share.units(Segment(unit=1, count=fine // blocks, fine=True), units)) * blocks
+    found = [Count(meaning="fine", value=fine, local=local_fine)]
+    if width > 1:
+        found.append(Count(meaning="fine * width", value=fine * width, local=local_fine * width))
+    if coarse != fine:
+        found += [
+            Count(meaning="coarse", value=coarse, local=local_coarse),
+            Count(meaning="fine // coarse", value=fine // coarse, local=local_fine // local_coarse),
+            Count(meaning="coarse * width", value=coarse * width, local=local_coarse * width),
+        ]
+    elif any(s.shared for split in region.splits.values() for s in split.segments):  # shared by all
+        found.append(Count(meaning="fine", value=fine, local=local_fine))
+    if blocks > 1:
+        found.append(Count(meaning="fine // blocks", value=fine // blocks, local=local_fine // blocks))
+    return found
+
+
+def find_attributes(
+    model: nn.Module, region: Region, watches: Sequence[tuple[nn.Module, Watch]], tp_sizes: Sequence[int]
+) -> dict[str, str] | None:
+    """The attributes of the region's module that hold counts, with what they count.
+
+    Args:
+        model: the small model.
+        region: what is tried.
+        watches: models with the same weights, and the forward pass of each.
+        tp_sizes: numbers of ranks to try.
+
+    Returns:
+        None where no choice of attributes makes it right; then `region.reasons` says why.
+    """
+    module = model.get_submodule(region.module)
+    chosen: dict[str, str] = {}
+    for tp_size in tp_sizes:
+        share = Share(tp_size=tp_size, rank=0, blocks=region.num_blocks)
+        options = [
+            (attribute, count)
+            for attribute, value in _integers(module)
+            for count in counts(region, share)
+            if value == count.value and (count.local != count.value or attribute in chosen)
+        ]
+        reason = ""
+        for attributes in itertools.islice(_choices(options, chosen), MOST_TRIALS):
+            problem = _problem(region, watches, attributes, tp_size)
+            if problem is None:
+                chosen = attributes
+                break
+            reason = reason or problem
+        else:
+            region.reasons.append(reason)
+            return None
+    return chosen
+
+
+def _choices(options: Sequence[tuple[str, Count]], chosen: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    free = [(attribute, count.meaning) for attribute, count in options if attribute not in chosen]
+    for size in range(len(free) + 1):
+        for more in itertools.combinations(free, size):
+            if len({attribute for attribute, _ in more}) == len(more):
+                yield {**chosen, **dict(more)}
+
+
+def _problem(
+    region: Region, watches: Sequence[tuple[nn.Module, Watch]], attributes: Mapping[str, str], tp_size: int
+) -> str | None:
+    """What is wrong; None where nothing is."""
+    for model, seen in watches:
+        try:
+            worst = max(_errors(model, region, seen, attributes, tp_size))
+        except Exception as error:  # whatever a module raises when its numbers do not go together
+            return f"{type(error).__name__}: {error}"
+        if not worst <= TOLERANCE:
+            return f"a rank's part differs by {worst:.1e}"
+    return None
+
+
+def _errors(
+    model: nn.Module, region: Region, seen: Watch, attributes: Mapping[str, str], tp_size: int
+) -> Iterator[float]:
+    total: Any = 0
+    for rank in range(tp_size):
+        share = Share(tp_size=tp_size, rank=rank, blocks=region.num_blocks)
+        local = copy.deepcopy(model.get_submodule(region.module))
+        _cut(local, region, share)
+        for attribute, meaning in attributes.items():
+            value = next(one.local for one in counts(region, share) if one.meaning == meaning)
+            set_attribute(local, attribute, value)
+        given, output = _run(local, region, seen, share)
+        if region.experts:
+            total = total + output
+            continue
+        name = region.consumer.rpartition(".")[0]
+        whole = seen.inputs[name].detach()
+        expected = whole[..., share.indices(region.splits[region.consumer], region.units)]
+        yield _error(expected, given)
+    if region.experts:
+        dense = first_tensor(seen.calls[region.module].output)
+        assert dense is not None
+        yield _error(dense.detach(), total)
+
+
+def _error(expected: Tensor, found: Tensor | None) -> float:
+    if found is None or expected.shape != found.shape:
+        return float("inf")
+    return float((expected - found).abs().max() / max(1.0, float(expected.abs().max())))
+
+
+def _cut(module: nn.Module, region: Region, share: Share) -> None:
+    """Give a module a rank's share of its parameters."""
+    prefix = f"{region.module}."
+    for parameter, split in region.splits.items():
+        owner, _, leaf = parameter.removeprefix(prefix).rpartition(".")
+        inside: Any = module.get_submodule(owner)
+        held = torch.tensor(share.indices(split, region.units))
+        whole = getattr(inside, leaf)
+        setattr(inside, leaf, nn.Parameter(whole.detach().index_select(split.dim, held)))
+        if (
+            leaf == "weight"
+            and parameter.rpartition(".")[0] in region.columns
+            and getattr(inside, "bias", None) is not None
+        ):
+            inside.bias = nn.Parameter(inside.bias.detach().index_select(0, held))
+        if hasattr(inside, "nf") and parameter != region.consumer:
+            inside.nf = len(held)
+    for parameter in region.added_once:
+        owner, _, leaf = parameter.removeprefix(prefix).rpartition(".")
+        if share.rank:
+            getattr(module.get_submodule(owner), leaf).data.zero_()
+
+
+def _run(module: nn.Module, region: Region, seen: Watch, share: Share) -> tuple[Tensor | None, Tensor | None]:
+    """What a module gives to the consumer, and its output."""
+    call = seen.calls[region.module]
+    bound = copy.copy(call.bound)
+    bound.arguments = {name: _detached(value) for name, value in call.arguments.items()}
+    for name, (dim, parts) in region.split_inputs.items():
+        value = bound.arguments.get(name)
+        if isinstance(value, Tensor) and value.shape[dim] > 1:
+            held = share.indices(Split(dim=dim, segments=parts), region.units)
+            bound.arguments[name] = value.index_select(dim, torch.tensor(held))
+    got: list[Tensor] = []
+    prefix = f"{region.module}."
+    with ExitStack() as stack, torch.no_grad():
+        if not region.experts:
+            consumer = module.get_submodule(region.consumer.removeprefix(prefix).rpartition(".")[0])
+            stack.callback(consumer.register_forward_pre_hook(lambda _, args: got.append(args[0])).remove)
+        for norm in region.means:
+            inside = module.get_submodule(norm.removeprefix(prefix))
+            stack.enter_context(constant_means(inside, [], iter(seen.means[norm])))
+        stack.enter_context(Smooth())
+        output = module(*bound.args, **bound.kwargs)
+    return (got[0] if got else None), first_tensor(output)
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, (tuple, list)):
+        return type(value)(_detached(item) for item in value)
+    return value
+
+
+def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """The integers that a module and those inside it hold (`inside:attribute`), and those of its config."""
+    for inside, submodule in module.named_modules():
+        for name, value in vars(submodule).items():
+            if type(value) is int and not name.startswith("_") and name not in _SIZES:
+                yield (f"{inside}:{name}" if inside else name), value
+    config = getattr(module, "config", None)
+    for name, value in vars(config).items() if config is not None else ():
+        if type(value) is int and not name.startswith("_"):
+            yield f"config.{name}", value
+
+
+def set_attribute(module: nn.Module, path: str, value: int) -> None:
+    """Set an attribute of a module; of one of its config, a copy of the config is given to it first."""
+    inside, _, path = path.rpartition(":")
+    target: Any = module.get_submodule(inside)
+    *before, leaf = path.split(".")
+    for step in before:
+        setattr(target, step, copy.copy(getattr(target, step)))
+        target = getattr(target, step)
+    setattr(target, leaf, value)
+
+
+def in_blocks(region: Region, number: int) -> Region:
+    """The region with each segment of all units divided into `number` blocks."""
+    count = len(region.units.coarse) // number
+    splits = {
+        parameter: Split(dim=split.dim, segments=tuple(p for s in split.segments for p in divided(s, count)))
+        for parameter, split in region.splits.items()
+    }
+    return replace(region, splits=splits, num_blocks=number)
+
+
+def _of_rank(count: int, tp_size: int, rank: int) -> tuple[int, int]:
+    if count < tp_size:
+        return rank * count // tp_size, rank * count // tp_size + 1
+    return iv.divide(count, tp_size)[rank]
