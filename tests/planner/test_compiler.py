@@ -110,7 +110,7 @@ def test_presets_none_auto_named_and_mismatched(make: Make) -> None:
     assert compile_plan(folder, tp_size=2, preset="llama") == compile_plan(folder, tp_size=2, preset="auto")
     (fault,) = faults_of(folder, preset="lama")
     assert (fault.what, fault.next) == ("there is no such preset", 'did you mean "llama"?')
-    assert fault.expected == "auto, none, " + ", ".join(preset_names())
+    assert fault.expected == "auto, none, infer, " + ", ".join(preset_names())
     (fault,) = faults_of(folder, preset="qwen2")
     assert (fault.what, fault.next) == ("the preset is not for this model", "use --preset auto or --preset llama")
     undecided = faults_of(folder, preset="none")

@@ -13,11 +13,13 @@ from autotp_plan.schemas.errors import CompileError, Fault, MissingDependencyErr
 
 MOST_MEMORY = 4 * 2**30
 """Bytes that inference may take."""
+TIMEOUT = 600
+"""Seconds that it may take where the user says nothing else."""
 
 time_limit = click.option(
     "--timeout",
     type=click.IntRange(min=1),
-    default=600,
+    default=TIMEOUT,
     show_default=True,
     help="Seconds after which inferring rules is given up.",
 )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from autotp_plan.planner.cli.export import export, presets
-from autotp_plan.planner.cli.infer import infer, infer_with_limits, time_limit
+from autotp_plan.planner.cli.infer import TIMEOUT, infer, infer_with_limits, time_limit
 from autotp_plan.planner.cli.output import not_written, reported, table_width
 from autotp_plan.planner.cli.shards import check_shards, merge, presplit, reshard
 from autotp_plan.schemas.errors import AutoTPError, Fault, OutputError, visible
@@ -69,7 +69,7 @@ def compile(
     uneven: bool,
     ds_config: Path | None,
     strict: bool,
-    timeout: int,
+    timeout: int = TIMEOUT,
 ) -> None:
     """Compile a plan: decide how every parameter of a model is sharded."""
     from autotp_plan.planner.compiler import compile_plan
