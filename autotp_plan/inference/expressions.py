@@ -44,6 +44,8 @@ _IRRELEVANT = [
     "length",
 ]
 """Parts of the keys that are no sizes of weights."""
+_OTHERS = ("vision", "audio", "image", "video")
+"""Parts of the keys of other models that one has inside."""
 
 
 @dataclass(kw_only=True)
@@ -59,7 +61,9 @@ class Expressions:
         keys = [key for key in models[0] if all(key in numbers for numbers in models)]
         keys = [key for key in keys if not any(word in key.rpartition(".")[2] for word in _IRRELEVANT)]
         order = {key: place for place, key in enumerate(preferred)}
-        keys.sort(key=lambda key: (order.get(key, len(order)), key.count("."), key))
+        keys.sort(
+            key=lambda key: (any(word in key for word in _OTHERS), key.count("."), order.get(key, len(order)), key)
+        )
         names: dict[str, Numbers] = {}
         for key in keys:
             values = tuple(numbers[key] for numbers in models)
@@ -106,7 +110,7 @@ class Expressions:
             if a <= b:
                 yield f"{a} * {b}", _times(x, y)
         for (a, x), (b, y) in pairs:
-            if a != b and all(q and p % q == 0 for p, q in zip(x, y)):
+            if a != b and _divides(y, x):
                 yield f"{a} // {b}", _over(x, y)
         for (a, x), (b, y) in pairs:
             if a < b:
@@ -115,13 +119,13 @@ class Expressions:
             for (a, x), (b, y) in pairs:
                 if a <= b:
                     yield f"{factor} * {a} * {b}", tuple(factor * p * q for p, q in zip(x, y))
-                if a != b and all(q and p % q == 0 for p, q in zip(x, y)):
+                if a != b and _divides(y, x):
                     yield f"{factor} * ({a} // {b})", tuple(factor * (p // q) for p, q in zip(x, y))
             for name, values in names:
-                if all(value % factor == 0 for value in values):
+                if all(value % factor == 0 for value in values[:2]):
                     yield f"{name} // {factor}", tuple(value // factor for value in values)
         for (a, x), (b, y) in pairs:
-            if a == b or any(q == 0 or p % q for p, q in zip(x, y)):
+            if a == b or not _divides(y, x):
                 continue
             for c, z in names:
                 for more in (1, 2, 3):
@@ -135,6 +139,11 @@ class Expressions:
 
 def _fits(got: Numbers, wanted: Values) -> bool:
     return all(value is None or value == one for one, value in zip(got, wanted))
+
+
+def _divides(y: Numbers, x: Numbers) -> bool:
+    """Whether a quotient is whole in the small models; in the original it may be rounded, as there."""
+    return all(y) and all(p % q == 0 for p, q in zip(x[:2], y[:2]))
 
 
 def _times(x: Numbers, y: Numbers) -> Numbers:

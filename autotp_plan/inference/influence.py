@@ -56,13 +56,45 @@ class Watch:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer: its weight multiplies its input, and nothing else happens."""
-    return getattr(type(module), "forward", None) is nn.Linear.forward or type(module).__name__ == "Conv1D"
+    """Whether a module is a linear layer: its weight multiplies its input, a bias is added, and nothing else happens."""
+    return _orientation(module) is not None
 
 
 def output_dim(module: nn.Module) -> int:
     """The dimension of a linear layer's weight that counts output features."""
-    return 1 if type(module).__name__ == "Conv1D" else 0
+    found = _orientation(module)
+    assert found is not None
+    return found
+
+
+_KNOWN: dict[type[nn.Module], int | None] = {nn.Linear: 0}
+"""By class, so that each is tried once."""
+
+
+def _orientation(module: nn.Module) -> int | None:
+    """The output dimension of a linear layer's weight, found out by trying it; None for what is no linear layer."""
+    kind = type(module)
+    weight = getattr(module, "weight", None)
+    names = {name for name, _ in module.named_parameters()}
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not {"weight"} <= names <= {"weight", "bias"}:
+        return None
+    if kind not in _KNOWN:
+        _KNOWN[kind] = next((dim for dim in (0, 1) if _multiplies(module, weight, dim)), None)
+    return _KNOWN[kind]
+
+
+def _multiplies(module: nn.Module, weight: Tensor, dim: int) -> bool:
+    given = _random((1, 3, weight.shape[1 - dim])).to(weight.dtype)
+    bias = getattr(module, "bias", None)
+    expected = given @ (weight.T if dim == 0 else weight)
+    try:
+        with torch.no_grad():
+            found = module.forward(given)
+    except Exception:  # a forward that wants something else
+        return False
+    if bias is not None:
+        expected = expected + bias
+    return isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected)
 
 
 def watch(

@@ -272,7 +272,19 @@ class SpecText:
             rows = tuple(one.model.get_submodule(name).weight.shape[0] for one in self.models)
             size = "vocab_size" if all(r == one.numbers.get("vocab_size") for r, one in zip(rows, self.models)) else -1
             shape: list[Any] = [[size] if size != -1 else -1, -1]
-            rule = {"patterns": [pattern_of(f"{name}.weight")], **extra, "shape": shape, "indivisible": "uneven"}
+            tables = [name]
+            if module is embedding:  # other modules that look up in the same table
+                tables += [
+                    other
+                    for other, one in model.named_modules()
+                    if one is not module and type(one) is type(module) and one.weight is module.weight
+                ]
+            rule = {
+                "patterns": [pattern_of(f"{table}.weight") for table in tables],
+                **extra,
+                "shape": shape,
+                "indivisible": "uneven",
+            }
             rules.append(rule)
         return rules
 
@@ -281,8 +293,9 @@ class SpecText:
         sharded = {parent_module(name) for name, rule in self.rules.items() if rule["partition_type"] != "skip"}
         sharded |= {name.rpartition(".")[0] for name, rule in self.rules.items() if rule["partition_type"] == "shard"}
         optional = self._optional()
+        tied = {tie["name"] for tie in self._ties() if pattern_of(tie["to"]) in decided}
         for key, shape in self.shapes.items():
-            if key in self.rules or pattern_of(key) in decided:
+            if key in self.rules or pattern_of(key) in decided or key in tied:
                 continue
             weight = f"{key.rpartition('.')[0]}.weight"
             follows = key.endswith(".bias") and len(shape) == 1 and weight in self.rules
