@@ -56,7 +56,7 @@ class Watch:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer: its weight multiplies its input, a bias is added, and nothing else happens."""
+    """Whether a module is a linear layer: its input times its weight, plus a bias, and nothing else."""
     return _orientation(module) is not None
 
 
