@@ -85,6 +85,8 @@ def build_model(
     except Exception as error:  # transformers and its validation of configs raise errors of many kinds
         if "trust_remote_code" in str(error):
             raise CheckpointError(_remote_code(folder, config)) from None
+        if config.get("model_type") not in transformers.CONFIG_MAPPING:
+            raise CheckpointError(_unknown_type(folder, config, transformers.__version__)) from None
         raise CheckpointError(
             Fault(
                 code="unbuildable-config",
@@ -139,6 +141,19 @@ def _remote_code(folder: Path, config: Mapping[str, Any]) -> Fault:
         expected="a model that transformers has",
         next="to plan, give a folder with safetensors files and a spec file for its weights (--preset none --spec FILE)"
         "; to train, import the code and give the model yourself: plan.load_model(path, model=module_on_meta)",
+    )
+
+
+def _unknown_type(folder: Path, config: Mapping[str, Any], version: str) -> Fault:
+    """The fault of a model that the installed transformers does not have."""
+    return Fault(
+        code="unknown-model-type",
+        what="transformers does not have this model",
+        where=str(folder / CONFIG_NAME),
+        got=f"model_type {config.get('model_type')}, and transformers {version}",
+        expected="a model_type of the installed transformers",
+        next="install a transformers that has it; or, to plan, give a folder with safetensors files and a spec file "
+        "for its weights (--preset none --spec FILE)",
     )
 
 

@@ -39,12 +39,14 @@ def spec_skeleton(model: Any, found: Mapping[str, Spec], decided: Callable[[str]
         owner = name.rpartition(".")[0]
         rule: dict[str, Any] = {"patterns": [name_pattern(template)], "partition_type": CHOICE}
         known = found.get(name)
-        if parameter.dim() == 3 and not hasattr(owners[owner], "in_features") and "weight" not in name:
+        if known is not None and known.partition_type == "skip":
+            rule["partition_type"] = "skip"
+        elif parameter.dim() == 3 and not hasattr(owners[owner], "in_features") and "weight" not in name:
             rule |= _fused_experts(name, tuple(parameter.shape), model.config)
             inputs = dict.fromkeys(differentiable_inputs(owners[owner]), "copy")
             module = {"patterns": [name_pattern(starred(owner))], "inputs": inputs, "output": "reduce"}
             modules[starred(owner)] = json.dumps(module)
-        elif known is not None and (known.partition_type in ("vocab", "skip") or known.gather_output):
+        elif known is not None and (known.partition_type == "vocab" or known.gather_output):
             rule["partition_type"] = known.partition_type
             rule |= {"gather_output": True} if known.gather_output else {}
             rule |= {"indivisible": "uneven"} if known.indivisible == "uneven" else {}

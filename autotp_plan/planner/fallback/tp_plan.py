@@ -215,9 +215,10 @@ class _Translation:
         """Whether a linear layer has one output for each expert of its module, or fewer outputs than ranks."""
         if module.out_features < max(2, self.tp_size):
             return True
-        siblings = f"{owner.rpartition('.')[0]}."
+        inside = owner.rpartition(".")[0]
+        around = [f"{inside}."] + ([f"{inside.rpartition('.')[0]}."] if "router" in inside.rpartition(".")[2] else [])
         return any(
-            name.startswith(siblings) and parameter.dim() == 3 and parameter.shape[0] == module.out_features
+            name.startswith(tuple(around)) and parameter.dim() == 3 and parameter.shape[0] == module.out_features
             for name, parameter in self.parameters.items()
         )
 

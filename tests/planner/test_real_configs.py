@@ -1,0 +1,66 @@
+"""Configs of public models of 2024 to 2026: each is planned, or refused in a true sentence; no traceback.
+
+`real_configs.json` holds what a config.json says of the model's architecture, where that was read, and what becomes of
+it: `preset`, `tp_plan`, or the code of the fault.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from autotp_plan.planner import compile_plan
+from autotp_plan.planner.plan_checks import check_plan
+from autotp_plan.planner.plan_table import summary
+from autotp_plan.schemas.errors import AutoTPError
+from autotp_plan.schemas.plan.document import Plan
+
+CONFIGS: dict[str, Any] = json.loads((Path(__file__).parent / "real_configs.json").read_text(encoding="utf-8"))
+PLANNED = ("preset", "tp_plan")
+TP_SIZE = 2
+
+
+def right(plan: Plan) -> Any:
+    """A proof that finds nothing wrong: `verify` and the tests of wrappers and families prove the architectures."""
+    return SimpleNamespace(partial_gradients=(), problem=None)
+
+
+def outcome(folder: Path) -> tuple[str, Plan | None, str]:
+    try:
+        plan = compile_plan(folder, tp_size=TP_SIZE, prove=right)
+    except AutoTPError as error:
+        (fault,) = error.faults
+        return str(fault.code), None, f"{fault.what}: {fault.got}"
+    return "tp_plan" if any("tp_plan" in note for note in plan.notes) else "preset", plan, ""
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_is_planned_or_refused_in_a_sentence(tmp_path: Path, name: str) -> None:
+    entry = CONFIGS[name]
+    (tmp_path / "config.json").write_text(json.dumps(entry["config"]))
+    if entry.get("hf_quant_config"):
+        (tmp_path / "hf_quant_config.json").write_text("{}")
+    found, plan, sentence = outcome(tmp_path)
+    assert found == entry["outcome"], sentence
+    if plan is None:
+        assert "Traceback" not in sentence and "\n" not in sentence, sentence
+        return
+    assert check_plan(plan) == []
+    totals = summary(plan)
+    assert max(totals.per_rank) / totals.total < 0.65, "a small language model with a large tower is the most"
+    assert {entry.dtype for entry in plan.parameters} <= {"BF16", "F16", "F32"}
+    half = sum(e.dtype != "F32" for e in plan.parameters)
+    assert half > len(plan.parameters) / 2, "every one of these is published in half precision"
+
+
+def test_there_are_enough_of_them_and_most_are_planned() -> None:
+    assert len(CONFIGS) >= 60
+    assert all(entry["source"] for entry in CONFIGS.values())
+    weights = [one for one in CONFIGS.values() if one["outcome"] not in ("quantised-weights", "unknown-model-type")]
+    planned = [one for one in weights if one["outcome"] in PLANNED]
+    assert len(planned) / len(weights) >= 0.7
+    assert len({one["config"]["model_type"] for one in CONFIGS.values()}) >= 30
