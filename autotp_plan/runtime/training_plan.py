@@ -20,6 +20,7 @@ from autotp_plan.runtime.checkpoint.save_shards import save_shards
 from autotp_plan.runtime.data.batch_check import check_batches, check_interval
 from autotp_plan.runtime.data.loader import training_loader
 from autotp_plan.runtime.data.sampler import ResumableSampler, tp_sampler
+from autotp_plan.runtime.deepspeed.agreement import are_several, check_same, together
 from autotp_plan.runtime.deepspeed.autotp_calls import check_autotp_calls
 from autotp_plan.runtime.deepspeed.engine_config import engine_config
 from autotp_plan.runtime.deepspeed.internals import skip_sums_over_one_rank
@@ -27,7 +28,7 @@ from autotp_plan.runtime.deepspeed.mesh import Ranks, check_world_size, init_ran
 from autotp_plan.runtime.loading.check_model import check_model
 from autotp_plan.runtime.loading.empty_model import empty_model
 from autotp_plan.runtime.loading.shard_model import shard_model
-from autotp_plan.runtime.loading.weights import open_weights
+from autotp_plan.runtime.loading.weights import WeightSource, open_weights
 from autotp_plan.runtime.optimizers.choose import (
     adapt_engine,
     adapt_optimizer,
@@ -157,14 +158,28 @@ class TrainingPlan:
             DocumentError: a JSON file in the folder is not what it should be.
             OptionError: `check_batches_every` is less than 1.
 
-        All of them before any communication, and on every rank.
+        All of them before anything is loaded; where one rank raises, the others do, and none waits for it.
         """
         check_interval(check_batches_every)
         check_world_size(self.tp_size)
-        source = open_weights(Path(path), self.document, verify_checksums=verify_checksums, map_shards=map_shards)
-        built, dtypes = empty_model(Path(path), self.document, model, dtype, options)
-        check_model(built, self.document)
+        folder = Path(path)
+
+        def found() -> tuple[WeightSource, nn.Module, dict[str, torch.dtype]]:
+            source = open_weights(folder, self.document, verify_checksums=verify_checksums, map_shards=map_shards)
+            built, dtypes = empty_model(folder, self.document, model, dtype, options)
+            check_model(built, self.document)
+            return source, built, dtypes
+
+        if are_several():  # first the means to tell the others what was found
+            self.init_mesh()
+        source, built, dtypes = together(found, "the weights could not be read", "correct what is wrong")
         ranks = self.init_mesh()
+        check_same(
+            {"plan": self.document.fingerprint, "checkpoint": source.fingerprint() if are_several() else None},
+            what="the ranks would load parts of different models",
+            where=f"load_model({str(path)!r})",
+            next_step="give every rank the same plan, and shards or a checkpoint of the same weights",
+        )
         shard_model(
             built,
             self.document,

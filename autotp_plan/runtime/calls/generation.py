@@ -22,7 +22,7 @@ class GenerationCalls(PreTrainedModel if TYPE_CHECKING else object):  # type: ig
         first rank before it draws, and keeps it afterwards; DP ranks draw different numbers.
         """
         share_rng_state(self.autotp.ranks.tp_group)
-        return super().generate(*args, **kwargs)  # type: ignore[operator,misc]
+        return super().generate(*args, **kwargs)
 
 
 def share_rng_state(group: Any) -> None:

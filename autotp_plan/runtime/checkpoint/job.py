@@ -9,7 +9,7 @@ it is written when all ranks are done, so a save that dies is not chosen.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from autotp_plan.runtime.checkpoint.rng_state import load_rng_state, save_rng_st
 from autotp_plan.runtime.checkpoint.zero_files import SavedJob
 from autotp_plan.runtime.data.sampler import ResumableSampler
 from autotp_plan.runtime.data.stream import StreamLoader
+from autotp_plan.runtime.deepspeed.agreement import check_same, together
+from autotp_plan.runtime.deepspeed.internals import collected_save_errors
 from autotp_plan.runtime.deepspeed.mesh import Ranks
-from autotp_plan.schemas.documents import format_json, read_json, write_atomically
+from autotp_plan.schemas.documents import fingerprint, format_json, read_json, write_atomically
 from autotp_plan.schemas.errors import CheckpointError, Fault, MismatchError
 from autotp_plan.schemas.plan.document import Plan
 
@@ -34,6 +36,9 @@ UNFINISHED_NAME = "autotp_unfinished"
 The folder is complete when it holds `ABOUT_NAME`, which is written when all ranks are done.
 """
 LATEST_NAME = "latest"
+
+_FAILED = "the checkpoint could not be written"
+_NOT_READ, _READ_AGAIN = "the checkpoint could not be read", "correct what is wrong, or resume from another tag"
 
 
 def save_checkpoint(
@@ -57,6 +62,27 @@ def save_checkpoint(
         CheckpointError: the tag is not the name of a folder, or names anything but what an unfinished save has left.
     """
     tag = tag if tag is not None else f"step{engine.global_steps}"
+    about = together(lambda: _about_a_save(engine, folder, plan, ranks, tag, client_state), _FAILED)
+    check_same(
+        {"tag": tag, "plan": plan.fingerprint, "latest": _latest(folder)},
+        what="the ranks would not save one checkpoint",
+        where=f"save_checkpoint to {folder}",
+        next_step="give every rank the same tag and a folder that all of them share",
+    )
+    target = folder / tag
+    together(lambda: _begin(target) if dist.get_rank() == 0 else None, _FAILED)
+    together(lambda: _check_shared(target), _FAILED)
+    with collected_save_errors(engine) as errors:
+        engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
+    together(lambda: _finish_part(target, errors), _FAILED)
+    together(lambda: _finish(target, plan, about) if dist.get_rank() == 0 else None, _FAILED)
+    return tag
+
+
+def _about_a_save(
+    engine: Any, folder: Path, plan: Plan, ranks: Ranks, tag: str, client_state: dict[str, Any]
+) -> dict[str, Any]:
+    """What is written about a checkpoint, when it may be made."""
     about = {**_about(engine, plan, ranks), "client_state": sorted(client_state)}
     if engine.micro_steps % engine.gradient_accumulation_steps():
         raise MismatchError(
@@ -80,23 +106,50 @@ def save_checkpoint(
                 next="give another tag, or remove it yourself",
             )
         )
-    dist.barrier()  # all ranks have looked before the first one changes anything
-    if dist.get_rank() == 0:
-        if target.exists():
-            shutil.rmtree(target)
-        target.mkdir(parents=True)
-        (target / UNFINISHED_NAME).touch()
-    dist.barrier()
-    engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
-    save_rng_state(folder / tag / f"random-{dist.get_rank()}.safetensors")
-    dist.barrier()
-    if dist.get_rank() == 0:
-        write_atomically(target / PLAN_NAME, plan.to_json())
-        write_atomically(target / ABOUT_NAME, format_json(about))
-        write_atomically(folder / LATEST_NAME, tag)
-        (target / UNFINISHED_NAME).unlink()
-    dist.barrier()
-    return tag
+    return about
+
+
+def _begin(target: Path) -> None:
+    if target.exists():
+        shutil.rmtree(target)
+    target.mkdir(parents=True)
+    (target / UNFINISHED_NAME).touch()
+
+
+def _check_shared(target: Path) -> None:
+    """Every rank must see what the first one has made."""
+    if not (target / UNFINISHED_NAME).exists():
+        raise CheckpointError(
+            Fault(
+                what="the ranks would not save one checkpoint",
+                where=str(target),
+                got=f"no folder that the first rank has made, on rank {dist.get_rank()}",
+                expected="one folder that all ranks share",
+                next="give a folder on a file system that all nodes share, the same one on every rank",
+            )
+        )
+
+
+def _finish_part(target: Path, errors: Sequence[tuple[str, Exception]]) -> None:
+    """The last file of this rank; and what went wrong in writing those before it."""
+    for path, error in errors:
+        raise CheckpointError(
+            Fault(
+                what="a file of the checkpoint could not be written",
+                where=path,
+                got=f"{type(error).__name__}: {error}",
+                expected="free space in a folder that all ranks can write to, and a client_state that can be pickled",
+                next="correct what is wrong and save again: the latest checkpoint is still the one before",
+            )
+        )
+    save_rng_state(target / f"random-{dist.get_rank()}.safetensors")
+
+
+def _finish(target: Path, plan: Plan, about: dict[str, Any]) -> None:
+    write_atomically(target / PLAN_NAME, plan.to_json())
+    write_atomically(target / ABOUT_NAME, format_json(about))
+    write_atomically(target.parent / LATEST_NAME, target.name)
+    (target / UNFINISHED_NAME).unlink()
 
 
 def load_checkpoint(engine: Any, folder: Path, plan: Plan, ranks: Ranks, tag: str | None) -> dict[str, Any]:
@@ -120,6 +173,30 @@ def load_checkpoint(engine: Any, folder: Path, plan: Plan, ranks: Ranks, tag: st
         MismatchError: it is of another model, or can be resumed only on the mesh it was saved on.
         MissingDependencyError: this version of DeepSpeed keeps its state where it is not looked for.
     """
+    tag, about, job = together(lambda: _what_to_load(engine, folder, plan, ranks, tag), _NOT_READ, _READ_AGAIN)
+    check_same(
+        {"tag": tag, "checkpoint": fingerprint(about), "plan": plan.fingerprint},
+        what="the ranks would not resume from one checkpoint",
+        where=f"load_checkpoint from {folder}",
+        next_step="give every rank the same tag, and the folder that the job was saved to",
+    )
+    if job is not None:
+        client_state = load_from_other_mesh(engine, job, plan, ranks)
+    else:  # without ZeRO, what DeepSpeed saves does not depend on the number of DP ranks
+        _, client_state = engine.load_checkpoint(str(folder), tag=tag)
+    if _differences(about, _about(engine, plan, ranks)):
+        restore = partial(seed_from_rng_state, folder / tag / "random-0.safetensors", ranks.dp_rank)
+    else:
+        restore = partial(load_rng_state, folder / tag / f"random-{dist.get_rank()}.safetensors")
+    restore()
+    _set_position(engine, about, ranks, restore)
+    return {key: value for key, value in client_state.items() if key in about["client_state"]}
+
+
+def _what_to_load(
+    engine: Any, folder: Path, plan: Plan, ranks: Ranks, tag: str | None
+) -> tuple[str, dict[str, Any], SavedJob | None]:
+    """The tag, what was written about it, and its files where DeepSpeed cannot load them on this mesh."""
     tag = tag if tag is not None else _latest(folder)
     if tag is not None:
         _check_tag(tag, folder)
@@ -134,19 +211,11 @@ def load_checkpoint(engine: Any, folder: Path, plan: Plan, ranks: Ranks, tag: st
             )
         )
     about = read_json(folder / tag / ABOUT_NAME, "checkpoint")
-    differences = _differences(about, _about(engine, plan, ranks))
     _check_position(engine, about, ranks, folder / tag)
+    differences = _differences(about, _about(engine, plan, ranks))
     if differences and (differences != ["dp_size"] or engine.zero_optimization_stage() > 0):
-        client_state = load_from_other_mesh(engine, _saved_job(engine, folder / tag, about, plan, ranks), plan, ranks)
-    else:  # without ZeRO, what DeepSpeed saves does not depend on the number of DP ranks
-        _, client_state = engine.load_checkpoint(str(folder), tag=tag)
-    if differences:
-        restore = partial(seed_from_rng_state, folder / tag / "random-0.safetensors", ranks.dp_rank)
-    else:
-        restore = partial(load_rng_state, folder / tag / f"random-{dist.get_rank()}.safetensors")
-    restore()
-    _set_position(engine, about, ranks, restore)
-    return {key: value for key, value in client_state.items() if key in about["client_state"]}
+        return tag, about, _saved_job(engine, folder / tag, about, plan, ranks)
+    return tag, about, None
 
 
 def _set_position(engine: Any, about: dict[str, Any], ranks: Ranks, restore: Callable[[], None]) -> None:

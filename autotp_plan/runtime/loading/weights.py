@@ -8,7 +8,7 @@ Everything that can be wrong with the files is found, on every rank alike, befor
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from autotp_plan.schemas.layout import Layout, parameter_shape
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.folder import is_unfinished, read_shards
 from autotp_plan.schemas.shards.manifest import MANIFEST_NAME
+from autotp_plan.schemas.shards.origin import fingerprint_of
 from autotp_plan.schemas.storage.byte_ranges import ByteRange, ByteRanges, Reader
 from autotp_plan.schemas.storage.checkpoint import read_checkpoint
 from autotp_plan.schemas.storage.plan_fit import config_faults, tensor_faults
@@ -71,12 +72,15 @@ class WeightSource:
         stored: by parameter and TP rank the bytes of which the shard is some or all.
         presplit: whether these bytes are the shard.
         mapped: whether a shard may be mapped.
+        fingerprint: returns a hash of headers and of samples, which tells the weights from others of the same names
+            and shapes. It is the same for a checkpoint and for shards of it.
     """
 
     plan: Plan
     stored: dict[tuple[str, int], ByteRanges]
     presplit: bool
     mapped: bool
+    fingerprint: Callable[[], str]
 
     def of_rank(self, tp_rank: int) -> Iterator[Weight]:
         """The weights of one rank in the order of the plan."""
@@ -117,8 +121,15 @@ def open_weights(folder: Path, plan: Plan, *, verify_checksums: bool = False, ma
         if verify_checksums:
             shards.verify()
         stored = {key: ByteRanges.of([entry]) for key, entry in shards.tensors.items()}
-        return WeightSource(plan=plan, stored=stored, presplit=True, mapped=map_shards)
-    tensors = read_checkpoint(folder).tensors
+        return WeightSource(
+            plan=plan,
+            stored=stored,
+            presplit=True,
+            mapped=map_shards,
+            fingerprint=lambda: shards.manifest.source.fingerprint,
+        )
+    checkpoint = read_checkpoint(folder)
+    tensors = checkpoint.tensors
     faults = tensor_faults(plan, tensors) + dtype_faults
     if plan.model.config is not None:
         faults += config_faults(plan, folder)
@@ -128,7 +139,9 @@ def open_weights(folder: Path, plan: Plan, *, verify_checksums: bool = False, ma
     for parameter in plan.expanded():
         full = ByteRanges.of([tensors[name] for name in parameter.names_on_disk()])
         stored.update({(parameter.name, rank): full for rank in range(plan.tp_size)})
-    return WeightSource(plan=plan, stored=stored, presplit=False, mapped=False)
+    return WeightSource(
+        plan=plan, stored=stored, presplit=False, mapped=False, fingerprint=lambda: fingerprint_of(checkpoint)
+    )
 
 
 def read_weight(weight: Weight, device: torch.device, dtype: torch.dtype | None) -> Tensor:

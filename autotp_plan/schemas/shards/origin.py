@@ -122,12 +122,21 @@ def source_of(checkpoint: Checkpoint) -> Source:
                 next="rename the file, in the index too",
             )
         )
+    return Source(fingerprint=fingerprint_of(checkpoint), files=files)
+
+
+def fingerprint_of(checkpoint: Checkpoint) -> str:
+    """A hash of the headers of a checkpoint and of a sample of every tensor.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
     digest = hashlib.sha256()
     with ThreadPoolExecutor(8) as pool:
-        for file, sampled in zip(files, pool.map(_sample, checkpoint.files)):
-            for part in (file.name.encode(), file.header.encode(), sampled):
+        for file, sampled in zip(checkpoint.files, pool.map(_sample, checkpoint.files)):
+            for part in (file.path.name.encode(), file.header.encode(), sampled):
                 digest.update(len(part).to_bytes(8, "little") + part)
-    return Source(fingerprint=f"sha256:{digest.hexdigest()}", files=files)
+    return f"sha256:{digest.hexdigest()}"
 
 
 def _sample(file: SafetensorsFile) -> bytes:

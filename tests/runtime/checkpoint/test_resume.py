@@ -91,15 +91,19 @@ def killed(work: Path) -> None:
         folder = work / f"{name} zero{stage}"
         steps(plan, engine, loader, 0, KILLED_AT, folder)
         save, job.save_rng_state = job.save_rng_state, died  # type: ignore[attr-defined, assignment]
-        with contextlib.suppress(InterruptedError):
+        with contextlib.suppress(Killed):
             plan.save_checkpoint(engine, folder)
         job.save_rng_state = save  # type: ignore[attr-defined]
         engine.destroy()
     os._exit(0)
 
 
+class Killed(BaseException):
+    """What no code of ours catches, as it would not run any more."""
+
+
 def died(*_: Any) -> None:
-    raise InterruptedError("killed half-way through a save")
+    raise Killed("half-way through a save")
 
 
 def resumed(work: Path) -> dict[str, Any]:
