@@ -600,3 +600,21 @@ def test_kv_heads_are_replicated_when_there_are_more_ranks(make: Make) -> None:
     assert compile_plan(folder, tp_size=2).module_attributes == (), "a value that does not change is not set"
     found = faults_of(folder, tp_size=3)
     assert {fault.next.split(";")[0] for fault in found} == {"TP sizes that work for the whole model: 1, 2, 4, 8"}
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "LlamaForRewards", None])
+def test_a_head_that_a_preset_does_not_know_is_cured_by_one_rule(tmp_path: Path, architecture: str | None) -> None:
+    config = {**LLAMA_CONFIG, "architectures": None if architecture is None else [architecture]}
+    shapes = {name: shape for name, shape in llama_shapes(config).items() if not name.startswith("lm_head")}
+    folder = write_checkpoint(tmp_path, {**shapes, "v_head.summary.weight": (1, config["hidden_size"])}, config=config)
+    with pytest.raises(CompileError):
+        compile_plan(folder, tp_size=2)
+    rule = {"patterns": [r"v_head\.summary\.weight$"], "partition_type": "skip"}
+    plan = compile_plan(folder, tp_size=2, specs=[SpecFile.from_dict({"layer_specs": [rule]})])
+    assert {e.name: e.style for e in plan.parameters}["v_head.summary.weight"] == "replicated"
+    assert any("the head is v_head.summary.weight" in note for note in plan.notes)
+    # a rule for something in the layers says nothing of the head
+    with pytest.raises(CompileError, match="a pattern matches no parameter"):
+        rule = {"patterns": [r".*o_proj\.weight$"], "partition_type": "row"}
+        folder = write_checkpoint(tmp_path / "headless", shapes, config=config)
+        compile_plan(folder, tp_size=2, specs=[SpecFile.from_dict({"layer_specs": [rule]})])

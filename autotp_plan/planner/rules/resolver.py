@@ -44,8 +44,9 @@ from autotp_plan.planner.rules.rule_set import RuleList
 from autotp_plan.planner.rules.symbols import SymbolError, Symbols
 from autotp_plan.schemas.fault_book import FaultBook
 from autotp_plan.schemas.layout import Layout
+from autotp_plan.schemas.names import is_index
 from autotp_plan.schemas.plan.entries import Style
-from autotp_plan.schemas.plan.rule_ref import DEFAULT_RULE, RuleRef
+from autotp_plan.schemas.plan.rule_ref import DEFAULT_RULE, RuleRef, Section
 from autotp_plan.schemas.spec import PartitionType, Spec
 
 _STYLES: Mapping[PartitionType, Style] = {
@@ -90,9 +91,12 @@ class Resolver:
         ]
         deciding = [compiled_rules for rules, compiled_rules in compiled if rules.decides]
         names = [*self.inventory.parameters, *self.inventory.tied]
+        other_head = self._other_head(compiled)
         for rules, compiled_rules in compiled:
             for unmatched in unmatched_patterns(compiled_rules, names) if rules.decides else ():
-                if rules.may_match_nothing:
+                if other_head and rules.trusted and rules.section is Section.VOCABULARY:
+                    self.notes.append(f"{unmatched.rule} has nothing to decide: the head is {other_head}.")
+                elif rules.may_match_nothing:
                     self.notes.append(str(unmatched))
                 else:
                     unmatched.fault(self.faults)
@@ -121,6 +125,17 @@ class Resolver:
         check_modules_sharded_together(decisions, trusted, self.faults)
         decisions = settle_partial_gradients(decisions, trusted, self.faults)
         return {name: decisions[name] for name in names if name in decisions}
+
+    def _other_head(self, compiled: Sequence[tuple[RuleList, Sequence[Rule]]]) -> str | None:
+        """A weight outside of the layers that a rule of the user's decides and the preset does not know."""
+        trusted = [rule for rules, found in compiled if rules.trusted for rule in found]
+        users = [rule for rules, found in compiled if not rules.trusted for rule in found]
+        for name, info in self.inventory.parameters.items():
+            in_layers = len(info.shape) < 2 or any(is_index(part) for part in name.split("."))
+            decided, known = (any(rule.matches(name) for rule in rules) for rules in (users, trusted))
+            if decided and not known and not in_layers:
+                return name
+        return None
 
     def optional(self, lists: Sequence[RuleList]) -> set[str]:
         """The parameters that an optional rule matches."""

@@ -116,3 +116,74 @@ def test_a_published_size_gives_a_small_twin(tmp_path: Path) -> None:
     assert vision["hidden_size"] == 16 * 8 and vision["image_size"] == 4 * vision["patch_size"]
     assert small["image_token_index"] < text["vocab_size"] and small["image_token_index"] != text["pad_token_id"]
     assert json.loads(json.dumps(small)) == small
+
+
+class ImageData:
+    """Rows of tokens with an image each, as a data set for Trainer: pixels of all patches of an image in one item."""
+
+    def __init__(self, batches: Any, rows: int) -> None:
+        self.batches, self.rows = batches, rows
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        batch = self.batches(row // 2)
+        at = row % 2
+        per_image = batch["pixel_values"].shape[0] // 2
+        item = {name: value[at] for name, value in batch.items() if name != "pixel_values"}
+        pixels = batch["pixel_values"][at * per_image : (at + 1) * per_image]
+        return {**item, "labels": item["input_ids"], "pixel_values": pixels}
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of items: patches of several images follow one another."""
+    import torch
+
+    return {
+        name: torch.cat([item[name] for item in items])
+        if name == "pixel_values"
+        else torch.stack([item[name] for item in items])
+        for name in items[0]
+    }
+
+
+def losses_under_trainer(folder: Path, out: Path, plan: Any, data: ImageData) -> list[float]:
+    import torch
+    from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
+
+    from autotp_plan.runtime import TrainingPlan
+
+    sharded = None if plan is None else TrainingPlan(plan)
+    deepspeed = {"zero_optimization": {"stage": 1}, "train_micro_batch_size_per_gpu": "auto"}
+    arguments = TrainingArguments(
+        str(out), deepspeed=None if sharded is None else deepspeed, max_steps=2, learning_rate=1e-3, use_cpu=True,
+        per_device_train_batch_size=2, report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=1,
+        optim="adamw_torch", max_grad_norm=1.0, remove_unused_columns=False,
+    )  # fmt: skip
+    model = (
+        AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+        if sharded is None
+        else sharded.load_model(folder)
+    )
+    trainer = Trainer(model, arguments, train_dataset=data, data_collator=collate)
+    if sharded is not None:
+        sharded.adapt_trainer(trainer)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("variant", ["qwen2_5_vl"])
+def test_trainer_trains_with_images(tmp_path: Path, variant: str) -> None:
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from autotp_plan.runtime.verify.random_inputs import Batches, images_for
+
+    folder = save_wrapper(tmp_path / "model", variant, torch.float32)
+    images = images_for(AutoModelForImageTextToText.from_pretrained(folder))
+    data = ImageData(Batches(vocab_size=240, length=8, padding=0, images=images), 4)
+    (dense,) = launch(losses_under_trainer, 1, folder, tmp_path / "dense", None, data)
+    plan = compile_plan(folder, tp_size=2)
+    for losses in launch(losses_under_trainer, 2, folder, tmp_path / "out", plan, data):
+        assert len(losses) == 2 and losses == pytest.approx(dense, rel=1e-4)
