@@ -48,10 +48,13 @@ def tensor_bytes(name: str, dtype: str, shape: Sequence[int]) -> bytes:
     return random.Random(name).randbytes(num_bytes(dtype, shape))
 
 
-def write_file(path: Path, tensors: Mapping[str, tuple[str, Sequence[int]]]) -> Path:
-    """A safetensors file of `{name: (dtype, shape)}`."""
+def write_file(
+    path: Path, tensors: Mapping[str, tuple[str, Sequence[int]]], tied: Mapping[str, str] | None = None
+) -> Path:
+    """A safetensors file of `{name: (dtype, shape)}`; what is `tied` has the contents of the tensor it is tied to."""
+    tied = tied or {}
     header = header_bytes([(name, dtype, shape) for name, (dtype, shape) in tensors.items()], {"format": "pt"})
-    path.write_bytes(header + b"".join(tensor_bytes(name, *tensor) for name, tensor in tensors.items()))
+    path.write_bytes(header + b"".join(tensor_bytes(tied.get(name, name), *one) for name, one in tensors.items()))
     return path
 
 
@@ -62,20 +65,21 @@ def write_checkpoint(
     *,
     dtype: str | Mapping[str, str] = "BF16",
     num_files: int = 1,
+    tied: Mapping[str, str] | None = None,
 ) -> Path:
     """A checkpoint folder of `num_files` files; `dtype` is one for all tensors or one for each (others BF16)."""
     folder.mkdir(parents=True, exist_ok=True)
     dtypes = {name: dtype if isinstance(dtype, str) else dtype.get(name, "BF16") for name in shapes}
     tensors = {name: (dtypes[name], tuple(shape)) for name, shape in shapes.items()}
     if num_files == 1:
-        write_file(folder / "model.safetensors", tensors)
+        write_file(folder / "model.safetensors", tensors, tied)
     else:
         weight_map: dict[str, str] = {}
         names = list(tensors)
         for part in range(num_files):
             file_name = f"model-{part + 1:05d}-of-{num_files:05d}.safetensors"
             mine = names[part::num_files]
-            write_file(folder / file_name, {name: tensors[name] for name in mine})
+            write_file(folder / file_name, {name: tensors[name] for name in mine}, tied)
             weight_map.update(dict.fromkeys(mine, file_name))
         index = {"metadata": {}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -97,15 +97,16 @@ def write_random(model: Model, folder: Path, random: Random) -> Path:
     """The model's checkpoint: tensors dealt out to files at random, with an index where there are several."""
     folder.mkdir()
     names = list(model.disk)
+    tied = {name: model.parameters[to][2] or to for name, to in model.tied}
     random.shuffle(names)
     num_files = random.randint(1, min(4, len(names)))
     if num_files == 1 and random.random() < 0.7:
-        write_file(folder / "model.safetensors", {name: model.disk[name] for name in names})
+        write_file(folder / "model.safetensors", {name: model.disk[name] for name in names}, tied)
     else:
         weight_map: dict[str, str] = {}
         for part in range(num_files):
             mine = names[part::num_files]
-            write_file(folder / f"model-{part}.safetensors", {name: model.disk[name] for name in mine})
+            write_file(folder / f"model-{part}.safetensors", {name: model.disk[name] for name in mine}, tied)
             weight_map.update(dict.fromkeys(mine, f"model-{part}.safetensors"))
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}, indent=2))
     (folder / "tokenizer.json").write_text("{}")

@@ -331,7 +331,8 @@ def test_a_tied_head_is_a_tie_and_no_parameter(make: Make) -> None:
     )  # fmt: skip
     assert "lm_head.weight" not in [entry.name for entry in plan.parameters]
     config = {**LLAMA_CONFIG, "tie_word_embeddings": True}
-    noted = compile_plan(make(llama_shapes(), config), tp_size=2)
+    twice = {"lm_head.weight": "model.embed_tokens.weight"}
+    noted = compile_plan(make(llama_shapes(), config, tied=twice), tp_size=2)
     assert noted.notes == (
         "lm_head.weight is on disk but tied to model.embed_tokens.weight: only the latter is used.",
     )  # fmt: skip

@@ -24,6 +24,7 @@ from autotp_plan.schemas.fault_book import FaultBook
 from autotp_plan.schemas.names import NameSet, natural_key
 from autotp_plan.schemas.plan.entries import ModelIdentity, Sources
 from autotp_plan.schemas.storage.checkpoint import Checkpoint, planned_config
+from autotp_plan.schemas.storage.plan_fit import is_tied_on_disk
 from autotp_plan.schemas.storage.safetensors_header import TensorEntry
 
 _DTYPES = {
@@ -130,10 +131,11 @@ def inventory_of_module(module: Any, names: DiskNames | None = None) -> Inventor
     parameters: dict[str, ParameterInfo] = {}
     tied: dict[str, str] = {}
     ignored = NameSet(names.ignored)
+    untied = _untied_in_memory(module, names)
     for name, parameter in parameters_and_buffers(module):
         if name in ignored:
             continue
-        if id(parameter) in first_name or name in names.tied:  # building on meta may have broken a tie
+        if id(parameter) in first_name or (name in names.tied and name not in untied):
             tied[name] = first_name.get(id(parameter)) or names.tied[name]
             continue
         first_name[id(parameter)] = name
@@ -156,19 +158,31 @@ def inventory_of_module(module: Any, names: DiskNames | None = None) -> Inventor
     return Inventory(parameters=_sorted(parameters), tied=tied, config=ModelInput(module).config)
 
 
+def _untied_in_memory(module: Any, names: DiskNames) -> set[str]:
+    """The names that the config ties and that have values of their own. Building on meta may have broken a tie."""
+    tensors = dict(parameters_and_buffers(module)) if names.tied else {}
+    pairs = {name: (tensors[name], tensors[to]) for name, to in names.tied.items() if name in tensors and to in tensors}
+    return {
+        name
+        for name, (one, other) in pairs.items()
+        if one is not other and not one.is_meta and not other.is_meta and not bool((one == other).all())
+    }
+
+
 def _of_checkpoint(checkpoint: Checkpoint, config: dict[str, Any] | None, names: DiskNames) -> Inventory:
     refuse_quantised(config, checkpoint.tensors, checkpoint.folder)
     to_memory = ToMemory(names, checkpoint.tensors)
     parameters: dict[str, ParameterInfo] = {}
     several: list[tuple[DiskTensor, TensorEntry]] = []
     dropped: dict[str, str] = {}
+    untied = _untied_on_disk(checkpoint, to_memory, names)
     faults: list[Fault] = []
     for tensor in checkpoint.tensors.values():
         role = to_memory.role(tensor.name)
         if role is None:
             continue
         name = role.parameter
-        if name in names.tied:
+        if name in names.tied and name not in untied:
             dropped[tensor.name] = names.tied[name]
             continue
         if "{" in tensor.name or "}" in tensor.name:
@@ -192,8 +206,39 @@ def _of_checkpoint(checkpoint: Checkpoint, config: dict[str, Any] | None, names:
     notes = tuple(
         f"{name} is on disk but tied to {to}: only the latter is used." for name, to in sorted(dropped.items())
     )
-    tied = {name: to for name, to in names.tied.items() if to in parameters}
+    notes += tuple(
+        f"{name} has other values on disk than {to}: it is not tied, whatever the config says."
+        for name, to in untied.items()
+    )
+    tied = {name: to for name, to in names.tied.items() if to in parameters and name not in untied}
     return Inventory(parameters=_sorted(parameters), tied=tied, config=config, notes=notes)
+
+
+def _untied_on_disk(checkpoint: Checkpoint, to_memory: ToMemory, names: DiskNames) -> dict[str, str]:
+    """The names that the config ties and that have values of their own, with what they would be tied to."""
+    wanted = names.tied.keys() | set(names.tied.values())
+    found: dict[str, TensorEntry] = {}
+    for tensor in checkpoint.tensors.values() if names.tied else ():
+        role = to_memory.role(tensor.name)
+        if role is not None and role.sources is None and role.parameter in wanted:
+            found[role.parameter] = tensor
+    try:
+        return {
+            name: to
+            for name, to in names.tied.items()
+            if name in found and to in found and to not in names.tied and not is_tied_on_disk(found[name], found[to])
+        }
+    except (OSError, EOFError) as error:
+        raise CheckpointError(
+            Fault(
+                code="unreadable-tensor",
+                what="a tensor cannot be read",
+                where=str(checkpoint.folder),
+                got=str(error),
+                expected="a complete checkpoint",
+                next="fetch the checkpoint again",
+            )
+        ) from None
 
 
 def _sorted(parameters: dict[str, ParameterInfo]) -> dict[str, ParameterInfo]:

@@ -92,13 +92,22 @@ def check_target(tp_size: int | None, plan: Plan | Path | None) -> None:
 
 @contextlib.contextmanager
 def _headers_only(shards: ShardsFolder) -> Iterator[Path]:
-    """A folder like the original checkpoint: its names, headers and config; tensors are holes that take no space."""
+    """A folder like the original checkpoint: its names, headers and config; tensors are holes that take no space.
+
+    A head that is not tied has one byte that the embedding has not: by its values it is known not to be tied.
+    """
+    heads = {name for entry in shards.plan.expanded() if entry.gather_output for name in entry.names_on_disk()}
     with tempfile.TemporaryDirectory(prefix="autotp-plan-") as name:
         folder = Path(name)
         for file in shards.manifest.source.files:
             header = parse_header(folder / file.name, file.header)
             header.path.write_bytes(prefixed(file.header.encode()))
             os.truncate(header.path, header.size)
+            for tensor in header.tensors:
+                if tensor.name in heads:
+                    with header.path.open("r+b") as opened:
+                        opened.seek(tensor.start)
+                        opened.write(b"\1")
         for copied, original in ((CONFIG_NAME, CONFIG_NAME), (INDEX_COPY_NAME, INDEX_NAME)):
             if any(file.name == copied for file in shards.manifest.files):
                 shutil.copyfile(shards.path / copied, folder / original)

@@ -52,7 +52,7 @@ def empty_model(
         dtype = getattr(torch, plan.runtime.dtype)
     if given is None:
         dtype = dtype or _auto_dtype(folder, plan)
-        model = build_model(folder, plan.model.architecture, dtype=dtype, **options)
+        model = build_planned(folder, plan, dtype=dtype, **options)
         return model, {name: tensor.dtype for name, tensor in parameters_and_buffers(model)}
     if isinstance(given, nn.Module):
         model = given
@@ -69,6 +69,32 @@ def empty_model(
         for name, tensor in parameters_and_buffers(model)
         if tensor.is_floating_point()
     }
+
+
+def build_planned(folder: Path, plan: Plan, **options: Any) -> Any:
+    """The transformers model of a plan, from the config.json in `folder`.
+
+    What the config ties and the plan does not, because its values differ on disk, is not tied.
+
+    Args:
+        folder: a folder with a config.json.
+        plan: the plan.
+        options: for `build_model`.
+
+    Raises:
+        CheckpointError: transformers cannot build the model.
+    """
+    model = build_model(folder, plan.model.architecture, **options)
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    first: dict[int, str] = {}
+    for parameter in plan.expanded():
+        tensor = tensors.get(parameter.name)
+        if tensor is not None and first.setdefault(id(tensor), parameter.name) != parameter.name:
+            owner, _, leaf = parameter.name.rpartition(".")
+            model.get_submodule(owner).register_parameter(leaf, nn.Parameter(tensor.detach().clone()))
+            for tie in (first[id(tensor)], parameter.name):
+                model.all_tied_weights_keys.pop(tie, None)
+    return model
 
 
 def _auto_dtype(folder: Path, plan: Plan) -> torch.dtype:

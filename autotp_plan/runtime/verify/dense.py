@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from autotp_plan.huggingface import scale_config
-from autotp_plan.huggingface.meta_model import build_model, parameters_and_buffers
+from autotp_plan.huggingface.meta_model import parameters_and_buffers
 from autotp_plan.runtime.loading.check_model import check_model
+from autotp_plan.runtime.loading.empty_model import build_planned
 from autotp_plan.runtime.tensor_parallel.torch_internals import muon_orthogonalises_with
 from autotp_plan.runtime.verify.float64_passes import EXPERTS, dense_reader, run_passes_and_steps
 from autotp_plan.runtime.verify.optimizer_steps import ADAMW, Training, dense_steps, optimizer_class, orthogonalised
@@ -163,7 +164,7 @@ def _original(plan: Plan, folder: Path) -> Any:
     config = {**plan.model.config, "pad_token_id": 0}  # plans hold no token ids, and a default may be out of range
     (folder / CONFIG_NAME).write_text(json.dumps(config))
     with torch.device("meta"):  # its buffers too: nothing of it is ever run
-        model = build_model(folder, plan.model.architecture)
+        model = build_planned(folder, plan)
     check_model(model, plan)
     return model
 
@@ -190,7 +191,7 @@ def _try(plan: Plan, original: Any, folder: Path, sizes: Sizes, attention: tuple
         shutil.rmtree(folder / dtype, ignore_errors=True)
         (folder / dtype).mkdir()
         (folder / dtype / CONFIG_NAME).write_text(json.dumps(_in_dtype(config, dtype)))
-    twin: Any = build_model(folder / "float64", plan.model.architecture)
+    twin: Any = build_planned(folder / "float64", plan)
     num_parameters = sum(parameter.numel() for parameter in twin.parameters())
     if num_parameters > MOST_PARAMETERS:
         raise TwinError(f"a small model of {num_parameters} parameters is too large")
@@ -220,7 +221,7 @@ def _images(folder: Path, plan: Plan) -> tuple[Images | None, str | None]:
     try:
         if "vision_config" not in (plan.model.config or {}):
             return None, None
-        return images_for(build_model(folder, plan.model.architecture, on_meta="nothing", **EXPERTS)), None
+        return images_for(build_planned(folder, plan, on_meta="nothing", **EXPERTS)), None
     except Exception as error:  # a model's own code raises anything for inputs that it does not take
         return None, f"{type(error).__name__}: {str(error)[:300]}"
 
@@ -240,7 +241,7 @@ def _attention(folder: Path, plan: Plan, wanted: tuple[str, ...]) -> tuple[tuple
     runs, refused = [], {}
     for kind in wanted:
         try:
-            build_model(folder, plan.model.architecture, **options(kind))
+            build_planned(folder, plan, **options(kind))
             runs.append(kind)
         except AutoTPError as error:
             refused[kind] = error.faults[0].got
@@ -264,11 +265,7 @@ def _write_float64(
     weights: dict[str, Tensor] = {}
     ungraded: set[str] = set()
     for kind in attention:
-        model: Any = (
-            build_model(folder / "float64", plan.model.architecture, on_meta="nothing", **options(kind))
-            .train()
-            .double()
-        )
+        model: Any = build_planned(folder / "float64", plan, on_meta="nothing", **options(kind)).train().double()
         randomise(model)
         if not weights:
             weights = {name: tensor.detach().clone() for name, tensor in parameters_and_buffers(model)}
@@ -284,11 +281,7 @@ def _write_float64(
 def _write_float32(
     folder: Path, plan: Plan, scaled: Plan, attention: str, batches: Batches, weights: dict[str, Tensor]
 ) -> None:
-    model: Any = (
-        build_model(folder / "float32", plan.model.architecture, on_meta="nothing", **options(attention))
-        .train()
-        .float()
-    )
+    model: Any = build_planned(folder / "float32", plan, on_meta="nothing", **options(attention)).train().float()
     with torch.no_grad():
         for name, tensor in parameters_and_buffers(model):
             tensor.copy_(weights[name])

@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 from autotp_plan.schemas.storage.safetensors_header import TensorEntry
 
+_CHUNK_BYTES = 4 * 1024 * 1024
+
 
 class ByteRange(NamedTuple):
     """`length` bytes of `file`, from byte `start` on."""
@@ -137,3 +139,18 @@ class Reader:
             self._open[file] = descriptor
         self._open.move_to_end(file)
         return descriptor
+
+
+def same_bytes(first: ByteRanges, second: ByteRanges) -> bool:
+    """Whether two strings of bytes are equal; they are read up to the first difference, a chunk at a time.
+
+    Raises:
+        OSError: a file cannot be read.
+        EOFError: a file ends before.
+    """
+    if first.size != second.size:
+        return False
+    buffers = memoryview(bytearray(_CHUNK_BYTES)), memoryview(bytearray(_CHUNK_BYTES))
+    with Reader() as one, Reader() as other:
+        pairs = zip(one.read_through(buffers[0], first.ranges), other.read_through(buffers[1], second.ranges))
+        return all(left == right for left, right in pairs)

@@ -14,6 +14,7 @@ from pathlib import Path
 from autotp_plan.schemas.errors import Fault
 from autotp_plan.schemas.names import NameSet, fold
 from autotp_plan.schemas.plan.document import Parameter, Plan
+from autotp_plan.schemas.storage.byte_ranges import ByteRanges, same_bytes
 from autotp_plan.schemas.storage.checkpoint import (
     CONFIG_NAME,
     Checkpoint,
@@ -52,12 +53,45 @@ def checkpoint_faults(plan: Plan, checkpoint: Checkpoint) -> list[Fault]:
 
 
 def tensor_faults(plan: Plan, tensors: Mapping[str, TensorEntry]) -> list[Fault]:
-    """What is missing among the tensors of a checkpoint, or of another shape or dtype than the plan says."""
-    return _folded(
+    """What is missing among the tensors of a checkpoint, of another shape or dtype than the plan says, or not tied."""
+    faults = _folded(
         fault
         for parameter in plan.expanded()
         for fault in parameter_faults(parameter, plan.shape_of(parameter), tensors)
     )
+    return faults or list(_tie_faults(plan, tensors))
+
+
+def is_tied_on_disk(first: TensorEntry, second: TensorEntry) -> bool:
+    """Whether two tensors are one by their values, as `from_pretrained` ties them.
+
+    Args:
+        first: a tensor that a config ties to `second`.
+        second: a tensor of the same checkpoint.
+
+    Raises:
+        OSError: a file cannot be read.
+        EOFError: a file ends before its header says.
+    """
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    return same_bytes(ByteRanges.of([first]), ByteRanges.of([second]))
+
+
+def _tie_faults(plan: Plan, tensors: Mapping[str, TensorEntry]) -> Iterator[Fault]:
+    """Tensors that the plan ties to another, and that have values of their own."""
+    on_disk = {entry.name: entry.names_on_disk()[0] for entry in plan.expanded() if entry.sources is None}
+    for tie in plan.tied:
+        to = on_disk.get(tie.to)
+        if to is not None and tie.name in tensors and not is_tied_on_disk(tensors[tie.name], tensors[to]):
+            yield Fault(
+                code="tied-values-differ",
+                what="the plan ties a tensor that has values of its own",
+                where=tie.name,
+                got=f"other values than {to}",
+                expected=f"the values of {to}, or no such tensor",
+                next="compile a plan for this checkpoint: it keeps the two apart, as from_pretrained does",
+            )
 
 
 def parameter_faults(

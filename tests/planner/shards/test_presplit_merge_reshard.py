@@ -91,16 +91,29 @@ def test_a_plan_for_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_tensors_that_no_rank_reads_come_back(tmp_path: Path) -> None:
-    """A tied head that is on disk all the same, with other bytes, and a table that is no parameter."""
+    """A tied head that is on disk all the same, and a table that is no parameter."""
     shapes = {**llama_shapes(), "model.layers.0.self_attn.rotary_emb.inv_freq": (4,)}
     config = {**LLAMA_CONFIG, "tie_word_embeddings": True}
-    original = write_checkpoint(tmp_path / "original", shapes, config, num_files=2)
+    tied = {"lm_head.weight": "model.embed_tokens.weight"}
+    original = write_checkpoint(tmp_path / "original", shapes, config, num_files=2, tied=tied)
     plan = compile_plan(original, tp_size=2)
     assert [tie.name for tie in plan.tied] == ["lm_head.weight"]
     manifest = presplit(plan, original, tmp_path / "shards")
     (unused,) = [file.name for file in manifest.files if file.owner is Owner.NO_RANK]
     assert unused == "unused.00001-of-00001.safetensors"
     merge(tmp_path / "shards", tmp_path / "merged")
+    assert files_of(tmp_path / "merged") == files_of(original)
+
+
+def test_a_head_that_is_not_tied_to_the_embedding_is_resharded(tmp_path: Path) -> None:
+    """The config ties it, and its values are others; in a plan for another TP size it is a parameter still."""
+    config = {**LLAMA_CONFIG, "tie_word_embeddings": True}
+    original = write_checkpoint(tmp_path / "original", llama_shapes(), config)
+    presplit(compile_plan(original, tp_size=2), original, tmp_path / "old")
+    reshard(tmp_path / "old", tmp_path / "new", tp_size=4)
+    presplit(compile_plan(original, tp_size=4), original, tmp_path / "fresh")
+    assert files_of(tmp_path / "new") == files_of(tmp_path / "fresh")
+    merge(tmp_path / "new", tmp_path / "merged")
     assert files_of(tmp_path / "merged") == files_of(original)
 
 

@@ -78,7 +78,7 @@ def test_old_tables_and_tied_heads_may_be_there(tmp_path: Path) -> None:
 
 def test_a_tied_head_may_be_there_under_its_other_name(tmp_path: Path) -> None:
     shapes = {"embed.weight": (4, 2), "embed_out.weight": (4, 2)}
-    folder = write_checkpoint(tmp_path / "renamed", shapes, {})
+    folder = write_checkpoint(tmp_path / "renamed", shapes, {}, tied={"embed_out.weight": "embed.weight"})
     spec = SpecFile.from_dict({
         "layer_specs": [{"patterns": [".*"], "partition_type": "skip"}],
         "renamed_tensors": {"embed_out.weight": "head.weight"}, "tied": [{"name": "head.weight", "to": "embed.weight"}],
