@@ -65,8 +65,9 @@ def make_optimizer(model: nn.Module, training: Training) -> torch.optim.Optimize
     if training.optimizer == ADAMW:
         return torch.optim.AdamW(model.parameters(), **training.adam)  # type: ignore[arg-type]
     kind = optimizer_class(training.optimizer)
-    is_muon = issubclass(kind, torch.optim.Muon)
-    made: torch.optim.Optimizer = kind([one for one in model.parameters() if one.dim() == 2 or not is_muon])
+    if issubclass(kind, torch.optim.Muon):
+        return torch.optim.Muon([parameter for parameter in model.parameters() if parameter.dim() == 2])
+    made: torch.optim.Optimizer = kind(model.parameters())
     return made
 
 
@@ -97,12 +98,12 @@ def optimizer_class(name: str) -> Any:
     """
     module, _, cls = name.rpartition(".")
     try:
-        found = {
-            known.lower(): value for known, value in vars(importlib.import_module(module or "torch.optim")).items()
-        }
+        if module:
+            kind = getattr(importlib.import_module(module), cls, None)
+        else:
+            kind = {known.lower(): value for known, value in vars(torch.optim).items()}.get(cls.lower())
     except ImportError:
-        found = {}
-    kind = found.get(cls.lower())
+        kind = None
     if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind not in _NOT_COMPARED:
         return kind
     raise OptionError(
@@ -130,7 +131,7 @@ def dense_steps(model: nn.Module, training: Training, forward: Forward = by_clas
                 losses.append(loss.item())
         norm = _clip(model)
         optimizer.step()
-        optimizer.zero_grad()
+        model.zero_grad()  # as an engine does, also of what the optimizer does not step
         history.append((sum(losses) / len(losses), norm))
     return history
 

@@ -247,7 +247,7 @@ def test_steps_of_another_optimizer_are_compared(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "llama", 2)
     for optimizer in ("muon", "transformers.Adafactor"):
         proof = verify_plan(plan, attention=("eager",), optimizer=optimizer)
-        assert proof.proven, proof.conclusions()
+        assert proof.proven, (optimizer, proof.conclusions())
     for unknown in ("nothing", "lbfgs", "no.such.module.Adam"):
         with pytest.raises(OptionError, match="there is no such optimizer"):
             verify_plan(plan, attention=("eager",), optimizer=unknown)
