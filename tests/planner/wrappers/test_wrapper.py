@@ -283,3 +283,17 @@ def test_a_wrapper_whose_language_model_has_no_preset_keeps_its_tower_replicated
     styles = {entry.name.partition(".layers")[0]: entry.style for entry in plan.parameters if "_proj" in entry.name}
     assert styles["model.vision_tower.encoder"] == "replicated"
     assert {e.style for e in plan.parameters if "language_model" in e.name} == {"column", "row", "vocab", "replicated"}
+
+
+@pytest.mark.parametrize("variant", ["llava_next", "qwen2_5_vl"])
+def test_a_published_checkpoint_comes_back_from_its_shards(tmp_path: Path, variant: str) -> None:
+    from autotp_plan.planner.shards.merge import merge
+    from autotp_plan.planner.shards.presplit import presplit
+
+    folder = save_wrapper(tmp_path / "now", variant)
+    published = renamed(folder, tmp_path / "published", PUBLISHED[variant])
+    presplit(compile_plan(published, tp_size=2), published, tmp_path / "shards")
+    merge(tmp_path / "shards", tmp_path / "merged")
+    before, after = (load_file(path / "model.safetensors") for path in (published, tmp_path / "merged"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
