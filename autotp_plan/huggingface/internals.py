@@ -6,6 +6,7 @@ Each function states what it relies on and raises MissingDependencyError when it
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -194,6 +195,35 @@ def gathering_objects_with(
 def register_lora_layers(config: Any, layers: Mapping[type[Any], type[Any]]) -> None:
     """Tell PEFT which adapter goes with which class of layers. Relies on `LoraConfig._register_custom_module(dict)`."""
     private(config, "_register_custom_module", "peft", "LoRA on tensor-parallel layers")(dict(layers))
+
+
+def replace_adapter_injection(check: Callable[[Any, Any], None], inject: Callable[..., None]) -> None:
+    """Let PEFT call `check(model, config)` before it wraps a model, and `inject(original, tuner, model, name, ...)`.
+
+    `inject` calls `original(tuner, model, name, ...)`. Relies on `PeftModel.__init__(model, peft_config, ...)` and
+    `BaseTuner.inject_adapter(model, adapter_name, ...)`, through which every way to an adapter goes. Does nothing the
+    second time.
+    """
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTuner
+
+    original: Any = private(BaseTuner, "inject_adapter", "peft", "LoRA on tensor-parallel layers")
+    begin: Any = PeftModel.__init__
+    if getattr(original, "knows_shards", False):
+        return
+
+    @functools.wraps(original)
+    def inject_adapter(tuner: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        inject(original, tuner, model, adapter_name, *args, **kwargs)
+
+    @functools.wraps(begin)
+    def checked(self: Any, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        check(model, peft_config)
+        begin(self, model, peft_config, *args, **kwargs)
+
+    inject_adapter.knows_shards = True  # type: ignore[attr-defined]
+    BaseTuner.inject_adapter = inject_adapter
+    PeftModel.__init__ = checked
 
 
 # datasets

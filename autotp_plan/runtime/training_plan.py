@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,6 +194,7 @@ class TrainingPlan:
         if self.tp_size > 1:
             check_batches(built, ranks, check_batches_every)
             use_global_norm()
+            _guard_peft()
             check_every_optimizer()
         become_sharded(built, Loaded(plan=self.document, ranks=ranks, folder=Path(path).absolute()))
         return built
@@ -336,6 +339,7 @@ class TrainingPlan:
             OutputError: `folder` is not a new one, or cannot be written.
         """
         model = getattr(engine, "module", engine)
+        _refuse_adapters(model)
         source = Path(like) if like is not None else loaded_of(model).folder
         save_shards(model, Path(folder), self.document, self.init_mesh(), source)
 
@@ -380,7 +384,29 @@ class TrainingPlan:
         """
         from autotp_plan.runtime.integrations.lora import add_lora
 
-        return add_lora(model, config, self.document)
+        return add_lora(model, config)
+
+    def load_adapter(
+        self, model: Any, folder: str | os.PathLike[str], *, name: str = "default", is_trainable: bool = True
+    ) -> Any:
+        """Go on from an adapter that `save_adapter`, or PEFT for an unsharded model, wrote. Every rank calls it.
+
+        Args:
+            model: a model from `load_model`, or one from `add_lora` or this method that gets one adapter more.
+            folder: the adapter's folder.
+            name: the adapter's name; it is the active one from then on.
+            is_trainable: whether it is trained.
+
+        Returns:
+            The `PeftModel`.
+
+        Raises:
+            CheckpointError: there is no adapter in the folder.
+            MismatchError: the adapter is of another model, or of a kind that no tensor-parallel adapter is there for.
+        """
+        from autotp_plan.runtime.integrations.lora import load_adapter
+
+        return load_adapter(model, Path(folder), name, is_trainable)
 
     def save_adapter(self, engine: Any, folder: str | os.PathLike[str]) -> None:
         """Write the adapter of a model from `add_lora` as PEFT does for an unsharded model. Every rank calls it."""
@@ -397,3 +423,17 @@ class TrainingPlan:
             seed: decides the order, together with the epoch.
         """
         return tp_sampler(dataset, self.init_mesh(), shuffle=shuffle, seed=seed)
+
+
+def _guard_peft() -> None:
+    if importlib.util.find_spec("peft") is not None:
+        from autotp_plan.runtime.integrations.lora import guard_peft
+
+        guard_peft()
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    if "peft" in sys.modules:
+        from autotp_plan.runtime.integrations.lora import refuse_adapters
+
+        refuse_adapters(model, "plan.save_shards")

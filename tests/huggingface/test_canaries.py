@@ -153,6 +153,8 @@ CANARIES = [
     Canary("datasets.distributed:split_dataset_by_node", "a stream that is split would be split once more",
            streams_say_how_they_are_split),
     Canary("peft:LoraConfig._register_custom_module", "LoRA on tensor-parallel layers", modules_are_registered),
+    Canary("peft.tuners.tuners_utils:BaseTuner.inject_adapter", "LoRA by PEFT's own calls on a sharded model",
+           takes("model", "adapter_name", "low_cpu_mem_usage")),
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel
 
+from autotp_plan.runtime.calls.adapters import AdapterMethods
 from autotp_plan.runtime.calls.generation import GenerationCalls
 from autotp_plan.runtime.calls.vocabulary import VocabularyCalls
 from autotp_plan.runtime.calls.wrappers import guard_wrappers
@@ -49,7 +50,7 @@ class ShardedModule:
         return parameter
 
 
-class ShardedPreTrainedModel(GenerationCalls, VocabularyCalls, ShardedModule):
+class ShardedPreTrainedModel(AdapterMethods, GenerationCalls, VocabularyCalls, ShardedModule):
     """Methods of a sharded transformers model, before those of `PreTrainedModel`."""
 
 

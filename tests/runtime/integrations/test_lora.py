@@ -160,13 +160,16 @@ def test_adapters_on_column_and_row_layers_train_like_unsharded_ones(tmp_path: P
         ({"lora_dropout": 0.1}, "LoraConfig.lora_dropout"),
         ({"use_dora": True}, "LoraConfig.use_dora"),
         ({"modules_to_save": ["lm_head"]}, "LoraConfig.modules_to_save"),
-        ({"target_modules": "all-linear"}, "LoraConfig.target_modules"),
+        ({"lora_bias": True}, "LoraConfig.lora_bias"),
+        ({"bias": "all"}, "LoraConfig.bias"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "LoraConfig.target_parameters"),
+        ({"init_lora_weights": "pissa"}, "LoraConfig.init_lora_weights"),
     ],
 )
 def test_unsupported_options_of_peft_are_refused(options: dict[str, Any], where: str) -> None:
     pytest.importorskip("peft")
-    from autotp_plan.runtime.integrations.lora import _check_config
+    from autotp_plan.runtime.integrations.lora_config import check_config
 
     with pytest.raises(MismatchError) as caught:
-        _check_config(lora_config(**options))
+        check_config(lora_config(**options))
     assert [fault.where for fault in caught.value.faults] == [where]
