@@ -13,7 +13,7 @@ from autotp_plan.inference.experts import expert_regions
 from autotp_plan.inference.layers import Layer, Region, inner_norms, lay_out, layers_of, regions_of
 from autotp_plan.inference.small_model import Architecture, SmallModel
 from autotp_plan.inference.spec_text import SpecText
-from autotp_plan.inference.surroundings import add_surroundings
+from autotp_plan.inference.surroundings import add_surroundings, weights_read_elsewhere
 from autotp_plan.inference.templates import Templates
 from autotp_plan.inference.trial import find_attributes, in_blocks
 from autotp_plan.schemas.errors import CompileError, Fault
@@ -114,9 +114,10 @@ def one_of_each_kind(layers: Iterable[Layer], config: Mapping[str, Any]) -> Iter
 
 def _tried(small: SmallModel, region: Region) -> Region | None:
     """The region with the attributes that make it right in pieces; None where nothing does."""
+    model = small.model
+    region.reasons += weights_read_elsewhere(model, region)
     if region.reasons:
         return None
-    model = small.model
     norms = region.means
     seen = influence.watch(model, small.run, norms=norms)
     watches = [(model, seen)]

@@ -156,7 +156,9 @@ def interactions(call: Call, parameters: Mapping[str, Tensor], name: str, dim: i
     output = first_tensor(call.output)
     assert output is not None
     total = (output * _random(output.shape)).sum()
-    (gradient,) = torch.autograd.grad(total, [parameters[name]], create_graph=True)
+    (gradient,) = torch.autograd.grad(total, [parameters[name]], create_graph=True, allow_unused=True)
+    if gradient is None:
+        return {}
     weighted = gradient * _random(gradient.shape)
     features = weighted.movedim(dim, 0).flatten(1).sum(1) if weighted.dim() > 1 else weighted
     return _gathered(features, parameters)

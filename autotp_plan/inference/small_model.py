@@ -28,7 +28,7 @@ HEADS = frozenset(
     {"num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads"}
 )
 KV_HEADS = frozenset({"num_key_value_heads", "num_kv_heads", "n_head_kv", "kv_n_heads", "num_key_value_groups"})
-HIDDEN = frozenset({"hidden_size", "n_embd", "d_model", "n_embed", "dim_model"})
+HIDDEN = frozenset({"hidden_size", "n_embd", "d_model", "n_embed", "dim_model", "emb_dim"})
 _NO_WIDTHS = [
     "vocab",
     "position",
@@ -54,11 +54,19 @@ _NO_WIDTHS = [
 ]
 _LARGE = 200
 """From here on an integer of an unknown key counts features, unless its name says that it does not."""
-_HEAD_DIMS = ("head_dim", "kv_channels", "d_kv", "dim_head", "attention_head_dim", "global_head_dim", "v_head_dim",
-              "qk_nope_head_dim")  # fmt: skip
+_HEAD_DIMS = ("head_dim", "kv_channels", "d_kv", "dim_head", "attention_head_dim", "d_head", "global_head_dim",
+              "v_head_dim", "qk_nope_head_dim")  # fmt: skip
+_STATE_SPACE = (
+    ("mamba_n_heads", "n_mamba_heads", "mamba_num_heads"),
+    ("mamba_d_head", "mamba_headdim", "mamba_head_dim"),
+    ("mamba_n_groups", "mamba_ngroups", "n_groups"),
+)
+"""Keys of heads, their widths and their groups, in state-space mixers."""
 _ROTARY = frozenset({"qk_rope_head_dim", "rotary_dim"})
 _TOKENS = (2, 10)
 _WORDS = 256
+_CHUNK = 16
+"""Chunks of sequences, to which state-space mixers pad."""
 MOST_PARAMETERS = 20_000_000
 
 
@@ -79,7 +87,7 @@ class Sizes:
 
 
 _FIRST = Sizes(heads=8, kv_heads=2, head_dim=16, rotary=4, first_width=20, step=8, hidden=48)
-_SECOND = Sizes(heads=6, kv_heads=3, head_dim=24, rotary=8, first_width=34, step=10, hidden=84)
+_SECOND = Sizes(heads=6, kv_heads=3, head_dim=24, rotary=8, first_width=34, step=10, hidden=96)
 _ROUND = (
     Sizes(heads=8, kv_heads=2, head_dim=16, rotary=4, first_width=48, step=16, hidden=80),
     Sizes(heads=12, kv_heads=4, head_dim=8, rotary=8, first_width=64, step=24, hidden=144),
@@ -126,6 +134,7 @@ class Architecture:
         given: config.json as it was given.
         config: the config as transformers completes it, without what it computes from other keys.
         computed: the keys that it computes.
+        aliases: keys of `config` that config.json has under another name, with that name.
         layers: how many of the first layers hold every kind of layer.
     """
 
@@ -134,6 +143,7 @@ class Architecture:
     given: dict[str, Any]
     config: dict[str, Any]
     computed: frozenset[str] = field(default_factory=frozenset)
+    aliases: Mapping[str, str] = field(default_factory=dict)
     layers: int | None = None
 
     @classmethod
@@ -146,7 +156,7 @@ class Architecture:
         original = build_model(folder, on_meta="all")
         given = read_config(folder) or {}
         full = as_json(original.config)
-        computed = _computed_keys(type(original.config), given, full)
+        computed, aliases = _computed_keys(type(original.config), given, full)
         config = {key: value for key, value in full.items() if key not in computed}
         return cls(
             folder=folder,
@@ -154,6 +164,7 @@ class Architecture:
             given=given,
             config=config,
             computed=computed,
+            aliases=aliases,
             layers=_layers_needed(original, full),
         )
 
@@ -210,10 +221,10 @@ def resized(config: Mapping[str, Any], sizes: Sizes, layers: int | None) -> dict
     heads, kv_heads = _first(values, HEADS), _first(values, KV_HEADS)
     multi_head = kv_heads is None or kv_heads == heads
     new_kv = sizes.heads if multi_head else 1 if kv_heads == 1 else sizes.kv_heads
-    free = any(values.get(key) for key in (*_HEAD_DIMS[:5], "v_head_dim"))
+    free = any(values.get(key) for key in (*_HEAD_DIMS[:6], "v_head_dim"))
     hidden = sizes.hidden if free else sizes.heads * sizes.head_dim
     widths = iter(range(sizes.first_width, 10_000, sizes.step))
-    by_old: dict[int, int] = {}
+    by_old = {values[key]: hidden for key in HIDDEN if key in values}
 
     def width(old: int) -> int:
         if old not in by_old or not sizes.tied:
@@ -243,18 +254,44 @@ def resized(config: Mapping[str, Any], sizes: Sizes, layers: int | None) -> dict
             return sizes.heads
         if key in KV_HEADS:
             return new_kv if value == kv_heads else value
+        if key.endswith("chunk_size"):
+            return min(value, _CHUNK)
         if key in HIDDEN:
             return hidden
         if key in _ROTARY or (key == "head_dim" and value == values.get("qk_rope_head_dim")):
             return sizes.rotary
         if key in _HEAD_DIMS:
-            return sizes.head_dim + 2 * max(0, _HEAD_DIMS.index(key) - 5)
+            return sizes.head_dim + 2 * max(0, _HEAD_DIMS.index(key) - 6)
         unknown = value >= _LARGE and not any(word in key for word in _NO_WIDTHS)
         if key in scale_config.WIDTHS or unknown:
             return width(value)
         return value
 
-    return {key: changed(key, value) for key, value in small.items()}
+    return _with_state_space_heads({key: changed(key, value) for key, value in small.items()}, sizes)
+
+
+def _with_state_space_heads(config: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
+    """The config with heads of state-space mixers that make up their width."""
+    config = {
+        key: _with_state_space_heads(value, sizes) if isinstance(value, dict) else value
+        for key, value in config.items()
+    }
+    heads, width, groups = (next((key for key in keys if config.get(key)), None) for keys in _STATE_SPACE)
+    hidden = next((config[key] for key in sorted(HIDDEN) if config.get(key)), None)
+    if config.get("model_type") == "mamba2":
+        heads, width = "num_heads", "head_dim"
+    if not heads or not width or not hidden:
+        return config
+    expand = config.get("mamba_expand") or config.get("expand") or 2
+    head_dim = sizes.head_dim // 2
+    inner = config.get("mamba_d_ssm") or expand * hidden
+    inner -= inner % (2 * head_dim)
+    changed = {heads: inner // head_dim, width: head_dim}
+    if config.get("mamba_d_ssm"):
+        changed["mamba_d_ssm"] = inner
+    if groups and config[groups] > 1:
+        changed[groups] = 2
+    return {**config, **changed}
 
 
 def numbers_of(config: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, int]]:
@@ -284,11 +321,11 @@ def randomise(model: Any) -> None:
                 parameter.copy_(noise * 0.2 + (1.0 if name.endswith("weight") else 0.0))
 
 
-def _computed_keys(cls: type[Any], given: Mapping[str, Any], full: Mapping[str, Any]) -> frozenset[str]:
-    """The keys that were not given and whose values follow from others."""
+def _computed_keys(
+    cls: type[Any], given: Mapping[str, Any], full: Mapping[str, Any]
+) -> tuple[frozenset[str], dict[str, str]]:
+    """The keys that were not given and whose values follow from others; and those given under another name."""
     missing = [key for key, value in full.items() if key not in given and type(value) is int]
-    if not missing:
-        return frozenset()
     doubled = {
         key: 2 * value if type(value) is int and key in (scale_config.WIDTHS | HEADS | KV_HEADS | HIDDEN) else value
         for key, value in given.items()
@@ -296,9 +333,15 @@ def _computed_keys(cls: type[Any], given: Mapping[str, Any], full: Mapping[str, 
     try:
         other = as_json(cls.from_dict(doubled))
     except Exception:  # a config that does not allow it
-        return frozenset()
-    aliases = set(getattr(cls, "attribute_map", {}))
-    return frozenset(key for key in missing if other.get(key) != full[key] and key not in aliases)
+        return frozenset(), {}
+    changed = [key for key in missing if other.get(key) != full[key]]
+    unread = [key for key in given if key not in full]
+    aliases: dict[str, str] = {}
+    for key in changed:
+        same = [one for one in unread if (given[one], doubled[one]) == (full[key], other.get(key))]
+        if len(same) == 1:
+            aliases[key] = same[0]
+    return frozenset(changed) - aliases.keys(), aliases
 
 
 def _layers_needed(original: Any, config: Mapping[str, Any]) -> int | None:

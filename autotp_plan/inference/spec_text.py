@@ -35,7 +35,12 @@ class SpecText:
         self.architecture, self.models = architecture, models
         given = [key for key, _ in numbers_of(architecture.given)]
         original = dict(numbers_of(as_json(architecture.original.config)))
-        self.expressions = Expressions.of([*(one.numbers for one in models), original], given)
+        aliases = architecture.aliases
+        every = [
+            {aliases.get(key, key): value for key, value in one.items()}
+            for one in (*(one.numbers for one in models), original)
+        ]
+        self.expressions = Expressions.of(every, given)
         shapes = {name: tuple(tensor.shape) for name, tensor in parameters_and_buffers(architecture.original)}
         self.template = Templates(shapes)
         self.shapes = {self.template(name): shape for name, shape in shapes.items()}
@@ -337,6 +342,9 @@ class SpecText:
         given = dict(numbers_of(self.architecture.given))
         names = {name for text in _texts(words) for name in re.findall(r"[A-Za-z_][\w.]*", text)}
         full = dict(numbers_of(self.models[0].config))
+        for key, alias in self.architecture.aliases.items():
+            if alias in names:
+                self.symbols[alias] = [alias, key]
         for name in sorted(names & full.keys() - given.keys() - self.symbols.keys()):
             if name in self.architecture.computed:
                 others = {key: found for key, found in self.expressions.names.items() if key != name}

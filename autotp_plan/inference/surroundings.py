@@ -5,7 +5,9 @@ Weights that all units share, parameters with partial gradients, inputs of modul
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import re
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -95,3 +97,22 @@ def _leaves(seen: Watch, module: str) -> dict[str, Tensor]:
         for name, value in call.arguments.items()
         if isinstance(value, Tensor) and value.is_leaf and value.requires_grad
     }
+
+
+def weights_read_elsewhere(model: nn.Module, region: Region) -> Iterator[str]:
+    """Why linear layers of a region cannot be replaced: code outside of them computes with their weights.
+
+    Fused kernels of state-space mixers do, on a GPU and in training alone, so that no run on a CPU shows it. What is
+    looked for is `self.out_proj.weight` in the source of a module around that has a way of its own for CUDA.
+    """
+    for name in (*region.columns, region.consumer.rpartition(".")[0] if not region.experts else ""):
+        parent, _, leaf = name.rpartition(".")
+        if not leaf:
+            continue
+        try:
+            source = inspect.getsource(type(model.get_submodule(parent)))
+        except (OSError, TypeError):
+            continue
+        read = re.search(rf"self\.{re.escape(leaf)}\.weight\b(?!\.(dtype|device|shape|is_))", source)
+        if read and "cuda" in source:
+            yield f"{type(model.get_submodule(parent)).__name__} reads {leaf}.weight itself, as fused kernels do"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from autotp_plan.schemas import intervals as iv
 
 TOLERANCE = 1e-9
 MOST_TRIALS = 120
+MOST_SECONDS = 15.0
 _SIZES = ("in_features", "out_features", "nf", "nx", "training", "num_embeddings", "embedding_dim")
 """Attributes of layers, which are replaced by parallel ones."""
 
@@ -106,6 +108,7 @@ def find_attributes(
     """
     module = model.get_submodule(region.module)
     chosen: dict[str, str] = {}
+    deadline = time.monotonic() + MOST_SECONDS
     for tp_size in tp_sizes:
         share = Share(tp_size=tp_size, rank=0, blocks=region.num_blocks)
         options = [
@@ -114,16 +117,19 @@ def find_attributes(
             for count in counts(region, share)
             if value == count.value and (count.local != count.value or attribute in chosen)
         ]
-        reason = ""
+        reason, right = "", None
         for attributes in itertools.islice(_choices(options, chosen), MOST_TRIALS):
+            if time.monotonic() > deadline:
+                break
             problem = _problem(region, watches, attributes, tp_size)
             if problem is None:
-                chosen = attributes
+                right = attributes
                 break
             reason = reason or problem
-        else:
-            region.reasons.append(reason)
+        if right is None:
+            region.reasons.append(reason or f"no answer within {MOST_SECONDS:.0f} s")
             return None
+        chosen = right
     return chosen
 
 
