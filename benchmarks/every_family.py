@@ -105,30 +105,34 @@ def write_config(family: str, folder: Path) -> None:
 
 def plan_and_prove(family: str, folder: Path, tp_size: int) -> dict[str, Any]:
     """The outcome of compiling the config in `folder`."""
+    from autotp_plan.inference.infer import infer_rules
     from autotp_plan.planner import compile_plan
     from autotp_plan.planner.plan_table import summary
     from autotp_plan.planner.rules.preset_files import preset_names, read_preset
     from autotp_plan.runtime.verify.run import try_plan, verify_plan
     from autotp_plan.schemas.errors import AutoTPError, CheckpointError, CompileError
+    from autotp_plan.schemas.plan.rule_ref import Origin
 
     preset = next((name for name in preset_names() if family in read_preset(name).model_types), None)
-    rules = f"preset {preset}" if preset else "tp_plan"
+    uneven = ""
     try:
         try:
-            plan = compile_plan(folder, tp_size=tp_size, prove=try_plan)
+            plan = compile_plan(folder, tp_size=tp_size, prove=try_plan, infer=infer_rules)
         except CompileError as error:
             if "does not divide" not in error.faults[0].what:
                 raise
-            plan = compile_plan(folder, tp_size=tp_size, prove=try_plan, uneven=True)
-            rules += ", uneven"
+            plan = compile_plan(folder, tp_size=tp_size, prove=try_plan, infer=infer_rules, uneven=True)
+            uneven = ", uneven"
         proof = verify_plan(plan)
     except CheckpointError as error:
         return {"outcome": "not built", "reason": brief(reason(error))}
     except AutoTPError as error:
-        return {"outcome": "refused", "rules": rules if preset else "", "reason": brief(reason(error))}
+        return {"outcome": "refused", "rules": f"preset {preset}" if preset else "", "reason": brief(reason(error))}
     except Exception as error:  # a bug of ours: the table shows it
         return {"outcome": "CRASHED", "reason": brief(f"{type(error).__name__}: {error}")}
     totals = summary(plan)
+    inferred = any(entry.rule.origin is Origin.INFERENCE for entry in plan.parameters)
+    rules = (f"preset {preset}" if preset else "inference" if inferred else "tp_plan") + uneven
     return {
         "outcome": "right" if proof.proven else "WRONG",
         "rules": rules,

@@ -16,6 +16,7 @@ from autotp_plan.schemas.names import expand
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.spec import SpecFile
 from tests.helpers.models import PRESET_VARIANTS, make_config
+from tests.helpers.paths import PLANS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -129,3 +130,10 @@ def test_what_cannot_be_run_small_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(Exception, match="cannot build a model"):
         infer_spec(folder)
+
+
+@pytest.mark.parametrize("name", ["bloom_176b", "falcon_40b", "llama_3_1_8b", "qwen3_30b_a3b"])
+def test_public_models(name: str) -> None:
+    """Configs as they are published: keys that are left out, or that have another name than in transformers."""
+    folder = PLANS / name
+    assert facts(inferred(folder, 2, infer_rules(folder))) == facts(compile_plan(folder, tp_size=2))
