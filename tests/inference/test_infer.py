@@ -11,7 +11,7 @@ import torch
 
 from autotp_plan.inference.infer import infer_rules, infer_spec
 from autotp_plan.planner import compile_plan
-from autotp_plan.schemas.errors import CompileError
+from autotp_plan.schemas.errors import CheckpointError, CompileError
 from autotp_plan.schemas.names import expand
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.spec import SpecFile
@@ -121,14 +121,14 @@ def test_inferred_rules_need_a_proof(tmp_path: Path) -> None:
     assert refused.value.faults[0].got == "logits differ"
 
 
-def test_what_cannot_be_run_small_is_refused(tmp_path: Path) -> None:
-    """A model whose sizes must be just those of its config."""
+def test_what_cannot_be_built_is_refused(tmp_path: Path) -> None:
+    """A model that transformers does not know."""
     folder = config_folder(tmp_path, "mpt")
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
         json.dumps({**values, "model_type": "unheard_of", "architectures": ["Nothing"]})
     )
-    with pytest.raises(Exception, match="cannot build a model"):
+    with pytest.raises(CheckpointError, match="transformers does not have this model"):
         infer_spec(folder)
 
 
