@@ -60,6 +60,15 @@ def stays_float32(model: Any, dtype: Any) -> Callable[[str], bool]:
     return lambda name: regex.search(name) is not None
 
 
+def mark_as_loaded(model: Any) -> None:
+    """Let `init_weights` and `post_init` keep the weights of a model that is loaded, as after `from_pretrained`.
+
+    Relies on `_is_hf_initialized` of modules, as `compute_buffers` does.
+    """
+    for module in model.modules():
+        module._is_hf_initialized = True
+
+
 def compute_buffers(model: Any) -> None:
     """Compute the buffers of `model` once more, as `from_pretrained` does when it has built a model in its dtype.
 

@@ -10,8 +10,10 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel
 
+from autotp_plan.huggingface.internals import mark_as_loaded
 from autotp_plan.runtime.calls.adapters import AdapterMethods
 from autotp_plan.runtime.calls.generation import GenerationCalls
+from autotp_plan.runtime.calls.model_methods import ModelMethods
 from autotp_plan.runtime.calls.vocabulary import VocabularyCalls
 from autotp_plan.runtime.calls.wrappers import guard_wrappers
 from autotp_plan.runtime.deepspeed.mesh import Ranks
@@ -50,7 +52,7 @@ class ShardedModule:
         return parameter
 
 
-class ShardedPreTrainedModel(AdapterMethods, GenerationCalls, VocabularyCalls, ShardedModule):
+class ShardedPreTrainedModel(AdapterMethods, GenerationCalls, ModelMethods, VocabularyCalls, ShardedModule):
     """Methods of a sharded transformers model, before those of `PreTrainedModel`."""
 
 
@@ -65,6 +67,7 @@ def become_sharded(model: nn.Module, loaded: Loaded) -> None:
         loaded: how it was loaded; `model.autotp` from then on.
     """
     model.autotp = loaded  # type: ignore[assignment]
+    mark_as_loaded(model)
     if loaded.ranks.tp_size > 1:
         cls: Any = type(model)
         model.__class__ = _sharded_class(cls)
@@ -81,4 +84,10 @@ def loaded_of(model: nn.Module) -> Loaded:
 @functools.cache
 def _sharded_class(cls: Any) -> Any:
     methods = ShardedPreTrainedModel if issubclass(cls, PreTrainedModel) else ShardedModule
-    return type(cls.__name__, (methods, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+    def new(sharded: Any, *args: Any, **kwargs: Any) -> Any:
+        """A new model, as `type(model).from_pretrained` makes one, is not sharded; without arguments it is a copy."""
+        return cls(*args, **kwargs) if args or kwargs else object.__new__(sharded)
+
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__new__": new}
+    return type(cls.__name__, (methods, cls), names)

@@ -119,6 +119,11 @@ def full_numel(parameter: nn.Parameter) -> int:
     return numel
 
 
+def full_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter before ZeRO 3 partitioned it, if it did. Relies on `parameter.ds_shape`."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
 def is_partitioned(parameter: nn.Parameter) -> bool:
     """Whether ZeRO 3 has taken the elements of a parameter away, until they are gathered. Relies on `ds_numel`."""
     return hasattr(parameter, "ds_id") and parameter.numel() != full_numel(parameter)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from accelerate.utils import DistributedType
 
@@ -39,6 +39,8 @@ def adapt_trainer(trainer: Any, plan: Plan, ranks: Ranks, initialize: Callable[.
     config["tensor_parallel"] = adapt_accelerator(accelerator, plan, ranks, initialize)
     zero = config.setdefault("zero_optimization", {})
     zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
+    _count_the_model(trainer, ranks)
+    trainer.hyperparameter_search = _refuse_search
     trainer.gather_function = functools.partial(
         accelerator.gather_for_metrics, use_gather_object=trainer.args.eval_use_gather_object
     )
@@ -66,6 +68,29 @@ def _check(trainer: Any, accelerator: Any) -> None:
                 next='give TrainingArguments deepspeed="ds_config.json", or a dict',
             )
         )
+
+
+def _count_the_model(trainer: Any, ranks: Ranks) -> None:
+    """Let it count the parameters of the model, and each rank its part of the floating-point operations.
+
+    Trainer adds the operations of all ranks.
+    """
+    count = type(trainer).floating_point_ops
+    trainer.floating_point_ops = lambda inputs: count(trainer, inputs) // ranks.tp_size
+    if hasattr(trainer.model, "num_parameters"):
+        trainer.get_num_trainable_parameters = lambda: trainer.model.num_parameters(only_trainable=True)
+
+
+def _refuse_search(*_: Any, **__: Any) -> NoReturn:
+    raise MismatchError(
+        Fault(
+            what="a Trainer with a sharded model cannot search hyperparameters",
+            where="trainer.hyperparameter_search",
+            got="an Accelerator for each trial, which counts processes",
+            expected="one that plan.adapt_trainer has seen",
+            next="start a job for each choice of hyperparameters, with trainer.train()",
+        )
+    )
 
 
 def _check_data(trainer: Any, ranks: Ranks) -> None:
