@@ -15,7 +15,9 @@ import torch
 from deepspeed.utils import groups, log_dist
 from torch import nn
 
-from autotp_plan.runtime.calls.sharded_model import Loaded, become_sharded, loaded_of
+from autotp_plan.runtime.calls.loaded import Loaded, loaded_of
+from autotp_plan.runtime.calls.sharded_engine import become_sharded_engine
+from autotp_plan.runtime.calls.sharded_model import become_sharded
 from autotp_plan.runtime.checkpoint.job import load_checkpoint, save_checkpoint
 from autotp_plan.runtime.checkpoint.mesh_change import why_this_mesh_only
 from autotp_plan.runtime.checkpoint.save_shards import save_shards
@@ -249,6 +251,7 @@ class TrainingPlan:
         engine, optimizer, _, scheduler = _deepspeed_initialize(model=model, config=settings, mpu=groups, **kwargs)
         if self.tp_size > 1:
             adapt_engine(engine, settings, model)
+            become_sharded_engine(engine, ranks)
         if skip_lone_sums:
             skip_sums_over_one_rank(engine)
         if reason := why_this_mesh_only(engine):

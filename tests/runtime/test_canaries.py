@@ -196,7 +196,7 @@ CANARIES = [
     Canary(f"{STAGE_3}.load_state_dict", RESUMING + " (ZeRO 3)",
            takes("load_optimizer_states", "load_from_fp32_weights")),
     Canary("deepspeed.runtime.zero.partition_parameters:Init", "saving weights under ZeRO 3",
-           uses("ds_tensor", "ds_numel", "ds_id")),
+           uses("ds_tensor", "ds_numel", "ds_id", "ds_shape")),
     # what it saves
     Canary(f"{ENGINE}._get_rank_zero_ckpt_name", FILES, optimizer_files_are_called_so),
     Canary(f"{ENGINE}._get_ckpt_name", FILES, model_files_are_called_so),

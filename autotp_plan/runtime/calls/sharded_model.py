@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
@@ -13,30 +12,13 @@ from transformers import PreTrainedModel
 from autotp_plan.huggingface.internals import mark_as_loaded
 from autotp_plan.runtime.calls.adapters import AdapterMethods
 from autotp_plan.runtime.calls.generation import GenerationCalls
+from autotp_plan.runtime.calls.loaded import Loaded
 from autotp_plan.runtime.calls.model_methods import ModelMethods
+from autotp_plan.runtime.calls.saving import SavesPretrained
 from autotp_plan.runtime.calls.vocabulary import VocabularyCalls
 from autotp_plan.runtime.calls.wrappers import guard_wrappers
-from autotp_plan.runtime.deepspeed.mesh import Ranks
+from autotp_plan.runtime.loading.shard_model import sum_partial_gradients
 from autotp_plan.runtime.tensor_parallel.torch_internals import tensor_of
-from autotp_plan.schemas.plan.document import Plan
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Loaded:
-    """How a model was loaded, for the methods that a sharded model has instead of its class's.
-
-    Attributes:
-        plan: the plan it is sharded by.
-        ranks: this process's place in the mesh.
-        folder: the shards folder or checkpoint that its weights came from.
-    """
-
-    plan: Plan
-    ranks: Ranks
-    folder: Path
-
-    def __deepcopy__(self, memo: Any) -> Loaded:
-        return self  # never changed; and a process group cannot be copied
 
 
 class ShardedModule:
@@ -51,8 +33,18 @@ class ShardedModule:
         assert isinstance(parameter, nn.Parameter)
         return parameter
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy that trains as this one does."""
+        new: Any = type(self).__new__(type(self))
+        memo[id(self)] = new
+        vars(new).update(copy.deepcopy(vars(self), memo))
+        sum_partial_gradients(new, self.autotp.plan, self.autotp.ranks.tp_group)
+        return new
 
-class ShardedPreTrainedModel(AdapterMethods, GenerationCalls, ModelMethods, VocabularyCalls, ShardedModule):
+
+class ShardedPreTrainedModel(
+    SavesPretrained, AdapterMethods, GenerationCalls, ModelMethods, VocabularyCalls, ShardedModule
+):
     """Methods of a sharded transformers model, before those of `PreTrainedModel`."""
 
 
@@ -72,13 +64,6 @@ def become_sharded(model: nn.Module, loaded: Loaded) -> None:
         cls: Any = type(model)
         model.__class__ = _sharded_class(cls)
         guard_wrappers()
-
-
-def loaded_of(model: nn.Module) -> Loaded:
-    """How a model from `load_model` was loaded."""
-    loaded = model.autotp
-    assert isinstance(loaded, Loaded)
-    return loaded
 
 
 @functools.cache

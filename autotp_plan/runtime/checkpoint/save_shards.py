@@ -10,21 +10,22 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from autotp_plan.runtime.deepspeed.agreement import together
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.runtime.deepspeed.zero_internals import partition_of
 from autotp_plan.runtime.loading.weights import DTYPES
 from autotp_plan.runtime.tensor_parallel.partly_replicated import element_copies, held_parameters
 from autotp_plan.runtime.tensor_parallel.torch_internals import tensor_of
-from autotp_plan.schemas.errors import AutoTPError, Fault, OutputError
 from autotp_plan.schemas.names import expand
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.file_layout import MAX_FILE_BYTES, PlacedFile
@@ -43,7 +44,7 @@ CHUNK_BYTES = 16 * 1024 * 1024
 Written = dict[str, list[checksum.Block]]
 """By file, the checksums of what was written."""
 
-_T = TypeVar("_T")
+_together = partial(together, what="the shards of a running job could not be written")
 
 
 def save_shards(
@@ -66,7 +67,7 @@ def save_shards(
         ShardsError: `like` is a shards folder that is not what its manifest says.
         CheckpointError: `like` is a checkpoint that cannot be read.
     """
-    new = _together(lambda: NewShards(plan, _original(like, plan), max_file_bytes))
+    new = _together(lambda: NewShards(plan, original_of(like, plan), max_file_bytes))
     rank = _RankWriter(model, new, ranks)
     if torch.distributed.get_rank() > 0:
         _together(lambda: None)  # until the first rank has made the files
@@ -86,35 +87,8 @@ def _output_folder(folder: Path) -> OutputFolder:
     return OutputFolder(folder, {"command": "save_shards"}, "save_shards")
 
 
-def _together(work: Callable[[], _T]) -> _T:
-    """What `work` returns; when it fails on any rank, the error of the first of them, on all."""
-    found: Any = None
-    error = None
-    try:
-        found = work()
-    except AutoTPError as raised:
-        error = raised
-    except (OSError, EOFError) as raised:
-        error = OutputError(
-            Fault(
-                code="operating-system",
-                what="the shards of a running job could not be written",
-                where=str(getattr(raised, "filename", None) or "the folder"),
-                got=getattr(raised, "strerror", None) or str(raised),
-                expected="a folder that all ranks can write to",
-                next="free space or correct what is wrong, and save again",
-            )
-        )
-    errors: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(errors, error)
-    for one in errors:
-        if one is not None:
-            raise one
-    result: _T = found
-    return result
-
-
-def _original(like: Path, plan: Plan) -> Original:
+def original_of(like: Path, plan: Plan) -> Original:
+    """What is not sharded of the checkpoint or shards folder `like`."""
     if (like / MANIFEST_NAME).exists():
         return original_of_shards(read_shards(like))
     return original_of_checkpoint(read_checkpoint(like), plan)

@@ -2,7 +2,7 @@
 
 Accelerate gives all TP ranks of a data-parallel group the same batches once the DeepSpeed config says `autotp_size`.
 But it counts processes where it should count data-parallel ranks: in the engine's batch size, and in what it gathers
-for metrics. And it would save a partly replicated parameter under two names.
+for metrics.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from autotp_plan.huggingface.internals import gathering_objects_with, prepare_en
 from autotp_plan.runtime.calls.wrappers import ADAPTED
 from autotp_plan.runtime.deepspeed.engine_config import engine_config
 from autotp_plan.runtime.deepspeed.mesh import Ranks
-from autotp_plan.runtime.tensor_parallel.partly_replicated import SHARED
 from autotp_plan.schemas.errors import Fault, MismatchError
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.upstream import replaced
@@ -51,7 +50,6 @@ def adapt_accelerator(accelerator: Any, plan: Plan, ranks: Ranks, initialize: Ca
     accelerator.dataloader_config.dispatch_batches = False  # or it would give all DP ranks what one process reads
     prepare_engine_with(accelerator, _as_accelerate_calls(initialize))
     accelerator.gather_for_metrics = _gather_once(accelerator, accelerator.gather_for_metrics, ranks)
-    accelerator.get_state_dict = _without_partly_replicated(accelerator.get_state_dict)
     setattr(accelerator, ADAPTED, True)
     section: dict[str, Any] = config["tensor_parallel"]
     return section
@@ -111,23 +109,3 @@ def _gather_once(accelerator: Any, gather_for_metrics: Callable[..., Any], ranks
             return gather_for_metrics(input_data, use_gather_object)
 
     return gather_for_metrics_once
-
-
-def _without_partly_replicated(get_state_dict: Callable[..., Any]) -> Callable[..., Any]:
-    """`get_state_dict` that refuses a model with partly replicated parameters, which it would save under two names."""
-
-    def checked(model: Any, unwrap: bool = True) -> Any:
-        for name, _ in model.module.named_parameters():
-            if name.endswith(SHARED):
-                raise MismatchError(
-                    Fault(
-                        what="a partly replicated parameter cannot be saved as a plain checkpoint",
-                        where=name.removesuffix(SHARED),
-                        got="two parameters: what this rank alone holds, and what other ranks hold too",
-                        expected="KV heads that tp_size divides, for save_model of a fused weight",
-                        next="set save_strategy='no' and use plan.save_checkpoint(trainer.deepspeed, folder)",
-                    )
-                )
-        return get_state_dict(model, unwrap)
-
-    return checked

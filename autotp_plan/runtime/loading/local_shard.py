@@ -8,9 +8,8 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
 from autotp_plan.runtime.deepspeed.zero_internals import is_partitioned
-from autotp_plan.runtime.tensor_parallel.linear import PlannedLayer
-from autotp_plan.runtime.tensor_parallel.module_boundary import WithCollectives
 from autotp_plan.runtime.tensor_parallel.sharded_params import ShardedParams
+from autotp_plan.runtime.tensor_parallel.state_dicts import HoldsShards
 from autotp_plan.runtime.tensor_parallel.torch_internals import tensor_of
 from autotp_plan.schemas.documents import did_you_mean
 from autotp_plan.schemas.errors import Fault, MismatchError
@@ -64,9 +63,7 @@ def local_shard(model: nn.Module, name: str, *, gradient: bool = False) -> Tenso
 
 def shards_of(module: nn.Module) -> ShardedParams | None:
     """The sharded parameters of a module, None where it has none."""
-    if isinstance(module, PlannedLayer):
-        return module.shards
-    return module.tp_boundary.shards if isinstance(module, WithCollectives) else None
+    return module.held_shards() if isinstance(module, HoldsShards) else None
 
 
 def _names(owner: nn.Module) -> set[str]:

@@ -61,7 +61,7 @@ def shard_model(
     for name, shards in sharded.items():
         shards.finish(model.get_submodule(name))
     if ranks.tp_size > 1:
-        _sum_partial_gradients(model, plan, ranks.tp_group)
+        sum_partial_gradients(model, plan, ranks.tp_group)
         if has_dropout(model):
             use_sharded_regions(ranks.tp_group)
     unloaded = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
@@ -130,7 +130,7 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
             setattr(module, name, buffer.to(device))
 
 
-def _sum_partial_gradients(model: nn.Module, plan: Plan, group: Any) -> None:
+def sum_partial_gradients(model: nn.Module, plan: Plan, group: Any) -> None:
     """All-reduce the gradients of replicated parameters of which each rank computes only part."""
 
     def all_reduced(gradient: Tensor) -> Tensor:

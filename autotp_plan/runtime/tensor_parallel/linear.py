@@ -25,11 +25,12 @@ from autotp_plan.runtime.tensor_parallel.dropout_rng import enter_sharded_region
 from autotp_plan.runtime.tensor_parallel.gathered_weight import GatheredWeight, ShardedWeight
 from autotp_plan.runtime.tensor_parallel.lazy_logits import LastDimSharding, LazilyGathered
 from autotp_plan.runtime.tensor_parallel.sharded_params import ShardedParams
+from autotp_plan.runtime.tensor_parallel.state_dicts import HoldsShards
 from autotp_plan.runtime.tensor_parallel.torch_internals import forward_pre_hooks, tensor_of
 from autotp_plan.schemas.layout import Layout
 
 
-class PlannedLayer(ShardedLayer):
+class PlannedLayer(HoldsShards, ShardedLayer):
     """A module whose `weight` (and `bias`) are one rank's shards by a layout.
 
     Args:
@@ -69,6 +70,9 @@ class PlannedLayer(ShardedLayer):
     def shard_params(self, params_list: list[Any]) -> None:
         """Replace the data of full parameters by this rank's shards. The reverse of `gather_params`."""
         self.shards.shard_params(self, params_list)
+
+    def held_shards(self) -> ShardedParams:
+        return self.shards
 
     @property
     def weight(self) -> Any:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from autotp_plan.runtime.tensor_parallel.collectives import copy_to_ranks, sum_over_ranks, take
 from autotp_plan.runtime.tensor_parallel.dropout_rng import enter_sharded_region, leave_sharded_region
 from autotp_plan.runtime.tensor_parallel.sharded_params import ShardedParams
+from autotp_plan.runtime.tensor_parallel.state_dicts import HoldsShards
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.plan.document import Crossing, PlannedModule
 
@@ -47,11 +48,14 @@ class Boundary:
         return self.shards.group
 
 
-class WithCollectives(nn.Module):
+class WithCollectives(HoldsShards):
     """The forward of a module with collectives at its inputs and outputs; mixed into the module's class."""
 
     share_input_gradients: bool = True
     tp_boundary: Boundary
+
+    def held_shards(self) -> ShardedParams:
+        return self.tp_boundary.shards
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         boundary = self.tp_boundary

@@ -25,6 +25,7 @@ from autotp_plan.runtime.tensor_parallel.partly_replicated import (
     slice_held,
 )
 from autotp_plan.runtime.tensor_parallel.shard_registry import ShardInfo, remember_shard
+from autotp_plan.runtime.tensor_parallel.state_dicts import refuse_state_dict, shard_full_tensors
 from autotp_plan.runtime.tensor_parallel.torch_internals import tensor_of
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.layout import Layout, parameter_shape
@@ -87,6 +88,27 @@ class ShardedParams:
         return join_held(self.held[name], found, self.layouts[name], self.shapes[name], self.tp_rank)
 
     def finish(self, module: nn.Module) -> None:
+        """Prepare a module whose parameters are loaded: its parameters for DeepSpeed, its state dict for everyone."""
+        self.finish_parameters(module)
+        if self.tp_world_size > 1 and any(layout.dim is not None for layout in self.layouts.values()):
+            module.register_state_dict_pre_hook(self._before_state_dict)  # type: ignore[no-untyped-call]
+            module.register_load_state_dict_pre_hook(self._before_load_state_dict)  # type: ignore[no-untyped-call]
+
+    def _before_state_dict(self, *args: Any) -> None:
+        refuse_state_dict(self, *args)
+
+    def _before_load_state_dict(self, *args: Any) -> None:
+        shard_full_tensors(self, *args)
+
+    def take(self, name: str, full: Tensor) -> Tensor:
+        """This rank's shard of the full tensor of `name`."""
+        layout, shape = self.layouts[name], self.shapes[name]
+        if layout.dim is None:
+            return full
+        shard = take(full.reshape(layout.shape), layout.intervals[self.tp_rank], layout.dim)
+        return shard.reshape(parameter_shape(shape, layout.shape, shard.shape))
+
+    def finish_parameters(self, module: nn.Module) -> None:
         """Tell DeepSpeed about the loaded parameters: which are shards, how they are gathered and sharded again."""
         for name, held in self.held.items():
             for one in held:

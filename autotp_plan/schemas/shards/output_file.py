@@ -86,6 +86,11 @@ class OutputFile:
         """Give the file its final name."""
         temporary_path(self.path).replace(self.path)
 
+    def remove(self) -> None:
+        """Close the file, and remove it where it has not got its final name."""
+        self.close()
+        temporary_path(self.path).unlink(missing_ok=True)
+
     def close(self) -> None:
         """Close the file, where it is open."""
         if self._descriptor >= 0:

@@ -1,0 +1,37 @@
+"""How a model was loaded: what the methods that a sharded model has instead of its class's know of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from autotp_plan.runtime.deepspeed.mesh import Ranks
+from autotp_plan.schemas.plan.document import Plan
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Loaded:
+    """How a model was loaded, for the methods that a sharded model has instead of its class's.
+
+    Attributes:
+        plan: the plan it is sharded by.
+        ranks: this process's place in the mesh.
+        folder: the shards folder or checkpoint that its weights came from.
+    """
+
+    plan: Plan
+    ranks: Ranks
+    folder: Path
+
+    def __deepcopy__(self, memo: Any) -> Loaded:
+        return self  # never changed; and a process group cannot be copied
+
+
+def loaded_of(model: nn.Module) -> Loaded:
+    """How a model from `load_model` was loaded."""
+    loaded = model.autotp
+    assert isinstance(loaded, Loaded)
+    return loaded

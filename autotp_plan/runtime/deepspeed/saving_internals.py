@@ -1,0 +1,41 @@
+"""The private names of DeepSpeed's engine that save weights: what a sharded model's engine has in their place.
+
+Each is called by the engine itself, by Accelerate or by Hugging Face's Trainer; `tests/runtime/test_canaries.py`
+asserts that they are there in a second.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
+"""The scripts that DeepSpeed copies into a checkpoint: they join ZeRO's partitions, but know no TP ranks."""
+
+
+class SavesFullTensors:
+    """Methods of DeepSpeed's engine that would save one TP rank's shards as the model; mixed into its class.
+
+    Relies on `_copy_recovery_script(save_path)`, which `save_checkpoint` calls on the first rank, and on
+    `_consolidated_16bit_state_dict`, `_zero3_consolidated_16bit_state_dict` (with `exclude_frozen_parameters`) and
+    `_replace_module_consolidated_state_dict`, which are called on every rank.
+    """
+
+    recovery_script: str
+
+    def full_state_dict(self, only_trained: bool) -> Any:
+        """The state dict of the model without sharding, on the first rank."""
+        raise NotImplementedError
+
+    def _copy_recovery_script(self, save_path: str) -> None:
+        for name in SCRIPTS:
+            (Path(save_path) / name).write_text(self.recovery_script, encoding="utf-8")
+
+    def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> Any:
+        return self.full_state_dict(exclude_frozen_parameters)
+
+    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> Any:
+        return self.full_state_dict(exclude_frozen_parameters)
+
+    def _replace_module_consolidated_state_dict(self) -> Any:
+        return self.full_state_dict(False)
