@@ -23,8 +23,8 @@ ROOMS = (
     "huggingface",
     "inference",
     "planner.model", "planner.deepspeed", "planner.wrappers", "planner.rules", "planner.fallback", "planner.shards",
-    "runtime.deepspeed", "runtime.data", "runtime.tensor_parallel", "runtime.loading", "runtime.optimizers",
-    "runtime.checkpoint", "runtime.calls", "runtime.integrations", "runtime.verify",
+    "runtime.deepspeed", "runtime.data", "runtime.parameters", "runtime.tensor_parallel", "runtime.loading",
+    "runtime.optimizers", "runtime.checkpoint", "runtime.calls", "runtime.integrations", "runtime.verify",
     "planner.cli", "planner.presets", "plans",
 )  # fmt: skip
 """Every folder, the lowest first: a room imports only rooms that come before it. Files that lie in `planner/` or

@@ -14,7 +14,7 @@ from autotp_plan.schemas.errors import Fault, MissingDependencyError
 
 if TYPE_CHECKING:
     from autotp_plan.runtime.loading.local_shard import local_shard
-    from autotp_plan.runtime.tensor_parallel.state_dicts import shards_in_state_dict
+    from autotp_plan.runtime.parameters.state_dicts import shards_in_state_dict
     from autotp_plan.runtime.training_plan import TrainingPlan, load_plan
     from autotp_plan.runtime.verify.run import try_plan, verify_plan
 
@@ -24,7 +24,7 @@ _HOMES = {
     "TrainingPlan": "training_plan",
     "load_plan": "training_plan",
     "local_shard": "loading.local_shard",
-    "shards_in_state_dict": "tensor_parallel.state_dicts",
+    "shards_in_state_dict": "parameters.state_dicts",
     "try_plan": "verify.run",
     "verify_plan": "verify.run",
 }

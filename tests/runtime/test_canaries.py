@@ -121,6 +121,7 @@ def assertion_raises(assert_async: Any) -> bool:
     return False
 
 
+SAVING_ALL = "saving a sharded model as a model"
 CANARIES = [
     # the mesh
     Canary("deepspeed.comm.torch:build_shm_op", "starting on CPU without compiling an operator for half a minute"),
@@ -197,6 +198,11 @@ CANARIES = [
            takes("load_optimizer_states", "load_from_fp32_weights")),
     Canary("deepspeed.runtime.zero.partition_parameters:Init", "saving weights under ZeRO 3",
            uses("ds_tensor", "ds_numel", "ds_id", "ds_shape")),
+    # what it would save of shards
+    Canary(f"{ENGINE}._copy_recovery_script", SAVING_ALL, takes("save_path")),
+    Canary(f"{ENGINE}._consolidated_16bit_state_dict", SAVING_ALL, takes("exclude_frozen_parameters")),
+    Canary(f"{ENGINE}._zero3_consolidated_16bit_state_dict", SAVING_ALL, takes("exclude_frozen_parameters")),
+    Canary(f"{ENGINE}._replace_module_consolidated_state_dict", SAVING_ALL),
     # what it saves
     Canary(f"{ENGINE}._get_rank_zero_ckpt_name", FILES, optimizer_files_are_called_so),
     Canary(f"{ENGINE}._get_ckpt_name", FILES, model_files_are_called_so),

@@ -13,8 +13,8 @@ from deepspeed import DeepSpeedEngine
 from autotp_plan.runtime.checkpoint.full_tensors import full_state_dict
 from autotp_plan.runtime.deepspeed.agreement import together
 from autotp_plan.runtime.deepspeed.mesh import Ranks
-from autotp_plan.runtime.deepspeed.saving_internals import SavesFullTensors
-from autotp_plan.runtime.tensor_parallel.state_dicts import shards_in_state_dict
+from autotp_plan.runtime.deepspeed.saving_internals import SavesFullTensors, check_saving_methods
+from autotp_plan.runtime.parameters.state_dicts import shards_in_state_dict
 from autotp_plan.schemas.errors import CheckpointError, Fault
 
 _SCRIPT = '''#!/usr/bin/env python
@@ -122,6 +122,7 @@ def become_sharded_engine(engine: Any, ranks: Ranks) -> None:
         engine: what `deepspeed.initialize` made.
         ranks: this process's place in the mesh.
     """
+    check_saving_methods(engine)
     engine.tp_dp_ranks = ranks
     cls: Any = type(engine)
     engine.__class__ = _sharded_class(cls)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.runtime.deepspeed.zero_internals import full_shape, partition_of
 from autotp_plan.runtime.loading.local_shard import shards_of
-from autotp_plan.runtime.tensor_parallel.partly_replicated import held_parameters, join_held
-from autotp_plan.runtime.tensor_parallel.state_dicts import shards_in_state_dict
+from autotp_plan.runtime.parameters.partly_replicated import held_parameters, join_held
+from autotp_plan.runtime.parameters.state_dicts import shards_in_state_dict
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.layout import Layout
 

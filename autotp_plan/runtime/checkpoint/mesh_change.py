@@ -27,7 +27,7 @@ from autotp_plan.runtime.deepspeed.zero_internals import (
     load_optimizer_state,
     swaps_to_disk,
 )
-from autotp_plan.runtime.tensor_parallel.partly_replicated import held_parameters, slice_held
+from autotp_plan.runtime.parameters.partly_replicated import held_parameters, slice_held
 from autotp_plan.schemas.errors import Fault, MismatchError
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.storage.checkpoint import config_hash

@@ -24,7 +24,7 @@ from autotp_plan.runtime.deepspeed.agreement import together
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.runtime.deepspeed.zero_internals import partition_of
 from autotp_plan.runtime.loading.weights import DTYPES
-from autotp_plan.runtime.tensor_parallel.partly_replicated import element_copies, held_parameters
+from autotp_plan.runtime.parameters.partly_replicated import element_copies, held_parameters
 from autotp_plan.runtime.tensor_parallel.torch_internals import tensor_of
 from autotp_plan.schemas.names import expand
 from autotp_plan.schemas.plan.document import Plan

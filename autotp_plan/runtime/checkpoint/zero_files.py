@@ -25,8 +25,8 @@ from autotp_plan.runtime.deepspeed.zero_internals import (
     optimizer_states_files,
     trainable_shapes,
 )
+from autotp_plan.runtime.parameters.partly_replicated import HeldParameter, held_parameters, join_held
 from autotp_plan.runtime.tensor_parallel.collectives import take
-from autotp_plan.runtime.tensor_parallel.partly_replicated import HeldParameter, held_parameters, join_held
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.errors import CheckpointError, Fault
 from autotp_plan.schemas.layout import Layout, parameter_shape

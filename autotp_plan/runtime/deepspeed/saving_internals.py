@@ -9,8 +9,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from autotp_plan.schemas.upstream import private
+
+_PACKAGE = "deepspeed"
+
 SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 """The scripts that DeepSpeed copies into a checkpoint: they join ZeRO's partitions, but know no TP ranks."""
+
+
+def check_saving_methods(engine: Any) -> None:
+    """Check that the engine still has the methods that `SavesFullTensors` takes the place of.
+
+    Relies on all of those that it names.
+
+    Raises:
+        MissingDependencyError: DeepSpeed saves by another method, which would write shards as the model.
+    """
+    used_for = "saving a sharded model as a model"
+    private(engine, "_copy_recovery_script", _PACKAGE, used_for)
+    private(engine, "_consolidated_16bit_state_dict", _PACKAGE, used_for)
+    private(engine, "_zero3_consolidated_16bit_state_dict", _PACKAGE, used_for)
+    private(engine, "_replace_module_consolidated_state_dict", _PACKAGE, used_for)
 
 
 class SavesFullTensors:

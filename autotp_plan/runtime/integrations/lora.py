@@ -22,7 +22,7 @@ from autotp_plan.runtime.deepspeed.internals import full_tensors
 from autotp_plan.runtime.integrations.lora_config import check_config, check_kind, name_all_linear
 from autotp_plan.runtime.tensor_parallel.collectives import take
 from autotp_plan.runtime.tensor_parallel.linear import ColumnParallelLinear, PlannedLayer, RowParallelLinear
-from autotp_plan.runtime.tensor_parallel.partly_replicated import SHARED
+from autotp_plan.runtime.parameters.partly_replicated import SHARED
 from autotp_plan.schemas.errors import CheckpointError, Fault, MismatchError
 from autotp_plan.schemas.layout import Layout
 

@@ -8,8 +8,8 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
 from autotp_plan.runtime.deepspeed.zero_internals import is_partitioned
+from autotp_plan.runtime.parameters.state_dicts import HoldsShards
 from autotp_plan.runtime.tensor_parallel.sharded_params import ShardedParams
-from autotp_plan.runtime.tensor_parallel.state_dicts import HoldsShards
 from autotp_plan.runtime.tensor_parallel.torch_internals import tensor_of
 from autotp_plan.schemas.documents import did_you_mean
 from autotp_plan.schemas.errors import Fault, MismatchError
@@ -63,7 +63,9 @@ def local_shard(model: nn.Module, name: str, *, gradient: bool = False) -> Tenso
 
 def shards_of(module: nn.Module) -> ShardedParams | None:
     """The sharded parameters of a module, None where it has none."""
-    return module.held_shards() if isinstance(module, HoldsShards) else None
+    shards = module.held_shards() if isinstance(module, HoldsShards) else None
+    assert shards is None or isinstance(shards, ShardedParams)
+    return shards
 
 
 def _names(owner: nn.Module) -> set[str]:

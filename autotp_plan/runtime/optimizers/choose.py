@@ -23,7 +23,7 @@ from autotp_plan.runtime.optimizers.deepspeed_muon import check_deepspeed_muon, 
 from autotp_plan.runtime.optimizers.full_steps import FullSteps
 from autotp_plan.runtime.optimizers.probe import Finding, LooksAt, probe
 from autotp_plan.runtime.optimizers.sharded_weights import ShardedWeight, sharded_weights
-from autotp_plan.runtime.tensor_parallel.shard_registry import is_shard
+from autotp_plan.runtime.parameters.shard_registry import is_shard
 from autotp_plan.schemas.errors import Fault, MismatchError
 
 _ELEMENTWISE = ("adam", "adamw", "adagrad", "lion")

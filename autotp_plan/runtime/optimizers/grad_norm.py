@@ -15,7 +15,7 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor
 
-from autotp_plan.runtime.tensor_parallel.shard_registry import shards_by_gradient
+from autotp_plan.runtime.parameters.shard_registry import shards_by_gradient
 from autotp_plan.runtime.tensor_parallel.torch_internals import replace_total_norm_function, total_norm_function
 from autotp_plan.schemas.errors import Fault, OptionError
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from autotp_plan.runtime.loading.local_shard import shards_of
+from autotp_plan.runtime.parameters.partly_replicated import HeldParameter, join_held, slice_held
 from autotp_plan.runtime.tensor_parallel.collectives import take
-from autotp_plan.runtime.tensor_parallel.partly_replicated import HeldParameter, join_held, slice_held
 from autotp_plan.runtime.tensor_parallel.torch_internals import tensor_of
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.layout import Layout, parameter_shape

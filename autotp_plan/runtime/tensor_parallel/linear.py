@@ -20,12 +20,12 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from autotp_plan.runtime.deepspeed.internals import ShardedLayer, are_all_of_deepspeed
+from autotp_plan.runtime.parameters.state_dicts import HoldsShards
 from autotp_plan.runtime.tensor_parallel.collectives import copy_to_ranks, sum_over_ranks, take
 from autotp_plan.runtime.tensor_parallel.dropout_rng import enter_sharded_region, leave_sharded_region
 from autotp_plan.runtime.tensor_parallel.gathered_weight import GatheredWeight, ShardedWeight
 from autotp_plan.runtime.tensor_parallel.lazy_logits import LastDimSharding, LazilyGathered
 from autotp_plan.runtime.tensor_parallel.sharded_params import ShardedParams
-from autotp_plan.runtime.tensor_parallel.state_dicts import HoldsShards
 from autotp_plan.runtime.tensor_parallel.torch_internals import forward_pre_hooks, tensor_of
 from autotp_plan.schemas.layout import Layout
 

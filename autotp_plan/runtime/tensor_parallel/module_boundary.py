@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from autotp_plan.runtime.parameters.state_dicts import HoldsShards
 from autotp_plan.runtime.tensor_parallel.collectives import copy_to_ranks, sum_over_ranks, take
 from autotp_plan.runtime.tensor_parallel.dropout_rng import enter_sharded_region, leave_sharded_region
 from autotp_plan.runtime.tensor_parallel.sharded_params import ShardedParams
-from autotp_plan.runtime.tensor_parallel.state_dicts import HoldsShards
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.plan.document import Crossing, PlannedModule
 

@@ -17,15 +17,15 @@ from autotp_plan.runtime.deepspeed.internals import (
     describe_for_universal_checkpoint,
     mark_as_shard,
 )
-from autotp_plan.runtime.tensor_parallel.collectives import gather_shards, take
-from autotp_plan.runtime.tensor_parallel.partly_replicated import (
+from autotp_plan.runtime.parameters.partly_replicated import (
     HeldParameter,
     held_parameters,
     join_held,
     slice_held,
 )
-from autotp_plan.runtime.tensor_parallel.shard_registry import ShardInfo, remember_shard
-from autotp_plan.runtime.tensor_parallel.state_dicts import refuse_state_dict, shard_full_tensors
+from autotp_plan.runtime.parameters.shard_registry import ShardInfo, remember_shard
+from autotp_plan.runtime.parameters.state_dicts import refuse_state_dict, shard_full_tensors
+from autotp_plan.runtime.tensor_parallel.collectives import gather_shards, take
 from autotp_plan.runtime.tensor_parallel.torch_internals import tensor_of
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.layout import Layout, parameter_shape

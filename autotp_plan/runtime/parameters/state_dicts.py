@@ -10,15 +10,30 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from autotp_plan.runtime.tensor_parallel.partly_replicated import slice_held
+from autotp_plan.runtime.parameters.partly_replicated import HeldParameter, slice_held
 from autotp_plan.schemas.errors import Fault, MismatchError
+from autotp_plan.schemas.layout import Layout
 
-if TYPE_CHECKING:
-    from autotp_plan.runtime.tensor_parallel.sharded_params import ShardedParams
+
+class Shards(Protocol):
+    """What is asked here of the sharded parameters of a module (`ShardedParams`)."""
+
+    layouts: dict[str, Layout]
+    shapes: dict[str, tuple[int, ...]]
+    held: dict[str, tuple[HeldParameter, ...]]
+    tp_rank: int
+    tp_world_size: int
+
+    def finish_parameters(self, module: nn.Module) -> None:
+        """Tell DeepSpeed about the loaded parameters of `module`."""
+
+    def take(self, name: str, full: Tensor) -> Tensor:
+        """This rank's shard of the full tensor of `name`."""
+
 
 WHOLE_MODEL = (
     "model.save_pretrained(folder) writes the full model, plan.save_shards(model, folder) its shards, "
@@ -67,12 +82,12 @@ class HoldsShards(nn.Module):
         new.held_shards().finish_parameters(new)
         return new
 
-    def held_shards(self) -> ShardedParams:
+    def held_shards(self) -> Shards:
         """The sharded parameters of this module."""
         raise NotImplementedError
 
 
-def refuse_state_dict(shards: ShardedParams, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+def refuse_state_dict(shards: Shards, module: nn.Module, prefix: str, keep_vars: bool) -> None:
     """A hook for `module.state_dict`, which would hold shards.
 
     Raises:
@@ -91,9 +106,7 @@ def refuse_state_dict(shards: ShardedParams, module: nn.Module, prefix: str, kee
         )
 
 
-def shard_full_tensors(
-    shards: ShardedParams, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
-) -> None:
+def shard_full_tensors(shards: Shards, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """A hook for `module.load_state_dict`: replace full tensors in its copy of the dict by this rank's shards."""
     for name, held in shards.held.items():
         given = state_dict.get(prefix + name)
