@@ -18,10 +18,11 @@ from autotp_plan.runtime.calls.saving import SavesPretrained
 from autotp_plan.runtime.calls.vocabulary import VocabularyCalls
 from autotp_plan.runtime.calls.wrappers import guard_wrappers
 from autotp_plan.runtime.loading.shard_model import sum_partial_gradients
+from autotp_plan.runtime.parameters.state_dicts import NotPickled
 from autotp_plan.runtime.tensor_parallel.torch_internals import tensor_of
 
 
-class ShardedModule:
+class ShardedModule(NotPickled):
     """Methods of every sharded model, before those of its class."""
 
     autotp: Loaded

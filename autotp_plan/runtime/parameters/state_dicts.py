@@ -59,8 +59,8 @@ def shards_in_state_dict() -> Iterator[None]:
         _wanted.reset(token)
 
 
-class HoldsShards(nn.Module):
-    """Pickling and copying of a module with shards; mixed into its class."""
+class NotPickled:
+    """Pickling of a module of which this process has a part: refused; mixed into its class."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise MismatchError(
@@ -72,6 +72,10 @@ class HoldsShards(nn.Module):
                 next=WHOLE_MODEL,
             )
         )
+
+
+class HoldsShards(NotPickled, nn.Module):
+    """Pickling and copying of a module with shards; mixed into its class."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy with the hooks and marks that its parameters need to train."""
