@@ -20,9 +20,9 @@ from torch import nn
 from autotp_plan.huggingface.internals import register_lora_layers, replace_adapter_injection
 from autotp_plan.runtime.deepspeed.internals import full_tensors
 from autotp_plan.runtime.integrations.lora_config import check_config, check_kind, name_all_linear
+from autotp_plan.runtime.parameters.partly_replicated import SHARED
 from autotp_plan.runtime.tensor_parallel.collectives import take
 from autotp_plan.runtime.tensor_parallel.linear import ColumnParallelLinear, PlannedLayer, RowParallelLinear
-from autotp_plan.runtime.parameters.partly_replicated import SHARED
 from autotp_plan.schemas.errors import CheckpointError, Fault, MismatchError
 from autotp_plan.schemas.layout import Layout
 
@@ -184,13 +184,6 @@ def _check_tensors(adapted: Any, name: str, found: set[str], folder: Path) -> No
         )
 
 
-def _take_shard(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A hook for `load_state_dict`: of a full tensor this rank takes its shard."""
-    layout, key = layer.shards.layouts["weight"], f"{prefix}weight"
-    if key in state and tuple(state[key].shape) == tuple(layout.shape):
-        state[key] = take(state[key], layout.intervals[layer.tp_index], layout.dim)
-
-
 def _shard(adapter: Any, name: str) -> None:
     """Replace the factor that is sharded like the adapter's layer by a tensor-parallel layer."""
     base = adapter.get_base_layer()
@@ -218,7 +211,6 @@ def _shard(adapter: Any, name: str) -> None:
         layer.shards.assign(layer, "weight", take(full.weight, layout.intervals[base.tp_index], dim).clone())
     with _trainable(layer):  # it may be later on, by set_adapter
         layer.shards.finish(layer)
-    layer.register_load_state_dict_pre_hook(_take_shard)
     layer.train(full.training)
     factors[name] = layer
 
