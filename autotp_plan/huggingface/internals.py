@@ -206,12 +206,17 @@ def register_lora_layers(config: Any, layers: Mapping[type[Any], type[Any]]) -> 
     private(config, "_register_custom_module", "peft", "LoRA on tensor-parallel layers")(dict(layers))
 
 
-def replace_adapter_injection(check: Callable[[Any, Any], None], inject: Callable[..., None]) -> None:
+def replace_adapter_injection(
+    check: Callable[[Any, Any], None],
+    inject: Callable[..., None],
+    loading: Callable[[], AbstractContextManager[None]],
+) -> None:
     """Let PEFT call `check(model, config)` before it wraps a model, and `inject(original, tuner, model, name, ...)`.
 
-    `inject` calls `original(tuner, model, name, ...)`. Relies on `PeftModel.__init__(model, peft_config, ...)` and
-    `BaseTuner.inject_adapter(model, adapter_name, ...)`, through which every way to an adapter goes. Does nothing the
-    second time.
+    `inject` calls `original(tuner, model, name, ...)`. Inside `loading()` an adapter is loaded: PEFT asks the model for
+    its state dict then, of which it reads the names. Relies on `PeftModel.__init__(model, peft_config, ...)` and
+    `BaseTuner.inject_adapter(model, adapter_name, ...)`, through which every way to an adapter goes, and on
+    `PeftModel.load_adapter`. Does nothing the second time.
     """
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTuner
@@ -230,6 +235,14 @@ def replace_adapter_injection(check: Callable[[Any, Any], None], inject: Callabl
         check(model, peft_config)
         begin(self, model, peft_config, *args, **kwargs)
 
+    load: Any = PeftModel.load_adapter
+
+    @functools.wraps(load)
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with loading():
+            return load(self, *args, **kwargs)
+
+    PeftModel.load_adapter = load_adapter
     inject_adapter.knows_shards = True  # type: ignore[attr-defined]
     BaseTuner.inject_adapter = inject_adapter
     PeftModel.__init__ = checked

@@ -21,6 +21,7 @@ from autotp_plan.huggingface.internals import register_lora_layers, replace_adap
 from autotp_plan.runtime.deepspeed.internals import full_tensors
 from autotp_plan.runtime.integrations.lora_config import check_config, check_kind, name_all_linear
 from autotp_plan.runtime.parameters.partly_replicated import SHARED
+from autotp_plan.runtime.parameters.state_dicts import shards_in_state_dict
 from autotp_plan.runtime.tensor_parallel.collectives import take
 from autotp_plan.runtime.tensor_parallel.linear import ColumnParallelLinear, PlannedLayer, RowParallelLinear
 from autotp_plan.schemas.errors import CheckpointError, Fault, MismatchError
@@ -29,7 +30,7 @@ from autotp_plan.schemas.layout import Layout
 
 def guard_peft() -> None:
     """Let PEFT's own calls (`get_peft_model`, `PeftModel.from_pretrained`, ...) shard adapters of a sharded model."""
-    replace_adapter_injection(_check_kind_of_sharded, _inject)
+    replace_adapter_injection(_check_kind_of_sharded, _inject, shards_in_state_dict)
 
 
 def add_lora(model: nn.Module, config: Any) -> Any:
