@@ -133,7 +133,9 @@ ENGINE: dict[str, Call] = {
     "clip_fp32_gradients": lambda engine, _: clipped(engine),
     "buffered_allreduce_fallback": lambda engine, _: bucket(engine),
     "module_state_dict": lambda engine, _: module_states(engine),
-    "load_module_state_dict": lambda engine, _: engine.load_module_state_dict({"module": engine.module.state_dict()}),
+    "load_module_state_dict": lambda engine, _: engine.load_module_state_dict(
+        {"module": dict(engine.module.named_parameters())}
+    ),
     "save_checkpoint + load_checkpoint": saved_and_loaded,
     "compile": lambda engine, _: engine.compile(backend="eager"),
     "offload_states + reload_states": lambda engine, _: offloaded(engine),

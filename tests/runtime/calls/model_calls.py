@@ -212,7 +212,7 @@ MODULE: dict[str, Call] = {
     "copy.deepcopy": lambda model, _: numbers(copy.deepcopy(model)),
     "compile": lambda model, _: model.compile(backend="eager"),
     "state_dict": lambda model, _: len(model.state_dict()),
-    "load_state_dict": lambda model, _: plain(model.load_state_dict(dict(model.state_dict()))),
+    "load_state_dict": lambda model, _: plain(model.load_state_dict(dict(model.named_parameters()))),
 }
 
 TOGETHER: frozenset[str] = frozenset()
