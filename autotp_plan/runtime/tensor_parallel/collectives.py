@@ -17,10 +17,11 @@ from deepspeed import comm as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from autotp_plan.runtime.tensor_parallel.torch_internals import version_of
+from autotp_plan.runtime.tensor_parallel.torch_internals import eager, version_of
 from autotp_plan.schemas import intervals as iv
 
 
+@eager
 def copy_to_ranks(input: Tensor, group: Any, *, shared: bool = False) -> Tensor:
     """`input` unchanged; its gradient is all-reduced, as each rank computes part of it.
 
@@ -41,12 +42,14 @@ def copy_to_ranks(input: Tensor, group: Any, *, shared: bool = False) -> Tensor:
     return result
 
 
+@eager
 def sum_over_ranks(input: Tensor, group: Any) -> Tensor:
     """The sum of every rank's `input`, by an all-reduce; the gradient passes unchanged, as it is equal on all ranks."""
     result: Tensor = _SumOverRanks.apply(input, group)  # type: ignore[no-untyped-call]
     return result
 
 
+@eager
 def gather_last_dim(input: Tensor, group: Any, intervals: Sequence[iv.Intervals], tp_rank: int) -> Tensor:
     """All-gather a tensor that is sharded along its last dimension; the gradient is this rank's shard of the gradient.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from autotp_plan.runtime.tensor_parallel.collectives import sum_over_ranks
 from autotp_plan.runtime.tensor_parallel.linear import PlannedLayer
+from autotp_plan.runtime.tensor_parallel.torch_internals import eager
 from autotp_plan.schemas import intervals as iv
 
 
@@ -41,6 +42,12 @@ class VocabParallelEmbedding(PlannedLayer, _Bare):  # type: ignore[override]  # 
     def gathers_when_read(self) -> bool:
         """Whether others read the full table: always, as it may be the head's too."""
         return True
+
+    @eager
+    def __call__(self, input: Tensor) -> Tensor:
+        """As any module's; also the forward of a class of its own, which may read `weight`."""
+        output: Tensor = super().__call__(input)
+        return output
 
     def forward(self, input: Tensor) -> Tensor:
         """Token ids `(...)` to `(..., embedding_dim)`, the same on every rank.

@@ -26,7 +26,7 @@ from autotp_plan.runtime.tensor_parallel.dropout_rng import enter_sharded_region
 from autotp_plan.runtime.tensor_parallel.gathered_weight import GatheredWeight, ShardedWeight
 from autotp_plan.runtime.tensor_parallel.lazy_logits import LastDimSharding, LazilyGathered
 from autotp_plan.runtime.tensor_parallel.sharded_params import ShardedParams
-from autotp_plan.runtime.tensor_parallel.torch_internals import forward_pre_hooks, tensor_of
+from autotp_plan.runtime.tensor_parallel.torch_internals import eager, forward_pre_hooks, tensor_of
 from autotp_plan.schemas.layout import Layout
 
 
@@ -77,12 +77,12 @@ class PlannedLayer(HoldsShards, ShardedLayer):
     @property
     def weight(self) -> Any:
         """The parameter `weight`; of a layer that `gathers_when_read`, the full weight instead of this rank's shard."""
-        return self._read("weight")
+        return self._read("weight", torch.compiler.is_compiling())
 
     @property
     def bias(self) -> Any:
         """The parameter `bias`, or None; as `weight`."""
-        return self._read("bias")
+        return self._read("bias", torch.compiler.is_compiling())
 
     @property
     def gathers_when_read(self) -> bool:
@@ -95,7 +95,8 @@ class PlannedLayer(HoldsShards, ShardedLayer):
         assert isinstance(parameter, nn.Parameter)
         return parameter
 
-    def _read(self, leaf: str) -> Any:
+    @eager
+    def _read(self, leaf: str, at_once: bool) -> Any:
         parameter = tensor_of(self, leaf)
         if parameter is None or not (self.gathers_when_read and self.is_tp_parallel) or parameter.is_meta:
             return parameter
@@ -111,7 +112,8 @@ class PlannedLayer(HoldsShards, ShardedLayer):
             group=self.mp_group,
             tp_rank=self.tp_index,
         )
-        return GatheredWeight.of(sharded)
+        weight = GatheredWeight.of(sharded)
+        return weight.gathered() if at_once else weight  # torch.compile asks for strides, which it has not before
 
     @property
     def local_weight(self) -> Tensor:
@@ -157,6 +159,7 @@ class ColumnParallelLinear(_Linear):
         """Whether others read the full weight, as the layer's output is gathered too."""
         return self.gather_output
 
+    @eager
     def __call__(self, input: Tensor) -> Tensor:
         """As any module's, but with `copy_to_ranks` before the hooks of ZeRO 3.
 
@@ -205,6 +208,7 @@ class RowParallelLinear(_Linear):
         super().__init__(module, **kwargs)
         self.split_input = split_input
 
+    @eager
     def forward(self, input: Tensor) -> Tensor:
         """This rank's part of `(..., in_features)` to `(..., out_features)`, the same on every rank."""
         if self.split_input and self.is_tp_parallel:

@@ -22,6 +22,7 @@ from autotp_plan.runtime.parameters.state_dicts import HoldsShards
 from autotp_plan.runtime.tensor_parallel.collectives import copy_to_ranks, sum_over_ranks, take
 from autotp_plan.runtime.tensor_parallel.dropout_rng import enter_sharded_region, leave_sharded_region
 from autotp_plan.runtime.tensor_parallel.sharded_params import ShardedParams
+from autotp_plan.runtime.tensor_parallel.torch_internals import eager
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.plan.document import Crossing, PlannedModule
 
@@ -47,6 +48,11 @@ class Boundary:
         """The TP process group."""
         return self.shards.group
 
+    @property
+    def reduces(self) -> bool:
+        """Whether the module computes this rank's part of a sum."""
+        return self.planned.output is not None and self.planned.output.operation == "reduce"
+
 
 class WithCollectives(HoldsShards):
     """The forward of a module with collectives at its inputs and outputs; mixed into the module's class."""
@@ -59,29 +65,49 @@ class WithCollectives(HoldsShards):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         boundary = self.tp_boundary
-        planned = boundary.planned
         if boundary.shards.tp_world_size == 1:
             return super().forward(*args, **kwargs)
-        if planned.inputs:
+        args, kwargs = self._enter(args, kwargs)
+        if boundary.planned.mean_over_ranks or boundary.added_once:
+            output = self._changed_forward(args, kwargs)
+        else:
+            output = super().forward(*args, **kwargs)
+        return self._leave(output)
+
+    @eager
+    def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments, after the collectives of the module's inputs."""
+        boundary = self.tp_boundary
+        if boundary.planned.inputs:
             bound = inspect.signature(super().forward).bind(*args, **kwargs)
-            for name, crossing in planned.inputs.items():
+            for name, crossing in boundary.planned.inputs.items():
                 if isinstance(bound.arguments.get(name), Tensor):
                     bound.arguments[name] = _communicate(
                         bound.arguments[name], crossing, boundary, self.share_input_gradients
                     )
             args, kwargs = bound.args, bound.kwargs
-        reduces = planned.output is not None and planned.output.operation == "reduce"
-        if reduces and self.training:
+        if boundary.reduces and self.training:
             enter_sharded_region(boundary.name, boundary.shards.tp_rank)
+        return args, kwargs
+
+    @eager
+    def _changed_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward with averages over the ranks, or without what another rank adds."""
+        boundary = self.tp_boundary
         with contextlib.ExitStack() as stack:
-            if planned.mean_over_ranks:
+            if boundary.planned.mean_over_ranks:
                 stack.enter_context(_MeanOverRanks(boundary))
             if boundary.added_once and boundary.shards.tp_rank != 0:
                 stack.enter_context(_zeroed(self, boundary.added_once))
-            output = super().forward(*args, **kwargs)
-        if planned.output is not None:
-            output = _communicate(output, planned.output, boundary, self.share_input_gradients)
-        if reduces and self.training:
+            return super().forward(*args, **kwargs)
+
+    @eager
+    def _leave(self, output: Any) -> Any:
+        """The output, after its collective."""
+        boundary = self.tp_boundary
+        if boundary.planned.output is not None:
+            output = _communicate(output, boundary.planned.output, boundary, self.share_input_gradients)
+        if boundary.reduces and self.training:
             leave_sharded_region()
         return output
 

@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autotp_plan.schemas.upstream import private, replaced
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
 FSDPParamGroup: Any = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_param_group").FSDPParamGroup
 """What `fully_shard` makes of the parameters of one module, however a script has imported it.
 
 Relies on `FSDPParamGroup.__init__(params, modules, ...)`.
 """
+
+
+def eager(function: _F) -> _F:
+    """`function`, which `torch.compile` calls as it is, between two graphs: a graph knows nothing of the other ranks.
+
+    What `function` calls is not compiled either.
+    """
+    called: _F = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return called
 
 
 def version_of(tensor: Tensor) -> int:

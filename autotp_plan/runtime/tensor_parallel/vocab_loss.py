@@ -19,7 +19,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from autotp_plan.runtime.tensor_parallel.embedding import find_held
 from autotp_plan.runtime.tensor_parallel.lazy_logits import LastDimSharding, LazilyGathered
 from autotp_plan.runtime.tensor_parallel.linear import ColumnParallelLinear
-from autotp_plan.runtime.tensor_parallel.torch_internals import assert_without_waiting
+from autotp_plan.runtime.tensor_parallel.torch_internals import assert_without_waiting, eager
 from autotp_plan.schemas import intervals as iv
 
 
@@ -94,6 +94,7 @@ def causal_lm_loss(
     return mean
 
 
+@eager
 def vocab_parallel_cross_entropy(
     logits: Tensor, targets: Tensor, sharding: LastDimSharding, ignore_index: int = -100
 ) -> Tensor:
