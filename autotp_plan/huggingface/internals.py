@@ -165,6 +165,38 @@ def checkpoint_conversions(model: Any) -> tuple[list[Conversion], Callable[[str]
     return conversions, on_disk
 
 
+# transformers: Trainer
+
+
+def count_tokens_with(trainer: Any, gather: Callable[[Any], Any]) -> None:
+    """Let a Trainer sum the tokens of all ranks that `gather` gathers, in `num_input_tokens_seen`.
+
+    Relies on `Trainer._track_num_input_tokens(inputs)` calling `self.accelerator.gather`.
+    """
+    count = private(trainer, "_track_num_input_tokens", _TRANSFORMERS, "Trainer's number of tokens")
+
+    def counted(inputs: Any) -> None:
+        with replaced(trainer.accelerator, "gather", gather):
+            count(inputs)
+
+    trainer._track_num_input_tokens = counted
+
+
+def count_items_of_one_rank(trainer: Any, tp_size: int) -> None:
+    """Let a Trainer that does not sum the labels of all ranks count those of its own batch.
+
+    It divides by the number of TP ranks whether it has summed over them or not. Relies on
+    `Trainer._get_num_items_in_batch(batches, device)`.
+    """
+    count = private(trainer, "_get_num_items_in_batch", _TRANSFORMERS, "Trainer's loss")
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        found = count(*args, **kwargs)
+        return found if found is None or trainer.args.average_tokens_across_devices else found * tp_size
+
+    trainer._get_num_items_in_batch = counted
+
+
 # accelerate
 
 

@@ -69,6 +69,7 @@ def _train(
 ) -> None:  # fmt: skip
     from autotp_plan.runtime import load_plan
     from autotp_plan.runtime.checkpoint.job import LATEST_NAME
+    from autotp_plan.runtime.data.loader import training_loader
     from autotp_plan.runtime.data.sampler import endless
     from autotp_plan.runtime.train_report import Report
     from autotp_plan.runtime.train_setup import check_dp_size, dataset, deepspeed_config
@@ -91,8 +92,16 @@ def _train(
     engine, _, loader, _ = plan.initialize(model, config=config, training_data=windows, seed=seed)
     engine.train()
     if checkpoints is not None and (checkpoints / LATEST_NAME).exists():
-        _resume(plan, engine, checkpoints, len(windows))
+        saved = plan.load_checkpoint(engine, checkpoints)
+        if saved.get("windows") != len(windows):  # begun with another --num-steps: go on with the data it had
+            windows = dataset(data, shards, model, seq_length, saved.get("windows", 0) * seq_length, seed)
+            _check_data(saved, windows, checkpoints)
+            loader = training_loader(engine, windows, ranks, seed=seed)
+            plan.load_checkpoint(engine, checkpoints)  # which sets the position of the new loader
+        _check_data(saved, windows, checkpoints)
         report.say(f"resumed after step {engine.global_steps} of {checkpoints}")
+        if engine.global_steps >= num_steps:
+            report.say(f"nothing to do: --num-steps {num_steps} are done")
     report.begin(engine.global_steps)
     batches = endless(loader)
     for step in range(engine.global_steps + 1, num_steps + 1):
@@ -109,7 +118,7 @@ def _train(
         torch.distributed.all_reduce(mean, group=ranks.dp_group)
         report.step(step, num_steps, mean.item(), tokens / (time.monotonic() - began), ranks.device)
         if checkpoints is not None and (step == num_steps or (save_every and step % save_every == 0)):
-            plan.save_checkpoint(engine, checkpoints, client_state={"windows": len(windows)})
+            plan.save_checkpoint(engine, checkpoints, client_state=_data_of(windows))
     if save_shards is not None:
         plan.save_shards(engine, save_shards)
         report.say(f"saved the weights in {save_shards}; `autotp-plan merge` makes a checkpoint of them")
@@ -128,16 +137,21 @@ def _check_is_new(folder: Path) -> None:
         )
 
 
-def _resume(plan: Any, engine: Any, checkpoints: Path, windows: int) -> None:
-    saved = plan.load_checkpoint(engine, checkpoints).get("windows")
-    if saved != windows:
+def _data_of(windows: Any) -> dict[str, int]:
+    """What a job remembers of its data: how many sequences there are, and how long each is."""
+    return {"windows": len(windows), "seq_length": windows.windows.shape[1]}
+
+
+def _check_data(saved: dict[str, Any], windows: Any, checkpoints: Path) -> None:
+    mine = _data_of(windows)
+    if {**mine, **saved} != mine:  # a job of version 0.1 does not say how long its sequences are
         raise MismatchError(
             Fault(
                 what="the data is not that of the saved job",
                 where=str(checkpoints),
-                got=f"{windows} sequences",
-                expected=f"{saved} sequences",
-                next="give the --data, --seq-length, --batch-size and --num-steps that the job was begun with",
+                got=f"{mine['windows']} sequences of {mine['seq_length']} tokens",
+                expected=f"{saved.get('windows')} sequences of {saved.get('seq_length', 'as many')} tokens",
+                next="give the --data and --seq-length that the job was begun with",
             )
         )
 

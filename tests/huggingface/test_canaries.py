@@ -143,6 +143,10 @@ CANARIES = [
            "the vocabulary-parallel loss: logits would be gathered again, in silence", loss_is_of_causal_lms),
     Canary("transformers.pytorch_utils:Conv1D", "sharding GPT-2's layers",
            lambda cls: tuple(cls(3, 2).weight.shape) == (2, 3)),
+    Canary("transformers:Trainer._get_num_items_in_batch", f"{TRAINER}: the loss without average_tokens_across_devices",
+           lambda function: takes("batch_samples", "device")(function)
+           and uses("average_tokens_across_devices", "get_tp_size")(function)),
+    Canary("transformers:Trainer._track_num_input_tokens", f"{TRAINER}: the number of tokens", uses("gather")),
     Canary("accelerate.accelerator:Accelerator._prepare_deepspeed", f"{TRAINER}: the batch size of its engine",
            uses("initialize", "config_params")),
     Canary("accelerate.accelerator:gather_object", f"{TRAINER}: results of an evaluation that are Python objects"),

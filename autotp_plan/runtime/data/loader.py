@@ -14,8 +14,8 @@ from autotp_plan.schemas.errors import Fault, MismatchError
 
 
 def training_loader(
-    engine: Any, data: Any, ranks: Ranks, collate_fn: Callable[[Any], Any] | None, *,
-    seed: int, num_workers: int | None, is_sharded: bool,
+    engine: Any, data: Any, ranks: Ranks, collate_fn: Callable[[Any], Any] | None = None, *,
+    seed: int, num_workers: int | None = None, is_sharded: bool = False,
 ) -> Any:  # fmt: skip
     """The engine's loader of `data`: the same batches on all TP ranks of a DP rank, others on each DP rank.
 

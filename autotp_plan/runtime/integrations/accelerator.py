@@ -90,16 +90,25 @@ def _as_accelerate_calls(initialize: Callable[..., Any]) -> Callable[..., Any]:
     return called_by_accelerate
 
 
-def _gather_once(accelerator: Any, gather_for_metrics: Callable[..., Any], ranks: Ranks) -> Callable[..., Any]:
-    """`gather_for_metrics` with the results of each data-parallel rank once, not once per TP rank."""
+def gather_of_each(accelerator: Any, ranks: Ranks) -> Callable[[Any], Any]:
+    """`accelerator.gather` with the tensors of each data-parallel rank once, not once per TP rank.
+
+    Args:
+        accelerator: the Accelerator.
+        ranks: this process's place in the mesh.
+    """
     gather = accelerator.gather
 
     def first_of_each(gathered: Tensor) -> Tensor:
         by_rank = gathered.reshape(ranks.dp_size, ranks.tp_size, -1, *gathered.shape[1:])
         return by_rank[:, 0].reshape(-1, *gathered.shape[1:])
 
-    def gather_tensors(data: Any) -> Any:
-        return recursively_apply(first_of_each, gather(data))
+    return lambda data: recursively_apply(first_of_each, gather(data))
+
+
+def _gather_once(accelerator: Any, gather_for_metrics: Callable[..., Any], ranks: Ranks) -> Callable[..., Any]:
+    """`gather_for_metrics` with the results of each data-parallel rank once, not once per TP rank."""
+    gather_tensors = gather_of_each(accelerator, ranks)
 
     def of_first_tp_rank(gather_object: Callable[[Any], Any], data: Any) -> Any:
         return gather_object([] if ranks.tp_rank else data)

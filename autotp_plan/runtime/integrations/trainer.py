@@ -12,10 +12,11 @@ from typing import Any, NoReturn
 
 from accelerate.utils import DistributedType
 
+from autotp_plan.huggingface.internals import count_items_of_one_rank, count_tokens_with
 from autotp_plan.runtime.data.stream import check_not_split
 from autotp_plan.runtime.deepspeed.internals import is_sharded
 from autotp_plan.runtime.deepspeed.mesh import Ranks
-from autotp_plan.runtime.integrations.accelerator import adapt_accelerator
+from autotp_plan.runtime.integrations.accelerator import adapt_accelerator, gather_of_each
 from autotp_plan.schemas.errors import Fault, MismatchError
 from autotp_plan.schemas.plan.document import Plan
 
@@ -41,6 +42,8 @@ def adapt_trainer(trainer: Any, plan: Plan, ranks: Ranks, initialize: Callable[.
     zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
     _count_the_model(trainer, ranks)
     trainer.hyperparameter_search = _refuse_search
+    count_tokens_with(trainer, gather_of_each(accelerator, ranks))
+    count_items_of_one_rank(trainer, ranks.tp_size)
     trainer.gather_function = functools.partial(
         accelerator.gather_for_metrics, use_gather_object=trainer.args.eval_use_gather_object
     )
