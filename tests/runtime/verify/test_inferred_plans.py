@@ -15,7 +15,7 @@ from autotp_plan.schemas.spec import SpecFile
 from tests.inference.test_infer import Unproven, config_folder
 from tests.runtime.verify.test_verify_every_plan import SLOW, stable_lm
 
-pytestmark = [pytest.mark.timeout(270), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(270), pytest.mark.filterwarnings("ignore")]
 
 
 def test_a_family_without_a_preset_is_planned_by_inference(tmp_path: Path) -> None:
