@@ -217,7 +217,7 @@ def test_demo_has_the_unsharded_runs_losses(clone: Path) -> None:
 
 
 def test_every_example_is_run_here_and_says_how() -> None:
-    run_here = {"basic.py", "custom_patterns.py", "trainer.py", "ray_train.py", "own_model/train.py"}
+    run_here = {"basic.py", "custom_patterns.py", "trainer.py", "trl_sft.py", "ray_train.py", "own_model/train.py"}
     modules = {"tiny.py", "own_model/gpt.py"}
     found = {path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.rglob("*.py")}
     assert found == run_here | modules | {"demo.py"}, "an example that is not tested"
@@ -353,6 +353,18 @@ def test_a_trainer_that_was_not_adapted_is_refused_at_the_first_step(clone: Path
     output = output_of(command, clone, timeout=TIMEOUT, fails=True, unset=["DS_ACCELERATOR"])
     assert "a sharded model is wrapped by something that takes each rank's shards for the full model" in output
     assert "plan.adapt_trainer(trainer)" in output
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(2 * TIMEOUT)
+def test_trl_example_has_the_dense_models_losses(clone: Path) -> None:
+    command = command_of("trl_sft.py")
+    found = [json.loads(line) for line in run(command, clone).splitlines() if line.startswith('{"step"')]
+    dense_words = ["python", "examples/trl_sft.py", "--dense", "--batch_size", "4"]
+    expected = [json.loads(line) for line in run(dense_words, clone).splitlines() if line.startswith('{"step"')]
+    assert len(found) == len(expected) == 6
+    for step, wanted in zip(found, expected):
+        assert step == pytest.approx(wanted, rel=1e-5)
 
 
 def trainer_saves(folder: Path, out: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG: dict[str, Any] = {
-    "max_steps": 3, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "learning_rate": 5e-3,
+    "max_steps": 3, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "learning_rate": 3e-4,
     "logging_steps": 1, "report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "bf16": False,
     "gradient_checkpointing": False,
 }  # fmt: skip
@@ -16,9 +16,10 @@ UNCOUNTED = ("runtime", "per_second", "epoch", "total_flos", "step")
 """What a trainer logs of time, not of the model."""
 
 
-def deepspeed_config(stage: int) -> dict[str, Any]:
+def deepspeed_config(stage: int, tp_size: int = 0) -> dict[str, Any]:
     auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    return {**dict.fromkeys(auto, "auto"), "zero_optimization": {"stage": stage}}
+    config: dict[str, Any] = {**dict.fromkeys(auto, "auto"), "zero_optimization": {"stage": stage}}
+    return {**config, "tensor_parallel": {"autotp_size": tp_size}} if tp_size else config
 
 
 def tokenizer(vocab_size: int = 256) -> Any:
@@ -60,9 +61,17 @@ def forget_accelerator() -> None:
     AcceleratorState._reset_state(True)
 
 
-def make_checkpoint(folder: Path, variant: str = "llama", **changes: Any) -> Path:
-    from tests.helpers.models import save_checkpoint
+def make_checkpoint(folder: Path, variant: str, has_reward_head: bool = False) -> Path:
+    from transformers import AutoModelForSequenceClassification
 
-    made = save_checkpoint(folder, variant, **changes)
-    tokenizer().save_pretrained(made)
-    return made
+    from autotp_plan.runtime.verify.random_inputs import randomise
+    from tests.helpers.models import make_config, save_checkpoint
+
+    if has_reward_head:
+        model = AutoModelForSequenceClassification.from_config(make_config(variant, num_labels=1))
+        randomise(model)
+        model.save_pretrained(folder)
+    else:
+        save_checkpoint(folder, variant)
+    tokenizer().save_pretrained(folder)
+    return folder

@@ -17,6 +17,7 @@ from autotp_plan.runtime.data.stream import check_not_split
 from autotp_plan.runtime.deepspeed.internals import is_sharded
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.runtime.integrations.accelerator import adapt_accelerator, gather_of_each
+from autotp_plan.runtime.integrations.trl import check_trl
 from autotp_plan.schemas.errors import Fault, MismatchError
 from autotp_plan.schemas.plan.document import Plan
 
@@ -31,10 +32,12 @@ def adapt_trainer(trainer: Any, plan: Plan, ranks: Ranks, initialize: Callable[.
         initialize: `TrainingPlan.initialize`, which makes the engine.
 
     Raises:
-        MismatchError: it does not run under DeepSpeed, is of another TP size, or its model was not loaded by a plan.
+        MismatchError: it does not run under DeepSpeed, is of another TP size, or its model was not loaded by a plan;
+            or it is a trainer of TRL that would be wrong.
     """
     accelerator = trainer.accelerator
     _check(trainer, accelerator)
+    check_trl(trainer, ranks.tp_size)
     _check_data(trainer, ranks)
     config = trainer.args.hf_deepspeed_config.config
     config["tensor_parallel"] = adapt_accelerator(accelerator, plan, ranks, initialize)
