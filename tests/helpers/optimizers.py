@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,8 +25,9 @@ class _Optimizer(torch.optim.Optimizer):
                     update = self.update(parameter.grad, parameter, self.state[parameter], group)
                     parameter.sub_(update, alpha=group["lr"])
 
+    @abstractmethod
     def update(self, gradient: Tensor, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        raise NotImplementedError
+        """What is subtracted from a parameter, before it is multiplied by the learning rate."""
 
 
 def _adam(gradient: Tensor, state: dict[str, Any]) -> Tensor:

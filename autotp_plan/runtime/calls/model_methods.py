@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
+from autotp_plan.runtime.calls.vocabulary import refuse_replacement
 from autotp_plan.runtime.deepspeed.zero_internals import full_shape
 from autotp_plan.runtime.loading.local_shard import shards_of
 from autotp_plan.schemas.errors import Fault, MismatchError
@@ -42,12 +43,12 @@ class ModelMethods:
     def set_encoder(self, encoder: nn.Module, modality: str | None = None) -> None:
         """Refused, unless `encoder` is what the model has."""
         if encoder is not self.get_encoder(modality):
-            _refuse_other_module("set_encoder", encoder)
+            refuse_replacement("the encoder and decoder", "set_encoder", encoder)
 
     def set_decoder(self, decoder: nn.Module) -> None:
         """Refused, unless `decoder` is what the model has."""
         if decoder is not self.get_decoder():
-            _refuse_other_module("set_decoder", decoder)
+            refuse_replacement("the encoder and decoder", "set_decoder", decoder)
 
     def set_use_kernels(self, use_kernels: bool, *args: Any, **kwargs: Any) -> None:
         """Refused, unless `use_kernels` is false: a kernel in the place of a module's forward has no collectives."""
@@ -104,19 +105,6 @@ def _full_sizes(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter
             if name == leaf:  # and not the second part of one that is held in two
                 shape = shards.shapes[leaf] if shards is not None and leaf in held else full_shape(parameter)
                 yield module, leaf, parameter, math.prod(shape)
-
-
-def _refuse_other_module(method: str, value: Any) -> NoReturn:
-    raise MismatchError(
-        Fault(
-            what="a part of a sharded model cannot be replaced",
-            where=f"model.{method}",
-            got=type(value).__name__,
-            expected="the module that the model has",
-            next=f"replace it before compile: call {method} on the model of from_pretrained(path), "
-            "save_pretrained(folder), then compile a plan of that folder",
-        )
-    )
 
 
 def _refuse_continuous_batching(method: str) -> NoReturn:

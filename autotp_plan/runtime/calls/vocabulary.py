@@ -59,22 +59,23 @@ class VocabularyCalls:
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Refused, unless `value` is what the model has."""
         if value is not self.get_input_embeddings():
-            _refuse_other_embeddings("set_input_embeddings", value)
+            refuse_replacement("the embeddings", "set_input_embeddings", value)
 
     def set_output_embeddings(self, new_embeddings: nn.Module | None) -> None:
         """Refused, unless `new_embeddings` is what the model has."""
         if new_embeddings is not self.get_output_embeddings():
-            _refuse_other_embeddings("set_output_embeddings", new_embeddings)
+            refuse_replacement("the embeddings", "set_output_embeddings", new_embeddings)
 
     def tie_weights(self, missing_keys: Any = None, recompute_mapping: bool = True) -> None:
         """Tie what the plan ties, whatever the config says."""
         restore_ties(self, self.autotp.plan)  # type: ignore[arg-type]
 
 
-def _refuse_other_embeddings(method: str, value: nn.Module | None) -> NoReturn:
+def refuse_replacement(parts: str, method: str, value: Any) -> NoReturn:
+    """Raise MismatchError for another module in the place of `parts` of a sharded model."""
     raise MismatchError(
         Fault(
-            what="the embeddings of a sharded model cannot be replaced",
+            what=f"{parts} of a sharded model cannot be replaced",
             where=f"model.{method}",
             got=type(value).__name__,
             expected="the module that the model has",

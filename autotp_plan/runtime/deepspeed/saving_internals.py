@@ -6,6 +6,7 @@ asserts that they are there in a second.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,9 @@ class SavesFullTensors:
 
     recovery_script: str
 
+    @abstractmethod
     def full_state_dict(self, only_trained: bool) -> Any:
         """The state dict of the model without sharding, on the first rank."""
-        raise NotImplementedError
 
     def _copy_recovery_script(self, save_path: str) -> None:
         for name in SCRIPTS:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -86,9 +87,9 @@ class HoldsShards(NotPickled, nn.Module):
         new.held_shards().finish_parameters(new)
         return new
 
+    @abstractmethod
     def held_shards(self) -> Shards:
         """The sharded parameters of this module."""
-        raise NotImplementedError
 
 
 def refuse_state_dict(shards: Shards, module: nn.Module, prefix: str, keep_vars: bool) -> None:

@@ -20,7 +20,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from autotp_plan.runtime.deepspeed.zero_internals import is_partitioned
 from autotp_plan.runtime.tensor_parallel.collectives import gather_shards, take
-from autotp_plan.runtime.tensor_parallel.torch_internals import map_tensors, version_of, without_torch_function
+from autotp_plan.runtime.tensor_parallel.torch_internals import (
+    map_tensors,
+    tensor_functions,
+    version_of,
+    without_torch_function,
+)
 from autotp_plan.schemas.errors import Fault, MismatchError
 from autotp_plan.schemas.layout import Layout
 
@@ -192,24 +197,14 @@ def _flat(out: Any) -> tuple[Any, ...]:
     return tuple(out) if isinstance(out, (tuple, list)) else (out,)
 
 
-def _functions(*names: str) -> set[Any]:
-    """The functions and attributes of tensors of these names, as `__torch_function__` is given them."""
-    found: set[Any] = set()
-    for name in names:
-        of_tensors: Any = getattr(Tensor, name, None)
-        found.add(of_tensors.__get__ if hasattr(type(of_tensors), "__set__") else of_tensors)
-        found.add(getattr(torch, name, None))
-    return found - {None}
-
-
-_GRAD = _functions("grad")
-_DETACHED = _functions("data", "detach")
-_OF_THE_OUTLINE = _functions(
+_GRAD = tensor_functions("grad")
+_DETACHED = tensor_functions("data", "detach")
+_OF_THE_OUTLINE = tensor_functions(
     "shape", "size", "numel", "nelement", "dim", "ndim", "ndimension", "dtype", "device", "layout", "is_leaf",
     "grad_fn", "is_floating_point", "is_complex", "is_cuda", "is_cpu", "is_meta", "is_xpu", "get_device",
     "element_size", "itemsize", "is_sparse", "is_quantized", "is_nested", "is_inference", "names", "__len__",
 )  # fmt: skip
 _OF_THE_PARAMETER = {
-    *_functions("requires_grad", "requires_grad_", "register_post_accumulate_grad_hook"),
+    *tensor_functions("requires_grad", "requires_grad_", "register_post_accumulate_grad_hook"),
     Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
 }

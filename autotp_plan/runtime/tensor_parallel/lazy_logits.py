@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from autotp_plan.runtime.tensor_parallel.collectives import gather_last_dim
-from autotp_plan.runtime.tensor_parallel.torch_internals import holds_a_tensor, map_tensors, without_torch_function
+from autotp_plan.runtime.tensor_parallel.torch_internals import (
+    holds_a_tensor,
+    map_tensors,
+    tensor_functions,
+    without_torch_function,
+)
 from autotp_plan.schemas import intervals as iv
 
 
@@ -115,22 +120,12 @@ class LazilyGathered(Tensor):
             return torch.empty((*self.shape[:-1], self.sharding.size), dtype=self.dtype, device="meta")
 
 
-def _functions(*names: str) -> set[Any]:
-    """The functions and attributes of tensors of these names, as `__torch_function__` is given them."""
-    found: set[Any] = set()
-    for name in names:
-        of_tensors: Any = getattr(Tensor, name, None)
-        found.add(of_tensors.__get__ if hasattr(type(of_tensors), "__set__") else of_tensors)
-        found.add(getattr(torch, name, None))
-    return found - {None}
-
-
-_SHAPE = _functions("shape", "size", "numel", "nelement", "dim", "ndim", "ndimension", "stride", "is_contiguous")
-_OF_THE_SHARD = _functions(
+_SHAPE = tensor_functions("shape", "size", "numel", "nelement", "dim", "ndim", "ndimension", "stride", "is_contiguous")
+_OF_THE_SHARD = tensor_functions(
     "dtype", "device", "layout", "requires_grad", "is_leaf", "grad_fn", "output_nr", "retains_grad", "register_hook",
     "is_floating_point", "is_complex", "is_cuda", "is_cpu", "is_meta", "is_xpu", "get_device", "element_size",
 )  # fmt: skip
-_ELEMENTWISE = _functions(
+_ELEMENTWISE = tensor_functions(
     "mul", "div", "add", "sub", "true_divide", "neg", "tanh", "float", "double", "half", "bfloat16", "to", "clone",
     "contiguous", "detach",
 )  # fmt: skip

@@ -123,3 +123,13 @@ class NoCommunication(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func.namespace in ("c10d", "_c10d_functional"):
             raise Communicates(str(func))
         return func(*args, **(kwargs or {}))
+
+
+def tensor_functions(*names: str) -> set[Any]:
+    """The functions and attributes of tensors of these names, as `__torch_function__` is given them."""
+    found: set[Any] = set()
+    for name in names:
+        of_tensors: Any = getattr(Tensor, name, None)
+        found.add(of_tensors.__get__ if hasattr(type(of_tensors), "__set__") else of_tensors)
+        found.add(getattr(torch, name, None))
+    return found - {None}
