@@ -23,6 +23,7 @@ from autotp_plan.huggingface.meta_model import parameters_and_buffers
 from autotp_plan.runtime.loading.check_model import check_model
 from autotp_plan.runtime.loading.empty_model import build_planned
 from autotp_plan.runtime.tensor_parallel.torch_internals import muon_orthogonalises_with
+from autotp_plan.runtime.verify.compute_share import forward_operations
 from autotp_plan.runtime.verify.float64_passes import EXPERTS, dense_reader, run_passes_and_steps
 from autotp_plan.runtime.verify.optimizer_steps import ADAMW, Training, dense_steps, optimizer_class, orthogonalised
 from autotp_plan.runtime.verify.random_inputs import Batches, Images, images_for, randomise
@@ -59,6 +60,7 @@ class About:
         refused: why the others were not.
         ungraded: parameters without a gradient: the loss does not depend on them.
         no_images: why a model that takes images was run without; None where it takes none, or was run with some.
+        operations: floating-point operations of a forward of the dense twin.
     """
 
     divisor: int
@@ -71,6 +73,7 @@ class About:
     ungraded: tuple[str, ...] = ()
     optimizer: str = ADAMW
     no_images: str | None = None
+    operations: int = 0
 
     @classmethod
     def read(cls, folder: Path) -> About:
@@ -201,7 +204,7 @@ def _try(plan: Plan, original: Any, folder: Path, sizes: Sizes, attention: tuple
     images, no_images = _images(folder / "float64", plan)
     padding = getattr(twin.config, "pad_token_id", None)
     batches = Batches(vocab_size=words, length=_LENGTH, padding=padding, images=images)
-    weights, ungraded = _write_float64(folder, plan, scaled, attention, batches)
+    weights, ungraded, operations = _write_float64(folder, plan, scaled, attention, batches)
     scaled = twin_plan(plan, original, twin, sizes.divisor, "F32")
     _write_float32(folder, plan, scaled, attention[0], batches, weights)
     return About(
@@ -213,6 +216,7 @@ def _try(plan: Plan, original: Any, folder: Path, sizes: Sizes, attention: tuple
         attention=attention,
         ungraded=ungraded,
         no_images=no_images,
+        operations=operations,
     )
 
 
@@ -260,9 +264,10 @@ def _attention(folder: Path, plan: Plan, wanted: tuple[str, ...]) -> tuple[tuple
 
 def _write_float64(
     folder: Path, plan: Plan, scaled: Plan, attention: tuple[str, ...], batches: Batches
-) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Write the checkpoint, and the numbers by attention. The weights, and the parameters without a gradient."""
+) -> tuple[dict[str, Tensor], tuple[str, ...], int]:
+    """Write the checkpoint, and the numbers by attention. The weights, the parameters without a gradient, the work."""
     weights: dict[str, Tensor] = {}
+    operations = 0
     ungraded: set[str] = set()
     for kind in attention:
         model: Any = build_planned(folder / "float64", plan, on_meta="nothing", **options(kind)).train().double()
@@ -274,8 +279,9 @@ def _write_float64(
         names = [parameter.name for parameter in scaled.expanded() if parameter.name in parameters]
         numbers = run_passes_and_steps(model, dense_reader(model), names, batches)
         ungraded.update(name for name in names if name not in numbers["accumulated"])
+        operations = operations or forward_operations(model, batches)
         torch.save(numbers, folder / f"{kind}.pt")
-    return weights, tuple(sorted(ungraded))
+    return weights, tuple(sorted(ungraded)), operations
 
 
 def _write_float32(

@@ -61,6 +61,7 @@ class Proof:
             largest magnitude in the tensor where that is above 1.
         engine: the relative errors of losses and gradient norms under the DeepSpeed engine, in float32.
         partial_gradients: replicated parameters whose gradients must be summed over the ranks, and are not.
+        operations: floating-point operations of a forward of the twin, by rank; empty when it did not run.
         failure: what a rank raised, or None.
         versions: of the packages that took part.
         seconds: how long it took.
@@ -71,6 +72,7 @@ class Proof:
     float64: dict[str, Errors] = field(default_factory=dict)
     engine: dict[str, float] = field(default_factory=dict)
     partial_gradients: tuple[str, ...] = ()
+    operations: tuple[int, ...] = ()
     failure: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
@@ -98,6 +100,16 @@ class Proof:
     def engine_error(self) -> float:
         """The largest relative error of the engine; infinite when it did not run."""
         return max(self.engine.values(), default=math.inf)
+
+    @property
+    def compute_share(self) -> float | None:
+        """The largest rank's floating-point operations of a forward over the dense model's; None when not counted.
+
+        Of the twin, by `torch.utils.flop_counter`: matrix products, convolutions and attention. 1 / tp_size is
+        everything sharded, 1.0 is every rank computing everything.
+        """
+        dense = self.twin.get("operations")
+        return max(self.operations) / dense if self.operations and dense else None
 
     @property
     def proven(self) -> bool:
@@ -160,6 +172,11 @@ class Proof:
                 "largest": _finite(self.engine_error),
                 "errors": {name: _finite(error) for name, error in self.engine.items()},
             },
+            "compute": {
+                "share": self.compute_share,
+                "dense": self.twin.get("operations"),
+                "ranks": list(self.operations),
+            },
             "twin": self.twin,
             "versions": self.versions,
             "seconds": round(self.seconds, 1),
@@ -194,6 +211,11 @@ class Proof:
             lines.append(
                 f"DeepSpeed engine: losses {loss}, gradient norms {norm} (float32, relative; at most "
                 f"{ENGINE_TOLERANCE:.0e})"
+            )
+        if self.compute_share is not None:
+            lines.append(
+                f"compute share {self.compute_share:.2f}: the largest rank's floating-point operations of a forward "
+                f"over the dense model's ({1 / self.plan.tp_size:.2f} if everything is sharded)"
             )
         lines += [
             f"each rank has only a part of the gradient of {name}, and the plan does not sum the parts: its rule needs "

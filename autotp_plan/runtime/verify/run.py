@@ -85,6 +85,7 @@ def verify_plan(
             float64=_gather_float64(folder, twin["attention"], plan.tp_size),
             engine=_gather_engine(folder, plan.tp_size),
             partial_gradients=tuple(_gather_partial(folder, twin["attention"])),
+            operations=_gather_operations(folder, plan.tp_size),
             failure=failure,
             versions=versions,
             seconds=time.monotonic() - started,
@@ -143,6 +144,12 @@ def _gather_float64(folder: Path, attention: list[str], tp_size: int) -> dict[st
 def _gather_engine(folder: Path, tp_size: int) -> dict[str, float]:
     ranks = [_read(folder / f"engine.rank-{rank}.json") for rank in range(tp_size)]
     return {name: max(rank[name] for rank in ranks) for name in ranks[0]} if all(ranks) else {}
+
+
+def _gather_operations(folder: Path, tp_size: int) -> tuple[int, ...]:
+    """The floating-point operations of each rank's forward; nothing where not every rank came so far."""
+    ranks = [_read(folder / f"compute.rank-{rank}.json") for rank in range(tp_size)]
+    return tuple(rank["operations"] for rank in ranks) if all(ranks) else ()
 
 
 def _gather_partial(folder: Path, attention: list[str]) -> list[str]:

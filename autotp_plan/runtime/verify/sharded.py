@@ -11,6 +11,7 @@ import torch
 from autotp_plan.runtime.tensor_parallel.torch_internals import muon_orthogonalises_with
 from autotp_plan.runtime.training_plan import load_plan
 from autotp_plan.runtime.verify.compare import errors, partial_gradients
+from autotp_plan.runtime.verify.compute_share import forward_operations
 from autotp_plan.runtime.verify.dense import PLAN_NAME, About, options
 from autotp_plan.runtime.verify.float64_passes import run_passes_and_steps, shard_reader
 from autotp_plan.runtime.verify.optimizer_steps import Training, engine_steps, orthogonalised, relative_errors
@@ -28,6 +29,8 @@ def run_rank(folder: Path) -> None:
         _write(folder / f"{attention}.rank-{rank}.json", errors(dense, found, plan.document, rank))
         partial = partial_gradients(dense, found, plan.document, plan.ranks.tp_group)
         _write(folder / f"{attention}.partial-{rank}.json", {"names": partial})
+        if attention == about.attention[0]:
+            _write(folder / f"compute.rank-{rank}.json", {"operations": forward_operations(model, about.batches)})
     plan = load_plan(folder / "float32" / PLAN_NAME)
     model = plan.load_model(folder / "float32", **options(about.attention[0])).train()
     with muon_orthogonalises_with(orthogonalised):

@@ -87,6 +87,21 @@ def test_a_right_plan_is_proven(tmp_path: Path, name: str, tp_size: int) -> None
     assert_proven(proof)
     assert list(proof.float64) == ["eager", "sdpa"]
     assert len(steps) == 2 and f"{tp_size} ranks" in steps[1]
+    assert proof.compute_share == pytest.approx(1 / tp_size, abs=0.1 if name in ("deepseek_v2", "qwen3") else 0.02)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(180)
+def test_what_every_rank_computes_shows_in_the_compute_share(tmp_path: Path) -> None:
+    folder = config_folder(tmp_path, "llama")
+    whole = {"patterns": [r".*\.(mlp|self_attn)\..*_proj\.weight$"], "partition_type": "skip"}
+    plan = compile_plan(folder, tp_size=2, specs=[SpecFile.from_dict({"layer_specs": [whole]})])
+    proof = verify_plan(plan, attention=("eager",))
+    assert proof.proven and proof.compute_share is not None and 0.8 < proof.compute_share < 1
+    found = proof.to_dict()["compute"]
+    assert found["share"] == max(found["ranks"]) / found["dense"] and len(found["ranks"]) == 2
+    (line,) = [line for line in proof.conclusions() if line.startswith("compute share")]
+    assert f"{proof.compute_share:.2f}" in line and "0.50 if everything is sharded" in line
 
 
 # --- wrong plans -----------------------------------------------------------------------------------------------------
