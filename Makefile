@@ -12,7 +12,7 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 # two processes of one thread, each with a file of tests at a time (tests/conftest.py says in which order)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup demo test test-all quick check test-upstream test-oldest test-newest test-wheel bench docs format plans clean
+.PHONY: help setup demo test test-all quick check test-upstream test-oldest test-newest test-wheel bench gpu docs format plans clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -91,6 +91,9 @@ $(VENV)/ready-to-bench: $(VENV)/ready
 
 bench: $(VENV)/ready-to-bench  ## load and train beside AutoTP and transformers; writes docs/benchmark.* (twenty minutes)
 	$(BIN)/python -m benchmarks.training
+
+gpu: setup  ## on a machine with a CUDA card: what holds on CPU holds there; writes docs/gpu.md (five minutes)
+	$(BIN)/python -m benchmarks.gpu --output docs/gpu.md
 
 # an environment of its own: the site needs neither torch nor DeepSpeed
 $(VENV)-docs/ready: pyproject.toml constraints.txt

@@ -56,3 +56,28 @@ def in_four_ranks(plan_file: Path) -> tuple[int, int, int, int, bool]:
 def test_tp_ranks_are_next_to_each_other(plan_file: Path) -> None:
     found = launch(in_four_ranks, 4, plan_file, timeout=100)
     assert found == [(0, 2, 0, 2, True), (1, 2, 0, 2, True), (0, 2, 1, 2, True), (1, 2, 1, 2, True)]
+
+
+def test_a_rank_without_a_device_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from autotp_plan.runtime.deepspeed import mesh
+
+    class TwoCards:
+        def device_name(self) -> str:
+            return "cuda"
+
+        def device_count(self) -> int:
+            return 2
+
+        def set_device(self, number: int) -> None:
+            raise AssertionError(f"device {number}")
+
+    monkeypatch.setattr(mesh, "get_accelerator", TwoCards)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(AssertionError, match="device 1"):  # the last that there is
+        mesh.init_ranks(2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(MismatchError, match="fewer devices than ranks") as caught:
+        mesh.init_ranks(2)
+    assert "LOCAL_RANK of rank 3" in str(caught.value) and "start 2 processes" in str(caught.value)

@@ -73,7 +73,8 @@ def init_ranks(tp_size: int) -> Ranks:
         This process's place in the mesh.
 
     Raises:
-        MismatchError: the world size, or groups that exist already, do not fit `tp_size`.
+        MismatchError: the world size, or groups that exist already, do not fit `tp_size`; or this machine has fewer
+            devices than ranks.
     """
     check_world_size(tp_size)
     accelerator = get_accelerator()
@@ -81,7 +82,7 @@ def init_ranks(tp_size: int) -> Ranks:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")
     if accelerator.device_name() != "cpu":
-        accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        accelerator.set_device(_own_device(int(os.environ.get("LOCAL_RANK", "0")), accelerator.device_count()))
     with without_inference_operator():
         init_distributed(dist_backend="gloo" if accelerator.device_name() == "cpu" else None, verbose=False)
     make_tp_groups(tp_size)
@@ -105,4 +106,19 @@ def init_ranks(tp_size: int) -> Ranks:
         tp_group=groups.get_tensor_model_parallel_group(),
         dp_group=groups.get_data_parallel_group(),
         device=torch.device(accelerator.current_device_name()),
+    )
+
+
+def _own_device(local_rank: int, count: int) -> int:
+    """The number of the device that a rank of this machine computes on."""
+    if local_rank < count:
+        return local_rank
+    raise MismatchError(
+        Fault(
+            what="this machine has fewer devices than ranks",
+            where=f"the environment variable LOCAL_RANK of rank {os.environ.get('RANK', '0')}",
+            got=f"{local_rank}, with {count} visible device{'s' * (count != 1)}",
+            expected=f"at most {count - 1}: a device for each rank",
+            next=f"start {count} process{'es' * (count != 1)} on each machine, or run on CPU with DS_ACCELERATOR=cpu",
+        )
     )
