@@ -1,65 +1,89 @@
 """Try every causal language model of transformers: planned and proven right, or refused with the reason.
 
-    python -m benchmarks.every_family [--tp 2] [--only olmoe,cohere2] [--output docs/families.md]
+    python -m benchmarks.every_family [--tp 2] [--only olmoe,cohere2] [--cache FILE] [--again refused] [--output FILE]
 
-A twin of each is run (see `autotp-plan verify`), of the config in `plans/` where there is one, else of the default one.
-Nothing may be wrong, and nothing may be whole where it should be cut.
+A small model of each is run (see `autotp-plan verify`), of the config in `autotp_plan/plans/` where there is one, else
+of the default one, completed by `default_values.json` where transformers leaves something out. Nothing may be wrong.
+Families that `--cache` holds are not tried again, so an interrupted run goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
+import signal
 import sys
 import tempfile
+import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import Empty, Queue
 from typing import Any
+
+from benchmarks.families_page import page
 
 os.environ.update(DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
 
-
 PLANS = Path(__file__).parent.parent / "autotp_plan" / "plans"
-MISSING_DEFAULTS = {"dbrx": {"attn_config": {"rope_theta": 500000.0, "clip_qkv": 8.0}}}
-"""What a default config must have, and has not, for transformers to build its model."""
+VALUES = Path(__file__).parent / "default_values.json"
+"""What a default config must have, and has not, for transformers to build its model: by family, with the source."""
+SECONDS = 420
+"""So long a family may take."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of one family: `right`, `refused` or `not built`; by which rules, how far off, or why not."""
+    """What became of one family.
+
+    Attributes:
+        family: the model type.
+        outcome: `right`, `WRONG`, `refused`, `not built` or `CRASHED`.
+        rules: what decided: a preset, inference or transformers' tp_plan.
+        error: the largest in float64.
+        share: bytes of the largest rank over all bytes.
+        compute: floating-point operations of the largest rank over the dense model's.
+        code: of the fault.
+        reason: what the fault says, or what stays replicated.
+        seconds: it took.
+    """
 
     family: str
     outcome: str
     rules: str = ""
     error: float | None = None
     share: float | None = None
+    compute: float | None = None
+    code: str = ""
     reason: str = ""
     seconds: float = 0.0
 
-    def row(self) -> str:
-        """A line of the table."""
-        share = f"{self.share:.2f}" if self.share is not None else ""
-        error = f"{self.error:.0e}" if self.error is not None else ""
-        reason = self.reason.replace("*", "\\*")  # in names, not emphasis
-        return f"| {self.family} | {self.outcome} | {self.rules} | {share} | {error} | {reason} |"
-
 
 def main() -> None:
-    """Try the families and print, or write, the table."""
+    """Try the families and print, or write, the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tp", type=int, default=2)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="families, with commas")
+    parser.add_argument("--jobs", type=int, default=2, help="families at a time")
+    parser.add_argument("--cache", type=Path, help="file of outcomes, a line each, that is read and added to")
+    parser.add_argument("--again", default="", help="outcomes in the cache to try again, with commas")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    outcomes = []
-    for family in families():
-        if arguments.only and family not in arguments.only.split(","):
-            continue
-        outcomes.append(attempt(family, arguments.tp))
-        print(outcomes[-1].row(), f"{outcomes[-1].seconds:.0f} s", file=sys.stderr, flush=True)
-    text = table(outcomes, arguments.tp)
+    os.nice(10)
+    chosen = [one for one in families() if not arguments.only or one in arguments.only.split(",")]
+    again = arguments.again.split(",")
+    known = {one.family: one for one in read_cache(arguments.cache) if one.outcome not in again}
+    for outcome in attempts([one for one in chosen if one not in known], arguments.tp, arguments.jobs):
+        known[outcome.family] = outcome
+        if arguments.cache is not None:
+            with arguments.cache.open("a") as file:
+                file.write(json.dumps(asdict(outcome)) + "\n")
+        print(f"{outcome.family}: {outcome.outcome} {outcome.rules} {outcome.reason[:200]} {outcome.seconds:.0f} s",
+              file=sys.stderr, flush=True)  # fmt: skip
+    text = page([known[one] for one in chosen], arguments.tp)
     if arguments.output:
         arguments.output.write_text(text)
     else:
@@ -73,15 +97,78 @@ def families() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
+def read_cache(path: Path | None) -> Iterator[Outcome]:
+    """The outcomes in a file; of several of one family the last counts."""
+    if path is not None and path.exists():
+        yield from (Outcome(**json.loads(line)) for line in path.read_text().splitlines())
+
+
+def attempts(chosen: list[str], tp_size: int, jobs: int) -> Iterator[Outcome]:
+    """The outcomes, in the order in which they are known, by `jobs` processes; one that is too slow is replaced."""
+    waiting: Queue[str] = Queue()
+    found: Queue[Outcome] = Queue()
+    for family in chosen:
+        waiting.put(family)
+    for _ in range(jobs):
+        threading.Thread(target=_supervise, args=(waiting, found, tp_size), daemon=True).start()
+    for _ in chosen:
+        yield found.get()
+
+
+def _supervise(waiting: Queue[str], found: Queue[Outcome], tp_size: int) -> None:
+    """Have one process try family after family."""
+    context = multiprocessing.get_context("spawn")
+    process: Any = None
+    while True:
+        try:
+            family = waiting.get_nowait()
+        except Empty:
+            break
+        if process is None:
+            here, there = context.Pipe()
+            process = context.Process(target=_work, args=(there, tp_size))
+            process.start()
+            there.close()
+        here.send(family)
+        try:
+            outcome = here.recv() if here.poll(SECONDS) else None
+        except EOFError:
+            outcome = None
+        if outcome is None:
+            _end(process)
+            process = None
+            outcome = Outcome(
+                family=family, outcome="refused", code="time", reason=f"no answer within {SECONDS} s", seconds=SECONDS
+            )
+        found.put(outcome)
+    if process is not None:
+        _end(process)
+
+
+def _end(process: Any) -> None:
+    """End a process with all that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        process.kill()
+    process.join()
+
+
+def _work(families: Any, tp_size: int) -> None:
+    os.setsid()
+    while True:
+        families.send(attempt(families.recv(), tp_size))
+
+
 def attempt(family: str, tp_size: int) -> Outcome:
     """Compile and prove a plan of the family's default config."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         try:
             write_config(family, Path(folder))
-        except Exception as error:  # transformers raises anything
-            return Outcome(family=family, outcome="not built", reason=brief(f"{type(error).__name__}: {error}"))
-        found = plan_and_prove(family, Path(folder), tp_size)
+            found = plan_and_prove(family, Path(folder), tp_size)
+        except Exception as error:  # a bug of ours, or what transformers raises: the table shows it
+            found = {"outcome": "CRASHED", "reason": _line(f"{type(error).__name__}: {error}")}
     return Outcome(**{**found, "family": family, "seconds": time.monotonic() - started})
 
 
@@ -94,91 +181,72 @@ def write_config(family: str, folder: Path) -> None:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    config = AutoConfig.for_model(family)
+    added = json.loads(VALUES.read_text()).get(family, {}).get("values", {})
+    config = AutoConfig.for_model(family, **added)
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
-    values = json.loads(config.to_json_string(use_diff=False))
-    for section, missing in MISSING_DEFAULTS.get(family, {}).items():
-        values[section].update(missing)
+    values = with_values(json.loads(config.to_json_string(use_diff=False)), added)
     values["architectures"] = [architecture if isinstance(architecture, str) else architecture[0]]
     (folder / "config.json").write_text(json.dumps(values))
 
 
+def with_values(config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """A config with these values, those of inner objects too."""
+    inner = {
+        key: with_values(config[key], value)
+        for key, value in values.items()
+        if isinstance(value, dict) and isinstance(config.get(key), dict)
+    }
+    return {**config, **values, **inner}
+
+
 def plan_and_prove(family: str, folder: Path, tp_size: int) -> dict[str, Any]:
     """The outcome of compiling the config in `folder`."""
-    from autotp_plan.inference.infer import infer_rules
+    from autotp_plan.inference.infer import infer_spec
     from autotp_plan.planner import compile_plan
     from autotp_plan.planner.plan_table import summary
     from autotp_plan.planner.rules.preset_files import preset_names, read_preset
     from autotp_plan.runtime.verify.run import try_plan, verify_plan
     from autotp_plan.schemas.errors import AutoTPError, CheckpointError, CompileError
     from autotp_plan.schemas.plan.rule_ref import Origin
+    from autotp_plan.schemas.spec import SpecFile
 
     preset = next((name for name in preset_names() if family in read_preset(name).model_types), None)
+    rules = f"preset {preset}" if preset else ""
+    notes: list[str] = []
+
+    def infer(where: Path) -> SpecFile:
+        spec = infer_spec(where)
+        notes.append(spec["description"].partition("inferred from the model itself.")[2].strip())
+        return SpecFile.from_dict(spec)
+
     uneven = ""
     try:
         try:
-            plan = compile_plan(folder, tp_size=tp_size, prove=try_plan, infer=infer_rules)
+            plan = compile_plan(folder, tp_size=tp_size, prove=try_plan, infer=infer)
         except CompileError as error:
-            if "does not divide" not in error.faults[0].what:
+            if error.faults[0].code != "indivisible":
                 raise
-            plan = compile_plan(folder, tp_size=tp_size, prove=try_plan, infer=infer_rules, uneven=True)
+            plan = compile_plan(folder, tp_size=tp_size, prove=try_plan, infer=infer, uneven=True)
             uneven = ", uneven"
         proof = verify_plan(plan)
     except CheckpointError as error:
-        return {"outcome": "not built", "reason": brief(reason(error))}
+        return {"outcome": "not built", "code": error.faults[0].code or "", "reason": _line(error.faults[0].got)}
     except AutoTPError as error:
-        return {"outcome": "refused", "rules": f"preset {preset}" if preset else "", "reason": brief(reason(error))}
-    except Exception as error:  # a bug of ours: the table shows it
-        return {"outcome": "CRASHED", "reason": brief(f"{type(error).__name__}: {error}")}
+        fault = error.faults[0]
+        return {"outcome": "refused", "rules": rules, "code": fault.code or "", "reason": _line(fault.got)}
     totals = summary(plan)
     inferred = any(entry.rule.origin is Origin.INFERENCE for entry in plan.parameters)
-    rules = (f"preset {preset}" if preset else "inference" if inferred else "tp_plan") + uneven
     return {
         "outcome": "right" if proof.proven else "WRONG",
-        "rules": rules,
+        "rules": (rules or ("inference" if inferred else "tp_plan")) + uneven,
         "error": proof.float64_error,
         "share": max(totals.per_rank) / totals.total,
-        "reason": "" if proof.proven else brief(str(proof.failure)),
+        "reason": (notes[-1] if inferred and notes else "") if proof.proven else _line(str(proof.failure)),
     }
 
 
-def reason(error: Any) -> str:
-    """What a refusal says, in a line."""
-    fault = error.faults[0]
-    return f"{fault.what}: {fault.got}"
-
-
-def brief(text: str) -> str:
-    """One line that fits a table."""
-    line = " ".join(text.split()).replace("|", "/")
-    return line if len(line) <= 200 else line[:197] + "..."
-
-
-def table(outcomes: list[Outcome], tp_size: int) -> str:
-    """The page."""
-    import transformers
-
-    counts = {kind: sum(o.outcome == kind for o in outcomes) for kind in dict.fromkeys(o.outcome for o in outcomes)}
-    counted = ", ".join(f"{number} {kind}" for kind, number in sorted(counts.items()))
-    lines = [
-        "# Every causal language model of transformers",
-        "",
-        f"Written by `python -m benchmarks.every_family --tp {tp_size}` with transformers {transformers.__version__}. "
-        "Each family's config (from `plans/`, or else the default) is planned. Where that gives a plan, the plan is "
-        "proven on a small model, as `autotp-plan verify` does. `share` is the fraction of the model that a rank holds "
-        f"(everything sharded evenly: {1 / tp_size:.2f}), `error` the largest in float64.",
-        "",
-        f"{len(outcomes)} families: {counted}.",
-        "",
-        '<div class="reasons" markdown>',
-        "",
-        "| family | outcome | rules | share | error | why |",
-        "|---|---|---|---|---|---|",
-        *(outcome.row() for outcome in outcomes),
-        "",
-        "</div>",
-    ]
-    return "\n".join(lines) + "\n"
+def _line(text: str) -> str:
+    return " ".join(text.split())[:2000]
 
 
 if __name__ == "__main__":

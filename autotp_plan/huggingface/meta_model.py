@@ -70,7 +70,7 @@ def build_model(
         with places[on_meta], without_zero_init():
             model: Any
             if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
-                model = model_of_config(named, model_config, **options)
+                model = model_of_config(named, _part_for(named, model_config), **options)
             else:
                 multimodal = type(model_config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
                 causal = type(model_config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or not multimodal
@@ -99,6 +99,15 @@ def build_model(
             )
         ) from None
     return model
+
+
+def _part_for(architecture: type[Any], model_config: Any) -> Any:
+    """The config, or the one inside it that is of the kind that a class takes: that of a language model alone."""
+    kind = getattr(architecture, "config_class", None)
+    if kind is None or isinstance(model_config, kind):
+        return model_config
+    inner = (getattr(model_config, key, None) for key in getattr(model_config, "sub_configs", ()))
+    return next((one for one in inner if isinstance(one, kind)), model_config)
 
 
 def names_a_dtype(config: Mapping[str, Any]) -> bool:

@@ -259,14 +259,20 @@ class SpecText:
 
     def _vocabulary(self) -> list[Rule]:
         model = self.models[0].model
-        rules = []
+        rules: list[Rule] = []
         names = {id(module): name for name, module in model.named_modules()}
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        if head is not None and f"{names.get(id(head))}.bias" in {
-            name for tie in self._ties() for name in tie.values()
-        }:
-            self.notes.append("embedding and head stay whole: the head's bias has a second name")
-            return []
+        second_names = {tie["name"]: tie["to"] for tie in self._ties()}
+        bias = second_names.get(f"{names.get(id(head))}.bias")
+        if bias is not None:  # it lies in a module around the head under its first name
+            rules.append(
+                {
+                    "patterns": [pattern_of(bias)],
+                    "partition_type": "shard",
+                    "shape": [["vocab_size"]],
+                    "indivisible": "uneven",
+                }
+            )
         for module, extra in (
             (embedding, {"partition_type": "vocab"}),
             (head, {"partition_type": "column", "gather_output": True}),

@@ -32,18 +32,23 @@ def replace_layers(model: nn.Module, plan: Plan, ranks: Ranks) -> dict[str, Shar
     for parameter in plan.expanded():
         module, _, leaf = parameter.name.rpartition(".")
         by_module[module][leaf] = parameter
+    by_name = {parameter.name: parameter for parameter in plan.expanded()}
+    tied: dict[str, dict[str, Parameter]] = defaultdict(dict)
+    for tie in plan.tied:
+        module, _, leaf = tie.name.rpartition(".")
+        tied[module][leaf] = by_name[tie.to]
     replaced: dict[str, ShardedParams] = {}
     for module, parameters in by_module.items():
         weight = parameters.get("weight")
         if weight is not None and weight.style not in ("replicated", "shard"):
-            layer = _replace(model, module, parameters, weight.style, weight.gather_output, plan, ranks)
+            every = {**parameters, **tied[module]}
+            layer = _replace(model, module, every, weight.style, weight.gather_output, plan, ranks)
             replaced[module] = layer.shards
-    by_name = {parameter.name: parameter for parameter in plan.expanded()}
     for tie in plan.tied:
-        if tie.style != "replicated":
-            module = tie.name.rpartition(".")[0]
-            parameters = {**by_module.get(module, {}), "weight": by_name[tie.to]}
-            layer = _replace(model, module, parameters, tie.style, tie.gather_output, plan, ranks)
+        module, _, leaf = tie.name.rpartition(".")
+        if tie.style != "replicated" and leaf == "weight":
+            every = {**by_module.get(module, {}), **tied[module]}
+            layer = _replace(model, module, every, tie.style, tie.gather_output, plan, ranks)
             replaced[module] = layer.shards
     return replaced
 
