@@ -1,4 +1,4 @@
-"""python -m benchmarks.gpu [--device cuda|cpu] [--only NAME] [--hidden 2048] [--layers 16] [--output docs/gpu.md]
+"""python -m benchmarks.gpu [--device cuda|cpu] [--only NAME] [--hidden 4096] [--layers 32] [--output docs/gpu.md]
 
 What holds on CPU, on a GPU: the sharded model against the unsharded one, on the same card. Two TP ranks share one card
 and talk over gloo, because NCCL refuses two ranks of one device; so this says what is right, not how fast it is. Writes
@@ -17,19 +17,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import programs
 from benchmarks.gpu.report import page
 
 RANKS = 2
 LOAD = "load"
-FUSED_ADAM = "from deepspeed.ops.op_builder import FusedAdamBuilder; FusedAdamBuilder().load()"
+OPERATORS = (
+    "import torch; from deepspeed.ops import op_builder;"
+    "op_builder.FusedAdamBuilder().load(); op_builder.CPUAdamBuilder().load()"
+)
+CAPABILITY = "import torch; print('.'.join(map(str, torch.cuda.get_device_capability())))"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--only", action="append", help="run the checks whose name begins so; may be given again")
-    parser.add_argument("--hidden", type=int, default=2048, help="hidden size of the model that is loaded and timed")
-    parser.add_argument("--layers", type=int, default=16, help="its layers")
+    parser.add_argument("--hidden", type=int, default=4096, help="hidden size of the model that is loaded and timed")
+    parser.add_argument("--layers", type=int, default=32, help="its layers")
     parser.add_argument("--seconds", type=float, default=480, help="the ranks are killed then")
     parser.add_argument("--output", type=Path, help="write a page of Markdown; printed in any case")
     options = parser.parse_args()
@@ -38,8 +43,12 @@ def main() -> None:
     began = time.monotonic()
     build = None
     if options.device == "cuda":  # a minute of nvcc, meanwhile the rest runs
+        # DeepSpeed cannot read every list that an environment may have, such as 9.0a
+        environment["TORCH_CUDA_ARCH_LIST"] = subprocess.check_output(
+            [sys.executable, "-c", CAPABILITY], text=True
+        ).strip()
         build = subprocess.Popen(
-            [sys.executable, "-c", FUSED_ADAM], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [sys.executable, "-c", OPERATORS], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
     with tempfile.TemporaryDirectory(prefix="autotp-gpu-") as name:
         work = Path(name)
@@ -47,6 +56,8 @@ def main() -> None:
         (work / "job.json").write_text(json.dumps(job))
         done = _run_ranks(work, environment, options.seconds)
         found = _results(work)
+        if options.device == "cuda":
+            found["checks"] += programs.checks(work, job["only"])
     if build is not None:
         build.kill()
     text = page(found, time.monotonic() - began)

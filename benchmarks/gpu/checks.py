@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import statistics
 import time
 import warnings
@@ -159,6 +160,21 @@ def fused_adam(work: Work) -> Found:
     return engine("llama", 1, work, optimizer={"type": "AdamW", "params": {**adam, "adam_w_mode": True}})
 
 
+def offload(stage: int, work: Work) -> Found:
+    """DeepSpeed's AdamW in the memory of the host."""
+    from autotp_plan.runtime.verify.optimizer_steps import Training
+
+    adam = Training(batches=batches(work), eps=1e-5).adam  # type: ignore[arg-type]
+    zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+    return engine(
+        "llama",
+        stage,
+        work,
+        zero_optimization=zero,
+        optimizer={"type": "AdamW", "params": {**adam, "adam_w_mode": True}},
+    )
+
+
 def bf16(work: Work) -> Found:
     """Losses in bfloat16 under each ZeRO stage against the unsharded engine's in bfloat16."""
     figures: dict[str, Any] = {}
@@ -199,29 +215,42 @@ def bf16(work: Work) -> Found:
 
 
 def write_large(work: Work) -> Path:
-    """A Llama in bfloat16, large enough for sizes and times to mean something."""
+    """A random Llama in bfloat16; with hidden size 4096 and 32 layers it has the shapes of Llama-3.1-8B."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     def write(path: Path) -> None:
+        heads = max(2, work.hidden // 128)
         config: Any = LlamaConfig(
-            hidden_size=work.hidden, intermediate_size=work.hidden * 11 // 4, num_hidden_layers=work.layers,
-            num_attention_heads=16, num_key_value_heads=8, vocab_size=32000, dtype="bfloat16",
+            hidden_size=work.hidden, intermediate_size=work.hidden * 7 // 2, num_hidden_layers=work.layers,
+            num_attention_heads=heads, num_key_value_heads=max(2, heads // 4), dtype="bfloat16",
+            vocab_size=128256 if work.hidden >= 4096 else 32000,
         )  # fmt: skip
-        with torch.device(work.device):
-            model = LlamaForCausalLM(config).to(torch.bfloat16)
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device(work.device):
+                model = LlamaForCausalLM(config)
+        finally:
+            torch.set_default_dtype(torch.float32)
         model.save_pretrained(path)
+        del model
+        _reset_memory(work)
 
     return work.once("large", write)
 
 
-def loading(work: Work) -> Found:
-    """Memory of the card while a rank's shards are loaded; the error is the relative excess over their bytes."""
+def large(work: Work) -> Any:
+    """A plan, a checkpoint and the shards of the large model."""
     from autotp_plan.planner import compile_plan, presplit
     from autotp_plan.runtime import TrainingPlan
 
     folder = write_large(work)
     plan = TrainingPlan(compile_plan(folder, tp_size=dist.get_world_size()))
-    shards = work.once("large.shards", lambda path: presplit(plan.document, folder, path))
+    return plan, folder, work.once("large.shards", lambda path: presplit(plan.document, folder, path))
+
+
+def loading(work: Work) -> Found:
+    """Memory of the card while a rank's shards are loaded: the error is the relative excess over their bytes."""
+    plan, folder, shards = large(work)
     figures: dict[str, Any] = {}
     excess = 0.0
     for name, source in (("shards", shards), ("checkpoint", folder)):
@@ -234,10 +263,39 @@ def loading(work: Work) -> Found:
         weights = sum(value.numel() * value.element_size() for value in model.parameters())
         figures["weights, MiB"] = weights / 2**20
         if work.device == "cuda":
-            figures[f"{name}, peak MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-            excess = max(excess, (torch.cuda.max_memory_allocated() - before) / weights - 1)
+            peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+            figures[f"{name}, peak MiB"] = peak / 2**20
+            excess = max(excess, peak / weights - 1)
         del model
     return excess, figures
+
+
+def large_loss(work: Work) -> Found:
+    """The loss of the large model in bfloat16, and the norm of its gradient."""
+    from transformers import AutoModelForCausalLM
+
+    plan, folder, shards = large(work)
+    length = 2048 if work.device == "cuda" else 32
+    tokens = torch.randint(32000, (1, length), generator=torch.Generator().manual_seed(0)).to(work.device)
+    found = []
+    for name in ("sharded", "unsharded"):
+        model: Any = None
+        if name == "sharded":
+            model = plan.load_model(shards).train()
+        elif dist.get_rank() == 0:  # there may be no room for two
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(work.device).train()
+        if model is not None:
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
+            found.append([loss.item(), norm.item()])
+        dist.barrier()
+        del model
+        _reset_memory(work)
+    figures: dict[str, Any] = {"loss": found[0][0], "gradient norm": found[0][1]}
+    if len(found) == 1:
+        return None, figures
+    return relative(found[0], found[1]), {**figures, "unsharded": found[1]}
 
 
 def _reset_memory(work: Work) -> int:
@@ -245,7 +303,7 @@ def _reset_memory(work: Work) -> int:
         return 0
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
+    return int(torch.cuda.memory_stats()["requested_bytes.all.current"])
 
 
 def _synchronize(work: Work) -> None:
@@ -254,26 +312,22 @@ def _synchronize(work: Work) -> None:
 
 
 def steps(work: Work) -> Found:
-    """A training step in bfloat16, and the share of it that comparing the batches takes."""
-    from autotp_plan.planner import compile_plan
-    from autotp_plan.runtime import TrainingPlan
-
-    plan = TrainingPlan(compile_plan(write_large(work), tp_size=dist.get_world_size()))
-    shape = (2, 1024) if work.device == "cuda" else (2, 32)
+    """The share of a forward and backward pass in bfloat16 that comparing the batches of every 100th takes."""
+    plan, _, shards = large(work)
+    shape = (1, 2048) if work.device == "cuda" else (1, 32)
     tokens = torch.randint(32000, shape, generator=torch.Generator().manual_seed(0)).to(work.device)
-    models = {every: plan.load_model(work.folder / "large", check_batches_every=every).train() for every in (None, 1)}
-    times: dict[int | None, list[float]] = {None: [], 1: []}
-    for number in range(12):
-        for every, model in models.items():
-            dist.barrier()
-            _synchronize(work)
-            began = time.perf_counter()
-            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-            _synchronize(work)
-            model.zero_grad()
-            if number > 3:
-                times[every].append(time.perf_counter() - began)
-    without, compared = (statistics.median(times[every]) for every in (None, 1))
+    model = plan.load_model(shards, check_batches_every=2).train()
+    times: list[list[float]] = [[], []]  # every second forward compares, the first among them
+    for number in range(16):
+        dist.barrier()
+        _synchronize(work)
+        began = time.perf_counter()
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        _synchronize(work)
+        model.zero_grad()
+        if number > 3:
+            times[number % 2].append(time.perf_counter() - began)
+    compared, without = (statistics.median(of_kind) for of_kind in times)
     share = (compared - without) / without / 100
     figures = {"forward and backward, ms": without * 1e3, "with comparison, ms": compared * 1e3}
     return max(share, 0.0), {**figures, "share at every 100th, %": share * 100}
@@ -477,6 +531,18 @@ def trainer(work: Work) -> Found:
     return relative(found, _adam_losses(work, dense(work, "llama"))), {}
 
 
+def unknown_token(work: Work) -> Found:
+    """An id outside of the vocabulary ends in an error, as it does without sharding. The card is of no use after it."""
+    tokens = batches(work)(0)
+    _, model = sharded(work, "llama", check_batches_every=None)
+    tokens[0, 0] = 256
+    try:
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.item()
+    except (RuntimeError, IndexError) as error:
+        return None, {"says": str(error).splitlines()[0]}
+    raise AssertionError("a loss was computed")
+
+
 def too_few_devices(work: Work) -> Found:
     """A rank without a card of its own is told so."""
     import os
@@ -504,7 +570,6 @@ CHECKS = (
     ),
     Check(name="engine overlap", function=overlap, limit=FLOAT32),
     Check(name="bf16", function=bf16, limit=1e-2),
-    Check(name="loading", function=loading, limit=0.05),
     Check(name="resume", function=resume, limit=1e-6),
     Check(name="save_pretrained", function=saving, limit=0.0),
     Check(name="generate", function=generation, limit=0.0),
@@ -515,11 +580,18 @@ CHECKS = (
     ),
     Check(name="dropout", function=dropout, limit=FLOAT32),
     Check(name="Trainer", function=trainer, limit=1e-4),  # it rounds the losses that it logs to four decimals
-    Check(name="batch comparison", function=steps, limit=0.005),
+    Check(name="large loading", function=loading, limit=0.01),
+    Check(name="large loss", function=large_loss, limit=1e-2),
+    Check(name="large batch comparison", function=steps, limit=0.005),
     Check(name="waits for the card", function=synchronizing_calls, limit=0.0, needs_cuda=True),
     Check(name="too few cards", function=too_few_devices, needs_cuda=True),
     Check(name="compile llama", function=functools.partial(compiled, "llama"), limit=1e-4),
     Check(name="compile mixtral", function=functools.partial(compiled, "mixtral"), limit=1e-4),
     Check(name="FusedAdam", function=fused_adam, limit=FLOAT32, needs_cuda=True),
+    *(
+        Check(name=f"offload ZeRO {stage}", function=functools.partial(offload, stage), limit=FLOAT32, needs_cuda=True)
+        for stage in (2, 3)
+    ),
+    Check(name="unknown token", function=unknown_token),
 )
 """In the order in which they run: what is new on a card, and what may take long, comes last."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
+import gc
 import json
 import math
 import os
@@ -64,8 +66,10 @@ def _run(check: Check, place: Work) -> dict[str, Any]:
         worst, figures = check.function(place)
     except BaseException:  # the next check may well run
         error = traceback.format_exc()
-    if place.device == "cuda":
-        torch.cuda.empty_cache()
+    if place.device == "cuda" and not error:
+        gc.collect()
+        with contextlib.suppress(RuntimeError):  # after an assertion on the card nothing works on it
+            torch.cuda.empty_cache()
     return {"worst": worst, "figures": figures, "error": error, "seconds": time.monotonic() - began}
 
 
