@@ -26,7 +26,9 @@ def checks(work: Path, only: list[str]) -> list[dict[str, Any]]:
         if only and not any(name.startswith(beginning) for beginning in only):
             continue
         began = time.monotonic()
-        worst, figures, error = None, {}, ""
+        worst: float | None = None
+        figures: dict[str, Any] = {}
+        error = ""
         try:
             worst, figures = function(work)
         except (AssertionError, subprocess.SubprocessError) as caught:

@@ -20,8 +20,8 @@ import torch.distributed as dist
 
 from benchmarks.gpu.checks import CHECKS, Check, Work
 
-_COLLECTIVE_SECONDS = 45
-_MEETING_SECONDS = 180
+_COLLECTIVE_SECONDS = 100
+_MEETING_SECONDS = 240
 
 
 def main() -> None:
