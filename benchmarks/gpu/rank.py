@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import gc
 import json
 import math
 import os
@@ -67,7 +66,6 @@ def _run(check: Check, place: Work) -> dict[str, Any]:
     except BaseException:  # the next check may well run
         error = traceback.format_exc()
     if place.device == "cuda" and not error:
-        gc.collect()
         with contextlib.suppress(RuntimeError):  # after an assertion on the card nothing works on it
             torch.cuda.empty_cache()
     return {"worst": worst, "figures": figures, "error": error, "seconds": time.monotonic() - began}
