@@ -15,12 +15,13 @@ import pytest
 from tests.helpers.checkpoints import write_llama
 from tests.helpers.paths import PACKAGE
 
-PARTS = ("schemas", "huggingface", "inference", "planner", "runtime", "plans")
+PARTS = ("schemas", "huggingface", "factories", "inference", "planner", "runtime", "plans")
 HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "safetensors", "numpy", "ray", "peft"}
 
 ROOMS = (
     "schemas", "schemas.plan", "schemas.storage", "schemas.shards",
     "huggingface",
+    "factories",
     "inference",
     "planner.model", "planner.deepspeed", "planner.wrappers", "planner.rules", "planner.fallback", "planner.shards",
     "runtime.deepspeed", "runtime.data", "runtime.parameters", "runtime.tensor_parallel", "runtime.loading",
@@ -124,9 +125,10 @@ def test_a_circle_is_found() -> None:
     [
         ("schemas", {"schemas"}),
         ("huggingface", {"schemas", "huggingface"}),
-        ("inference", {"schemas", "huggingface", "inference"}),
-        ("planner", {"schemas", "huggingface", "planner"}),
-        ("runtime", {"schemas", "huggingface", "runtime"}),
+        ("factories", {"schemas", "factories"}),
+        ("inference", {"schemas", "huggingface", "factories", "inference"}),
+        ("planner", {"schemas", "huggingface", "factories", "planner"}),
+        ("runtime", {"schemas", "huggingface", "factories", "runtime"}),
         ("plans", {"plans"}),
     ],
 )

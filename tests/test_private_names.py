@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.paths import PACKAGE
 
-PARTS = ("schemas", "huggingface", "planner", "runtime")
+PARTS = ("schemas", "huggingface", "factories", "planner", "runtime")
 FILES = [path for part in PARTS for path in sorted((PACKAGE / part).rglob("*.py"))]
 INTERNALS = [path for path in FILES if path.name.endswith("internals.py")]
 

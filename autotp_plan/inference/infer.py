@@ -6,19 +6,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from autotp_plan.factories.module_factory import ModuleFactory
 from autotp_plan.huggingface import scale_config
-from autotp_plan.huggingface.disk_names import disk_names
 from autotp_plan.inference import influence
 from autotp_plan.inference.experts import expert_regions
 from autotp_plan.inference.layers import Layer, Region, inner_norms, lay_out, layers_of, regions_of
+from autotp_plan.inference.own_architecture import OwnArchitecture
 from autotp_plan.inference.small_model import Architecture, SmallModel
 from autotp_plan.inference.spec_text import SpecText
 from autotp_plan.inference.surroundings import add_surroundings, weights_read_elsewhere
-from autotp_plan.inference.templates import Templates
 from autotp_plan.inference.trial import find_attributes, in_blocks
 from autotp_plan.schemas.errors import CompileError, Fault
 from autotp_plan.schemas.names import starred
 from autotp_plan.schemas.spec import SpecFile
+from autotp_plan.schemas.templates import Templates
 
 
 def infer_spec(folder: Path, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
@@ -36,14 +37,20 @@ def infer_spec(folder: Path, progress: Callable[[str], None] = lambda _: None) -
         CompileError: no small model runs, nothing can be sharded, or the checkpoint's tensors become parameters in a
             way that byte ranges cannot express.
     """
-    architecture = Architecture.read(folder)
-    renamed, assembled, odd = disk_names(architecture.original)
+    return infer_architecture(Architecture.read(folder), str(folder), progress)
+
+
+def infer_architecture(
+    architecture: Architecture | OwnArchitecture, where: str, progress: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """As `infer_spec`, for an architecture that was read; `where` is what faults point to."""
+    renamed, assembled, odd = architecture.disk_names()
     if odd:
-        raise CompileError(_odd(odd, str(folder)))
+        raise CompileError(_odd(odd, where))
     try:
-        first, second = next(architecture.pairs())
+        first, second = next(iter(architecture.pairs()))
     except (ValueError, StopIteration) as error:
-        raise CompileError(_not_run(str(error), str(folder))) from None
+        raise CompileError(_not_run(str(error), where)) from None
     progress("asking two small models what depends on what")
     found = regions(first)
     text = SpecText(architecture, (first, second))
@@ -65,20 +72,37 @@ def infer_spec(folder: Path, progress: Callable[[str], None] = lambda _: None) -
             other = in_blocks(other, _experts(second, right.num_blocks, first))
         text.add((right, other))
     if not text.rules:
-        raise CompileError(_nothing(text.notes, str(folder)))
+        raise CompileError(_nothing(text.notes, where))
     return text.document(renamed, assembled)
 
 
-def infer_rules(folder: Path) -> SpecFile:
-    """As `infer_spec`, read as rules: for `compile_plan(folder, infer=infer_rules, ...)`.
+def infer_module_spec(factory: ModuleFactory, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """As `infer_spec`, for the model that a function makes; sizes are expressions of the function's arguments.
 
     Args:
-        folder: with a config.json that transformers knows.
+        factory: the function, with the arguments of the model.
+        progress: called with a sentence before each part.
+
+    Raises:
+        OptionError: the function cannot be called.
+        CompileError: as `infer_spec`.
+        MismatchError: there is nothing to run the model on, or what it computes cannot be compared.
+    """
+    return infer_architecture(OwnArchitecture.read(factory), f"--module {factory.name}", progress)
+
+
+def infer_rules(model: Path | ModuleFactory) -> SpecFile:
+    """As `infer_spec` or `infer_module_spec`, read as rules: for `compile_plan(folder, infer=infer_rules, ...)`.
+
+    Args:
+        model: a folder with a config.json that transformers knows, or a function that makes the model.
 
     Raises:
         CheckpointError, CompileError: as `infer_spec`.
+        OptionError, MismatchError: as `infer_module_spec`.
     """
-    return SpecFile.from_dict(infer_spec(folder))
+    spec = infer_module_spec(model) if isinstance(model, ModuleFactory) else infer_spec(model)
+    return SpecFile.from_dict(spec)
 
 
 def regions(small: SmallModel) -> list[Region]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from autotp_plan.huggingface import scale_config
+from autotp_plan.huggingface.disk_names import disk_names
 from autotp_plan.huggingface.meta_model import build_model
 from autotp_plan.schemas.names import is_index
 from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, read_config
@@ -123,6 +124,10 @@ class SmallModel:
         """A forward pass."""
         return self.model(input_ids=self.tokens, use_cache=False)
 
+    def embedding_and_head(self) -> tuple[Any, Any]:
+        """The modules that begin with the vocabulary and end with it; None for one that is not there."""
+        return self.model.get_input_embeddings(), self.model.get_output_embeddings()
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
@@ -167,6 +172,25 @@ class Architecture:
             aliases=aliases,
             layers=_layers_needed(original, full),
         )
+
+    @property
+    def name(self) -> str:
+        """The config's `model_type`."""
+        return str(self.given.get("model_type"))
+
+    @property
+    def model_types(self) -> list[str]:
+        """The `model_type`s that the rules are for."""
+        return [self.name]
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """Every positive integer of the config."""
+        return dict(numbers_of(as_json(self.original.config)))
+
+    def disk_names(self) -> tuple[dict[str, str], dict[str, tuple[str, ...]], list[str]]:
+        """What its tensors are called in checkpoints, as `disk_names` of a model."""
+        return disk_names(self.original)
 
     def small(self, sizes: Sizes) -> SmallModel:
         """A small model. Raises whatever transformers does for sizes that do not go together."""

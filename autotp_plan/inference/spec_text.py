@@ -11,10 +11,11 @@ from autotp_plan.huggingface.disk_names import ties
 from autotp_plan.huggingface.meta_model import parameters_and_buffers
 from autotp_plan.inference.expressions import Expressions, Values
 from autotp_plan.inference.layers import Region, Split
-from autotp_plan.inference.small_model import Architecture, SmallModel, as_json, numbers_of
-from autotp_plan.inference.templates import Templates, pattern_of
+from autotp_plan.inference.own_architecture import OwnArchitecture
+from autotp_plan.inference.small_model import Architecture, SmallModel, numbers_of
 from autotp_plan.inference.units import Segment
 from autotp_plan.schemas.names import is_index, parent_module
+from autotp_plan.schemas.templates import Templates, pattern_of
 
 Rule = dict[str, Any]
 
@@ -31,10 +32,10 @@ class SpecText:
         models: small models of it.
     """
 
-    def __init__(self, architecture: Architecture, models: Sequence[SmallModel]) -> None:
+    def __init__(self, architecture: Architecture | OwnArchitecture, models: Sequence[SmallModel]) -> None:
         self.architecture, self.models = architecture, models
         given = [key for key, _ in numbers_of(architecture.given)]
-        original = dict(numbers_of(as_json(architecture.original.config)))
+        original = architecture.numbers
         aliases = architecture.aliases
         every = [
             {aliases.get(key, key): value for key, value in one.items()}
@@ -78,9 +79,9 @@ class SpecText:
         words = {
             "$schema": "autotp_plan/schemas/spec.schema.json",
             "name": "inferred",
-            "description": f"{self.architecture.given.get('model_type')}: inferred from the model itself."
+            "description": f"{self.architecture.name}: inferred from the model itself."
             + "".join(f" {note}." for note in dict.fromkeys(self.notes)),
-            "model_types": [self.architecture.given.get("model_type")],
+            "model_types": self.architecture.model_types,
             "defaults": self.defaults,
             "symbols": self.symbols,
             "num_layers": layers,
@@ -248,6 +249,8 @@ class SpecText:
         """The expression of a size in each small model, and in the original where that is known."""
         values = values if len(values) > len(self.models) else (*values, None)
         found = self.expressions.find(values)
+        if found is None and self.models[0] is self.models[-1]:
+            return self._number(values[0] or 0, name)
         if found is None:
             numbers = " and ".join(str(value) for value in values[: len(self.models)])
             raise Unexpressed(f"no expression of config keys is {numbers} in two small models")
@@ -257,11 +260,19 @@ class SpecText:
             return name
         return found
 
+    def _number(self, value: int, name: str | None) -> str:
+        """A size of a model that is there in one size alone: the number, under a name where it may have one."""
+        if name == "num_kv_heads" and self.symbols.get("num_heads") == value:
+            return "num_heads"
+        if name is None or self.symbols.setdefault(name, value) != value:
+            return str(value)
+        return name
+
     def _vocabulary(self) -> list[Rule]:
         model = self.models[0].model
         rules: list[Rule] = []
         names = {id(module): name for name, module in model.named_modules()}
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        embedding, head = self.models[0].embedding_and_head()
         second_names = {tie["name"]: tie["to"] for tie in self._ties()}
         bias = second_names.get(f"{names.get(id(head))}.bias")
         if bias is not None:  # it lies in a module around the head under its first name

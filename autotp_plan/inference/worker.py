@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from autotp_plan.inference.infer import infer_spec
+from autotp_plan.factories.module_factory import ModuleFactory
+from autotp_plan.inference.infer import infer_module_spec, infer_spec
 
 _EVERY = 0.2
 
 
-def infer_and_watch(folder: Path, most_bytes: int) -> dict[str, Any]:
-    """As `infer_spec`; the process ends where it takes more than `most_bytes` in addition to what it started with."""
+def infer_and_watch(model: Path | ModuleFactory, most_bytes: int) -> dict[str, Any]:
+    """As `infer_spec` or `infer_module_spec`; the process ends where it takes `most_bytes` more than before."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def watch() -> None:
@@ -26,7 +27,7 @@ def infer_and_watch(folder: Path, most_bytes: int) -> dict[str, Any]:
             time.sleep(_EVERY)
 
     threading.Thread(target=watch, daemon=True).start()
-    return infer_spec(folder)
+    return infer_module_spec(model) if isinstance(model, ModuleFactory) else infer_spec(model)
 
 
 MEMORY_EXIT = 44

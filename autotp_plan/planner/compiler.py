@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autotp_plan.factories.module_factory import ModuleFactory
 from autotp_plan.planner.deepspeed.notes import notes_on_partition_config, notes_on_the_rest
 from autotp_plan.planner.deepspeed.read_config import TensorParallelSection
 from autotp_plan.planner.fallback.prove import Prover, fallback_rules, proven
@@ -40,12 +41,14 @@ def compile_plan(
     deepspeed: TensorParallelSection | None = None,
     prove: Prover | None = None,
     strict: bool = False,
-    infer: Callable[[Path], SpecFile] | None = None,
+    infer: Callable[[Any], SpecFile] | None = None,
+    factory: ModuleFactory | None = None,
 ) -> Plan:
     """The plan for `model` at `tp_size`.
 
     Args:
         model: a folder with safetensors files or a bare config.json, or a live `torch.nn.Module` (on meta is fine).
+            With a `factory` None will do.
         tp_size: number of TP ranks; None takes `autotp_size` of `deepspeed`.
         preset: `auto` (by the config's model_type), `none`, `infer`, or the name of a preset.
         specs: spec files, the first has the highest precedence.
@@ -56,20 +59,22 @@ def compile_plan(
         strict: hold the `partition_config` of `deepspeed`, and a `tp_plan` of the model's own, to what a spec file is
             held to: a weight that no rule names and a pattern that matches nothing are errors. Otherwise they are as in
             DeepSpeed, with a note in the plan.
-        infer: makes rules for a folder's model (`autotp_plan.inference.infer.infer_rules`). A model without a preset is
-            planned by them, and without them by its own `tp_plan`.
+        infer: makes rules for a folder's model, or for the factory's (`autotp_plan.inference.infer.infer_rules`). A
+            model without a preset is planned by them, and without them by its own `tp_plan`.
+        factory: makes a model that is not from transformers
+            (`autotp_plan.factories.module_factory.ModuleFactory`); what the specs leave open is inferred.
 
     Returns:
         a plan that passes `check_plan`.
 
     Raises:
-        OptionError: no tp_size, or two that differ.
+        OptionError: no tp_size, or two that differ; or the factory cannot be called.
         CompileError: rules, model and tp_size do not make a plan; with every fault found.
         CheckpointError: the folder or its files cannot be read.
         DocumentError: config.json or the index is not JSON.
         MissingDependencyError: a bare config.json needs transformers, and it is not installed.
     """
-    given = ModelInput(model)
+    given = ModelInput(model, factory)
     options = _Options(tp_size=_tp_size(tp_size, deepspeed), uneven=uneven, deepspeed=deepspeed, strict=strict)
     rules = collect_rules(given, preset, specs, deepspeed, strict)
     if preset == INFER:
@@ -80,6 +85,8 @@ def compile_plan(
         undecided = {fault.code == UNDECIDED for fault in error.faults}
         if not rules.may_fall_back or True not in undecided:
             raise
+        if factory is not None:
+            return _by_inference(given, rules, options, prove, infer)
         faults: tuple[Fault, ...] = ()
         if infer is not None and given.is_folder and given.model_type:
             try:
@@ -108,10 +115,10 @@ def _by_inference(
     rules: RuleSet,
     options: _Options,
     prove: Prover | None,
-    infer: Callable[[Path], SpecFile] | None,
+    infer: Callable[[Any], SpecFile] | None,
 ) -> Plan:
     """The plan by rules that are inferred from the model. Raises CompileError, also where they prove wrong."""
-    if infer is None or not given.is_folder:
+    if infer is None or not (given.is_folder or given.factory):
         raise CompileError(
             Fault(
                 code="cannot-infer",
@@ -123,7 +130,9 @@ def _by_inference(
                 "autotp_plan.inference.infer.infer_rules",
             )
         )
-    inferred = with_unused_tensors(infer(given.given), given)
+    inferred = infer(given.factory or given.given)
+    if given.factory is None:
+        inferred = with_unused_tensors(inferred, given)
     return proven(
         lambda made: _compile(given, rules.with_fallback(made, Origin.INFERENCE), options),
         inferred,

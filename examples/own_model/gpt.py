@@ -1,6 +1,6 @@
 """A language model of one's own: nothing of transformers, fused q, k and v of unequal sizes, a tied head.
 
-It knows nothing of tensor parallelism. What its parameters are is said in `spec.json` beside it; see `train.py`.
+It knows nothing of tensor parallelism, and nobody says how its parameters are sharded; see `train.py`.
 """
 
 from __future__ import annotations

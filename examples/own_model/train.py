@@ -1,15 +1,17 @@
-"""Train a model that is not from transformers, by a plan compiled from a spec file alone.
+"""Train a model that is not from transformers, by a plan that is inferred from the model itself and proven.
 
     .venv/bin/python examples/own_model/train.py prepare example-run/own_model
     .venv/bin/torchrun --nproc-per-node 2 examples/own_model/train.py train example-run/own_model
 
-`prepare` writes a random checkpoint, compiles a plan for it and pre-splits it. `train` loads each rank's shards and
-takes ten steps on random tokens.
+`prepare` writes a random checkpoint, compiles a plan for it and pre-splits it; on the command line the plan is made by
+`cd examples/own_model; autotp-plan compile --module gpt:GPT --model CHECKPOINT --tp 2 -o plan.json`. `train` loads each
+rank's shards and takes ten steps on random tokens.
 """
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,14 +25,20 @@ from gpt import GPT  # noqa: E402 - the model lies beside this file
 def prepare(folder: Path) -> None:
     from safetensors.torch import save_file
 
-    from autotp_plan.planner import SpecFile, compile_plan, presplit
+    from autotp_plan.factories.module_factory import ModuleFactory
+    from autotp_plan.inference.infer import infer_rules
+    from autotp_plan.planner import compile_plan, presplit
+    from autotp_plan.runtime import try_plan
 
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir(parents=True)
     torch.manual_seed(0)
     tensors = dict(GPT().named_parameters())
     save_file({name: tensor.detach() for name, tensor in tensors.items()}, checkpoint / "model.safetensors")
-    plan = compile_plan(checkpoint, tp_size=2, specs=[SpecFile.read(HERE / "spec.json")])
+    factory = ModuleFactory(name="gpt:GPT")
+    plan = compile_plan(
+        checkpoint, tp_size=2, factory=factory, infer=infer_rules, prove=partial(try_plan, factory=factory)
+    )
     (folder / "plan.json").write_text(plan.to_json())
     presplit(plan, checkpoint, folder / "shards")
     print(f"wrote {folder / 'plan.json'} and {folder / 'shards'}")

@@ -101,7 +101,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, selected: set[str]) -> Path:
             randomise(own)
             tensors = {name: value.detach().clone() for name, value in own.named_parameters()}
             save_file(tensors, checkpoint / "model.safetensors")
-            specs = [SpecFile.read(EXAMPLES / "own_model" / "spec.json")]
+            specs = [SpecFile.read(Path(__file__).parent.parent / "helpers" / "own_gpt_spec.json")]
         else:
             save_checkpoint(checkpoint, variant)
         for tp_size in (2, 4):

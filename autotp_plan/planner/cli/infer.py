@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from autotp_plan.factories.module_factory import ModuleFactory
+from autotp_plan.planner.cli.module_options import given_model, module_options
 from autotp_plan.planner.cli.output import not_written, reported
 from autotp_plan.schemas.errors import CompileError, Fault, MissingDependencyError, OutputError
 
@@ -29,20 +32,22 @@ time_limit = click.option(
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
-    required=True,
     help="Checkpoint folder, or a folder with a bare config.json.",
 )
+@module_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Spec file to write; else it is printed.")
 @time_limit
 @reported
-def infer(model: Path, output: Path | None, timeout: int) -> None:
+def infer(model: Path | None, output: Path | None, timeout: int, factory: Callable[[], ModuleFactory | None]) -> None:
     """Infer how a model is sharded, from small models of its architecture, and write it as a spec file.
 
     The spec file is not proven: `compile --preset infer` proves the plan that it makes, and so does `verify`.
     """
     from autotp_plan.schemas.documents import format_json, write_atomically
 
-    spec = infer_with_limits(model, timeout)
+    made_by = factory()
+    given_model(model, made_by)
+    spec = infer_with_limits(made_by or model or Path(), timeout)
     text = format_json(spec)
     if output is None:
         click.echo(text, nl=False)
@@ -57,25 +62,28 @@ def infer(model: Path, output: Path | None, timeout: int) -> None:
     click.echo(spec["description"], err=True)
 
 
-def infer_with_limits(model: Path, timeout: float) -> dict[str, Any]:
+def infer_with_limits(model: Path | ModuleFactory, timeout: float) -> dict[str, Any]:
     """The spec file that is inferred for a model, by a process that is ended when it takes too much.
 
     Args:
-        model: a folder with a config.json.
+        model: a folder with a config.json, or a function that makes the model.
         timeout: seconds.
 
     Raises:
+        OptionError: the function cannot be called.
+        MismatchError: there is nothing to run its model on.
         CompileError: it took too long or too much memory, or nothing can be inferred.
         CheckpointError: transformers cannot build the model.
         MissingDependencyError: torch, transformers or accelerate is not installed.
     """
+    where = str(model) if isinstance(model, Path) else f"--module {model.name}"
     missing = [name for name in ("torch", "transformers", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingDependencyError(
             Fault(
                 code="inference-needs-packages",
                 what="inferring how a model is sharded needs packages that planning by a preset does not need",
-                where=str(model),
+                where=where,
                 got=f"no {', '.join(missing)}",
                 expected="torch, transformers and accelerate",
                 next="pip install 'autotp-plan[train]'",
@@ -86,13 +94,14 @@ def infer_with_limits(model: Path, timeout: float) -> dict[str, Any]:
 
     click.echo("inferring how the model is sharded, from small models of its architecture", err=True)
     try:
-        (found,) = run_ranks(infer_and_watch, 1, model.resolve(), MOST_MEMORY, timeout=timeout)
+        given = model.resolve() if isinstance(model, Path) else model
+        (found,) = run_ranks(infer_and_watch, 1, given, MOST_MEMORY, timeout=timeout)
     except RankError as error:
         raise CompileError(
             Fault(
                 code="inference-stopped",
                 what="inferring how the model is sharded was given up",
-                where=str(model),
+                where=where,
                 got=str(error),
                 expected=f"an answer within {timeout:.0f} s and {MOST_MEMORY >> 30} GiB",
                 next="give more time with --timeout, or write a spec file and give it with --spec",

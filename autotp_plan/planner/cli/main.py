@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import click
 
 from autotp_plan.planner.cli.export import export, presets
 from autotp_plan.planner.cli.infer import TIMEOUT, infer, infer_with_limits, time_limit
+from autotp_plan.planner.cli.module_options import given_model, module_options
 from autotp_plan.planner.cli.output import not_written, reported, table_width
 from autotp_plan.planner.cli.shards import check_shards, merge, presplit, reshard
 from autotp_plan.schemas.errors import AutoTPError, Fault, OutputError, visible
@@ -24,6 +26,7 @@ from autotp_plan.schemas.shards.manifest import MANIFEST_NAME, PLAN_NAME
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from autotp_plan.factories.module_factory import ModuleFactory
     from autotp_plan.runtime.verify.report import Proof
     from autotp_plan.schemas.plan.document import Plan
 
@@ -48,7 +51,8 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--model", type=_FILE, required=True, help="Checkpoint folder, or a folder with a bare config.json.")
+@click.option("--model", type=_FILE, help="Checkpoint folder, or a folder with a bare config.json.")
+@module_options
 @click.option("--tp", "tp_size", type=int, help="Number of tensor-parallel ranks.")
 @click.option("-o", "--output", type=_FILE, required=True, help="Plan file to write.")
 @click.option("--preset", default="auto", show_default=True, help="auto (by model_type), none, infer, or a preset.")
@@ -61,7 +65,7 @@ def main() -> None:
 @click.option("--strict", is_flag=True, help="A DeepSpeed config must name every weight, and each pattern must match.")
 @reported
 def compile(
-    model: Path,
+    model: Path | None,
     tp_size: int | None,
     output: Path,
     preset: str,
@@ -69,6 +73,7 @@ def compile(
     uneven: bool,
     ds_config: Path | None,
     strict: bool,
+    factory: Callable[[], ModuleFactory | None],
     timeout: int = TIMEOUT,
 ) -> None:
     """Compile a plan: decide how every parameter of a model is sharded."""
@@ -77,6 +82,10 @@ def compile(
     from autotp_plan.schemas.documents import write_atomically
     from autotp_plan.schemas.spec import SpecFile
 
+    made_by = factory()
+    given_model(model, made_by)
+    if made_by is not None and preset == "auto" and not specs:
+        preset = "infer"
     faults: list[Fault] = []
     files = []
     for path in specs:
@@ -100,9 +109,10 @@ def compile(
         specs=files,
         uneven=uneven,
         deepspeed=section,
-        prove=_prove,
+        prove=lambda plan: _prove(plan, made_by),
         strict=strict,
-        infer=lambda folder: SpecFile.from_dict(infer_with_limits(folder, timeout)),
+        infer=lambda given: SpecFile.from_dict(infer_with_limits(given, timeout)),
+        factory=made_by,
     )
     try:
         write_atomically(output, plan.to_json())
@@ -111,12 +121,12 @@ def compile(
     _report_compiled(plan, output)
 
 
-def _prove(plan: Plan) -> Any:
+def _prove(plan: Plan, factory: ModuleFactory | None) -> Any:
     """Try the plan of a model without a preset on a twin; takes torch, transformers and DeepSpeed."""
     from autotp_plan.runtime.verify.run import try_plan
 
     click.echo(f"trying a plan without a preset on a twin at TP={plan.tp_size}", err=True)
-    return try_plan(plan)
+    return try_plan(plan, factory)
 
 
 def _report_compiled(plan: Plan, output: Path) -> None:
@@ -222,8 +232,16 @@ def _print_table(plan: Plan) -> None:
     metavar="NAME",
     help="Of the engine's steps: of torch.optim, or package.module.Class; a stamp is of adamw alone.",
 )
+@module_options
 @reported
-def verify(plan_file: Path, output_format: str, no_stamp: bool, attention: tuple[str, ...], optimizer: str) -> None:
+def verify(
+    plan_file: Path,
+    output_format: str,
+    no_stamp: bool,
+    attention: tuple[str, ...],
+    optimizer: str,
+    factory: Callable[[], ModuleFactory | None],
+) -> None:
     """Prove a plan: run a small twin of its model, dense and sharded, on this machine's CPU, and compare all numbers.
 
     A plan that is proven gets a stamp, which `show` displays; the exit status is 1 when it is not. Errors are absolute,
@@ -234,7 +252,7 @@ def verify(plan_file: Path, output_format: str, no_stamp: bool, attention: tuple
     from autotp_plan.schemas.shards.manifest import MANIFEST_NAME, PLAN_NAME
 
     plan = Plan.read(plan_file)
-    proof = _verified(plan, tuple(dict.fromkeys(attention)), optimizer)
+    proof = _verified(plan, tuple(dict.fromkeys(attention)), optimizer, factory())
     if output_format == "json":
         click.echo(json.dumps(proof.to_dict(), indent=1, allow_nan=False))
     else:
@@ -252,16 +270,16 @@ def verify(plan_file: Path, output_format: str, no_stamp: bool, attention: tuple
             raise OutputError(not_written(plan_file, error)) from None
 
 
-def _verified(plan: Plan, attention: tuple[str, ...], optimizer: str) -> Proof:
+def _verified(plan: Plan, attention: tuple[str, ...], optimizer: str, factory: ModuleFactory | None) -> Proof:
     from autotp_plan.runtime.verify.run import ATTENTION, verify_plan
 
     attention = attention or ATTENTION
     if not sys.stderr.isatty():
-        return verify_plan(plan, attention=attention, optimizer=optimizer)
+        return verify_plan(plan, attention=attention, optimizer=optimizer, factory=factory)
     from rich.console import Console
 
     with Console(stderr=True).status("starting") as status:
-        return verify_plan(plan, attention=attention, optimizer=optimizer, progress=status.update)
+        return verify_plan(plan, attention=attention, optimizer=optimizer, progress=status.update, factory=factory)
 
 
 def _print_proof(proof: Proof) -> None:

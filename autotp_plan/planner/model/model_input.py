@@ -8,15 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autotp_plan.factories.module_factory import ModuleFactory
 from autotp_plan.huggingface.meta_model import build_model, parameters_and_buffers
 from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, Checkpoint, holds_tensors, read_checkpoint, read_config
 
 
 @dataclass(frozen=True)
 class ModelInput:
-    """`given` is a folder with safetensors files or a bare config.json, or a live `torch.nn.Module`."""
+    """`given` is a folder with safetensors files or a bare config.json, or a live `torch.nn.Module`.
+
+    `factory` makes the module of a model that is not from transformers; then there may be nothing else (`given` None).
+    """
 
     given: Path | Any
+    factory: ModuleFactory | None = None
 
     @property
     def is_folder(self) -> bool:
@@ -26,6 +31,8 @@ class ModelInput:
     @property
     def where(self) -> str:
         """The folder, or the module's class: what faults point to."""
+        if self.factory is not None and not self.is_folder:
+            return f"--module {self.factory.name}"
         return str(self.given) if self.is_folder else type(self.given).__name__
 
     @functools.cached_property
@@ -80,10 +87,13 @@ class ModelInput:
 
     @functools.cached_property
     def module(self) -> Any:
-        """The module that was given, or the transformers model of the folder's config, on meta.
+        """The module that was given, that of the factory or the transformers model of the folder's config, on meta.
 
         Raises:
+            OptionError: the factory cannot be called.
             CheckpointError: transformers cannot build the model.
             MissingDependencyError: transformers is not installed.
         """
+        if self.factory is not None:
+            return self.factory.on_meta()
         return build_model(self.given, on_meta="all") if self.is_folder else self.given

@@ -311,13 +311,13 @@ def _save(model: Any, scaled: Plan, folder: Path) -> None:
     if any(name not in tensors for parameter in scaled.expanded() for name in parameter.names_on_disk()):
         for path in folder.glob("*.safetensors*"):
             path.unlink()
-        save_file(dict(_as_the_plan_names_them(model, scaled)), folder / SINGLE_NAME)
+        save_file(dict(tensors_on_disk(model, scaled)), folder / SINGLE_NAME)
     identity = replace(scaled.model, config=planned_config(read_config(folder)))
     (folder / PLAN_NAME).write_text(replace(scaled, model=identity).to_json())
 
 
-def _as_the_plan_names_them(model: Any, scaled: Plan) -> Iterator[tuple[str, Tensor]]:
-    """The tensors under the plan's names, where transformers writes other ones today."""
+def tensors_on_disk(model: Any, scaled: Plan) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a model under the names on disk that a plan has."""
     tensors = dict(parameters_and_buffers(model))
     for parameter in scaled.expanded():
         tensor = tensors[parameter.name].detach()

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from autotp_plan.runtime.loading.local_shard import local_shard
-from autotp_plan.runtime.verify.random_inputs import Batches
 from autotp_plan.runtime.verify.report import Pass
 
 ADAM = {"lr": 2e-3, "eps": 1e-3, "weight_decay": 0.01}
@@ -23,6 +22,8 @@ ADAM = {"lr": 2e-3, "eps": 1e-3, "weight_decay": 0.01}
 EXPERTS = {"experts_implementation": "eager"}
 """How transformers must run experts: its default, grouped matrix products, has no float64 kernel on CPU."""
 
+BatchOf = Callable[[int], Any]
+"""The batch of a seed."""
 Forward = Callable[[Any, Any], tuple[Tensor, Tensor]]
 """Loss and logits of a model for a batch: token ids of shape (batch, length), or the inputs by name."""
 Read = Callable[[str, bool], Tensor | None]
@@ -106,7 +107,7 @@ def run_passes(
     model: nn.Module,
     read: Read,
     names: Sequence[str],
-    batches: Batches,
+    batches: BatchOf,
     *,
     forward: Forward = by_class,
     promote: bool = True,
@@ -131,19 +132,21 @@ def run_passes(
     return found
 
 
-def run_passes_and_steps(model: nn.Module, read: Read, names: Sequence[str], batches: Batches) -> Numbers:
+def run_passes_and_steps(
+    model: nn.Module, read: Read, names: Sequence[str], batches: BatchOf, forward: Forward = by_class
+) -> Numbers:
     """As `run_passes`, and then an optimizer step, a third pass, and another step: `stepped` too."""
     optimizer = torch.optim.AdamW(model.parameters(), **ADAM, foreach=False)  # type: ignore[arg-type]
-    found = run_passes(model, read, names, batches)
+    found = run_passes(model, read, names, batches, forward=forward)
     optimizer.step()
     optimizer.zero_grad()
-    _backward(model, batches, Pass.AFTER_STEP, found, by_class, True)
+    _backward(model, batches, Pass.AFTER_STEP, found, forward, True)
     optimizer.step()
     _record(found, "stepped", read, names)
     return found
 
 
-def _backward(model: nn.Module, batches: Batches, index: Pass, found: Numbers, forward: Forward, promote: bool) -> None:
+def _backward(model: nn.Module, batches: BatchOf, index: Pass, found: Numbers, forward: Forward, promote: bool) -> None:
     with PromoteToFloat64() if promote else contextlib.nullcontext():
         loss, logits = forward(model, batches(index.seed))
         loss.backward()  # type: ignore[no-untyped-call]

@@ -12,8 +12,7 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor, nn
 
-from autotp_plan.runtime.verify.float64_passes import ADAM, Forward, by_class
-from autotp_plan.runtime.verify.random_inputs import Batches
+from autotp_plan.runtime.verify.float64_passes import ADAM, BatchOf, Forward, by_class
 from autotp_plan.schemas.errors import Fault, OptionError
 
 ADAMW = "adamw"
@@ -25,7 +24,7 @@ Steps = list[tuple[float, float]]
 class Training:
     """Gradients clipped at norm 1, and AdamW or another optimizer. A step has `dp_size` * `accumulation` batches."""
 
-    batches: Batches
+    batches: BatchOf
     num_steps: int = 3
     eps: float = ADAM["eps"]
     dp_size: int = 1

@@ -184,6 +184,13 @@ class Proof:
 
     def headline(self) -> str:
         """What was run: the model, the TP size, and by how much the twin is smaller."""
+        arguments = self.twin.get("arguments")
+        if arguments is not None:
+            smaller = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+            return (
+                f"{self.twin['name']} at TP={self.plan.tp_size}, {smaller or 'in its size'}, "
+                f"{self.twin['num_parameters']} parameters"
+            )
         model = self.plan.model.architecture or self.plan.model.model_type
         counts = {"layers": self.twin.get("layers"), "experts": self.twin.get("experts")}
         sizes = [f"widths divided by {self.twin['divisor']}", *(f"{n} {what}" for what, n in counts.items() if n)]

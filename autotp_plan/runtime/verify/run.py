@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from autotp_plan.factories.module_factory import ModuleFactory
 from autotp_plan.runtime.verify.report import Errors, Proof
 from autotp_plan.runtime.verify.workers import RankError, run_ranks
 from autotp_plan.schemas.errors import AutoTPError, Fault, MissingDependencyError
@@ -43,23 +44,26 @@ def verify_plan(
     attention: tuple[str, ...] = ATTENTION,
     optimizer: str = "adamw",
     progress: Callable[[str], None] = lambda _: None,
+    factory: ModuleFactory | None = None,
 ) -> Proof:
     """Prove `plan` right or wrong, on CPU processes that this call starts.
 
     Args:
-        plan: the plan of a transformers model.
+        plan: the plan of a transformers model, or of the factory's.
         attention: implementations to run. Those that the architecture does not have are left out, and named in the
             proof's `twin`.
         optimizer: that of the engine's steps: a class of torch.optim in any case (`adafactor`, `muon`), or the path of
             one (`transformers.Adafactor`).
         progress: called with a sentence before each part.
+        factory: makes the model of a plan whose model is not from transformers; it has an attention of its own.
 
     Returns:
         The proof, which also says so when the plan is wrong.
 
     Raises:
         MissingDependencyError: torch, transformers or DeepSpeed is not installed.
-        MismatchError: transformers cannot build the plan's model, or no small model of its architecture runs.
+        MismatchError: transformers cannot build the plan's model, or no small model of its architecture runs; the
+            factory's model is another one, or there is nothing to run it on.
         OptionError: there is no such optimizer.
         AutoTPError: the small model could not be run at all, for lack of memory for example.
     """
@@ -69,19 +73,19 @@ def verify_plan(
         folder = Path(name)
         progress("running a small model of the same architecture, unsharded")
         try:
-            run_ranks(_write_twin, 1, plan, folder, attention, optimizer, timeout=TWIN_SECONDS)
+            run_ranks(_write_twin, 1, plan, folder, attention, optimizer, factory, timeout=TWIN_SECONDS)
         except RankError as error:
             raise AutoTPError(_not_run(str(error))) from None
         twin = json.loads((folder / "about.json").read_text())
         progress(f"running it on {plan.tp_size} ranks: {', '.join(twin['attention'])}, DeepSpeed engine")
         failure = None
         try:
-            run_ranks(_run_rank, plan.tp_size, folder, timeout=RANK_SECONDS)
+            run_ranks(_run_rank, plan.tp_size, folder, factory, timeout=RANK_SECONDS)
         except (RankError, AutoTPError) as error:
             failure = str(error)
         return Proof(
             plan=plan,
-            twin={**twin, "batches": dict(twin["batches"])},
+            twin=twin,
             float64=_gather_float64(folder, twin["attention"], plan.tp_size),
             engine=_gather_engine(folder, plan.tp_size),
             partial_gradients=tuple(_gather_partial(folder, twin["attention"])),
@@ -92,11 +96,12 @@ def verify_plan(
         )
 
 
-def try_plan(plan: Plan) -> Trial:
+def try_plan(plan: Plan, factory: ModuleFactory | None = None) -> Trial:
     """What is wrong about a guessed plan, for planning a model without a preset.
 
     Args:
-        plan: the plan of a transformers model.
+        plan: the plan.
+        factory: as for `verify_plan`.
 
     Returns:
         What to change; nothing when the plan is proven.
@@ -104,7 +109,7 @@ def try_plan(plan: Plan) -> Trial:
     Raises:
         AutoTPError: as `verify_plan`.
     """
-    proof = verify_plan(plan)
+    proof = verify_plan(plan, factory=factory)
     partial = set(proof.partial_gradients)
     wrong = [name for name in proof.wrong if name not in partial]
     problem = proof.failure
@@ -116,16 +121,26 @@ def try_plan(plan: Plan) -> Trial:
     return Trial(partial_gradients=tuple(patterns), problem=problem)
 
 
-def _write_twin(plan: Plan, folder: Path, attention: tuple[str, ...], optimizer: str) -> None:
+def _write_twin(
+    plan: Plan, folder: Path, attention: tuple[str, ...], optimizer: str, factory: ModuleFactory | None
+) -> None:
     from autotp_plan.runtime.verify.dense import write_twin
+    from autotp_plan.runtime.verify.own_twin import write_own_twin
 
-    write_twin(plan, folder, attention, optimizer)
+    if factory is None:
+        write_twin(plan, folder, attention, optimizer)
+    else:
+        write_own_twin(plan, folder, factory, optimizer)
 
 
-def _run_rank(folder: Path) -> None:
+def _run_rank(folder: Path, factory: ModuleFactory | None) -> None:
+    from autotp_plan.runtime.verify.own_twin import run_own_rank
     from autotp_plan.runtime.verify.sharded import run_rank
 
-    run_rank(folder)
+    if factory is None:
+        run_rank(folder)
+    else:
+        run_own_rank(folder, factory)
 
 
 def _gather_float64(folder: Path, attention: list[str], tp_size: int) -> dict[str, Errors]:

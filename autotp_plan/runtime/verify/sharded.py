@@ -26,20 +26,21 @@ def run_rank(folder: Path) -> None:
         dense = torch.load(folder / f"{attention}.pt")
         model = plan.load_model(folder / "float64", **options(attention)).train()
         found = run_passes_and_steps(model, shard_reader(model), list(dense["stepped"]), about.batches)
-        _write(folder / f"{attention}.rank-{rank}.json", errors(dense, found, plan.document, rank))
+        write_errors(folder / f"{attention}.rank-{rank}.json", errors(dense, found, plan.document, rank))
         partial = partial_gradients(dense, found, plan.document, plan.ranks.tp_group)
-        _write(folder / f"{attention}.partial-{rank}.json", {"names": partial})
+        write_errors(folder / f"{attention}.partial-{rank}.json", {"names": partial})
         if attention == about.attention[0]:
-            _write(folder / f"compute.rank-{rank}.json", {"operations": forward_operations(model, about.batches)})
+            write_errors(folder / f"compute.rank-{rank}.json", {"operations": forward_operations(model, about.batches)})
     plan = load_plan(folder / "float32" / PLAN_NAME)
     model = plan.load_model(folder / "float32", **options(about.attention[0])).train()
     with muon_orthogonalises_with(orthogonalised):
         steps = engine_steps(plan, model, Training(batches=about.batches, optimizer=about.optimizer))
     dense_steps = json.loads((folder / "engine.json").read_text())
-    _write(folder / f"engine.rank-{rank}.json", relative_errors(dense_steps, steps))
+    write_errors(folder / f"engine.rank-{rank}.json", relative_errors(dense_steps, steps))
 
 
-def _write(path: Path, value: Any) -> None:
+def write_errors(path: Path, value: Any) -> None:
+    """Write a file of what was found; it is not there before it is complete."""
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(value))
     unfinished.replace(path)
