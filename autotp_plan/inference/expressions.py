@@ -100,6 +100,9 @@ class Expressions:
     def _candidates(self, simple: bool) -> Iterator[tuple[str, Numbers]]:
         names = list(self.names.items())
         yield from names
+        for several, count in names:  # two shared experts are as many as the config says, and not two
+            if "shared_expert" in several and len(set(count[:2])) == 1:
+                yield from ((f"{several} * {name}", _times(count, values)) for name, values in names)
         for factor in (2, 3, 4):
             for name, values in names:
                 yield f"{factor} * {name}", tuple(factor * value for value in values)

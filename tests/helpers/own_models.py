@@ -212,3 +212,20 @@ class Convolution(nn.Module):
 def too_large() -> nn.Module:
     """A model of one size that is not small."""
     return Nano(n_embd=1024, n_layer=2)
+
+
+def endless() -> nn.Module:
+    while True:
+        pass
+
+
+def hungry() -> nn.Module:
+    """A gibibyte at once, whatever the device."""
+    torch.ones(2**28, device="cpu")
+    return Nano()
+
+
+def growing() -> nn.Module:
+    """A gibibyte bit by bit."""
+    kept = [torch.ones(2**18, device="cpu") for _ in range(2**10)]
+    return Nano(n_layer=len(kept))

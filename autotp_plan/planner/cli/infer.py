@@ -19,6 +19,10 @@ MOST_MEMORY = 4 * 2**30
 TIMEOUT = 600
 """Seconds that it may take where the user says nothing else."""
 
+_OTHER_LIMITS = {
+    False: "give more time with --timeout, or write a spec file and give it with --spec",
+    True: "write a spec file and give it with --spec",
+}
 time_limit = click.option(
     "--timeout",
     type=click.IntRange(min=1),
@@ -89,7 +93,7 @@ def infer_with_limits(model: Path | ModuleFactory, timeout: float) -> dict[str, 
                 next="pip install 'autotp-plan[train]'",
             )
         )
-    from autotp_plan.inference.worker import infer_and_watch
+    from autotp_plan.inference.worker import MEMORY_EXIT, infer_and_watch
     from autotp_plan.runtime.verify.workers import RankError, run_ranks
 
     click.echo("inferring how the model is sharded, from small models of its architecture", err=True)
@@ -97,14 +101,16 @@ def infer_with_limits(model: Path | ModuleFactory, timeout: float) -> dict[str, 
         given = model.resolve() if isinstance(model, Path) else model
         (found,) = run_ranks(infer_and_watch, 1, given, MOST_MEMORY, timeout=timeout)
     except RankError as error:
+        too_much = str(error).endswith(f"exit status {MEMORY_EXIT}")
+        memory = f": it took more than {MOST_MEMORY / 2**30:.1f} GiB of memory" if too_much else ""
         raise CompileError(
             Fault(
                 code="inference-stopped",
                 what="inferring how the model is sharded was given up",
                 where=where,
-                got=str(error),
+                got=f"{error}{memory}",
                 expected=f"an answer within {timeout:.0f} s and {MOST_MEMORY >> 30} GiB",
-                next="give more time with --timeout, or write a spec file and give it with --spec",
+                next=_OTHER_LIMITS[too_much],
             )
         ) from None
     spec: dict[str, Any] = found
