@@ -1,6 +1,6 @@
 """Inference in a process of its own, which cannot take more memory than it is given.
 
-What it asks for at once is refused by the kernel (`RLIMIT_DATA`: its private memory, used or not), and an error says so.
+What it asks for at once is refused by the kernel (`RLIMIT_DATA`: private memory, used or not), and an error says so.
 What it takes bit by bit ends it.
 """
 

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from autotp_plan.runtime.verify.float64_passes import PromoteToFloat64, by_class
-from autotp_plan.runtime.verify.random_inputs import Batches
+from autotp_plan.runtime.verify.float64_passes import BatchOf, Forward, PromoteToFloat64, by_class
 from autotp_plan.runtime.verify.report import Pass
 
 
-def forward_operations(model: Any, batches: Batches) -> int:
+def forward_operations(model: Any, batches: BatchOf, forward: Forward = by_class) -> int:
     """Floating-point operations of a forward in float64: of matrix products, convolutions and attention.
 
     Element-wise operations do not count, as in `torch.utils.flop_counter`.
@@ -23,10 +22,11 @@ def forward_operations(model: Any, batches: Batches) -> int:
     Args:
         model: dense, or one rank's part of it; then every rank must call this.
         batches: the first of them is the input.
+        forward: gives loss and logits.
 
     Returns:
         Two for each multiplication and addition.
     """
     with torch.no_grad(), PromoteToFloat64(), FlopCounterMode(display=False) as counter:
-        by_class(model, batches(Pass.FIRST.seed))
+        forward(model, batches(Pass.FIRST.seed))
     return int(counter.get_total_flops())

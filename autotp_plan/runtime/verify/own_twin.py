@@ -23,6 +23,7 @@ from autotp_plan.runtime.loading.check_model import check_model
 from autotp_plan.runtime.tensor_parallel.torch_internals import muon_orthogonalises_with
 from autotp_plan.runtime.training_plan import load_plan
 from autotp_plan.runtime.verify.compare import errors, partial_gradients
+from autotp_plan.runtime.verify.compute_share import forward_operations
 from autotp_plan.runtime.verify.dense import ABOUT_NAME, MOST_PARAMETERS, PLAN_NAME, tensors_on_disk
 from autotp_plan.runtime.verify.float64_passes import dense_reader, run_passes_and_steps, shard_reader
 from autotp_plan.runtime.verify.optimizer_steps import (
@@ -98,6 +99,8 @@ def run_own_rank(folder: Path, factory: ModuleFactory) -> None:
     model = model_in("float64")
     found = run_passes_and_steps(model, shard_reader(model), list(dense["stepped"]), batches.__getitem__, run)
     write_errors(folder / f"{KIND}.rank-{rank}.json", errors(dense, found, plan.document, rank))
+    operations = forward_operations(model, batches.__getitem__, run)
+    write_errors(folder / f"compute.rank-{rank}.json", {"operations": operations})
     partial = partial_gradients(dense, found, plan.document, plan.ranks.tp_group)
     write_errors(folder / f"{KIND}.partial-{rank}.json", {"names": partial})
     plan = load_plan(folder / "float32" / PLAN_NAME)
@@ -144,6 +147,7 @@ def _write(
     names = [parameter.name for parameter in scaled.expanded() if parameter.name in parameters]
     numbers = run_passes_and_steps(model, dense_reader(model), names, batches, run)
     torch.save(numbers, folder / f"{KIND}.pt")
+    operations = forward_operations(model, batches, run)
     model = model.float()
     with torch.no_grad():
         for name, tensor in parameters_and_buffers(model):
@@ -158,6 +162,7 @@ def _write(
         "training": training,
         "optimizer": optimizer,
         "num_parameters": num_parameters,
+        "operations": operations,
         "attention": [KIND],
         "ungraded": sorted(set(names) - numbers["accumulated"].keys()),
         "refused": {},
