@@ -109,13 +109,13 @@ def parity(variant: str, work: Work, document: Any = None) -> Found:
     options = eager_experts(torch.float64)
     whole = dense(work, variant, torch.float64, **options)
     names = [name for name, _ in whole.named_parameters()]
-    expected = run_passes(whole, dense_reader(whole), names, batches(work), forward=causal_lm)  # type: ignore[arg-type]
+    expected = run_passes(whole, dense_reader(whole), names, batches(work), forward=causal_lm)
     if document is None:
         plan, model = sharded(work, variant, dtype=torch.float64, **options)
     else:
         plan = TrainingPlan(document)
         model = plan.load_model(checkpoint(work, variant), dtype=torch.float64, **options).train()
-    found = run_passes(model, shard_reader(model), names, batches(work), forward=causal_lm)  # type: ignore[arg-type]
+    found = run_passes(model, shard_reader(model), names, batches(work), forward=causal_lm)
     errors = compare.errors(expected, found, plan.document, plan.ranks.tp_rank, compare.absolute_error)
     return max(max(of_kind.values()) for of_kind in errors.values()), {"numbers": sum(map(len, errors.values()))}
 
@@ -136,7 +136,7 @@ def engine(variant: str, stage: int, work: Work, **changes: Any) -> Found:
     from autotp_plan.runtime.verify import optimizer_steps
     from autotp_plan.runtime.verify.float64_passes import causal_lm
 
-    training = optimizer_steps.Training(batches=batches(work), num_steps=STEPS, eps=1e-5)  # type: ignore[arg-type]
+    training = optimizer_steps.Training(batches=batches(work), num_steps=STEPS, eps=1e-5)
     expected = optimizer_steps.dense_steps(dense(work, variant), training, causal_lm)
     plan, model = sharded(work, variant)
     norms = (lambda _: 0.0) if stage == 0 else (lambda made: made.get_global_grad_norm())
@@ -157,7 +157,7 @@ def fused_adam(work: Work) -> Found:
     """DeepSpeed's own AdamW, compiled for the card."""
     from autotp_plan.runtime.verify.optimizer_steps import Training
 
-    adam = Training(batches=batches(work), eps=1e-5).adam  # type: ignore[arg-type]
+    adam = Training(batches=batches(work), eps=1e-5).adam
     return engine("llama", 1, work, optimizer={"type": "AdamW", "params": {**adam, "adam_w_mode": True}})
 
 
@@ -165,7 +165,7 @@ def offload(stage: int, work: Work) -> Found:
     """DeepSpeed's AdamW in the memory of the host."""
     from autotp_plan.runtime.verify.optimizer_steps import Training
 
-    adam = Training(batches=batches(work), eps=1e-5).adam  # type: ignore[arg-type]
+    adam = Training(batches=batches(work), eps=1e-5).adam
     zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
     return engine(
         "llama",
