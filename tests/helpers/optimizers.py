@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-class _Optimizer(torch.optim.Optimizer):
+class PlainOptimizer(torch.optim.Optimizer):
     """Plain `update(gradient, parameter, state, group)`, subtracted with the learning rate."""
 
     def __init__(self, params: Any, lr: float = 1e-2, **options: Any) -> None:
@@ -30,7 +30,8 @@ class _Optimizer(torch.optim.Optimizer):
         """What is subtracted from a parameter, before it is multiplied by the learning rate."""
 
 
-def _adam(gradient: Tensor, state: dict[str, Any]) -> Tensor:
+def adam(gradient: Tensor, state: dict[str, Any]) -> Tensor:
+    """An update of Adam, without its corrections of bias."""
     first = state.setdefault("exp_avg", torch.zeros_like(gradient))
     second = state.setdefault("exp_avg_sq", torch.zeros_like(gradient))
     first.lerp_(gradient, 0.1)
@@ -38,7 +39,7 @@ def _adam(gradient: Tensor, state: dict[str, Any]) -> Tensor:
     return first / (second.sqrt() + 1e-8)
 
 
-class Sophia(_Optimizer):
+class Sophia(PlainOptimizer):
     """Elementwise: a clipped ratio of momentum and curvature."""
 
     def update(self, gradient: Tensor, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
@@ -47,7 +48,7 @@ class Sophia(_Optimizer):
         return (momentum / (curvature + 1e-12)).clamp(-1, 1)
 
 
-class Lion(_Optimizer):
+class Lion(PlainOptimizer):
     """Elementwise: the sign of the momentum."""
 
     def update(self, gradient: Tensor, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
@@ -57,7 +58,7 @@ class Lion(_Optimizer):
         return update
 
 
-class Lamb(_Optimizer):
+class Lamb(PlainOptimizer):
     """By tensor: Adam's update with the norm of the weight. Counts steps in its group, as apex does."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -66,25 +67,25 @@ class Lamb(_Optimizer):
         super().step()
 
     def update(self, gradient: Tensor, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        update = _adam(gradient, state) / (1 - 0.9 ** group["step"]) + 0.01 * parameter
+        update = adam(gradient, state) / (1 - 0.9 ** group["step"]) + 0.01 * parameter
         return update * (parameter.norm() / update.norm()).clamp(max=10)
 
 
-class Lars(_Optimizer):
+class Lars(PlainOptimizer):
     """By tensor: the gradient with the norm of the weight."""
 
     def update(self, gradient: Tensor, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         return gradient * (parameter.norm() / gradient.norm().clamp(min=1e-12))
 
 
-class NormedSgd(_Optimizer):
+class NormedSgd(PlainOptimizer):
     """By tensor: gradients of norm 1."""
 
     def update(self, gradient: Tensor, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         return gradient / gradient.norm().clamp(min=1e-12)
 
 
-class Shampoo(_Optimizer):
+class Shampoo(PlainOptimizer):
     """By tensor: preconditioned from both sides of a matrix, from the third step on; until then, SGD."""
 
     def update(self, gradient: Tensor, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
@@ -103,11 +104,27 @@ def _root(matrix: Tensor) -> Tensor:
     return ((vectors * values.clamp(min=1e-6) ** -0.25) @ vectors.t()).to(matrix.dtype)
 
 
-class EightBitAdam(_Optimizer):
+class Soap(PlainOptimizer):
+    """By tensor: Adam in the eigenbasis of Shampoo's two matrices (https://arxiv.org/abs/2409.11321)."""
+
+    def update(self, gradient: Tensor, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        matrix = gradient.reshape(gradient.shape[0], -1)
+        bases = []
+        for side, product in (("left", matrix @ matrix.t()), ("right", matrix.t() @ matrix)):
+            summed = state.setdefault(side, torch.zeros_like(product)).mul_(0.95).add_(product, alpha=0.05)
+            bases.append(torch.linalg.eigh(summed.double())[1].to(matrix.dtype))
+        rotated = bases[0].t() @ matrix @ bases[1]
+        first = state.setdefault("momentum", torch.zeros_like(matrix)).lerp_(matrix, 0.1)
+        second = state.setdefault("exp_avg_sq", torch.zeros_like(matrix)).lerp_(rotated.square(), 0.05)
+        update = bases[0].t() @ first @ bases[1] / (second.sqrt() + 1e-4)
+        return (bases[0] @ update @ bases[1].t()).view_as(gradient)
+
+
+class EightBitAdam(PlainOptimizer):
     """By block: Adam whose momentum is kept in 8 bits, with one scale for each 256 elements in memory."""
 
     def update(self, gradient: Tensor, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        update = _adam(gradient, state)
+        update = adam(gradient, state)
         state["exp_avg"] = _rounded(state["exp_avg"])
         return update
 
@@ -118,7 +135,7 @@ def _rounded(values: Tensor, block: int = 256) -> Tensor:
     return ((padded / scale).round() * scale).flatten()[: values.numel()].view_as(values)
 
 
-class GlobalNormSgd(_Optimizer):
+class GlobalNormSgd(PlainOptimizer):
     """Over everything: gradients by the norm of all of them."""
 
     def update(self, gradient: Tensor, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
@@ -126,14 +143,14 @@ class GlobalNormSgd(_Optimizer):
         return gradient / torch.stack(norms).norm()
 
 
-class NoisySgd(_Optimizer):
+class NoisySgd(PlainOptimizer):
     """Over everything: with random noise."""
 
     def update(self, gradient: Tensor, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         return gradient + torch.randn_like(gradient)
 
 
-class Opaque(_Optimizer):
+class Opaque(PlainOptimizer):
     """Elementwise, but cannot be copied: it holds a generator."""
 
     def __init__(self, params: Any, lr: float = 1e-2) -> None:

@@ -7,7 +7,7 @@ its `step` runs, and that the numbers it counts in (of a group, or of itself) ar
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +24,7 @@ class OneStep:
     def __init__(self, optimizer: Any, step: Callable[[], Any]) -> None:
         self._optimizer, self._step = optimizer, step
         self._groups = [_values(group) for group in optimizer.param_groups]
-        self._numbers = {name: value for name, value in vars(optimizer).items() if isinstance(value, (int, float))}
+        self._numbers = _numbers(vars(optimizer)), _numbers(optimizer.state)
         self._after: dict[int, dict[str, Any]] = {}
 
     def take(self, parameters: Sequence[Sequence[Tensor]]) -> None:
@@ -32,7 +32,8 @@ class OneStep:
         optimizer = self._optimizer
         groups = list(optimizer.param_groups)
         before = [group["params"] for group in groups]
-        vars(optimizer).update(self._numbers)
+        vars(optimizer).update(self._numbers[0])
+        optimizer.state.update(self._numbers[1])
         for group, values, some in zip(groups, self._groups, parameters, strict=True):
             _set_values(group, values)
             group["params"] = list(some)
@@ -49,6 +50,10 @@ class OneStep:
         """Leave the numbers of each group as the step of its parameters left them."""
         for at, values in self._after.items():
             _set_values(self._optimizer.param_groups[at], values)
+
+
+def _numbers(values: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {name: value for name, value in values.items() if isinstance(value, (int, float))}
 
 
 def _values(group: dict[str, Any]) -> dict[str, Any]:
