@@ -212,6 +212,7 @@ class TrainingPlan:
         num_workers: int | None = None,
         data_is_sharded: bool = False,
         skip_lone_sums: bool = True,
+        split_fused: bool = False,
         **kwargs: Any,
     ) -> tuple[Any, Any, Any, Any]:
         """`deepspeed.initialize` for a model from `load_model`. Every rank calls it.
@@ -230,6 +231,8 @@ class TrainingPlan:
                 the TP ranks of one the same.
             skip_lone_sums: with one DP rank and without ZeRO, do not copy gradients for DeepSpeed's all-reduce over
                 that rank.
+            split_fused: let an optimizer that looks at whole matrices (Muon) step q, k and v, or gate and up, of a
+                fused weight each by itself. Without it the fused weight is one matrix, as in the unsharded model.
             kwargs: for `deepspeed.initialize`. An `mpu` of an older script is compared with the plan and not used.
 
         Returns:
@@ -246,11 +249,13 @@ class TrainingPlan:
         check_autotp_calls(kwargs.pop("mpu", None), ranks)
         if kwargs.get("model_parameters") is None:
             kwargs["model_parameters"] = [p for p in model.parameters() if p.requires_grad]
-        if self.tp_size > 1:
+        steps_in_full = self.tp_size > 1 or split_fused
+        if steps_in_full:
             kwargs["optimizer"] = check_optimizer(kwargs.get("optimizer"), settings, model)
         engine, optimizer, _, scheduler = _deepspeed_initialize(model=model, config=settings, mpu=groups, **kwargs)
+        if steps_in_full:
+            adapt_engine(engine, settings, model, split_fused)
         if self.tp_size > 1:
-            adapt_engine(engine, settings, model)
             become_sharded_engine(engine, ranks)
         if skip_lone_sums:
             skip_sums_over_one_rank(engine)
@@ -263,7 +268,7 @@ class TrainingPlan:
             )
         return engine, optimizer, loader, scheduler
 
-    def adapt_optimizer(self, model: nn.Module, optimizer: Any) -> None:
+    def adapt_optimizer(self, model: nn.Module, optimizer: Any, *, split_fused: bool = False) -> None:
         """Let an optimizer step a model from `load_model` in a loop without an engine. Every rank calls it.
 
         `initialize` does it for the optimizer of an engine. One that looks at whole matrices or tensors (Muon,
@@ -272,12 +277,14 @@ class TrainingPlan:
         Args:
             model: the model.
             optimizer: an optimizer of its parameters, before its first step.
+            split_fused: step q, k and v, or gate and up, of a fused weight each by itself, with a state of its own.
+                Without it the fused weight is one matrix, as in the unsharded model.
 
         Raises:
             MismatchError: the optimizer cannot be right on a sharded model.
         """
-        if self.tp_size > 1:
-            adapt_optimizer(optimizer, sharded_weights(model))
+        if self.tp_size > 1 or split_fused:
+            adapt_optimizer(optimizer, sharded_weights(model), split_fused)
 
     def save_checkpoint(
         self, engine: Any, folder: str | os.PathLike[str], tag: str | None = None, client_state: Any = None

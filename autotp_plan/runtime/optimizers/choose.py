@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from autotp_plan.runtime.deepspeed.internals import is_deepspeed_muon, stepped_tensors
 from autotp_plan.runtime.optimizers.deepspeed_muon import check_deepspeed_muon, orthogonalize_full_matrices
 from autotp_plan.runtime.optimizers.full_steps import FullSteps
+from autotp_plan.runtime.optimizers.optimizer_copy import flags
 from autotp_plan.runtime.optimizers.probe import Finding, LooksAt, probe
 from autotp_plan.runtime.optimizers.sharded_weights import ShardedWeight, sharded_weights
 from autotp_plan.runtime.parameters.shard_registry import is_shard
@@ -65,13 +66,14 @@ def check_optimizer(optimizer: Any, settings: Mapping[str, Any], model: nn.Modul
     return optimizer
 
 
-def adapt_engine(engine: Any, settings: Mapping[str, Any], model: nn.Module) -> None:
+def adapt_engine(engine: Any, settings: Mapping[str, Any], model: nn.Module, split_fused: bool = False) -> None:
     """Let the optimizer of an engine step in full what it looks at as a whole; one that is elementwise stays as it is.
 
     Args:
         engine: the engine, made with an optimizer that `check_optimizer` passed.
         settings: its DeepSpeed config.
         model: its model.
+        split_fused: step each sub-parameter of a fused weight by itself.
 
     Raises:
         MismatchError: as `check_optimizer`, of an optimizer that the engine has made; or of parts of a weight.
@@ -81,20 +83,20 @@ def adapt_engine(engine: Any, settings: Mapping[str, Any], model: nn.Module) -> 
         return
     if _zero_stage(settings) > 0:
         if is_deepspeed_muon(optimizer):
-            orthogonalize_full_matrices(engine.optimizer, sharded_weights(model))
+            orthogonalize_full_matrices(engine.optimizer, sharded_weights(model), split_fused)
         return
     tensors = stepped_tensors(engine)
     if tensors is not None:  # else a group is one flat tensor, as only DeepSpeed's fused Adam has it
-        adapt_optimizer(optimizer, sharded_weights(model, tensors))
+        adapt_optimizer(optimizer, sharded_weights(model, tensors), split_fused)
 
 
-def adapt_optimizer(optimizer: Any, weights: Sequence[ShardedWeight]) -> None:
+def adapt_optimizer(optimizer: Any, weights: Sequence[ShardedWeight], split_fused: bool = False) -> None:
     """As `adapt_engine`, of an optimizer that steps the tensors of `weights` themselves, without ZeRO."""
     _checked.add(optimizer)
     in_full = _stepped_in_full(optimizer, weights, stage=0)
     if in_full:
         _check_parts(optimizer, in_full)
-        steps = FullSteps(optimizer, in_full)
+        steps = FullSteps(optimizer, in_full, split_fused)
         optimizer.step = MethodType(lambda _, closure=None: steps.step(closure), optimizer)
 
 
@@ -184,7 +186,9 @@ def _stepped_in_full(optimizer: Any, weights: Sequence[ShardedWeight], stage: in
             [0],
             logging.WARNING,
         )
-    return [weight for weight in weights if findings.get(id(weight), _ELEMENT).looks_at is LooksAt.TENSOR]
+    in_full = [weight for weight in weights if findings.get(id(weight), _ELEMENT).looks_at is LooksAt.TENSOR]
+    _check_states(optimizer, in_full)
+    return in_full
 
 
 _ELEMENT = Finding(LooksAt.ELEMENT)
@@ -193,14 +197,14 @@ _ELEMENT = Finding(LooksAt.ELEMENT)
 def _findings(optimizer: Any, weights: Sequence[ShardedWeight]) -> dict[int, Finding]:
     """What the optimizer looks at in each sharded weight that it steps, by the `id` of the weight."""
     groups = {id(one): at for at, group in enumerate(optimizer.param_groups) for one in group["params"]}
-    probed: dict[tuple[int, int], Finding] = {}
+    probed: dict[Any, Finding] = {}
     found = {}
     for weight in weights:
         tensor = weight.tensors[0]
         group = groups.get(id(tensor))
         if group is None:
             continue
-        key = group, tensor.dim()
+        key = group, tensor.dim(), tensor.dtype, *flags(vars(tensor)), *flags(optimizer.state.get(tensor))
         if key not in probed:
             probed[key] = _finding(optimizer, group, tensor)
         found[id(weight)] = probed[key]
@@ -210,7 +214,7 @@ def _findings(optimizer: Any, weights: Sequence[ShardedWeight]) -> dict[int, Fin
 def _finding(optimizer: Any, group: int, tensor: Tensor) -> Finding:
     if is_deepspeed_muon(optimizer):  # known, and the probe would compile its kernels
         return Finding(LooksAt.TENSOR if optimizer.param_groups[group]["use_muon"] else LooksAt.ELEMENT)
-    return probe(optimizer, group, tensor.dim(), tensor.device)
+    return probe(optimizer, group, tensor.dim(), tensor.device, tensor)
 
 
 def _check_parts(optimizer: Any, weights: Sequence[ShardedWeight]) -> None:
@@ -227,6 +231,29 @@ def _check_parts(optimizer: Any, weights: Sequence[ShardedWeight]) -> None:
         )
         for weight in weights
         if len({groups.get(id(tensor)) for tensor in weight.tensors}) > 1
+    ]
+    if faults:
+        raise MismatchError(faults)
+
+
+def _check_states(optimizer: Any, weights: Sequence[ShardedWeight]) -> None:
+    """That the optimizer has not made states for shards: before a step, or when it was made."""
+    faults = [
+        Fault(
+            code="optimizer-state-of-shards",
+            what="the optimizer has states of shards, and would step full tensors with them",
+            where=f"optimizer {type(optimizer).__name__}, {weight.name}",
+            got=f"a state of shape {tuple(weight.tensors[0].shape)} for a weight of shape {weight.shape}",
+            expected="no states before the first step",
+            next="plan.adapt_optimizer(model, optimizer) before the first step; an optimizer whose constructor makes "
+            "states is not adapted: take one that makes them in its first step, such as torch.optim.Adafactor",
+        )
+        for weight in weights
+        if weight.tensors[0].shape != weight.shape
+        and any(
+            isinstance(value, Tensor) and value.dim() > 0 and value.shape == weight.tensors[0].shape
+            for value in (optimizer.state.get(weight.tensors[0]) or {}).values()
+        )
     ]
     if faults:
         raise MismatchError(faults)

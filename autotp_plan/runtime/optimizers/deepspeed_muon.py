@@ -60,18 +60,19 @@ def _has_equal_shards(weight: ShardedWeight) -> bool:
     return len(sizes) == 1 and len(weight.tensors) == 1
 
 
-def orthogonalize_full_matrices(optimizer: Any, weights: Sequence[ShardedWeight]) -> None:
+def orthogonalize_full_matrices(optimizer: Any, weights: Sequence[ShardedWeight], split_fused: bool = False) -> None:
     """Let ZeRO's optimizer (stage 1 or 2, with Muon inside) orthogonalise full matrices, not one rank's shard of them.
 
     Args:
         optimizer: the engine's optimizer.
         weights: the sharded parameters of its model.
+        split_fused: orthogonalise each sub-parameter of a fused weight by itself.
     """
     by_tensor = {id(weight.tensors[0]): weight for weight in weights}
 
     def over_tp_ranks(call: Callable[[], Any], tensors: Sequence[Tensor]) -> Any:
         in_order = iter([by_tensor.get(id(tensor)) for tensor in tensors if getattr(tensor, "use_muon", False)])
-        with muon_updates(lambda update: _on_full_matrix(update, in_order)):
+        with muon_updates(lambda update: _on_full_matrix(update, in_order, split_fused)):
             result = call()
         assert next(in_order, None) is None, "every tensor of the list was updated"
         return result
@@ -79,17 +80,21 @@ def orthogonalize_full_matrices(optimizer: Any, weights: Sequence[ShardedWeight]
     wrap_flat_partition(optimizer, over_tp_ranks)
 
 
-def _on_full_matrix(update: Callable[..., Tensor], in_order: Iterator[ShardedWeight | None]) -> Callable[..., Tensor]:
+def _on_full_matrix(
+    update: Callable[..., Tensor], in_order: Iterator[ShardedWeight | None], split_fused: bool
+) -> Callable[..., Tensor]:
     """`muon_update` that is called with shards, of one weight after the other."""
 
     def of_shard(grad: Tensor, momentum: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         weight = next(in_order)
         if weight is None:
             return update(grad, momentum, *args, **kwargs)
-        full_momentum = _gathered(momentum, weight)
-        result = update(_gathered(grad, weight), full_momentum, *args, **kwargs)
-        momentum.copy_(weight.shard_of(full_momentum, weight.tp_rank).view_as(momentum))
-        return weight.shard_of(result, weight.tp_rank).view_as(grad)
+        full = _gathered(grad, weight), _gathered(momentum, weight)
+        gradients, momenta = (weight.sub_parameters(one) if split_fused else [one] for one in full)
+        results = [update(*both, *args, **kwargs) for both in zip(gradients, momenta)]
+        join = weight.joined_sub_parameters if split_fused else lambda parts: parts[0]
+        momentum.copy_(weight.shard_of(join(momenta), weight.tp_rank).view_as(momentum))
+        return weight.shard_of(join(results), weight.tp_rank).view_as(grad)
 
     return of_shard
 
@@ -98,6 +103,8 @@ def _gathered(shard: Tensor, weight: ShardedWeight) -> Tensor:
     layout = weight.layout
     assert layout.dim is not None
     local = shard.reshape(layout.rank_shape(weight.tp_rank))
+    if len(layout.intervals) == 1:
+        return local.view(weight.shape)
     return gather_shards(local, weight.group, layout.intervals, layout.dim).view(weight.shape)
 
 

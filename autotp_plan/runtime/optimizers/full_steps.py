@@ -22,6 +22,9 @@ from autotp_plan.runtime.optimizers.step_alone import OneStep
 Wave = Sequence[ShardedWeight]
 """Weights that are stepped at the same time, the nth by rank n: as many as there are ranks, or fewer."""
 
+_SUB_PARAMETER = "sub_parameter_"
+"""In the optimizer's state of a fused weight that is stepped in parts: the state of each, by number."""
+
 
 class FullSteps:
     """The `step` of an optimizer of which some weights are stepped in full.
@@ -30,13 +33,14 @@ class FullSteps:
         optimizer: the optimizer.
         weights: the weights that are stepped in full, at least one: the same on every TP rank. All tensors of one lie
             in one group of the optimizer.
+        split_fused: step each sub-parameter of a fused weight by itself, with a state of its own.
     """
 
-    def __init__(self, optimizer: Any, weights: Sequence[ShardedWeight]) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizer: Any, weights: Sequence[ShardedWeight], split_fused: bool = False) -> None:
+        self._optimizer, self._split_fused = optimizer, split_fused
         self._step: Callable[[], Any] = optimizer.step
         self._group, self._tp_rank = weights[0].group, weights[0].tp_rank
-        self._tp_size = dist.get_world_size(self._group)
+        self._tp_size = len(weights[0].layout.intervals)
         self._waves = _waves(weights, self._tp_size)
         self._in_full = {id(tensor) for weight in weights for tensor in weight.tensors}
 
@@ -67,7 +71,7 @@ class FullSteps:
             full = mine.full([part[:size] for part, size in zip(received, sizes)])
             if all(part[-1] for part in received):
                 gradient = mine.full([part[size:-1] for part, size in zip(received, sizes)])
-                full = self._stepped(mine.tensors[0], full, gradient, one_step)
+                full = self._stepped_weight(mine, full, gradient, one_step)
             back = [mine.shard_of(full, rank) for rank in range(self._tp_size)]
         shards = self._exchange(back, [weight.shard_numel(self._tp_rank) for weight in wave], packed[0])
         for weight, shard in zip(wave, shards):
@@ -76,12 +80,30 @@ class FullSteps:
 
     def _exchange(self, parts: Sequence[Tensor], sizes: Sequence[int], like: Tensor) -> list[Tensor]:
         """Send the nth part to rank n; what each rank sent here, of the given sizes."""
+        if self._tp_size == 1:
+            return list(parts)
         given = [part.numel() for part in parts] + [0] * (self._tp_size - len(parts))
         taken = [*sizes, *[0] * (self._tp_size - len(sizes))]
         sent = torch.cat(list(parts)) if parts else like.new_empty(0)
         received = like.new_empty(sum(taken))
         dist.all_to_all_single(received, sent, taken, given, group=self._group)
         return list(torch.split(received, taken))
+
+    def _stepped_weight(self, weight: ShardedWeight, full: Tensor, gradient: Tensor, one_step: OneStep) -> Tensor:
+        parameter, state = weight.tensors[0], self._optimizer.state
+        parts = weight.sub_parameters(full) if self._split_fused else [full]
+        if len(parts) == 1:
+            return self._stepped(parameter, full, gradient, one_step)
+        before = dict(state.pop(parameter, {}))
+        states = [before.pop(_SUB_PARAMETER + str(at), None) for at in range(len(parts))]
+        stepped = []
+        for at, (part, part_gradient) in enumerate(zip(parts, weight.sub_parameters(gradient))):
+            if states[at] is not None or before:
+                state[parameter] = dict(before) if states[at] is None else states[at]
+            stepped.append(self._stepped(parameter, part, part_gradient, one_step))
+            states[at] = state.pop(parameter, {})
+        state[parameter] = {**before, **{_SUB_PARAMETER + str(at): one for at, one in enumerate(states)}}
+        return weight.joined_sub_parameters(stepped)
 
     def _stepped(self, parameter: Tensor, full: Tensor, gradient: Tensor, one_step: OneStep) -> Tensor:
         """The full tensor after a step of the optimizer, with it in the place of the parameter that holds a shard."""

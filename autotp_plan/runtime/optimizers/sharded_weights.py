@@ -68,6 +68,25 @@ class ShardedWeight:
                 full.narrow(dim, at, count).copy_(local.narrow(dim, start, count))
         return full.view(self.shape)
 
+    def sub_parameters(self, full: Tensor) -> list[Tensor]:
+        """The logical matrices of a full tensor, such as q, k and v: copies, or the tensor itself where it is one."""
+        dim, sizes = self.layout.dim, [one.size for one in self.layout.sub_parameters]
+        if len(sizes) < 2:
+            return [full]
+        assert dim is not None
+        parts = torch.split(full.view(self.layout.shape), sizes, dim)
+        return [part.reshape(parameter_shape(self.shape, self.layout.shape, part.shape)).clone() for part in parts]
+
+    def joined_sub_parameters(self, parts: Sequence[Tensor]) -> Tensor:
+        """The reverse of `sub_parameters`."""
+        if len(parts) == 1:
+            return parts[0]
+        dim, view = self.layout.dim, self.layout.shape
+        assert dim is not None
+        sizes = [one.size for one in self.layout.sub_parameters]
+        views = [part.view(*view[:dim], size, *view[dim + 1 :]) for part, size in zip(parts, sizes, strict=True)]
+        return torch.cat(views, dim).view(self.shape)
+
     def shard_of(self, full: Tensor, rank: int) -> Tensor:
         """A rank's flat shard of the full tensor."""
         assert self.layout.dim is not None
@@ -75,7 +94,7 @@ class ShardedWeight:
 
 
 def sharded_weights(model: nn.Module, stepped: Mapping[int, Tensor] | None = None) -> list[ShardedWeight]:
-    """The trainable sharded parameters of a model, in the order of its modules; each once, also where it is tied.
+    """The trainable parameters that a plan shards, in the order of their modules; each once, also where it is tied.
 
     Args:
         model: a model from `load_model`.
@@ -85,7 +104,7 @@ def sharded_weights(model: nn.Module, stepped: Mapping[int, Tensor] | None = Non
     found: dict[int, ShardedWeight] = {}
     for name, module in model.named_modules():
         shards = shards_of(module)
-        for leaf, layout in shards.layouts.items() if shards is not None and shards.tp_world_size > 1 else ():
+        for leaf, layout in shards.layouts.items() if shards is not None else ():
             assert shards is not None
             if layout.dim is None:
                 continue

@@ -20,6 +20,7 @@ CASES: dict[str, dict[str, Any]] = {
     "by length": {"train_sampling_strategy": "group_by_length", "include_num_input_tokens_seen": "non_padding"},
     "not averaged": {"average_tokens_across_devices": False},
     "accumulated": {"gradient_accumulation_steps": 2},
+    "Adafactor": {"optim": "adafactor"},
     "uneven": {"accelerator_config": {"even_batches": False, "use_seedable_sampler": False}},
 }
 
@@ -47,7 +48,7 @@ def run(folder: Path, case: str, plan: Any = None) -> dict[str, list[float]]:
     if plan is not None:
         options["deepspeed"] = {
             "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
-            "gradient_clipping": "auto", "zero_optimization": {"stage": 1},
+            "gradient_clipping": "auto", "zero_optimization": {"stage": 0 if "optim" in options else 1},
         }  # fmt: skip
     arguments = TrainingArguments(
         str(folder / "out"), per_device_train_batch_size=2, max_steps=STEPS, use_cpu=True, seed=3,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import odd_optimizers as odd
 from tests.helpers import optimizers as kinds
 from tests.helpers.launch import launch
 
@@ -132,6 +133,7 @@ def refusals(work: Path) -> dict[str, tuple[str, str]]:
         "Muon, ZeRO 3": (None, settings(3, **MUON)),
         "Muon per head": (None, settings(0, **per_head)),
         "Muon, offloaded": (None, {**settings(2, **MUON), **offload}),
+        "states of shards": (odd.NormedStateInConstructor(every), settings()),
     }
     found = {
         name: refused(plan.initialize, model, optimizer=one, config=config) for name, (one, config) in tried.items()
@@ -184,7 +186,7 @@ CODES = {
     "Adafactor of the config": FULL, "Lamb of the config": FULL, "Lamb in bf16": FULL, "muP": FULL,
     "Muon, ZeRO 3": NOT_SO, "Muon per head": NOT_SO, "Muon, offloaded": NOT_SO, "Muon on unequal shards": NOT_SO,
     "not adapted": "optimizer-not-adapted", "not adapted, again": "optimizer-not-adapted",
-    "split weight": "split-weight",
+    "split weight": "split-weight", "states of shards": "optimizer-state-of-shards",
 }  # fmt: skip
 TEXTS = {
     "Muon, ZeRO 1": ("optimizer Muon", '{"stage": 0}', '"type": "Muon"'),
@@ -192,6 +194,7 @@ TEXTS = {
     "Muon, ZeRO 3": ('"stage": 2',),
     "not adapted": ("optimizer Muon", "plan.adapt_optimizer(model, optimizer)", "plan.initialize"),
     "noise": ("optimizer NoisySgd", "AdamW"),
+    "states of shards": ("optimizer NormedStateInConstructor", "before the first step"),
     "split weight": ("qkv_proj.weight", "_shared"),
 }
 

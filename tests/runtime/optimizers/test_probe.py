@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from autotp_plan.runtime.optimizers.probe import LooksAt, probe
+from tests.helpers import odd_optimizers as odd
 from tests.helpers import optimizers as kinds
 
 CPU = torch.device("cpu")
@@ -22,15 +23,15 @@ NOT_PROBED = {"LBFGS": "closure", "SparseAdam": "dense gradients"}
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "SGD": [{"lr": 0.0}, {"momentum": 0.9, "nesterov": True}, {"foreach": True}],
     "Adam": [{"amsgrad": True}, {"fused": True}, {"lr": torch.tensor(1e-3)}, {"maximize": True}],
-    "AdamW": [{"weight_decay": 0.5}, {"lr": 1e-7}, {"betas": (0.5, 0.5)}],
+    "AdamW": [{"weight_decay": 0.5}, {"lr": 1e-7}, {"betas": (0.5, 0.5)}, {"lr": torch.tensor(0.0)}],
     "RMSprop": [{"centered": True, "momentum": 0.9}],
     "Adafactor": [{"weight_decay": 0.1}, {"lr": 0.0}, {"foreach": True}],
     "Muon": [{"nesterov": False}, {"adjust_lr_fn": "match_rms_adamw"}],
 }
 
 
-def found(optimizer: Any, ndim: int = 2) -> LooksAt:
-    return probe(optimizer, 0, ndim, CPU).looks_at
+def found(optimizer: Any, ndim: int = 2, like: Any = None) -> LooksAt:
+    return probe(optimizer, 0, ndim, CPU, like).looks_at
 
 
 def matrix() -> nn.Parameter:
@@ -92,6 +93,57 @@ def test_a_preconditioner_that_is_not_used_yet_is_caught() -> None:
 @pytest.mark.parametrize("kind", [kinds.GlobalNormSgd, kinds.NoisySgd])
 def test_what_depends_on_more_than_a_tensor_is_caught(kind: Any) -> None:
     assert found(kind([matrix()])) is LooksAt.ALL
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        odd.FactoredAbove, odd.QuantisedAbove, odd.RmsClipped, odd.ScaledSign, odd.NormedEveryTenth, odd.Projected,
+        odd.ObjectState, odd.ForeachNormed, odd.CountInState,
+    ],
+)  # fmt: skip
+def test_hidden_looks_at_a_tensor_are_caught(kind: Any) -> None:
+    assert found(kind([matrix()])) is LooksAt.TENSOR
+
+
+@pytest.mark.parametrize("counts_in", ["state", "group", "self"])
+def test_a_warm_up_does_not_hide_what_follows(counts_in: str) -> None:
+    optimizer = odd.NormedLater([matrix()])
+    optimizer.counts_in = counts_in
+    assert [found(optimizer, ndim) for ndim in (1, 2, 3)] == [LooksAt.TENSOR] * 3
+
+
+@pytest.mark.parametrize("kind", [odd.Distance, odd.WeakDecay])
+def test_small_effects_of_all_parameters_are_caught(kind: Any) -> None:
+    assert [found(kind([matrix()]), ndim) for ndim in (1, 2, 3)] == [LooksAt.ALL] * 3
+
+
+def test_no_step_at_first_is_no_reason_to_refuse() -> None:
+    assert found(odd.Delayed([matrix()])) is LooksAt.ELEMENT
+
+
+def test_random_rounding_is_caught_in_the_dtype_that_has_it() -> None:
+    for dtype, looks_at in ((torch.float32, LooksAt.ELEMENT), (torch.bfloat16, LooksAt.ALL)):
+        parameter = nn.Parameter(torch.randn(4, 6, dtype=dtype))
+        assert found(odd.StochasticRounding([parameter]), like=parameter) is looks_at
+
+
+def test_flags_of_a_parameter_decide() -> None:
+    plain, flagged, vector = matrix(), matrix(), nn.Parameter(torch.randn(4))
+    flagged.use_norm = True  # type: ignore[attr-defined]
+    by_attribute, by_state = odd.FlaggedByAttribute([plain, flagged]), odd.FlaggedByState([plain, vector])
+    assert [found(by_attribute, like=one) for one in (plain, flagged)] == [LooksAt.ELEMENT, LooksAt.TENSOR]
+    assert [found(by_state, one.dim(), like=one) for one in (plain, vector)] == [LooksAt.TENSOR, LooksAt.ELEMENT]
+
+
+def test_a_state_that_the_constructor_made_is_there() -> None:
+    parameter = matrix()
+    assert found(odd.StateInConstructor([parameter]), like=parameter) is LooksAt.ELEMENT
+    assert found(odd.NormedStateInConstructor([parameter]), like=parameter) is LooksAt.TENSOR
+
+
+def test_what_needs_a_closure_is_unknown() -> None:
+    assert found(odd.NeedsClosure([matrix()])) is LooksAt.UNKNOWN
 
 
 def test_what_cannot_be_copied_is_unknown() -> None:

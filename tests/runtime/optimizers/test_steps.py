@@ -30,6 +30,7 @@ def optimizers(tp_size: int) -> dict[str, Callable[[Any], Any]]:
     import torch
     from transformers import Adafactor
 
+    from tests.helpers import odd_optimizers as odd
     from tests.helpers import optimizers as kinds
 
     def matrices(model: Any) -> list[Any]:
@@ -50,6 +51,9 @@ def optimizers(tp_size: int) -> dict[str, Callable[[Any], Any]]:
         "LAMB": lambda model: kinds.Lamb(groups(model)),
         "LARS": lambda model: kinds.Lars(model.parameters()),
         "Shampoo": lambda model: kinds.Shampoo(matrices(model), lr=1e-3),
+        "SOAP": lambda model: kinds.Soap(matrices(model), lr=1e-3),
+        "flags in its state": lambda model: odd.FlaggedByState(matrices(model)),
+        "counts in its state": lambda model: odd.CountInState(matrices(model)),
         "8 bits": lambda model: kinds.EightBitAdam(model.parameters(), lr=1e-3),
         "AdamW": lambda model: torch.optim.AdamW(groups(model), lr=1e-3),
     }
