@@ -112,6 +112,10 @@ class OwnArchitecture:
         """As in memory."""
         return {}, {}, []
 
+    def value_without(self, config: Mapping[str, Any], key: str) -> int | None:
+        """None: an argument that is left out has a default that no other decides."""
+        return None
+
     def small(self, changes: Changes) -> OwnSmallModel:
         """A small model. Raises whatever the function or its forward does for sizes that do not go together."""
         elements = sum(one.numel() for one in self.factory.on_meta(changes).parameters())

@@ -192,6 +192,15 @@ class Architecture:
         """What its tensors are called in checkpoints, as `disk_names` of a model."""
         return disk_names(self.original)
 
+    def value_without(self, config: Mapping[str, Any], key: str) -> int | None:
+        """What transformers takes for a key that a config leaves out; None for no integer."""
+        try:
+            full = as_json(type(self.original.config).from_dict({k: v for k, v in config.items() if k != key}))
+        except Exception:  # a config that needs it
+            return None
+        value = full.get(key)
+        return value if type(value) is int else None
+
     def small(self, sizes: Sizes) -> SmallModel:
         """A small model. Raises whatever transformers does for sizes that do not go together."""
         config = resized(self.config, sizes, self.layers)

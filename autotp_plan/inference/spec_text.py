@@ -371,6 +371,18 @@ class SpecText:
                     self.symbols[name] = [name, other]
                     continue
             self.defaults[name] = dict(numbers_of(self.architecture.config)).get(name, full[name])
+        for name in sorted(names & given.keys() - self.symbols.keys()):  # another size's config.json may leave it out
+            other = self._without(name)
+            if other is not None:
+                self.symbols[name] = [name, other]
+
+    def _without(self, name: str) -> str | None:
+        """The expression of what transformers takes for a key that is not given, where others decide it."""
+        configs = [*(one.config for one in self.models), self.architecture.config]
+        values = tuple(self.architecture.value_without(config, name) for config in configs)
+        if None in values or len(set(values)) == 1:
+            return None
+        return Expressions(names={k: v for k, v in self.expressions.names.items() if k != name}).find(values)
 
 
 def _texts(value: Any) -> Iterator[str]:

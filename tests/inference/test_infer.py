@@ -103,7 +103,10 @@ def test_the_spec_file_is_readable(tmp_path: Path) -> None:
     group = "num_attention_heads // gcd(num_attention_heads, max(num_key_value_heads, tp_size))"
     assert qkv["unit"] == [f"head_dim * ({group})", "head_dim", "head_dim"]
     assert qkv["indivisible"] == ["error", "replicate", "replicate"]
-    assert spec["symbols"] == {"head_dim": "hidden_size // num_attention_heads"}
+    assert spec["symbols"] == {
+        "head_dim": "hidden_size // num_attention_heads",
+        "num_key_value_heads": ["num_key_value_heads", "num_attention_heads"],
+    }
     assert SpecFile.from_dict(spec).num_layers == "num_hidden_layers"
 
 

@@ -1,0 +1,48 @@
+"""A spec file that was inferred from one size of a family plans every other size, as its own does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from autotp_plan.inference.infer import infer_rules
+from autotp_plan.schemas.errors import CompileError
+from tests.helpers.paths import PLANS
+from tests.inference.test_infer import config_folder, facts, inferred
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+FAMILIES = {
+    "llama": "llama_3_1_8b",
+    "qwen3": "qwen3_8b",
+    "phi3": "phi_3_medium",
+    "gpt_neox": "pythia_6_9b",
+    "falcon_grouped": "falcon_40b",
+    "gemma2": "gemma_2_9b",
+    "qwen3_moe": "qwen3_30b_a3b",
+    "gpt_oss": "gpt_oss_20b",
+}
+"""A small config, and a public model of the same family."""
+SLOW = {"qwen3", "gemma2", "gpt_oss"}
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(one, marks=pytest.mark.slow) if one in SLOW else one for one in FAMILIES]
+)
+def test_rules_of_one_size_hold_for_the_other(tmp_path: Path, variant: str) -> None:
+    small, large = config_folder(tmp_path, variant), PLANS / FAMILIES[variant]
+    of_small, of_large = infer_rules(small), infer_rules(large)
+    for folder in (small, large):
+        for tp_size in (2,) if variant == "phi3" else (2, 4):  # ten key-value heads
+            by_small, by_large = (facts(inferred(folder, tp_size, rules)) for rules in (of_small, of_large))
+            assert by_small == by_large
+
+
+def test_rules_of_shared_heads_hold_where_none_is_shared_and_not_the_reverse(tmp_path: Path) -> None:
+    """Phi-3-mini has as many key-value heads as heads; what is inferred from it says nothing of fewer."""
+    shared, alone = config_folder(tmp_path, "phi3"), PLANS / "phi_3_mini"
+    rules = infer_rules(alone)
+    assert facts(inferred(alone, 4, infer_rules(shared))) == facts(inferred(alone, 4, rules))
+    with pytest.raises(CompileError, match="shape does not fit"):
+        inferred(shared, 2, rules)
