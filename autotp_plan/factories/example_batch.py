@@ -49,16 +49,20 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batches:
-    """Batches of token ids by seed: arguments by name, each `(2, length)`, random numbers below `words`."""
+    """Batches of token ids by seed: arguments by name, each `(2, length)`, random numbers below `words`.
+
+    `off` are arguments that are False: a cache, which would hold what was computed before.
+    """
 
     ids: str
     labels: tuple[str, ...]
     words: int
     length: int
+    off: tuple[str, ...] = ()
 
     def __call__(self, seed: int) -> Batch:
         tokens = torch.randint(self.words, (_ROWS, self.length), generator=torch.Generator().manual_seed(seed))
-        return Batch(kwargs=dict.fromkeys((self.ids, *self.labels), tokens))
+        return Batch(kwargs={**dict.fromkeys((self.ids, *self.labels), tokens), **dict.fromkeys(self.off, False)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,8 +107,9 @@ def batches_for(model: nn.Module, length: int) -> Batches | OwnBatches:
         raise MismatchError(_no_inputs(name, f"its forward needs {', '.join(more)} too"))
     ids = named[0].name
     tables = {id(one): one for one in model.modules() if isinstance(one, nn.Embedding)}
-    found = Batches(ids=ids, labels=labels, words=1, length=length)
-    tokens = found(0).kwargs[ids]
+    off = tuple(one.name for one in named if one.name == "use_cache")
+    batch = Batches(ids=ids, labels=labels, words=1, length=length, off=off)(0)
+    tokens = batch.kwargs[ids]
     looked_up: list[int] = []
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -114,7 +119,7 @@ def batches_for(model: nn.Module, length: int) -> Batches | OwnBatches:
     handles = [table.register_forward_pre_hook(note) for table in tables.values()]
     try:
         with torch.no_grad():
-            model(**dict.fromkeys((ids, *labels), tokens))
+            model(**batch.kwargs)
     except Exception as error:  # the user's code
         raise MismatchError(_no_inputs(name, f"with token ids as {ids}: {type(error).__name__}: {error}")) from None
     finally:
@@ -122,7 +127,7 @@ def batches_for(model: nn.Module, length: int) -> Batches | OwnBatches:
             handle.remove()
     if not looked_up:
         raise MismatchError(_no_inputs(name, f"token ids given as {ids} are looked up in no nn.Embedding"))
-    return Batches(ids=ids, labels=labels, words=min(looked_up), length=length)
+    return Batches(ids=ids, labels=labels, words=min(looked_up), length=length, off=off)
 
 
 def run(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:

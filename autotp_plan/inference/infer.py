@@ -140,6 +140,10 @@ def _tried(small: SmallModel, region: Region) -> Region | None:
     """The region with the attributes that make it right in pieces; None where nothing does."""
     model = small.model
     region.reasons += weights_read_elsewhere(model, region)
+    linears = {*region.columns, region.consumer.rpartition(".")[0]}
+    region.reasons += [
+        f"without gradients {name} is passed by, and its weight read" for name in sorted(linears & small.bypassed())
+    ]
     if region.reasons:
         return None
     norms = region.means

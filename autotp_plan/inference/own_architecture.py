@@ -33,6 +33,22 @@ class OwnSmallModel(SmallModel):
         with sdpa_kernel(SDPBackend.MATH):
             return self.model(*self.batch.args, **self.batch.kwargs)
 
+    def bypassed(self) -> frozenset[str]:
+        """The modules that run with gradients and are passed by without, as those of nn.TransformerEncoderLayer are."""
+        ran: dict[bool, set[str]] = {True: set(), False: set()}
+        handles = [
+            module.register_forward_pre_hook(lambda *_, name=name: ran[torch.is_grad_enabled()].add(name))
+            for name, module in self.model.named_modules()
+        ]
+        try:
+            for enabled in ran:
+                with torch.set_grad_enabled(enabled):
+                    self.run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return frozenset(ran[True] - ran[False])
+
     def embedding_and_head(self) -> tuple[nn.Module | None, nn.Module | None]:
         """The table that token ids are looked up in, and the linear layer that ends with as many features."""
         looked_up: list[nn.Embedding] = []

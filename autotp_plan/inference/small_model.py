@@ -124,6 +124,10 @@ class SmallModel:
         """A forward pass."""
         return self.model(input_ids=self.tokens, use_cache=False)
 
+    def bypassed(self) -> frozenset[str]:
+        """The modules that run with gradients and are passed by without: none in a model of transformers."""
+        return frozenset()
+
     def embedding_and_head(self) -> tuple[Any, Any]:
         """The modules that begin with the vocabulary and end with it; None for one that is not there."""
         return self.model.get_input_embeddings(), self.model.get_output_embeddings()

@@ -132,6 +132,108 @@ def blocks_of_sizes(sizes: tuple[int, ...] | list[int], heads: int = 4) -> nn.Mo
     return Frames(sizes[0], sizes[1], heads)
 
 
+class Encoder(nn.Module):
+    """torch's own layers, which read the weights of their linear layers where no gradient is asked for."""
+
+    def __init__(self, words: int = 200, width: int = 64, heads: int = 4, depth: int = 2) -> None:
+        super().__init__()
+        self.table = nn.Embedding(words, width)
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.up, self.down = nn.Linear(width, 3 * width), nn.Linear(3 * width, width)
+        self.blocks = nn.ModuleList(NanoBlock(width, heads, 0.0) for _ in range(depth))
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.encoder(self.table(ids))
+        for block in self.blocks:
+            x = block(x)
+        return x + self.down(F.gelu(self.up(x)))
+
+
+class ShortcutBlock(NanoBlock):
+    """Reads weights itself where no gradient is asked for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        x = x + self.attention(self.ln_1(x))
+        inner = F.gelu(F.linear(self.ln_2(x), self.c_fc.weight, self.c_fc.bias))
+        return x + F.linear(inner, self.c_out.weight, self.c_out.bias)
+
+
+class Shortcut(nn.Module):
+    def __init__(self, words: int = 64, width: int = 32, heads: int = 4) -> None:
+        super().__init__()
+        self.table = nn.Embedding(words, width)
+        self.blocks = nn.ModuleList(ShortcutBlock(width, heads, 0.0) for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Expert(nn.Module):
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (
+            nn.Linear(*sizes, bias=False) for sizes in ((width, inner), (width, inner), (inner, width))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Mixture(nn.Module):
+    """Experts one by one, chosen by a router."""
+
+    def __init__(self, width: int, inner: int, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        self.router, self.top_k = nn.Linear(width, num_experts, bias=False), top_k
+        self.experts = nn.ModuleList(Expert(width, inner) for _ in range(num_experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        weights, chosen = self.router(flat).softmax(-1).topk(self.top_k)
+        out = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            rows, places = torch.where(chosen == number)
+            out = out.index_add(0, rows, expert(flat[rows]) * weights[rows, places, None])
+        return out.view_as(x)
+
+
+class Sparsely(nn.Module):
+    """A mixture of experts behind attention."""
+
+    def __init__(self, vocab_size: int = 256, dim: int = 64, heads: int = 8, inner: int = 96, num_experts: int = 4,
+                 top_k: int = 2, layers: int = 2) -> None:  # fmt: skip
+        super().__init__()
+        self.embed = nn.Embedding(vocab_size, dim)
+        self.blocks = nn.ModuleList(NanoBlock(dim, heads, 0.0) for _ in range(layers))
+        self.mixtures = nn.ModuleList(Mixture(dim, inner, num_experts, top_k) for _ in range(layers))
+        self.head = nn.Linear(dim, vocab_size)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        for block, mixture in zip(self.blocks, self.mixtures):
+            x = block(x)
+            x = x + mixture(x)
+        return self.head(x)
+
+
+def of_transformers(hidden_size: int = 64, num_attention_heads: int = 8, num_key_value_heads: int = 4,
+                    intermediate_size: int = 96, vocab_size: int = 256, num_layers: int = 2) -> nn.Module:  # fmt: skip
+    """A model of transformers that a function makes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=hidden_size, num_attention_heads=num_attention_heads, num_key_value_heads=num_key_value_heads,
+        intermediate_size=intermediate_size, vocab_size=vocab_size, num_hidden_layers=num_layers,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
 # what cannot be planned
 
 

@@ -105,3 +105,24 @@ def test_a_users_rule_comes_first() -> None:
     plan = planned(ModuleFactory(name=f"{OWN}:Nano"), specs=[rules])
     assert not any("wte" in name or "lm_head" in name for name in styles(plan))
     assert styles(plan)["h.{0..2}.c_attn.weight"] == "column"
+
+
+@pytest.mark.parametrize(
+    ("name", "sharded", "whole"),
+    [
+        ("Encoder", ["blocks.{0..1}.c_fc.weight"], ["encoder.layers.{0..1}.linear1.weight"]),
+        ("Sparsely", ["mixtures.{0..1}.experts.{0..3}.down.weight"], ["mixtures.{0..1}.router.weight"]),
+        ("of_transformers", ["model.layers.{0..1}.self_attn.k_proj.weight", "lm_head.weight"], []),
+    ],
+)
+def test_other_ways_to_write_a_model(name: str, sharded: list[str], whole: list[str]) -> None:
+    """torch's encoder, whose fused path reads weights past their layers; experts one by one; a cache."""
+    plan = planned(ModuleFactory(name=f"{OWN}:{name}"))
+    assert not set(sharded) - styles(plan).keys() and not set(whole) & styles(plan).keys()
+    assert not set(whole) - {entry.name for entry in plan.parameters}
+
+
+def test_layers_that_are_passed_by_without_gradients_stay_whole() -> None:
+    spec = infer_module_spec(ModuleFactory(name=f"{OWN}:Shortcut"))
+    assert "without gradients blocks.0.c_out is passed by" in spec["description"]
+    assert not any(rule["partition_type"] != "skip" for rule in spec["layer_specs"] if "c_fc" in rule["patterns"][0])

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from autotp_plan.factories.example_batch import Batch, batches_for, run, settle, without_dropout
 from autotp_plan.factories.module_factory import ModuleFactory
@@ -25,7 +26,13 @@ from autotp_plan.runtime.training_plan import load_plan
 from autotp_plan.runtime.verify.compare import errors, partial_gradients
 from autotp_plan.runtime.verify.compute_share import forward_operations
 from autotp_plan.runtime.verify.dense import ABOUT_NAME, MOST_PARAMETERS, PLAN_NAME, tensors_on_disk
-from autotp_plan.runtime.verify.float64_passes import dense_reader, run_passes_and_steps, shard_reader
+from autotp_plan.runtime.verify.float64_passes import (
+    Numbers,
+    PromoteToFloat64,
+    dense_reader,
+    run_passes_and_steps,
+    shard_reader,
+)
 from autotp_plan.runtime.verify.optimizer_steps import (
     ADAMW,
     Training,
@@ -36,7 +43,7 @@ from autotp_plan.runtime.verify.optimizer_steps import (
     relative_errors,
 )
 from autotp_plan.runtime.verify.random_inputs import randomise
-from autotp_plan.runtime.verify.report import Pass
+from autotp_plan.runtime.verify.report import OUTPUTS, Pass
 from autotp_plan.runtime.verify.scale_plan import TwinError, twin_plan
 from autotp_plan.runtime.verify.sharded import write_errors
 from autotp_plan.schemas.errors import AutoTPError, Fault, MismatchError, OptionError
@@ -97,7 +104,9 @@ def run_own_rank(folder: Path, factory: ModuleFactory) -> None:
         return model.train(about["training"])
 
     model = model_in("float64")
+    evaluation = _evaluated(model, batches[Pass.FIRST.seed])
     found = run_passes_and_steps(model, shard_reader(model), list(dense["stepped"]), batches.__getitem__, run)
+    _add(found, evaluation)
     write_errors(folder / f"{KIND}.rank-{rank}.json", errors(dense, found, plan.document, rank))
     operations = forward_operations(model, batches.__getitem__, run)
     write_errors(folder / f"compute.rank-{rank}.json", {"operations": operations})
@@ -145,7 +154,9 @@ def _write(
     _save(model, scaled, folder / "float64")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = [parameter.name for parameter in scaled.expanded() if parameter.name in parameters]
+    evaluation = _evaluated(model, batches(Pass.FIRST.seed))
     numbers = run_passes_and_steps(model, dense_reader(model), names, batches, run)
+    _add(numbers, evaluation)
     torch.save(numbers, folder / f"{KIND}.pt")
     operations = forward_operations(model, batches, run)
     model = model.float()
@@ -168,6 +179,20 @@ def _write(
         "refused": {},
     }
     (folder / ABOUT_NAME).write_text(json.dumps(about))
+
+
+def _evaluated(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Loss and logits in evaluation and without gradients: where torch's own layers take another way."""
+    training = model.training
+    with torch.no_grad(), PromoteToFloat64():
+        found = run(model.eval(), batch)
+    model.train(training)
+    return found
+
+
+def _add(numbers: Numbers, evaluation: tuple[Tensor, Tensor]) -> None:
+    for kind, found in zip(OUTPUTS, evaluation):
+        numbers[kind]["evaluation"] = found.detach()
 
 
 def _save(model: Any, scaled: Plan, folder: Path) -> None:
