@@ -205,14 +205,21 @@ def plan_and_prove(family: str, folder: Path, tp_size: int) -> dict[str, Any]:
     from autotp_plan.planner import compile_plan
     from autotp_plan.planner.plan_table import summary
     from autotp_plan.planner.rules.preset_files import preset_names, read_preset
-    from autotp_plan.runtime.verify.run import try_plan, verify_plan
+    from autotp_plan.runtime.verify.report import Proof
+    from autotp_plan.runtime.verify.run import Trial, trial_of, verify_plan
     from autotp_plan.schemas.errors import AutoTPError, CheckpointError, CompileError
+    from autotp_plan.schemas.plan.document import Plan
     from autotp_plan.schemas.plan.rule_ref import Origin
     from autotp_plan.schemas.spec import SpecFile
 
     preset = next((name for name in preset_names() if family in read_preset(name).model_types), None)
     rules = f"preset {preset}" if preset else ""
     notes: list[str] = []
+    proofs: list[Proof] = []
+
+    def prove(plan: Plan) -> Trial:
+        proofs.append(verify_plan(plan))
+        return trial_of(proofs[-1])
 
     def infer(where: Path) -> SpecFile:
         spec = infer_spec(where)
@@ -222,13 +229,13 @@ def plan_and_prove(family: str, folder: Path, tp_size: int) -> dict[str, Any]:
     uneven = ""
     try:
         try:
-            plan = compile_plan(folder, tp_size=tp_size, prove=try_plan, infer=infer)
+            plan = compile_plan(folder, tp_size=tp_size, prove=prove, infer=infer)
         except CompileError as error:
             if error.faults[0].code != "indivisible":
                 raise
-            plan = compile_plan(folder, tp_size=tp_size, prove=try_plan, infer=infer, uneven=True)
+            plan = compile_plan(folder, tp_size=tp_size, prove=prove, infer=infer, uneven=True)
             uneven = ", uneven"
-        proof = verify_plan(plan)
+        proof = proofs[-1] if proofs else verify_plan(plan)
     except CheckpointError as error:
         return {"outcome": "not built", "code": error.faults[0].code or "", "reason": _line(error.faults[0].got)}
     except AutoTPError as error:
@@ -241,6 +248,7 @@ def plan_and_prove(family: str, folder: Path, tp_size: int) -> dict[str, Any]:
         "rules": (rules or ("inference" if inferred else "tp_plan")) + uneven,
         "error": proof.float64_error,
         "share": max(totals.per_rank) / totals.total,
+        "compute": proof.compute_share,
         "reason": (notes[-1] if inferred and notes else "") if proof.proven else _line(str(proof.failure)),
     }
 

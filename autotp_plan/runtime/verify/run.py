@@ -109,7 +109,11 @@ def try_plan(plan: Plan, factory: ModuleFactory | None = None) -> Trial:
     Raises:
         AutoTPError: as `verify_plan`.
     """
-    proof = verify_plan(plan, factory=factory)
+    return trial_of(verify_plan(plan, factory=factory))
+
+
+def trial_of(proof: Proof) -> Trial:
+    """What is wrong by a proof: as `try_plan`."""
     partial = set(proof.partial_gradients)
     wrong = [name for name in proof.wrong if name not in partial]
     problem = proof.failure
