@@ -178,14 +178,19 @@ def write_config(family: str, folder: Path) -> None:
     if public:
         (folder / "config.json").write_text(sorted(public)[0].read_text())
         return
+    import transformers
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     added = json.loads(VALUES.read_text()).get(family, {}).get("values", {})
+    named = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
+    architecture = named if isinstance(named, str) else named[0]
     config = AutoConfig.for_model(family, **added)
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
     values = with_values(json.loads(config.to_json_string(use_diff=False)), added)
-    values["architectures"] = [architecture if isinstance(architecture, str) else architecture[0]]
+    wanted = getattr(transformers, architecture).config_class
+    for key, kind in type(config).sub_configs.items():  # of a model of several, the config of its language model
+        values = values[key] if not isinstance(config, wanted) and kind is wanted else values
+    values["architectures"] = [architecture]
     (folder / "config.json").write_text(json.dumps(values))
 
 
@@ -231,7 +236,7 @@ def plan_and_prove(family: str, folder: Path, tp_size: int) -> dict[str, Any]:
         try:
             plan = compile_plan(folder, tp_size=tp_size, prove=prove, infer=infer)
         except CompileError as error:
-            if error.faults[0].code != "indivisible":
+            if not any(fault.code == "indivisible" for fault in error.faults):
                 raise
             plan = compile_plan(folder, tp_size=tp_size, prove=prove, infer=infer, uneven=True)
             uneven = ", uneven"
@@ -239,7 +244,7 @@ def plan_and_prove(family: str, folder: Path, tp_size: int) -> dict[str, Any]:
     except CheckpointError as error:
         return {"outcome": "not built", "code": error.faults[0].code or "", "reason": _line(error.faults[0].got)}
     except AutoTPError as error:
-        fault = error.faults[0]
+        fault = min(error.faults, key=lambda one: one.code == "no-preset")
         return {"outcome": "refused", "rules": rules, "code": fault.code or "", "reason": _line(fault.got)}
     totals = summary(plan)
     inferred = any(entry.rule.origin is Origin.INFERENCE for entry in plan.parameters)

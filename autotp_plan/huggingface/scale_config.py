@@ -23,7 +23,7 @@ WIDTHS = frozenset(
 _HEAD_DIMS = ("head_dim", "kv_channels", "d_kv", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
               "global_head_dim")  # fmt: skip
 _HIDDEN = ("hidden_size", "n_embd", "d_model")
-_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads")
 _PARTIAL = ("partial_rotary_factor", "rotary_pct", "rope_pct")
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts", "num_moe_experts")
@@ -95,7 +95,7 @@ def fewest_experts(config: Mapping[str, Any]) -> int | None:
     if experts is None:
         return None
     chosen = max((values.get(key) or 0 for key in _EXPERTS_PER_TOKEN), default=0)
-    groups, chosen_groups = values.get("n_group") or 1, values.get("topk_group") or 1
+    groups, chosen_groups = values.get("n_group") or values.get("num_expert_group") or 1, values.get("topk_group") or 1
     for count in range(groups, experts, groups):
         in_group = count // groups
         if count >= max(4, chosen + 1) and chosen_groups * in_group >= chosen and (groups == 1 or in_group >= 2):
@@ -129,6 +129,8 @@ def shrink(
 
     def changed(key: str, value: Any) -> Any:
         if isinstance(value, dict):
+            if layers is not None and value and all(str(one).isdecimal() for one in value):  # what some layers have
+                value = {number: item for number, item in value.items() if int(number) < layers}
             return {inner: changed(inner, item) for inner, item in value.items()}
         if isinstance(value, list):
             if key in _PER_FREQUENCY:
@@ -148,6 +150,8 @@ def shrink(
         if key in _WINDOWS:
             return min(value, WINDOW)
         if key == "vocab_size":
+            return words
+        if "vocab" in key and words and value > words:
             return words
         return small_token(key, value)
 

@@ -135,6 +135,10 @@ class Expressions:
                     yield f"({a} // {b} + {more}) * {c}", tuple((p // q + more) * r for p, q, r in zip(x, y, z))
         for (a, x), (b, y) in pairs:
             for c, z in names:
+                if a < b < c:
+                    yield f"{a} + {b} + {c}", tuple(p + q + r for p, q, r in zip(x, y, z))
+        for (a, x), (b, y) in pairs:
+            for c, z in names:
                 if a < b:
                     yield f"{c} * ({a} + {b})", tuple(r * (p + q) for p, q, r in zip(x, y, z))
                 yield f"{a} + 2 * {b} * {c}", tuple(p + 2 * q * r for p, q, r in zip(x, y, z))

@@ -49,6 +49,7 @@ _NO_WIDTHS = [
     "image",
     "patch",
     "bucket",
+    "codebook",
     "version",
     "tp",
     "iter",
@@ -57,6 +58,9 @@ _LARGE = 200
 """From here on an integer of an unknown key counts features, unless its name says that it does not."""
 _HEAD_DIMS = ("head_dim", "kv_channels", "d_kv", "dim_head", "attention_head_dim", "d_head", "global_head_dim",
               "v_head_dim", "qk_nope_head_dim")  # fmt: skip
+_QK_PARTS = ("qk_nope_head_dim", "qk_rope_head_dim")
+_NOPE = 4
+"""So much wider than a head of values is the part of a head that has no positions."""
 _STATE_SPACE = (
     ("mamba_n_heads", "n_mamba_heads", "mamba_num_heads"),
     ("mamba_d_head", "mamba_headdim", "mamba_head_dim"),
@@ -85,6 +89,8 @@ class Sizes:
     """The hidden size, where it is not that of all heads."""
     tied: bool = False
     """Whether widths that are equal in the original stay equal."""
+    square: bool = False
+    """Whether the hidden size is that of all heads, even where a head's width has a key of its own."""
 
 
 _FIRST = Sizes(heads=8, kv_heads=2, head_dim=16, rotary=4, first_width=20, step=8, hidden=48)
@@ -98,6 +104,8 @@ CANDIDATES: tuple[tuple[Sizes, Sizes], ...] = (
     (replace(_FIRST, tied=True), replace(_SECOND, tied=True)),
     _ROUND,
     (replace(_ROUND[0], tied=True), replace(_ROUND[1], tied=True)),
+    (replace(_FIRST, square=True), replace(_SECOND, square=True)),
+    (replace(_ROUND[0], tied=True, square=True), replace(_ROUND[1], tied=True, square=True)),
 )
 """Pairs of sizes to try; the second tells apart what happens to be equal in the first. No number of heads is that of a
 head's features, so that a count of what depends on an index says which of the two it is.
@@ -163,8 +171,8 @@ class Architecture:
             CheckpointError: transformers cannot build a model from it.
         """
         original = build_model(folder, on_meta="all")
-        given = read_config(folder) or {}
         full = as_json(original.config)
+        given = _part_of(read_config(folder) or {}, full)
         computed, aliases = _computed_keys(type(original.config), given, full)
         config = {key: value for key, value in full.items() if key not in computed}
         return cls(
@@ -255,11 +263,12 @@ def resized(config: Mapping[str, Any], sizes: Sizes, layers: int | None) -> dict
         config, divisor=1, layers=layers, experts=scale_config.fewest_experts(config), tp_size=1
     )
     values = {key.rpartition(".")[2]: value for key, value in numbers_of(config)}
-    heads, kv_heads = _first(values, HEADS), _first(values, KV_HEADS)
-    multi_head = kv_heads is None or kv_heads == heads
-    new_kv = sizes.heads if multi_head else 1 if kv_heads == 1 else sizes.kv_heads
-    free = any(values.get(key) for key in (*_HEAD_DIMS[:6], "v_head_dim"))
+    heads, old_hidden = _first(values, HEADS), _first(values, HIDDEN)
+    free = any(values.get(key) for key in (*_HEAD_DIMS[:6], "v_head_dim")) and not sizes.square
     hidden = sizes.hidden if free else sizes.heads * sizes.head_dim
+    every = list(scale_config.entries(config))
+    nope, rope = ({one for key, one in every if key == part} for part in _QK_PARTS)
+    qk_dims = {a + b for a in nope for b in rope}
     widths = iter(range(sizes.first_width, 10_000, sizes.step))
     by_old = {values[key]: hidden for key in HIDDEN if key in values}
 
@@ -271,40 +280,48 @@ def resized(config: Mapping[str, Any], sizes: Sizes, layers: int | None) -> dict
             by_old[old] = new
         return by_old[old]
 
-    def changed(key: str, value: Any) -> Any:
-        if isinstance(value, dict) and value and layers is not None and all(str(one).isdecimal() for one in value):
-            value = {number: item for number, item in value.items() if int(number) < layers}
+    def kv_heads(old: int, around: Mapping[str, Any]) -> int:
+        own = _first({key: one for key, one in around.items() if type(one) is int}, HEADS) or heads
+        return sizes.heads if old == own else 1 if old == 1 else sizes.kv_heads
+
+    def changed(key: str, value: Any, around: Mapping[str, Any]) -> Any:
         if isinstance(value, dict):
-            return {inner: changed(inner, item) for inner, item in value.items()}
+            return {inner: changed(inner, item, value) for inner, item in value.items()}
         if isinstance(value, list):
             if key == "mrope_section" and value:
                 half = sizes.head_dim // 2
                 return [half - (len(value) - 1), *[1] * (len(value) - 1)]
             if key in ("long_factor", "short_factor"):
                 return value[: sizes.head_dim // 2]
-            return [changed(key, item) for item in value]
+            return [changed(key, item, around) for item in value]
         if type(value) is not int or value <= 0:
             return value
-        if "vocab_size" in key:
+        if "vocab" in key:
             return min(value, _WORDS)
         if key in HEADS:
             return sizes.heads
         if key in KV_HEADS:
-            return new_kv if value == kv_heads else value
+            return kv_heads(value, around)
         if key.endswith("chunk_size"):
             return min(value, _CHUNK)
         if key in HIDDEN:
             return hidden
         if key in _ROTARY or (key == "head_dim" and value == values.get("qk_rope_head_dim")):
             return sizes.rotary
+        if key in ("head_dim", "qk_head_dim") and value in qk_dims:
+            return sizes.head_dim + _NOPE + sizes.rotary
+        if old_hidden and key.endswith("hidden_size") and value == 2 * old_hidden:
+            return 2 * hidden
+        if sizes.square and key in _HEAD_DIMS and heads and old_hidden and value * heads == 2 * old_hidden:
+            return 2 * hidden // sizes.heads
         if key in _HEAD_DIMS:
-            return sizes.head_dim + 2 * max(0, _HEAD_DIMS.index(key) - 6)
+            return sizes.head_dim + (_NOPE if key == "qk_nope_head_dim" else max(0, 2 * (_HEAD_DIMS.index(key) - 6)))
         unknown = value >= _LARGE and not any(word in key for word in _NO_WIDTHS)
         if key in scale_config.WIDTHS or unknown:
             return width(value)
         return value
 
-    return _with_state_space_heads({key: changed(key, value) for key, value in small.items()}, sizes)
+    return _with_state_space_heads({key: changed(key, value, small) for key, value in small.items()}, sizes)
 
 
 def _with_state_space_heads(config: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
@@ -379,6 +396,19 @@ def _computed_keys(
         if len(same) == 1:
             aliases[key] = same[0]
     return frozenset(changed) - aliases.keys(), aliases
+
+
+def _part_of(given: Mapping[str, Any], full: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of the model with the config `full`, which may be one inside it."""
+    inner = next(
+        (
+            value
+            for value in given.values()
+            if isinstance(value, dict) and value.get("model_type") == full.get("model_type") != given.get("model_type")
+        ),
+        {},
+    )
+    return {**(inner or given), "model_type": given.get("model_type")}
 
 
 def _layers_needed(original: Any, config: Mapping[str, Any]) -> int | None:

@@ -200,7 +200,9 @@ def _try(plan: Plan, original: Any, folder: Path, sizes: Sizes, attention: tuple
         raise TwinError(f"a small model of {num_parameters} parameters is too large")
     scaled = twin_plan(plan, original, twin, sizes.divisor)
     check_model(twin, scaled)
-    words = twin.get_input_embeddings().weight.shape[0]
+    head = twin.get_output_embeddings()
+    tables = [twin.get_input_embeddings(), *([head] if hasattr(head, "weight") else [])]
+    words = min(table.weight.shape[0] for table in tables)
     images, no_images = _images(folder / "float64", plan)
     padding = getattr(twin.config, "pad_token_id", None)
     batches = Batches(vocab_size=words, length=_LENGTH, padding=padding, images=images)
@@ -235,7 +237,7 @@ def _in_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     inner = {
         key: _in_dtype(value, dtype)
         for key, value in config.items()
-        if key.endswith("_config") and isinstance(value, Mapping)
+        if key.endswith("_config") and isinstance(value, Mapping) and key != "per_layer_config"
     }
     return {**config, **inner, "dtype": dtype}
 
