@@ -27,6 +27,7 @@ def forward_operations(model: Any, batches: BatchOf, forward: Forward = by_class
     Returns:
         Two for each multiplication and addition.
     """
-    with torch.no_grad(), PromoteToFloat64(), FlopCounterMode(display=False) as counter:
+    # with gradients: the counter's hooks need the gradient function of a part of a weight that a module is given
+    with torch.enable_grad(), PromoteToFloat64(), FlopCounterMode(display=False) as counter:
         forward(model, batches(Pass.FIRST.seed))
     return int(counter.get_total_flops())
