@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from autotp_plan.schemas.spec import SpecFile
 
 
 def compile_plan(
-    model: Path | Any,
+    model: str | os.PathLike[str] | Any,
     *,
     tp_size: int | None = None,
     preset: str = AUTO,
@@ -74,7 +75,7 @@ def compile_plan(
         DocumentError: config.json or the index is not JSON.
         MissingDependencyError: a bare config.json needs transformers, and it is not installed.
     """
-    given = ModelInput(model, factory)
+    given = ModelInput(Path(model) if isinstance(model, str | os.PathLike) else model, factory)
     options = _Options(tp_size=_tp_size(tp_size, deepspeed), uneven=uneven, deepspeed=deepspeed, strict=strict)
     rules = collect_rules(given, preset, specs, deepspeed, strict)
     if preset == INFER:

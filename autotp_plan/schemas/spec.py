@@ -5,6 +5,7 @@ Sizes are kept as written (integers or expressions); nothing here resolves them 
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -120,13 +121,13 @@ class SpecFile:
     renamed_prefixes: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: Path) -> SpecFile:
+    def read(cls, path: str | os.PathLike[str]) -> SpecFile:
         """The spec file in `path`.
 
         Raises:
             DocumentError: with every fault found.
         """
-        return cls.from_dict(documents.read_json(path, "spec file"))
+        return cls.from_dict(documents.read_json(Path(path), "spec file"))
 
     @classmethod
     def from_dict(cls, data: Any, kind: str = "spec file") -> SpecFile:

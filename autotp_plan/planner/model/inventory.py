@@ -8,6 +8,7 @@ parameters, tied heads that are not written) is a fact about the architecture th
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,14 +108,14 @@ def take_inventory(model: ModelInput, names: DiskNames) -> Inventory:
     return dataclasses.replace(inventory_of_module(model.module, names), config=model.config, notes=notes)
 
 
-def inventory_of_folder(folder: Path, names: DiskNames | None = None) -> Inventory:
+def inventory_of_folder(folder: str | os.PathLike[str], names: DiskNames | None = None) -> Inventory:
     """The inventory of a checkpoint folder, or of a folder with a bare config.json.
 
     Raises:
         CheckpointError: the folder is neither, or as `take_inventory`.
         MissingDependencyError: a bare config.json needs transformers, and it is not installed.
     """
-    return take_inventory(ModelInput(folder), names or DiskNames())
+    return take_inventory(ModelInput(Path(folder)), names or DiskNames())
 
 
 def inventory_of_module(module: Any, names: DiskNames | None = None) -> Inventory:

@@ -8,6 +8,7 @@ file has the checksum it had on the hub. The small files next to the weights com
 from __future__ import annotations
 
 import itertools
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +42,13 @@ from autotp_plan.schemas.storage.safetensors_header import (
 _COPY_AGAIN = "copy the folder again, or pre-split again"
 
 
-def merge(shards_folder: Path, output: Path, *, workers: int = 4, progress: Progress | None = None) -> int:
+def merge(
+    shards_folder: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    workers: int = 4,
+    progress: Progress | None = None,
+) -> int:
     """Write the checkpoint that shards were split from; returns its size in bytes.
 
     Args:
@@ -59,7 +66,8 @@ def merge(shards_folder: Path, output: Path, *, workers: int = 4, progress: Prog
         OutputError: `output` cannot be written, or the operating system stopped the command.
     """
     check_options("merge", workers)
-    shards = read_shards(shards_folder)
+    output = Path(output)
+    shards = read_shards(Path(shards_folder))
     originals = [parse_header(output / file.name, file.header) for file in shards.manifest.source.files]
     copied = _copied(shards)
     tensors = list(_copies(shards, _tensors(shards, originals, copied)))
@@ -86,7 +94,7 @@ def _is_finished(output: Path, sizes: dict[str, int], shards: ShardsFolder) -> b
         return False
 
 
-def check_shards(folder: Path, *, workers: int = 4, progress: Progress | None = None) -> ShardsFolder:
+def check_shards(folder: str | os.PathLike[str], *, workers: int = 4, progress: Progress | None = None) -> ShardsFolder:
     """Verify every byte of a shards folder, and that it makes up the checkpoint it was split from.
 
     Args:
@@ -100,6 +108,7 @@ def check_shards(folder: Path, *, workers: int = 4, progress: Progress | None = 
         MismatchError: its shards are of another plan than the one in it.
         CheckpointError: a header of the checkpoint in its manifest is broken.
     """
+    folder = Path(folder)
     shards = read_shards(folder)
     originals = [parse_header(folder / file.name, file.header) for file in shards.manifest.source.files]
     _tensors(shards, originals, _copied(shards))

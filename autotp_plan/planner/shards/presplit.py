@@ -6,6 +6,7 @@ parameters) are kept apart, so that `merge` gives the checkpoint back to the byt
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from autotp_plan.planner.plan_checks import check_plan
@@ -24,8 +25,8 @@ from autotp_plan.schemas.storage.plan_fit import checkpoint_faults
 
 def presplit(
     plan: Plan,
-    checkpoint_folder: Path,
-    output: Path,
+    checkpoint_folder: str | os.PathLike[str],
+    output: str | os.PathLike[str],
     *,
     max_file_bytes: int = MAX_FILE_BYTES,
     workers: int = 4,
@@ -48,7 +49,8 @@ def presplit(
         OptionError: `workers` or `max_file_bytes` is not positive.
         OutputError: `output` cannot be written, or the operating system stopped the command.
     """
-    checkpoint = read_checkpoint(checkpoint_folder)
+    output = Path(output)
+    checkpoint = read_checkpoint(Path(checkpoint_folder))
     faults = check_plan(plan) + checkpoint_faults(plan, checkpoint)
     if faults:
         raise MismatchError(faults)

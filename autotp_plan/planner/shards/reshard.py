@@ -28,8 +28,8 @@ from autotp_plan.schemas.storage.safetensors_header import parse_header, prefixe
 
 
 def reshard(
-    shards_folder: Path,
-    output: Path,
+    shards_folder: str | os.PathLike[str],
+    output: str | os.PathLike[str],
     *,
     tp_size: int | None = None,
     plan: Plan | None = None,
@@ -59,7 +59,8 @@ def reshard(
         OutputError: `output` cannot be written, or the operating system stopped the command.
     """
     check_target(tp_size, plan)
-    shards = read_shards(shards_folder)
+    output = Path(output)
+    shards = read_shards(Path(shards_folder))
     with _headers_only(shards) as checkpoint:
         if plan is None:
             plan = _recompiled(shards.plan, checkpoint, tp_size, uneven)

@@ -8,6 +8,7 @@ their entries, from here.
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,13 @@ class Plan(PlanEntries):
     """A plan. Reading and writing it are its only methods beyond those of its entries."""
 
     @classmethod
-    def read(cls, path: Path) -> Plan:
+    def read(cls, path: str | os.PathLike[str]) -> Plan:
         """The plan in the file `path`.
 
         Raises:
             DocumentError: with every fault found, as `from_dict`.
         """
-        return cls.from_dict(documents.read_json(path, "plan"))
+        return cls.from_dict(documents.read_json(Path(path), "plan"))
 
     @classmethod
     def from_dict(cls, data: Any) -> Plan:

@@ -6,6 +6,7 @@ by itself is not asked here.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -27,7 +28,7 @@ from autotp_plan.schemas.storage.safetensors_header import TensorEntry
 COMPILE_AGAIN = "give the checkpoint that the plan was compiled for, or compile a plan for this one"
 
 
-def check_checkpoint(plan: Plan, folder: Path) -> list[Fault]:
+def check_checkpoint(plan: Plan, folder: str | os.PathLike[str]) -> list[Fault]:
     """Check that a checkpoint is the one a plan was compiled for.
 
     Args:
@@ -40,7 +41,7 @@ def check_checkpoint(plan: Plan, folder: Path) -> list[Fault]:
     Raises:
         CheckpointError: the folder cannot be read at all.
     """
-    return checkpoint_faults(plan, read_checkpoint(folder))
+    return checkpoint_faults(plan, read_checkpoint(Path(folder)))
 
 
 def checkpoint_faults(plan: Plan, checkpoint: Checkpoint) -> list[Fault]:
