@@ -36,7 +36,7 @@ def with_full_names(plan: Mapping[str, str], model: Any) -> dict[str, str]:
 
 
 NOTE = (
-    "The rules are the model's own tp_plan, and are not proven: `autotp-plan verify` builds models of transformers "
-    "only, so compare the losses of some steps with the unsharded model's."
+    "The rules are the model's own tp_plan, and are not proven: `autotp-plan verify --module package.module:function` "
+    "proves them, where a function makes the model."
 )
 """On a plan that was made by a `tp_plan` of one's own."""

@@ -155,12 +155,11 @@ def _original(plan: Plan, folder: Path) -> Any:
     if plan.model.config is None:
         raise MismatchError(
             Fault(
-                what="only a model of transformers can be verified",
+                what="only a model of transformers can be verified without the function that makes it",
                 where="model.config",
                 got="a plan of a model without config.json",
-                expected="a plan compiled from a checkpoint or config.json of transformers",
-                next="compare your sharded model with the unsharded one in a test of your own, as "
-                "tests/runtime/test_parity_with_dense.py does",
+                expected="a plan compiled from a checkpoint or config.json of transformers, or --module",
+                next="name the function: --module package.module:function",
             )
         )
     folder.mkdir()
