@@ -95,7 +95,7 @@ def test_there_are_such_files() -> None:
     names = {str(path.relative_to(PACKAGE)) for path in INTERNALS}
     assert names == {
         "huggingface/internals.py", "runtime/deepspeed/internals.py", "runtime/deepspeed/zero_internals.py",
-        "runtime/deepspeed/saving_internals.py",
+        "runtime/deepspeed/saving_internals.py", "runtime/deepspeed/store_internals.py",
         "runtime/tensor_parallel/torch_internals.py",
     }  # fmt: skip
     for path in INTERNALS:

@@ -244,6 +244,8 @@ CANARIES = [
     Canary("torch.optim._muon:_single_tensor_muon", "verify --optimizer muon", uses("_zeropower_via_newtonschulz")),
     Canary("torch.utils._python_dispatch:TorchDispatchMode.__torch_dispatch__",
            "finding that an optimizer communicates"),
+    Canary("torch.distributed.distributed_c10d:_get_default_store", "finding ranks that do not make a call",
+           uses("_get_default_group")),
     Canary("torch:Tensor._version", "sharing input gradients, after a tensor was changed in place",
            version_counts_changes),
     Canary("torch:_assert_async", "refusing labels that are not in the vocabulary", assertion_raises),

@@ -9,6 +9,10 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedModel
 
+from autotp_plan.runtime.deepspeed.attendance import check_all_call
+
+_ON_ALL_TP_RANKS = "call it on every rank of a TP group with the same inputs, and print or write the result on one"
+
 
 class GenerationCalls(PreTrainedModel if TYPE_CHECKING else object):  # type: ignore[misc]
     """Methods of `PreTrainedModel` that draw random numbers, which must be the same on the ranks of a TP group."""
@@ -20,7 +24,11 @@ class GenerationCalls(PreTrainedModel if TYPE_CHECKING else object):  # type: ig
 
         Each rank has all logits and picks the next token itself. So every rank takes the random state of the group's
         first rank before it draws, and keeps it afterwards; DP ranks draw different numbers.
+
+        Raises:
+            MismatchError: not every rank of the TP group calls it, or with other inputs.
         """
+        check_all_call("model.generate", _ON_ALL_TP_RANKS, self.autotp.ranks.tp_group)
         share_rng_state(self.autotp.ranks.tp_group)
         return super().generate(*args, **kwargs)
 

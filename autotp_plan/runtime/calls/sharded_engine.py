@@ -12,6 +12,7 @@ from deepspeed import DeepSpeedEngine
 
 from autotp_plan.runtime.checkpoint.full_tensors import full_state_dict
 from autotp_plan.runtime.deepspeed.agreement import together
+from autotp_plan.runtime.deepspeed.attendance import check_all_call
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.runtime.deepspeed.saving_internals import SavesFullTensors, check_saving_methods
 from autotp_plan.runtime.parameters.state_dicts import shards_in_state_dict
@@ -30,14 +31,17 @@ sys.exit(
 '''
 
 
+_GATHERING = "a call that gathers the state dict, such as trainer.save_model or accelerator.get_state_dict"
+
+
 class ShardedEngine(SavesFullTensors, DeepSpeedEngine if TYPE_CHECKING else object):  # type: ignore[misc]
     """Methods of the engine of a sharded model, before those of its class."""
 
     tp_dp_ranks: Ranks
     recovery_script = _SCRIPT
 
-    def full_state_dict(self, only_trained: bool) -> Any:
-        return full_state_dict(self.module, self.tp_dp_ranks, only_trained=only_trained)
+    def full_state_dict(self, only_trained: bool, call: str = _GATHERING) -> Any:
+        return full_state_dict(self.module, self.tp_dp_ranks, call=call, only_trained=only_trained)
 
     def save_16bit_model(
         self, save_dir: str, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
@@ -58,7 +62,7 @@ class ShardedEngine(SavesFullTensors, DeepSpeedEngine if TYPE_CHECKING else obje
         Raises:
             OutputError: the file cannot be written. The same on every rank.
         """
-        state = self.full_state_dict(exclude_frozen_parameters)
+        state = self.full_state_dict(exclude_frozen_parameters, "engine.save_16bit_model")
 
         def write() -> None:
             if state is not None:
@@ -77,6 +81,7 @@ class ShardedEngine(SavesFullTensors, DeepSpeedEngine if TYPE_CHECKING else obje
         exclude_frozen_parameters: bool = False,
     ) -> Any:
         """As DeepSpeed's: each rank writes its shards, to load on the same mesh. `plan.save_checkpoint` does more."""
+        check_all_call("engine.save_checkpoint")
         with shards_in_state_dict():
             return super().save_checkpoint(
                 save_dir,
@@ -92,6 +97,7 @@ class ShardedEngine(SavesFullTensors, DeepSpeedEngine if TYPE_CHECKING else obje
         Raises:
             CheckpointError: it was saved on another number of TP ranks.
         """
+        check_all_call("engine.load_checkpoint")
         self._check_tp_size(Path(load_dir), tag)
         with shards_in_state_dict():
             return super().load_checkpoint(load_dir, tag, *args, **kwargs)

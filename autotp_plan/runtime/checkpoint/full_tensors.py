@@ -14,6 +14,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from autotp_plan.runtime.deepspeed.attendance import check_all_call
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.runtime.deepspeed.zero_internals import full_shape, partition_of
 from autotp_plan.runtime.loading.local_shard import shards_of
@@ -59,10 +60,15 @@ class FullTensors:
     Args:
         model: a sharded model, or anything that wraps one.
         ranks: this process's place in the mesh.
+        call: what needs them, for the error when a rank does not call it.
         only_trained: leave out parameters that are frozen, and buffers.
+
+    Raises:
+        MismatchError: not every rank makes the call.
     """
 
-    def __init__(self, model: nn.Module, ranks: Ranks, *, only_trained: bool = False) -> None:
+    def __init__(self, model: nn.Module, ranks: Ranks, *, call: str, only_trained: bool = False) -> None:
+        check_all_call(call)
         self.ranks = ranks
         self._held: dict[str, _Held] = {}
         self.tensors: dict[str, FullTensor] = {}
@@ -147,18 +153,21 @@ class FullTensors:
         return [torch.Size(one.layout.rank_shape(tp_rank)).numel() for one in ours]
 
 
-def full_state_dict(model: nn.Module, ranks: Ranks, *, only_trained: bool = False) -> dict[str, Tensor] | None:
+def full_state_dict(
+    model: nn.Module, ranks: Ranks, *, call: str, only_trained: bool = False
+) -> dict[str, Tensor] | None:
     """The state dict of the model without sharding, in the memory of the first rank's host; every rank calls it.
 
     Args:
         model: a sharded model, or anything that wraps one.
         ranks: this process's place in the mesh.
+        call: what needs it, for the error when a rank does not call it.
         only_trained: leave out parameters that are frozen, and buffers.
 
     Returns:
         On the first rank the tensors by name, tied ones as one tensor; None on the others.
     """
-    full = FullTensors(model, ranks, only_trained=only_trained)
+    full = FullTensors(model, ranks, call=call, only_trained=only_trained)
     state: dict[str, Any] = {}
     for name, tensor in full.tensors.items():
         state[name] = state[tensor.tied_to] if tensor.tied_to is not None else full.gather(name)

@@ -22,6 +22,7 @@ from autotp_plan.runtime.checkpoint.zero_files import SavedJob
 from autotp_plan.runtime.data.sampler import ResumableSampler
 from autotp_plan.runtime.data.stream import StreamLoader
 from autotp_plan.runtime.deepspeed.agreement import check_same, together
+from autotp_plan.runtime.deepspeed.attendance import check_all_call
 from autotp_plan.runtime.deepspeed.internals import collected_save_errors
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.schemas.documents import fingerprint, format_json, read_json, write_atomically
@@ -58,10 +59,11 @@ def save_checkpoint(
         The tag.
 
     Raises:
-        MismatchError: gradients have been accumulated since the last optimizer step.
+        MismatchError: gradients have been accumulated since the last optimizer step; or not every rank calls it.
         CheckpointError: the tag is not the name of a folder, or names anything but what an unfinished save has left.
     """
     tag = tag if tag is not None else f"step{engine.global_steps}"
+    check_all_call("plan.save_checkpoint")
     about = together(lambda: _about_a_save(engine, folder, plan, ranks, tag, client_state), _FAILED)
     check_same(
         {"tag": tag, "plan": plan.fingerprint, "latest": _latest(folder)},
@@ -173,6 +175,7 @@ def load_checkpoint(engine: Any, folder: Path, plan: Plan, ranks: Ranks, tag: st
         MismatchError: it is of another model, or can be resumed only on the mesh it was saved on.
         MissingDependencyError: this version of DeepSpeed keeps its state where it is not looked for.
     """
+    check_all_call("plan.load_checkpoint")
     tag, about, job = together(lambda: _what_to_load(engine, folder, plan, ranks, tag), _NOT_READ, _READ_AGAIN)
     check_same(
         {"tag": tag, "checkpoint": fingerprint(about), "plan": plan.fingerprint},

@@ -79,9 +79,9 @@ def save_plain_checkpoint(
 
     Raises:
         OutputError: the first rank cannot write. As all errors, the same on every rank.
-        MismatchError: the model has other parameters than the plan.
+        MismatchError: the model has other parameters than the plan; or not every rank calls it.
     """
-    full = FullTensors(model, ranks)
+    full = FullTensors(model, ranks, call="model.save_pretrained")
     is_first = torch.distributed.get_rank() == 0
 
     def begin() -> _Writer | None:

@@ -21,6 +21,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from autotp_plan.runtime.deepspeed.agreement import together
+from autotp_plan.runtime.deepspeed.attendance import check_all_call
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.runtime.deepspeed.zero_internals import partition_of
 from autotp_plan.runtime.loading.weights import DTYPES
@@ -66,7 +67,9 @@ def save_shards(
         OutputError: the folder cannot be written. As all errors, the same on every rank.
         ShardsError: `like` is a shards folder that is not what its manifest says.
         CheckpointError: `like` is a checkpoint that cannot be read.
+        MismatchError: not every rank calls it.
     """
+    check_all_call("plan.save_shards")
     new = _together(lambda: NewShards(plan, original_of(like, plan), max_file_bytes))
     rank = _RankWriter(model, new, ranks)
     if torch.distributed.get_rank() > 0:

@@ -10,9 +10,11 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor, nn
 
+from autotp_plan.runtime.deepspeed.attendance import check_all_call
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.schemas.errors import Fault, MismatchError, OptionError
 
+_ON_ALL_TP_RANKS = "call the model on every rank of a TP group with the same batch"
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -48,6 +50,8 @@ def check_batches(model: nn.Module, ranks: Ranks, every: int | None) -> None:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         number = seen[module.training]
+        if number == 0:
+            check_all_call("model.forward", _ON_ALL_TP_RANKS, ranks.tp_group)
         seen[module.training] += 1
         if number % every:
             return
