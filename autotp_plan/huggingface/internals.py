@@ -7,6 +7,7 @@ Each function states what it relies on and raises MissingDependencyError when it
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -228,6 +229,52 @@ def gathering_objects_with(
 
     gather = private(accelerator, "gather_object", _ACCELERATE, "the results of an evaluation")
     return replaced(accelerator, "gather_object", lambda objects: of_each(gather, objects))
+
+
+@contextmanager
+def counting_with(
+    accelerator: Any,
+    module: Any,
+    num_processes: int,
+    process_index: int,
+    gather: Callable[[Any], Any],
+    of_each: Callable[[Callable[[Any], Any], Any], Any],
+) -> Iterator[None]:
+    """While active, `module` and its Accelerator count `num_processes`, of which this is `process_index`.
+
+    Relies on `Accelerator.num_processes` and `process_index`, properties that nothing sets, and on `gather` and
+    `gather_object` of `module`, a trainer of TRL.
+
+    Args:
+        accelerator: the Accelerator.
+        module: what has imported `gather` and `gather_object` of accelerate.
+        num_processes: the number of processes.
+        process_index: the number of this one.
+        gather: in the place of both `gather`.
+        of_each: called as `of_each(gather_object, objects)` in the place of `gather_object`.
+    """
+    used_for = "TRL's trainers that generate"
+    objects = private(module, "gather_object", "trl", used_for)
+    private(module, "gather", "trl", used_for)
+    with (
+        replaced(type(accelerator), "num_processes", num_processes),
+        replaced(type(accelerator), "process_index", process_index),
+        replaced(accelerator, "gather", gather),
+        replaced(module, "gather", gather),
+        replaced(module, "gather_object", lambda given: of_each(objects, given)),
+    ):
+        yield
+
+
+def keep_rows_of(trainer: Any, number: int) -> None:
+    """Let a trainer of TRL print and write a table of its last `number` completions.
+
+    Relies on `_logs`, a dict of deques and of dicts of deques, which are made for `args.generation_batch_size`.
+    """
+    logs = private(trainer, "_logs", "trl", "the completions that TRL logs")
+    for key, kept in logs.items():
+        if isinstance(kept, deque):
+            logs[key] = deque(kept, maxlen=number)
 
 
 # PEFT

@@ -159,6 +159,14 @@ CANARIES = [
     Canary("peft:LoraConfig._register_custom_module", "LoRA on tensor-parallel layers", modules_are_registered),
     Canary("peft.tuners.tuners_utils:BaseTuner.inject_adapter", "LoRA by PEFT's own calls on a sharded model",
            takes("model", "adapter_name", "low_cpu_mem_usage")),
+    *(
+        Canary(f"trl.trainer.{file}_trainer:{file.upper()}Trainer", f"TRL's {file.upper()}Trainer: what it gathers",
+               uses("gather", "gather_object", "num_processes" if file == "grpo" else "process_index", "_logs",
+                    "generation_batch_size"))
+        for file in ("grpo", "rloo")
+    ),
+    Canary("accelerate:Accelerator.process_index", "TRL's trainers that generate", lambda it: isinstance(it, property)),
+    Canary("accelerate:Accelerator.num_processes", "TRL's trainers that generate", lambda it: isinstance(it, property)),
 ]  # fmt: skip
 
 

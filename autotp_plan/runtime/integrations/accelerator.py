@@ -7,6 +7,7 @@ for metrics.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from autotp_plan.huggingface.internals import gathering_objects_with, prepare_engine_with
 from autotp_plan.runtime.calls.wrappers import ADAPTED
+from autotp_plan.runtime.deepspeed.attendance import check_all_call
 from autotp_plan.runtime.deepspeed.engine_config import engine_config
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.schemas.errors import Fault, MismatchError
@@ -51,8 +53,21 @@ def adapt_accelerator(accelerator: Any, plan: Plan, ranks: Ranks, initialize: Ca
     prepare_engine_with(accelerator, _as_accelerate_calls(initialize))
     accelerator.gather_for_metrics = _gather_once(accelerator, accelerator.gather_for_metrics, ranks)
     setattr(accelerator, ADAPTED, True)
+    on_every_rank(accelerator, "prepare", "accelerator.prepare, which trainer.get_eval_dataloader calls too")
     section: dict[str, Any] = config["tensor_parallel"]
     return section
+
+
+def on_every_rank(owner: Any, method: str, call: str) -> None:
+    """Let a method of `owner`, an object, check first that all ranks call it; `call` is its name for people."""
+    function = getattr(owner, method)
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        check_all_call(call)
+        return function(*args, **kwargs)
+
+    setattr(owner, method, checked)
 
 
 def _check(accelerator: Any, ranks: Ranks) -> None:
@@ -106,15 +121,17 @@ def gather_of_each(accelerator: Any, ranks: Ranks) -> Callable[[Any], Any]:
     return lambda data: recursively_apply(first_of_each, gather(data))
 
 
+def objects_of_each(ranks: Ranks) -> Callable[[Callable[[Any], Any], Any], Any]:
+    """`gather_object(objects)`, given both, with the objects of each data-parallel rank once."""
+    return lambda gather_object, objects: gather_object([] if ranks.tp_rank else objects)
+
+
 def _gather_once(accelerator: Any, gather_for_metrics: Callable[..., Any], ranks: Ranks) -> Callable[..., Any]:
     """`gather_for_metrics` with the results of each data-parallel rank once, not once per TP rank."""
     gather_tensors = gather_of_each(accelerator, ranks)
 
-    def of_first_tp_rank(gather_object: Callable[[Any], Any], data: Any) -> Any:
-        return gather_object([] if ranks.tp_rank else data)
-
     def gather_for_metrics_once(input_data: Any, use_gather_object: bool = False) -> Any:
-        with replaced(accelerator, "gather", gather_tensors), gathering_objects_with(of_first_tp_rank):
+        with replaced(accelerator, "gather", gather_tensors), gathering_objects_with(objects_of_each(ranks)):
             return gather_for_metrics(input_data, use_gather_object)
 
     return gather_for_metrics_once

@@ -16,8 +16,8 @@ from autotp_plan.huggingface.internals import count_items_of_one_rank, count_tok
 from autotp_plan.runtime.data.stream import check_not_split
 from autotp_plan.runtime.deepspeed.internals import is_sharded
 from autotp_plan.runtime.deepspeed.mesh import Ranks
-from autotp_plan.runtime.integrations.accelerator import adapt_accelerator, gather_of_each
-from autotp_plan.runtime.integrations.trl import check_trl
+from autotp_plan.runtime.integrations.accelerator import adapt_accelerator, gather_of_each, on_every_rank
+from autotp_plan.runtime.integrations.trl import check_trl, count_completions
 from autotp_plan.schemas.errors import Fault, MismatchError
 from autotp_plan.schemas.plan.document import Plan
 
@@ -37,7 +37,7 @@ def adapt_trainer(trainer: Any, plan: Plan, ranks: Ranks, initialize: Callable[.
     """
     accelerator = trainer.accelerator
     _check(trainer, accelerator)
-    check_trl(trainer, ranks.tp_size)
+    check_trl(trainer, ranks)
     _check_data(trainer, ranks)
     config = trainer.args.hf_deepspeed_config.config
     config["tensor_parallel"] = adapt_accelerator(accelerator, plan, ranks, initialize)
@@ -45,8 +45,11 @@ def adapt_trainer(trainer: Any, plan: Plan, ranks: Ranks, initialize: Callable[.
     zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)
     _count_the_model(trainer, ranks)
     trainer.hyperparameter_search = _refuse_search
+    for method in ("evaluate", "predict"):
+        on_every_rank(trainer, method, f"trainer.{method}")
     count_tokens_with(trainer, gather_of_each(accelerator, ranks))
     count_items_of_one_rank(trainer, ranks.tp_size)
+    count_completions(trainer, ranks)
     trainer.gather_function = functools.partial(
         accelerator.gather_for_metrics, use_gather_object=trainer.args.eval_use_gather_object
     )

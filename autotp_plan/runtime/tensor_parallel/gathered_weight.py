@@ -9,7 +9,8 @@ optimizers and ZeRO find it by `named_parameters`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from deepspeed.runtime.zero import GatheredParameters
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from autotp_plan.runtime.deepspeed.zero_internals import is_partitioned
+from autotp_plan.runtime.deepspeed.zero_internals import is_managed_by_zero3, is_partitioned
 from autotp_plan.runtime.tensor_parallel.collectives import gather_shards, take
 from autotp_plan.runtime.tensor_parallel.torch_internals import (
     map_tensors,
@@ -28,6 +29,23 @@ from autotp_plan.runtime.tensor_parallel.torch_internals import (
 )
 from autotp_plan.schemas.errors import Fault, MismatchError
 from autotp_plan.schemas.layout import Layout
+
+_showing_shards: ContextVar[bool] = ContextVar("showing_shards", default=False)
+
+
+@contextlib.contextmanager
+def showing_shards() -> Iterator[None]:
+    """While active, `layer.weight` is this rank's shard, for code that does the same to each shard as to the weight."""
+    token = _showing_shards.set(True)
+    try:
+        yield
+    finally:
+        _showing_shards.reset(token)
+
+
+def are_shards_shown() -> bool:
+    """Whether `showing_shards` is active."""
+    return _showing_shards.get()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,6 +172,8 @@ def _state(parameter: nn.Parameter) -> object:
     """What is another after `parameter` was changed."""
     if _Steps.hook is None:
         _Steps.hook = register_optimizer_step_post_hook(_Steps.add)
+    if is_managed_by_zero3(parameter):  # which moves it at every use, to other places on other ranks
+        return _Steps.count
     return version_of(parameter), parameter.data_ptr(), _Steps.count
 
 

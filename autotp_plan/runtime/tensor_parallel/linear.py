@@ -23,7 +23,7 @@ from autotp_plan.runtime.deepspeed.internals import ShardedLayer, are_all_of_dee
 from autotp_plan.runtime.parameters.state_dicts import HoldsShards
 from autotp_plan.runtime.tensor_parallel.collectives import copy_to_ranks, sum_over_ranks, take
 from autotp_plan.runtime.tensor_parallel.dropout_rng import enter_sharded_region, leave_sharded_region
-from autotp_plan.runtime.tensor_parallel.gathered_weight import GatheredWeight, ShardedWeight
+from autotp_plan.runtime.tensor_parallel.gathered_weight import GatheredWeight, ShardedWeight, are_shards_shown
 from autotp_plan.runtime.tensor_parallel.lazy_logits import LastDimSharding, LazilyGathered
 from autotp_plan.runtime.tensor_parallel.sharded_params import ShardedParams
 from autotp_plan.runtime.tensor_parallel.torch_internals import eager, forward_pre_hooks, tensor_of
@@ -99,6 +99,8 @@ class PlannedLayer(HoldsShards, ShardedLayer):
     def _read(self, leaf: str, at_once: bool) -> Any:
         parameter = tensor_of(self, leaf)
         if parameter is None or not (self.gathers_when_read and self.is_tp_parallel) or parameter.is_meta:
+            return parameter
+        if are_shards_shown():
             return parameter
         layout = self.shards.layouts[leaf]
         if layout.dim is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -81,21 +82,55 @@ def reward(model: Any, load: Callable[[], Any], out: Path, deepspeed: Any, **opt
     )
 
 
-def grpo(model: Any, load: Callable[[], Any], out: Path, deepspeed: Any, **options: Any) -> Any:
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+def orpo(model: Any, load: Callable[[], Any], out: Path, deepspeed: Any, **options: Any) -> Any:
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
     from tests.helpers import trl
 
-    data = Dataset.from_list([{"prompt": trl.text(seed)} for seed in range(16)])
-    config = GRPOConfig(str(out), deepspeed=deepspeed, num_generations=2, max_completion_length=4, **trl.CONFIG)
-    return GRPOTrainer(
-        model, reward_funcs=lambda completions, **_: [float(len(one)) for one in completions], args=config,
-        train_dataset=data, processing_class=trl.tokenizer(),
-    )  # fmt: skip
+    config = ORPOConfig(str(out), deepspeed=deepspeed, **trl.CONFIG)
+    return ORPOTrainer(model, args=config, train_dataset=preferences(), processing_class=trl.tokenizer())
 
 
-TRAINERS: dict[str, Callable[..., Any]] = {"sft": sft, "dpo": dpo, "kto": kto, "reward": reward}
+def words_of(completions: list[str], **_: Any) -> list[float]:
+    """A reward that says which tokens were drawn."""
+    return [sum(int(word[1:]) for word in one.split() if word[0] == "w") % 17 / 4 for one in completions]
+
+
+def moody(completions: list[str], **_: Any) -> list[float]:
+    """A reward that each process gives by itself, as a model that is asked over the network."""
+    return [random.random() for _ in completions]
+
+
+def generating(name: str, defaults: dict[str, Any]) -> Callable[..., Any]:
+    def make(model: Any, load: Callable[[], Any], out: Path, deepspeed: Any, **options: Any) -> Any:
+        import trl as library
+        from datasets import Dataset
+
+        from tests.helpers import trl
+
+        data = Dataset.from_list([{"prompt": trl.text(seed)} for seed in range(16)])
+        funcs = options.pop("reward_funcs", words_of)
+        settings: dict[str, Any] = {**trl.CONFIG, "num_generations": 2, "max_completion_length": 4, "temperature": 0.9}
+        config = getattr(library, f"{name}Config")(str(out), deepspeed=deepspeed, **{**settings, **defaults, **options})
+        return getattr(library, f"{name}Trainer")(
+            model, reward_funcs=funcs, args=config, train_dataset=data, eval_dataset=data.select(range(4)),
+            processing_class=trl.tokenizer(),
+        )  # fmt: skip
+
+    return make
+
+
+GROUPS = {"num_generations": 4, "num_generations_eval": 2, "gradient_accumulation_steps": 2}
+TRAINERS: dict[str, Callable[..., Any]] = {
+    "sft": sft, "dpo": dpo, "kto": kto, "reward": reward,
+    "grpo": generating("GRPO", {**GROUPS, "num_iterations": 2, "scale_rewards": "batch"}),
+    "grpo, reference": generating("GRPO", {**GROUPS, "beta": 0.1}),
+    "grpo, own loss": generating("GRPO", {"per_device_train_batch_size": 4, "top_entropy_quantile": 0.5,
+                                          "loss_type": "grpo"}),
+    "rloo": generating("RLOO", {**GROUPS, "beta": 0.0}),
+    # of two data-parallel ranks, with half a group on each:
+    "rloo, reference": generating("RLOO", {"num_generations": 4, "num_generations_eval": 2}),
+}  # fmt: skip
 
 
 def with_lora(model: Any, adapt: Callable[[Any, Any], Any]) -> Any:
@@ -103,7 +138,11 @@ def with_lora(model: Any, adapt: Callable[[Any, Any], Any]) -> Any:
     from peft import LoraConfig
 
     torch.manual_seed(0)
-    return adapt(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights="gaussian"))
+    task = "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights="gaussian", task_type=task
+    )
+    return adapt(model, config)
 
 
 def run(trainer: Any) -> list[dict[str, float]]:
@@ -148,7 +187,7 @@ def sharded(folder: Path, plan_file: Path, out: Path, lora: bool, runs: list[tup
         if lora:
             model = with_lora(model, plan.add_lora)
         reference = (lambda: None) if lora else (lambda: plan.load_model(folder))
-        config = trl.deepspeed_config(stage, tp_size=2 if name in ("dpo", "kto") else 0)
+        config = trl.deepspeed_config(stage, tp_size=2 if name in ("dpo", "kto") and not lora else 0)
         trainer = TRAINERS[name](model, reference, out, config)
         plan.adapt_trainer(trainer)
         found.append(run(trainer))
@@ -179,23 +218,27 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("model", "lora", "runs"),
+    ("model", "lora", "dp_size", "runs"),
     [
-        ("plain", False, [("sft", 0), ("sft", 2), ("sft", 3), ("dpo", 1), ("kto", 2)]),
-        ("tied", False, [("sft", 1)]),
-        ("plain", True, [("sft", 1), ("dpo", 1)]),
-        ("head", False, [("reward", 1)]),
+        ("plain", False, 1, [("sft", 0), ("sft", 2), ("sft", 3), ("dpo", 1), ("kto", 2)]),
+        ("plain", False, 1, [("grpo, reference", 1), ("grpo, own loss", 3), ("rloo", 2)]),
+        ("plain", False, 2, [("rloo, reference", 1), ("grpo", 3), ("sft", 1), ("dpo", 2)]),
+        ("tied", False, 1, [("sft", 1)]),
+        ("plain", True, 1, [("sft", 1), ("dpo", 1), ("kto", 1), ("grpo, reference", 1)]),
+        ("head", False, 1, [("reward", 1)]),
+        ("head", True, 1, [("reward", 1)]),
     ],
-    ids=["plain", "tied", "lora", "reward"],
+    ids=["plain", "generating", "two data-parallel ranks", "tied", "lora", "reward", "reward, lora"],
 )
 def test_trainers_log_what_they_do_for_the_dense_model(
-    work: Path, tmp_path: Path, model: str, lora: bool, runs: list[tuple[str, int]]
+    work: Path, tmp_path: Path, model: str, lora: bool, dp_size: int, runs: list[tuple[str, int]]
 ) -> None:
     names = list(dict.fromkeys(name for name, _ in runs))
-    (expected,) = launch(dense, 1, work / model, tmp_path, lora, names)
-    for history in expected.values():
-        assert len({entry["loss"] for entry in history if "loss" in entry}) == 3, "each step is another"
-    for ranks in launch(sharded, 2, work / model, work / f"{model}.json", tmp_path, lora, runs):
+    expected = launch(dense, dp_size, work / model, tmp_path, lora, names)[0]
+    for history in expected.values():  # the loss of a first step on new completions may be 0
+        steps = {(entry["loss"], entry["grad_norm"]) for entry in history if "loss" in entry}
+        assert len(steps) == 3, "each step is another"
+    for ranks in launch(sharded, 2 * dp_size, work / model, work / f"{model}.json", tmp_path, lora, runs):
         for (name, stage), found in zip(runs, ranks):  # without ZeRO and with fp32 there is no norm in DeepSpeed
             assert_equal(found, expected[name], set() if stage else {"grad_norm"}, (name, stage))
 
@@ -214,7 +257,10 @@ def refusals(folder: Path, plan_file: Path, out: Path) -> dict[str, str]:
         "dense reference": (dpo, lambda: load_dense(folder), 0, {}),
         "reference without autotp_size": (dpo, lambda: plan.load_model(folder), 0, {}),
         "precomputed": (dpo, lambda: plan.load_model(folder), 2, {"precompute_ref_log_probs": True}),
-        "grpo": (grpo, lambda: None, 0, {}),
+        "another trainer": (orpo, lambda: None, 0, {}),
+        "groups": (TRAINERS["grpo, own loss"], lambda: None, 0, {"num_generations": 8}),
+        "scheduler": (TRAINERS["grpo, own loss"], lambda: None, 0, {"use_transformers_continuous_batching": True}),
+        "reference by names": (TRAINERS["grpo, reference"], lambda: None, 2, {}),
     }
     found = {}
     for name, (make, reference, tp_size, options) in ways.items():
@@ -236,4 +282,7 @@ def test_what_would_be_wrong_is_refused(work: Path, tmp_path: Path) -> None:
             assert "ref_model=plan.load_model(path)" in found[name] and '"autotp_size": 2' in found[name]
         assert "tensor_parallel.autotp_size: 2" in found["reference without autotp_size"]
         assert "the state dict of a sharded model holds one rank's shards" in found["precomputed"]  # TRL hashes it
-        assert "GRPOTrainer" in found["grpo"] and "tp_size 1" in found["grpo"]
+        assert "ORPOTrainer" in found["another trainer"] and "tp_size 1" in found["another trainer"]
+        assert "4 completions" in found["groups"] and "steps_per_generation=8" in found["groups"]
+        assert "use_transformers_continuous_batching" in found["scheduler"]
+        assert "leave tensor_parallel out of the DeepSpeed config" in found["reference by names"]
