@@ -34,7 +34,7 @@ class ModelMethods:
         """
         sizes: list[int] = [
             size
-            for module, leaf, parameter, size in _full_sizes(self)  # type: ignore[arg-type]
+            for module, leaf, parameter, size in full_sizes(self)  # type: ignore[arg-type]
             if (parameter.requires_grad or not only_trainable)
             and not (exclude_embeddings and isinstance(module, nn.Embedding) and leaf == "weight")
         ]
@@ -91,7 +91,7 @@ class ModelMethods:
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)  # type: ignore[misc,no-any-return]
 
 
-def _full_sizes(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter, int]]:
+def full_sizes(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter, int]]:
     """Each parameter of the model without sharding, once: its module, name there, what holds it here, its elements."""
     seen = set()
     for module in model.modules():

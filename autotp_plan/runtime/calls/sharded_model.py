@@ -17,9 +17,11 @@ from autotp_plan.runtime.calls.model_methods import ModelMethods
 from autotp_plan.runtime.calls.saving import SavesPretrained
 from autotp_plan.runtime.calls.vocabulary import VocabularyCalls
 from autotp_plan.runtime.calls.wrappers import guard_wrappers
+from autotp_plan.runtime.deepspeed.zero_internals import is_managed_by_zero3
 from autotp_plan.runtime.loading.shard_model import sum_partial_gradients
 from autotp_plan.runtime.parameters.state_dicts import NotPickled
 from autotp_plan.runtime.tensor_parallel.torch_internals import tensor_of
+from autotp_plan.schemas.errors import Fault, MismatchError
 
 
 class ShardedModule(NotPickled):
@@ -35,7 +37,22 @@ class ShardedModule(NotPickled):
         return parameter
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy that trains as this one does."""
+        """A copy that trains as this one does.
+
+        Raises:
+            MismatchError: ZeRO 3 has partitioned the weights, of which a copy would know nothing.
+        """
+        if any(map(is_managed_by_zero3, cast(nn.Module, self).parameters())):
+            raise MismatchError(
+                Fault(
+                    what="a model whose weights ZeRO 3 has partitioned cannot be copied",
+                    where="copy.deepcopy(model)",
+                    got="a model of an engine with ZeRO 3",
+                    expected="a model before plan.initialize, or of an engine with ZeRO 0, 1 or 2",
+                    next="plan.load_model(path) for a second model; engine.module.save_pretrained(folder) first, "
+                    "where it is to have the trained weights",
+                )
+            )
         new: Any = type(self).__new__(type(self))
         memo[id(self)] = new
         vars(new).update(copy.deepcopy(vars(self), memo))

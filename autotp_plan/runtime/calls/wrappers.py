@@ -41,17 +41,23 @@ def guard_wrappers() -> None:
     DDP over the ranks that hold the same shard is right, and so is a DeepSpeed engine for the plan's TP size. What is
     not sharded is wrapped as before.
     """
-    _check_first(DistributedDataParallel, _check_ddp)
+    check_first(DistributedDataParallel, _check_ddp)
     for cls in (FullyShardedDataParallel, DataParallel, InferenceEngine):
-        _check_first(cls, functools.partial(_refuse, cls))
-    _check_first(FSDPParamGroup, _check_fully_shard)
-    _check_first(DeepSpeedEngine, _check_engine)
+        check_first(cls, functools.partial(_refuse, cls))
+    check_first(FSDPParamGroup, _check_fully_shard)
+    check_first(DeepSpeedEngine, _check_engine)
     for method in ("prepare", "prepare_model"):
-        _check_first(Accelerator, _check_accelerator, method)
+        check_first(Accelerator, _check_accelerator, method)
 
 
-def _check_first(cls: Any, check: Callable[[Mapping[str, Any]], None], method: str = "__init__") -> None:
-    """Let a method of `cls` call `check` with its arguments, by name, before it does what it does."""
+def check_first(cls: Any, check: Callable[[Mapping[str, Any]], None], method: str = "__init__") -> None:
+    """Let a method of `cls` call `check` with its arguments, by name, before it does what it does.
+
+    Args:
+        cls: the class, which keeps the method from then on.
+        check: raises an error where the call would be wrong.
+        method: the method's name.
+    """
     function = getattr(cls, method)
     signature = inspect.signature(function)
 

@@ -124,6 +124,11 @@ def full_shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
+def is_managed_by_zero3(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO 3 partitions a parameter, gathered or not. Relies on `ds_id`, which it gives to each."""
+    return hasattr(parameter, "ds_id")
+
+
 def is_partitioned(parameter: nn.Parameter) -> bool:
     """Whether ZeRO 3 has taken the elements of a parameter away, until they are gathered. Relies on `ds_numel`."""
     return hasattr(parameter, "ds_id") and parameter.numel() != full_numel(parameter)

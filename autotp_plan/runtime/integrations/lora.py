@@ -18,12 +18,15 @@ from deepspeed.runtime.zero import GatheredParameters
 from torch import nn
 
 from autotp_plan.huggingface.internals import register_lora_layers, replace_adapter_injection
+from autotp_plan.runtime.deepspeed.attendance import check_all_call
 from autotp_plan.runtime.deepspeed.internals import full_tensors
 from autotp_plan.runtime.integrations.lora_config import check_config, check_kind, name_all_linear
+from autotp_plan.runtime.integrations.peft_calls import guard_calls
 from autotp_plan.runtime.parameters.partly_replicated import SHARED
 from autotp_plan.runtime.parameters.state_dicts import shards_in_state_dict
 from autotp_plan.runtime.tensor_parallel.collectives import take
 from autotp_plan.runtime.tensor_parallel.linear import ColumnParallelLinear, PlannedLayer, RowParallelLinear
+from autotp_plan.runtime.tensor_parallel.module_boundary import WithCollectives
 from autotp_plan.schemas.errors import CheckpointError, Fault, MismatchError
 from autotp_plan.schemas.layout import Layout
 
@@ -31,6 +34,7 @@ from autotp_plan.schemas.layout import Layout
 def guard_peft() -> None:
     """Let PEFT's own calls (`get_peft_model`, `PeftModel.from_pretrained`, ...) shard adapters of a sharded model."""
     replace_adapter_injection(_check_kind_of_sharded, _inject, shards_in_state_dict)
+    guard_calls()
 
 
 def add_lora(model: nn.Module, config: Any) -> Any:
@@ -99,6 +103,7 @@ def load_adapter(model: Any, folder: Path, name: str, is_trainable: bool) -> Any
 
 def save_adapter(engine: Any, folder: Path) -> None:
     """Write the adapters of `engine`'s model as PEFT does for an unsharded model; every rank calls it."""
+    check_all_call("plan.save_adapter")
     state: dict[str, Any] = {}
     for name, module in engine.module.named_modules():
         is_adapter = "lora_" in name or ".modules_to_save." in name  # trained or not
@@ -148,22 +153,40 @@ def _inject(original: Callable[..., None], tuner: Any, model: Any, name: str, *a
     check_config(config)
     name_all_linear(config, model)
     register_lora_layers(config, {ColumnParallelLinear: lora.Linear, RowParallelLinear: lora.Linear})
-    try:
-        original(tuner, model, name, *args, **{**kwargs, "low_cpu_mem_usage": False})
-    except ValueError as error:
-        if "is not supported" not in str(error):
-            raise
-        raise MismatchError(_module_fault("LoraConfig.target_modules", str(error).splitlines()[0][:200])) from None
     partial = {parameter.name for parameter in model.autotp.plan.expanded() if parameter.partial_gradient}
-    faults = list(_faults(model, partial))
-    if faults:
-        raise MismatchError(faults)
+    with _undone_if_refused(tuner, model, name):
+        try:
+            original(tuner, model, name, *args, **{**kwargs, "low_cpu_mem_usage": False})
+        except ValueError as error:
+            if "is not supported" not in str(error):
+                raise
+            raise MismatchError(_module_fault("LoraConfig.target_modules", str(error).splitlines()[0][:200])) from None
+        check_config(config)  # once more: PEFT may have made parameters of experts of its names
+        faults = list(_faults(model, partial))
+        if faults:
+            raise MismatchError(faults)
     for key, parameter in model.named_parameters():
         if f".{name}." in key:
             dist.broadcast(parameter.data, src=0)
     for module in model.modules():
         if isinstance(module, lora.Linear) and name in module.lora_A:
             _shard(module, name)
+
+
+@contextlib.contextmanager
+def _undone_if_refused(tuner: Any, model: nn.Module, name: str) -> Iterator[None]:
+    """While active, an error leaves the model as it was: without the adapter, and as trainable as before."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except MismatchError:
+        if len(tuner.peft_config) > 1:
+            tuner.delete_adapter(name)
+        else:
+            tuner.unload()
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
+        raise
 
 
 def _check_tensors(adapted: Any, name: str, found: set[str], folder: Path) -> None:
@@ -250,6 +273,8 @@ def _faults(adapted: Any, partial: set[str]) -> Iterator[Fault]:
                 got = "a partly replicated weight"
             elif base.transposed or layout.shape != base.shards.shapes["weight"]:
                 got = "a weight that is transposed, or sharded in another shape than it has"
+        elif isinstance(base, WithCollectives):
+            got = "a module with an all-reduce at its input or output, which the adapter would not go through"
         elif f"{name}.weight" in partial:
             got = "a replicated weight of whose gradient each rank computes a part"
         if got:

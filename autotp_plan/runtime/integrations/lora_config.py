@@ -25,6 +25,12 @@ _ALSO: dict[str, tuple[Any, ...]] = {
 }
 """Further values that are right: others need full weights, or random numbers that no rank draws by itself."""
 
+_INSTEAD = {
+    "target_parameters": "name linear layers outside of the experts in target_modules, such as q_proj, k_proj and "
+    "v_proj: PEFT makes target_parameters of the names of experts, and of all-linear, where experts are one parameter"
+}
+"""What to do where an option comes from another one."""
+
 _ALL_LINEAR = "all-linear"
 
 
@@ -59,7 +65,7 @@ def check_config(config: Any) -> None:
                     where=f"LoraConfig.{field.name}",
                     got=repr(value),
                     expected=" or ".join(dict.fromkeys(map(repr, allowed))),
-                    next="leave it out, or train this adapter on an unsharded model",
+                    next=_INSTEAD.get(field.name, "leave it out, or train this adapter on an unsharded model"),
                 )
             )
     if faults:
