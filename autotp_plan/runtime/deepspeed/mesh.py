@@ -15,6 +15,13 @@ from deepspeed.utils import groups
 from autotp_plan.runtime.deepspeed.internals import make_tp_groups, without_inference_operator
 from autotp_plan.schemas.errors import Fault, MismatchError
 
+_MPI = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
+)
+"""What Open MPI, Intel MPI and MVAPICH call rank, world size and local rank."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranks:
@@ -45,6 +52,7 @@ def check_world_size(tp_size: int) -> None:
     Raises:
         MismatchError: the world size is not a multiple of `tp_size`.
     """
+    _take_ranks_of_mpi()
     if torch.distributed.is_initialized():
         world_size = torch.distributed.get_world_size()
     else:
@@ -56,9 +64,29 @@ def check_world_size(tp_size: int) -> None:
                 where="world size",
                 got=str(world_size),
                 expected=f"a multiple of the plan's tp_size, {tp_size}",
-                next=f"launch with torchrun --nproc-per-node {tp_size} (times the data-parallel size)",
+                next=f"launch with torchrun --nproc-per-node {tp_size} (times the data-parallel size)" + _hint(),
             )
         )
+
+
+def _hint() -> str:
+    """What is to be said of a process that `accelerate launch` has started alone."""
+    if "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return ""
+    return (
+        "; `accelerate launch` with --cpu, or without a choice, starts one process: with accelerators "
+        "`accelerate launch --use_deepspeed --num_processes N` starts N"
+    )
+
+
+def _take_ranks_of_mpi() -> None:
+    """Take the rank that mpirun has given this process, where no launcher of torch has given one."""
+    if "RANK" in os.environ or torch.distributed.is_initialized():
+        return
+    for rank, size, local_rank in _MPI:
+        if int(os.environ.get(size, "1")) > 1 and {rank, local_rank} <= os.environ.keys():
+            os.environ.update(RANK=os.environ[rank], WORLD_SIZE=os.environ[size], LOCAL_RANK=os.environ[local_rank])
+            return
 
 
 def init_ranks(tp_size: int) -> Ranks:
