@@ -17,7 +17,7 @@ from typing import Any
 
 from autotp_plan.huggingface.disk_names import disk_names, ties
 from autotp_plan.huggingface.internals import tensor_parallel_plan
-from autotp_plan.planner.fallback.own_model import is_of_transformers, with_full_names
+from autotp_plan.planner.fallback.own_model import counting_attributes, is_of_transformers, with_full_names
 from autotp_plan.planner.fallback.skeleton import differentiable_inputs, name_pattern, spec_skeleton
 from autotp_plan.planner.fallback.unused_tensors import unused_tensors
 from autotp_plan.schemas.errors import CompileError, Fault
@@ -253,7 +253,14 @@ class _Translation:
         return (size // heads if size % heads == 0 else None), False
 
     def attributes(self) -> Iterator[AttributeSpec]:
-        """The number of query heads per KV head, where ranks share KV heads."""
+        """The number of query heads per KV head, where ranks share KV heads; all counts of a model of one's own."""
+        if self.own:
+            column_parallel = {
+                name.rpartition(".")[0]
+                for name, spec in self.found.items()
+                if spec.partition_type == "column" and not spec.gather_output
+            }
+            yield from counting_attributes(self.model, column_parallel)
         heads, kv_heads = _count(self.config, "num_attention_heads"), _count(self.config, "num_key_value_heads")
         if heads is None or kv_heads is None or not kv_heads < self.tp_size:
             return

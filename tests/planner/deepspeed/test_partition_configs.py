@@ -51,6 +51,8 @@ class Attention(nn.Module):
         else:
             self.q_proj = nn.Linear(WIDTH, q_size, bias=of.bias)
             self.k_proj, self.v_proj = (nn.Linear(WIDTH, kv_size, bias=of.bias) for _ in range(2))
+        if of.counted:
+            self.num_heads, self.num_kv_heads, self.embed_dim = of.heads, of.kv_heads, q_size
         self.q_norm = nn.LayerNorm(of.head_dim)
         self.o_proj = of.linear(q_size, WIDTH, bias=of.bias)
 
@@ -61,9 +63,11 @@ class Attention(nn.Module):
             q, k, v = qkv.split([self.heads * part, self.kv_heads * part, self.kv_heads * part], dim=-1)
         else:
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q, k, v = (one.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for one in (q, k, v))
+        counts = (self.num_heads, *[self.num_kv_heads] * 2) if hasattr(self, "num_heads") else (-1, -1, -1)
+        q, k, v = (one.unflatten(-1, (count, self.head_dim)).transpose(1, 2) for one, count in zip((q, k, v), counts))
         heads = F.scaled_dot_product_attention(self.q_norm(q), k, v, is_causal=True, enable_gqa=True)
-        return self.o_proj(heads.transpose(1, 2).flatten(2))
+        heads = heads.transpose(1, 2).flatten(2)
+        return self.o_proj(heads.reshape(*x.shape[:2], self.embed_dim) if hasattr(self, "embed_dim") else heads)
 
 
 class Mlp(nn.Module):
@@ -99,7 +103,7 @@ class Decoder(nn.Module):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         defaults = {"heads": 8, "kv_heads": 4, "head_dim": 8, "inner": 48, "fused": False, "bias": False}
-        more = {"linear": nn.Linear, "tied": False, "vocab": VOCAB, "tp_plan": None}
+        more = {"linear": nn.Linear, "tied": False, "vocab": VOCAB, "tp_plan": None, "counted": False}
         of = SimpleNamespace(**{**defaults, **more, **options})
         self.config = Config(
             model_type="own",
@@ -175,6 +179,7 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     "three KV heads": ({"heads": 6, "kv_heads": 3}, [ROW, QKV, GATE_UP, Q_NORM]),
     "linear-like modules": ({"linear": LinearLike, "bias": True}, [ROW, QKV, GATE_UP, Q_NORM]),
     "its own tp_plan": ({"tp_plan": TP_PLAN, "bias": True}, None),
+    "attributes that count heads": ({"tp_plan": TP_PLAN, "counted": True}, None),
 }  # fmt: skip
 """Each with its model, None for no `partition_config` at all. All of them run in DeepSpeed."""
 PLANTED = "half of the model"

@@ -142,6 +142,16 @@ def test_what_may_have_a_partial_gradient_must_be_named() -> None:
     assert [one.partial_gradient for one in plan.parameters if "q_norm" in one.name] == [False, False]
 
 
+def test_attributes_that_count_heads_are_divided_as_deepspeed_does() -> None:
+    options = {"tp_plan": TP_PLAN, "counted": True}
+    for tp_size, wanted in ((2, (4, 2, 32)), (4, (2, 1, 16))):
+        found = compile_plan(Decoder(**options), tp_size=tp_size).module_attributes
+        assert {one.module for one in found} == {"layers.{0..1}.self_attn"}
+        counts = dict(zip(("num_heads", "num_kv_heads", "embed_dim"), wanted))
+        assert {one.attribute: one.values for one in found} == {key: (n,) * tp_size for key, n in counts.items()}
+    assert not compile_plan(Decoder(tp_plan=TP_PLAN), tp_size=2).module_attributes
+
+
 def test_half_of_an_attention_module_is_refused() -> None:
     without = {key: style for key, style in TP_PLAN.items() if "o_proj" not in key}
     assert "no row-parallel layer consumes it" in refusal(Decoder(tp_plan=without))
