@@ -73,13 +73,14 @@ def alone(work: Path) -> Found:
         dist.barrier()
 
     calls = calls_of(plan, engine, trainer, plan.load_model(work / "model"), work)
-    with replaced(attendance, "SECONDS", 0.5), replaced(attendance, "SECONDS_FOR_FIRST", 1.0):
+    with replaced(attendance, "SECONDS", 0.3):
         for name, call in calls.items():
             case(name, call, (0,))
+    with replaced(attendance, "SECONDS", 3.0), replaced(attendance, "SECONDS_FOR_FIRST", 4.0):
         case("not the first", calls["plan.save_shards"], (1, 2, 3))
-        case("one TP group", calls["model.generate"], (0, 1))
         both = {0: calls["model.save_pretrained"], 1: calls["plan.save_shards"]}
         case("another call", lambda: both[here % 2](), (0, 1, 2, 3))
+    case("one TP group", calls["model.generate"], (0, 1))
     for name, call in calls.items():
         case(f"{name} of all", call, (0, 1, 2, 3))
     return found
@@ -106,8 +107,8 @@ def test_a_call_on_some_ranks_names_the_others(tmp_path: Path) -> None:
     for rank in ranks[1:]:
         text, seconds = rank["not the first"]
         assert "ranks 1, 2, 3 called it; rank 0 did not" in text
-        assert seconds > 0.9, "the first rank has more time"
+        assert seconds > 3.9, "the first rank has more time"
     assert ranks[0]["one TP group"][0] == ranks[1]["one TP group"][0] == "done"
-    assert all("called it; ranks" in rank["another call"][0] for rank in ranks)
-    named = "ranks 1, 3 called plan.save_shards", "ranks 0, 2 called model.save_pretrained"
-    assert any(text in rank["another call"][0] for rank in ranks for text in named), "unless it gave up before"
+    texts = [rank["another call"][0] for rank in ranks]
+    assert all("not every rank makes a call" in text for text in texts)
+    assert any("called plan.save_shards" in text or "called model.save_pretrained" in text for text in texts)
