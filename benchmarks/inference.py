@@ -27,8 +27,8 @@ ROOT = Path(__file__).parent.parent
 PLANS = ROOT / "autotp_plan" / "plans"
 README = ROOT / "benchmarks" / "README.md"
 MODELS = (
-    "llama_3_1_8b", "qwen3_8b", "phi_3_mini", "pythia_6_9b", "falcon_7b", "gemma_2_9b", "glm_4_9b", "olmo_2_7b",
-    "mixtral_8x7b", "qwen3_30b_a3b", "deepseek_v2_lite", "gpt_oss_20b", "llama_3_1_405b", "deepseek_v3",
+    "llama_3_1_8b", "qwen3_8b", "phi_3_mini", "pythia_6_9b", "falcon_40b", "gemma_2_9b", "glm_4_9b", "qwen3_30b_a3b",
+    "mixtral_8x7b", "deepseek_v2_lite",
 )  # fmt: skip
 TARGET_SECONDS = 60
 TARGET_BYTES = 4 * 2**30
@@ -181,10 +181,9 @@ def main() -> None:
     for name in options.models:
         found.append(measured(name))
         print(found[-1].row(), flush=True)
-    text = report(found)
-    print(text.rpartition("yes\n")[2])
-    if options.write:
-        write(text)
+        if options.write:
+            write(report(found))
+    print(*report(found).splitlines()[-2:], sep="\n")
 
 
 if __name__ == "__main__":
