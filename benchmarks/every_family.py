@@ -31,7 +31,7 @@ os.environ.update(DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1",
 PLANS = Path(__file__).parent.parent / "autotp_plan" / "plans"
 VALUES = Path(__file__).parent / "default_values.json"
 """What a default config must have, and has not, for transformers to build its model: by family, with the source."""
-SECONDS = 420
+SECONDS = 300
 """So long a family may take."""
 
 
