@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -24,6 +25,7 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
 
+from autotp_plan.schemas.names import starred
 from benchmarks.families_page import page
 
 os.environ.update(DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
@@ -47,7 +49,8 @@ class Outcome:
         share: bytes of the largest rank over all bytes.
         compute: floating-point operations of the largest rank over the dense model's.
         code: of the fault.
-        reason: what the fault says, or what stays replicated.
+        reason: what the fault says, or what inference notes about what stays replicated.
+        replicated: which modules' matrices every rank holds, with their percentage of all bytes.
         seconds: it took.
     """
 
@@ -59,6 +62,7 @@ class Outcome:
     compute: float | None = None
     code: str = ""
     reason: str = ""
+    replicated: str = ""
     seconds: float = 0.0
 
 
@@ -254,8 +258,26 @@ def plan_and_prove(family: str, folder: Path, tp_size: int) -> dict[str, Any]:
         "error": proof.float64_error,
         "share": max(totals.per_rank) / totals.total,
         "compute": proof.compute_share,
+        "replicated": ", ".join(replicated(plan)),
         "reason": (notes[-1] if inferred and notes else "") if proof.proven else _line(str(proof.failure)),
     }
+
+
+def replicated(plan: Any) -> Iterator[str]:
+    """The modules whose matrices are replicated and are a percent of the model or more, the largest first."""
+    bytes_of: dict[str, int] = {}
+    total = 0
+    for entry in plan.expanded():
+        shape = plan.shape_of(entry)
+        size = math.prod(shape)
+        total += size
+        if len(shape) > 1 and plan.layouts[entry.layout].dim is None:
+            module = starred(entry.name.rpartition(".")[0])
+            short = module.rpartition("*.")[2] or module
+            bytes_of[short] = bytes_of.get(short, 0) + size
+    for module, size in sorted(bytes_of.items(), key=lambda one: -one[1]):
+        if size >= total / 100:
+            yield f"{module} {100 * size / total:.0f} %"
 
 
 def _line(text: str) -> str:

@@ -8,8 +8,27 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from benchmarks.every_family import Outcome
 
-WIDEST = 90
+WIDEST = 100
 """Characters of a reason."""
+
+SENTENCES = (
+    ("no answer within", "{}"),
+    ("timm", "transformers needs the package timm for its vision tower"),
+    ("layer types producing a cache", "transformers builds it from no config: its own check of shared layers fails"),
+    ("'ModuleList' object has no attribute 'weight'", "it reads several codebooks at once, not one sequence of tokens"),
+    ("batch_size (0)", "its loss needs an image with every text"),
+    ("in the DeepSpeed engine", "the plan is {}"),
+    ("is too large", "no small model of it has fewer than 100 million parameters, as the proof needs"),
+    ("unsupported-conversion", "byte ranges cannot express how its tensors on disk become parameters: {}"),
+    ("no-small-model", "no small model of it runs: {}"),
+    ("nothing-inferred", "no weights were found that can be sharded: {}"),
+    ("wrong-inference", "the inferred plan proved wrong: {}"),
+    ("wrong-tp-plan", "transformers' tp_plan of it is wrong: {}"),
+    ("unbuildable-config", "transformers cannot build it: {}"),
+    ("indivisible", "{}"),
+    ("", "no small model could be run for the proof: {}"),
+)
+"""What is said of a refusal in whose code or message these words are; the first counts. `{}` is the message."""
 
 
 def page(outcomes: Sequence[Outcome], tp_size: int) -> str:
@@ -29,7 +48,7 @@ def page(outcomes: Sequence[Outcome], tp_size: int) -> str:
         "Each family's config (from `autotp_plan/plans/`, or else the default one) is planned, and the plan is proven",
         "on a small model, as `autotp-plan verify` does. `share` is the fraction of the model's bytes that the largest",
         f"rank holds, `compute` its fraction of a forward's operations (sharded evenly: {1 / tp_size:.2f}), `error`",
-        "the largest in float64.",
+        "the largest in float64, `replicated` what every rank holds of the matrices, in percent of the model.",
         "",
         "| family | rules | share | compute | error | replicated |",
         "|---|---|---|---|---|---|",
@@ -44,11 +63,12 @@ def _right(one: Outcome) -> str:
     share = "" if one.share is None else f"{one.share:.2f}"
     compute = "" if one.compute is None else f"{one.compute:.2f}"
     error = "" if one.error is None else f"{one.error:.0e}"
-    return f"| {one.family} | {one.rules} | {share} | {compute} | {error} | {brief(one.reason)} |"
+    return f"| {one.family} | {one.rules} | {share} | {compute} | {error} | {brief(one.replicated)} |"
 
 
 def _other(one: Outcome) -> str:
-    return f"| {one.family} | {one.outcome} | {brief(one.reason)} |"
+    said = next(sentence for words, sentence in SENTENCES if words in f"{one.code}: {one.reason}")
+    return f"| {one.family} | {one.outcome} | {brief(said.format(one.reason))} |"
 
 
 def brief(text: str) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 from autotp_plan.huggingface import scale_config
 from autotp_plan.huggingface.disk_names import disk_names
 from autotp_plan.huggingface.meta_model import build_model
+from autotp_plan.inference.influence import Smooth
 from autotp_plan.schemas.names import is_index
 from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, read_config
 
@@ -58,6 +59,8 @@ _LARGE = 200
 """From here on an integer of an unknown key counts features, unless its name says that it does not."""
 _HEAD_DIMS = ("head_dim", "kv_channels", "d_kv", "dim_head", "attention_head_dim", "d_head", "global_head_dim",
               "v_head_dim", "qk_nope_head_dim")  # fmt: skip
+_SLIDING = "swa_"
+"""In front of the keys of layers with sliding windows."""
 _QK_PARTS = ("qk_nope_head_dim", "qk_rope_head_dim")
 _NOPE = 4
 """So much wider than a head of values is the part of a head that has no positions."""
@@ -240,7 +243,7 @@ class Architecture:
         for first, second in CANDIDATES:
             try:
                 one, other = self.small(first), self.small(second)
-                with torch.no_grad():
+                with torch.no_grad(), Smooth():
                     one.run(), other.run()
             except Exception as error:  # transformers raises anything for sizes that do not go together
                 reason = reason or f"{type(error).__name__}: {error}"
@@ -285,6 +288,7 @@ def resized(config: Mapping[str, Any], sizes: Sizes, layers: int | None) -> dict
         return sizes.heads if old == own else 1 if old == 1 else sizes.kv_heads
 
     def changed(key: str, value: Any, around: Mapping[str, Any]) -> Any:
+        key = key.removeprefix(_SLIDING)
         if isinstance(value, dict):
             return {inner: changed(inner, item, value) for inner, item in value.items()}
         if isinstance(value, list):
