@@ -15,11 +15,12 @@ import pytest
 from tests.helpers.checkpoints import write_llama
 from tests.helpers.paths import PACKAGE
 
-PARTS = ("schemas", "huggingface", "factories", "inference", "planner", "runtime", "plans")
+PARTS = ("schemas", "probes", "huggingface", "factories", "inference", "planner", "runtime", "plans")
 HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "safetensors", "numpy", "ray", "peft"}
 
 ROOMS = (
     "schemas", "schemas.plan", "schemas.storage", "schemas.shards",
+    "probes",
     "huggingface",
     "factories",
     "inference",
@@ -124,11 +125,12 @@ def test_a_circle_is_found() -> None:
     ("part", "allowed"),
     [
         ("schemas", {"schemas"}),
+        ("probes", {"probes"}),
         ("huggingface", {"schemas", "huggingface"}),
         ("factories", {"schemas", "factories"}),
-        ("inference", {"schemas", "huggingface", "factories", "inference"}),
+        ("inference", {"schemas", "probes", "huggingface", "factories", "inference"}),
         ("planner", {"schemas", "huggingface", "factories", "planner"}),
-        ("runtime", {"schemas", "huggingface", "factories", "runtime"}),
+        ("runtime", {"schemas", "probes", "huggingface", "factories", "runtime"}),
         ("plans", {"plans"}),
     ],
 )

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from autotp_plan.inference import influence
-from autotp_plan.inference.influence import Axis, Masks, Watch, is_linear
+from autotp_plan.inference.influence import Axis, Masks, Watch
 from autotp_plan.inference.layers import Layer, Region, lay_out
 from autotp_plan.inference.units import Units, find_units
+from autotp_plan.probes.linear import is_linear
 
 
 def expert_regions(model: nn.Module, layer: Layer, seen: Watch) -> Iterator[Region]:

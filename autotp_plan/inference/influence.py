@@ -19,6 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from autotp_plan.probes.linear import is_linear
+from autotp_plan.probes.norms import MEANS
+
 Axis = tuple[str, int]
 """A parameter (or an input, as `module:argument`) and one of its dimensions."""
 Masks = dict[Axis, list[int]]
@@ -53,48 +56,6 @@ class Watch:
     outputs: dict[str, Tensor] = field(default_factory=dict)
     calls: dict[str, Call] = field(default_factory=dict)
     means: dict[str, list[Tensor]] = field(default_factory=dict)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer: its input times its weight, plus a bias, and nothing else."""
-    return _orientation(module) is not None
-
-
-def output_dim(module: nn.Module) -> int:
-    """The dimension of a linear layer's weight that counts output features."""
-    found = _orientation(module)
-    assert found is not None
-    return found
-
-
-_KNOWN: dict[type[nn.Module], int | None] = {nn.Linear: 0}
-"""By class, so that each is tried once."""
-
-
-def _orientation(module: nn.Module) -> int | None:
-    """The output dimension of a linear layer's weight, found out by trying it; None for what is no linear layer."""
-    kind = type(module)
-    weight = getattr(module, "weight", None)
-    names = {name for name, _ in module.named_parameters()}
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or not {"weight"} <= names <= {"weight", "bias"}:
-        return None
-    if kind not in _KNOWN:
-        _KNOWN[kind] = next((dim for dim in (0, 1) if _multiplies(module, weight, dim)), None)
-    return _KNOWN[kind]
-
-
-def _multiplies(module: nn.Module, weight: Tensor, dim: int) -> bool:
-    given = _random((1, 3, weight.shape[1 - dim])).to(weight.dtype)
-    bias = getattr(module, "bias", None)
-    expected = given @ (weight.T if dim == 0 else weight)
-    try:
-        with torch.no_grad():
-            found = module.forward(given)
-    except Exception:  # a forward that wants something else
-        return False
-    if bias is not None:
-        expected = expected + bias
-    return isinstance(found, Tensor) and found.shape == expected.shape and torch.allclose(found, expected)
 
 
 def watch(
@@ -173,32 +134,6 @@ def first_tensor(value: Any) -> Tensor | None:
     return None
 
 
-def takes_mean(module: nn.Module) -> bool:
-    """Whether a module is a norm over its weight's width that takes its averages with `mean` alone."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 1 or is_linear(module) or list(module.children()):
-        return False
-    with _Recorder() as recorder, torch.no_grad():
-        try:
-            module.forward(torch.ones(1, weight.shape[0], dtype=weight.dtype))
-        except Exception:  # a forward that wants something else is not a norm's
-            return False
-    return bool(recorder.called & _MEANS) and not any("norm" in getattr(f, "__name__", "") for f in recorder.called)
-
-
-_MEANS = {torch.mean, Tensor.mean}
-
-
-class _Recorder(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.called: set[Any] = set()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.called.add(func)
-        return func(*args, **(kwargs or {}))
-
-
 class Smooth(TorchFunctionMode):
     """While active, a ReLU has a gradient everywhere, and nothing is rounded to float32."""
 
@@ -224,7 +159,7 @@ class ConstantMeans(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func not in _MEANS:
+        if func not in MEANS:
             return result
         if self.given is not None:
             return next(self.given)

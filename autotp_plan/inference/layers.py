@@ -12,8 +12,10 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from autotp_plan.inference import influence
-from autotp_plan.inference.influence import Axis, Masks, Watch, is_linear, output_dim
+from autotp_plan.inference.influence import Axis, Masks, Watch
 from autotp_plan.inference.units import Segment, Units, blocks, divided, find_units, segments
+from autotp_plan.probes.linear import is_linear, output_dim
+from autotp_plan.probes.norms import averages_by_mean
 from autotp_plan.schemas.names import is_index, starred
 
 
@@ -103,7 +105,8 @@ def inner_norms(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
         for name, module in model.named_modules()
         if name.startswith(f"{layer.prefix}.")
         and "." in name.removeprefix(f"{layer.prefix}.")
-        and influence.takes_mean(module)
+        and not list(module.children())
+        and averages_by_mean(module)
     ]
 
 

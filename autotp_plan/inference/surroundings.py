@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from autotp_plan.inference.influence import Watch, output_dim
+from autotp_plan.inference.influence import Watch
 from autotp_plan.inference.layers import Layer, Region, Split, reach_of
 from autotp_plan.inference.units import Segment, segments
+from autotp_plan.probes.linear import output_dim
 
 
 def add_surroundings(

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autotp_plan.inference.influence import is_linear, output_dim
 from autotp_plan.inference.layers import Region
 from autotp_plan.inference.surroundings import weights_read_elsewhere
 from autotp_plan.inference.units import Units
+from autotp_plan.probes.linear import is_linear, output_dim
 
 
 class Mixer(nn.Module):

@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from autotp_plan.probes.linear import is_linear, orientation
+from autotp_plan.probes.norms import averages_by_mean
 from autotp_plan.runtime.tensor_parallel.embedding import can_be_vocab_parallel
-from autotp_plan.runtime.tensor_parallel.linear import is_linear, orientation
-from autotp_plan.runtime.tensor_parallel.module_boundary import averages_by_mean, unknown_inputs
+from autotp_plan.runtime.tensor_parallel.module_boundary import unknown_inputs
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.errors import Fault, MismatchError
 from autotp_plan.schemas.layout import Layout, group_view

@@ -7,18 +7,16 @@ head counts. A layer is built with parameters on the meta device; `finish` marks
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from deepspeed import comm as dist
 from torch import Tensor, nn
-from torch.func import functional_call
-from transformers.pytorch_utils import Conv1D
 
+from autotp_plan.probes.linear import orientation
 from autotp_plan.runtime.deepspeed.internals import ShardedLayer, are_all_of_deepspeed
 from autotp_plan.runtime.parameters.state_dicts import HoldsShards
 from autotp_plan.runtime.tensor_parallel.collectives import copy_to_ranks, sum_over_ranks, take
@@ -223,66 +221,6 @@ class RowParallelLinear(_Linear):
             if self.training:
                 leave_sharded_region()
         return output if self.bias is None else output + self.bias
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether `module` computes `x W^T + b` or `x W + b` and nothing else."""
-    return orientation(module) is not None
-
-
-def orientation(module: nn.Module) -> Literal["linear", "transposed"] | None:
-    """How `module` multiplies by its weight: `x W^T + b`, or as a Conv1D `x W + b`. None where it does anything else.
-
-    A class that is not known is tried out on small whole numbers, in training and in evaluation: Falcon's linear layer
-    is a plain product, a router is not. What has parameters, buffers or modules besides `weight` and `bias` is not.
-    """
-    forward = type(module).forward
-    if isinstance(module, nn.Linear) and forward is nn.Linear.forward:
-        return "linear"
-    if isinstance(module, Conv1D) and forward is Conv1D.forward:
-        return "transposed"
-    weight = getattr(module, "weight", None)
-    inside = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
-    if (
-        not isinstance(weight, nn.Parameter)
-        or weight.dim() != 2
-        or inside - {"weight", "bias"}
-        or next(module.children(), None) is not None
-    ):
-        return None
-    found = {_computes(module, weight.shape, training) for training in (False, True)}
-    return found.pop() if len(found) == 1 else None
-
-
-_PROBE_SIZE = 3
-
-
-def _computes(module: nn.Module, shape: Sequence[int], training: bool) -> Literal["linear", "transposed"] | None:
-    """What a copy of `module` with a weight of 3 x 3 small whole numbers computes; its sizes are then 3 too."""
-    size = _PROBE_SIZE
-    small = copy.copy(module)
-    for name, value in vars(module).items():
-        if type(value) is int and value in shape:
-            vars(small)[name] = size
-    vars(small)["training"] = training
-    weight = torch.arange(1.0, size * size + 1).view(size, size)
-    bias = None if getattr(module, "bias", None) is None else torch.tensor([3.0, -2.0, 1.0])
-    tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    input = torch.arange(-_PROBE_ROWS, 2.0 * _PROBE_ROWS).view(1, _PROBE_ROWS, size)
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            output = functional_call(small, tensors, (input,))
-    except Exception:  # a forward that wants something else is not a linear layer's
-        return None
-    if not isinstance(output, Tensor):
-        return None
-    if torch.equal(output, F.linear(input, weight, bias)):
-        return "linear"
-    return "transposed" if torch.equal(output, F.linear(input, weight.t(), bias)) else None
-
-
-_PROBE_ROWS = 500
-"""So many that a dropout of 1 % shows, and few enough that float32 sums of the numbers are exact."""
 
 
 class _OverlappedColumn(torch.autograd.Function):

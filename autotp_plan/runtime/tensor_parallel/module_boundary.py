@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -117,35 +116,6 @@ def add_collectives(module: nn.Module, boundary: Boundary) -> None:
     cls = type(module)
     module.tp_boundary = boundary  # type: ignore[assignment]
     module.__class__ = type(f"Planned{cls.__name__}", (WithCollectives, cls), {"__module__": cls.__module__})
-
-
-class _Recorder(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.called: set[Any] = set()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.called.add(func)
-        return func(*args, **(kwargs or {}))
-
-
-_NORMS = {
-    F.layer_norm, F.rms_norm, F.normalize, torch.layer_norm, torch.rms_norm, torch.var, torch.std, torch.norm,
-    Tensor.var, Tensor.std, Tensor.norm, torch.linalg.norm, torch.linalg.vector_norm, torch.sum, Tensor.sum,
-}  # fmt: skip
-
-
-def averages_by_mean(module: nn.Module) -> bool:
-    """Whether a norm on meta takes its averages with `mean` alone, so that they can be taken over all ranks."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 1:
-        return False
-    with _Recorder() as recorder:
-        try:
-            module.forward(torch.empty(1, weight.shape[0], device="meta"))
-        except Exception:  # a forward that wants something else is not a norm's
-            return False
-    return bool(recorder.called & {torch.mean, Tensor.mean}) and not recorder.called & _NORMS
 
 
 def unknown_inputs(module: nn.Module, planned: PlannedModule) -> list[str]:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from autotp_plan.probes.linear import is_linear, orientation
 from autotp_plan.runtime.loading.check_model import check_model
-from autotp_plan.runtime.tensor_parallel.linear import is_linear, orientation
 from autotp_plan.schemas.errors import MismatchError
 
 
