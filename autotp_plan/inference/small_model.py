@@ -30,7 +30,7 @@ HEADS = frozenset(
     {"num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads"}
 )
 KV_HEADS = frozenset({"num_key_value_heads", "num_kv_heads", "n_head_kv", "kv_n_heads", "num_key_value_groups"})
-HIDDEN = frozenset({"hidden_size", "n_embd", "d_model", "n_embed", "dim_model", "emb_dim"})
+HIDDEN = frozenset({"hidden_size", "dim", "n_embd", "d_model", "n_embed", "dim_model", "emb_dim"})
 _NO_WIDTHS = [
     "vocab",
     "position",

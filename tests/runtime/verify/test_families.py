@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.every_family import plan_and_prove, write_config
+from autotp_plan.huggingface.meta_model import build_model
+from autotp_plan.schemas.errors import CheckpointError
+from benchmarks.every_family import families, plan_and_prove, write_config
 from tests.helpers.paths import ROOT
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(270), pytest.mark.filterwarnings("ignore")]
@@ -27,3 +29,21 @@ def test_a_family_is_inferred_and_proven(tmp_path: Path, family: str) -> None:
     found = plan_and_prove(family, tmp_path, 2)
     assert found["outcome"] == "right", found["reason"]
     assert found["rules"].startswith("inference")
+
+
+@pytest.mark.slow
+def test_every_default_config_is_complete(tmp_path: Path) -> None:
+    """Those that transformers cannot build lack a package, or are refused by its own checks whatever they say."""
+    failed = {}
+    for family in families():
+        folder = tmp_path / family
+        folder.mkdir()
+        write_config(family, folder)
+        try:
+            build_model(folder, on_meta="all")
+        except CheckpointError as error:
+            failed[family] = error.faults[0].got
+    assert {family: reason for family, reason in failed.items() if "requires the" not in reason}.keys() <= {
+        "gemma4_assistant",
+        "gemma4_unified_assistant",
+    }, failed
