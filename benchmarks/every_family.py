@@ -33,8 +33,10 @@ os.environ.update(DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1",
 PLANS = Path(__file__).parent.parent / "autotp_plan" / "plans"
 VALUES = Path(__file__).parent / "default_values.json"
 """What a default config must have, and has not, for transformers to build its model: by family, with the source."""
-SECONDS = 300
+SECONDS = 400
 """So long a family may take."""
+INFERENCE_SECONDS = 150
+"""So long inference may take; then transformers' tp_plan is tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,8 +212,8 @@ def with_values(config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any
 
 def plan_and_prove(family: str, folder: Path, tp_size: int) -> dict[str, Any]:
     """The outcome of compiling the config in `folder`."""
-    from autotp_plan.inference.infer import infer_spec
     from autotp_plan.planner import compile_plan
+    from autotp_plan.planner.cli.infer import infer_with_limits
     from autotp_plan.planner.plan_table import summary
     from autotp_plan.planner.rules.preset_files import preset_names, read_preset
     from autotp_plan.runtime.verify.report import Proof
@@ -231,7 +233,7 @@ def plan_and_prove(family: str, folder: Path, tp_size: int) -> dict[str, Any]:
         return trial_of(proofs[-1])
 
     def infer(where: Path) -> SpecFile:
-        spec = infer_spec(where)
+        spec = infer_with_limits(where, INFERENCE_SECONDS)
         notes.append(spec["description"].partition("inferred from the model itself.")[2].strip())
         return SpecFile.from_dict(spec)
 
