@@ -45,6 +45,10 @@ class SpecText:
         shapes = {name: tuple(tensor.shape) for name, tensor in parameters_and_buffers(architecture.original)}
         self.template = Templates(shapes)
         self.shapes = {self.template(name): shape for name, shape in shapes.items()}
+        self.sizes: dict[tuple[str, int], set[int]] = {}
+        for name, shape in shapes.items():
+            for dim, size in enumerate(shape):
+                self.sizes.setdefault((self.template(name), dim), set()).add(size)
         self.symbols: dict[str, Any] = {}
         self.defaults: dict[str, Any] = {}
         self.rules: dict[str, Rule] = {}
@@ -156,6 +160,8 @@ class SpecText:
         parts = list(zip(*(split.segments for split in splits)))
         rule: Rule = {"partition_type": kind}
         at = splits[0].dim
+        if len(self.sizes[self.template(parameter), at]) > 1 and dims == 2 and len(parts) == 1:
+            return rule | self._by_heads(same, parameter, at, parts[0])
         shape = self._shape(same, splits, dims, parameter)
         if shape is not None:
             rule["shape"], at = shape
@@ -168,6 +174,23 @@ class SpecText:
         if at != (1 if kind == "row" else 0):
             rule["partition_dim"] = at
         return rule
+
+    def _by_heads(self, same: Sequence[Region], parameter: str, dim: int, part: Sequence[Segment]) -> Rule:
+        """The rule's shape where heads are as many in all layers, and wider in some: heads, and what that leaves."""
+        fine, coarse = self._heads(same)
+        if part[0].shared or part[0].count == 1:
+            raise Unexpressed("its size differs between layers")
+        weights = [
+            model.model.get_parameter(_renamed(parameter, same[0], one)) for model, one in zip(self.models, same)
+        ]
+        other = self._size(tuple(weight.shape[1 - dim] for weight in weights))
+        shape: list[Any] = [[fine if part[0].fine else coarse], -1]
+        rule: Rule = {"shape": [*shape, other] if dim == 0 else [other, *shape]}
+        if part[0].fine:
+            rule["unit"] = f"{fine} // gcd({fine}, max({coarse}, tp_size))"
+        elif self._is_shared(same[0], part[0]):
+            rule["indivisible"] = "replicate"
+        return rule | ({"partition_dim": dim} if dim == 1 else {})
 
     def _shape(
         self, same: Sequence[Region], splits: Sequence[Split], dims: int, parameter: str
@@ -213,7 +236,9 @@ class SpecText:
             fine, _ = self._heads(same)
             heads = self.expressions.value(fine)[len(same) :]
             whole = self.shapes[self.template(first.consumer)][first.consumer_dim]
-            self._size((*width, whole // heads[0] if heads and whole % heads[0] == 0 else None), "head_dim")
+            same_in_all = len(self.sizes[self.template(first.consumer), first.consumer_dim]) == 1
+            known = heads and whole % heads[0] == 0 and same_in_all
+            self._size((*width, whole // heads[0] if known else None), "head_dim")
 
     def _heads(self, same: Sequence[Region]) -> tuple[str, str]:
         fine = self._size(tuple(len(one.units.fine) for one in same), "num_heads")

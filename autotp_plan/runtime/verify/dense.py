@@ -6,6 +6,7 @@ tried from small to large, and the first twin that runs and gives every paramete
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -24,8 +25,15 @@ from autotp_plan.runtime.loading.check_model import check_model
 from autotp_plan.runtime.loading.empty_model import build_planned
 from autotp_plan.runtime.tensor_parallel.torch_internals import muon_orthogonalises_with
 from autotp_plan.runtime.verify.compute_share import forward_operations
-from autotp_plan.runtime.verify.float64_passes import EXPERTS, dense_reader, run_passes_and_steps
-from autotp_plan.runtime.verify.optimizer_steps import ADAMW, Training, dense_steps, optimizer_class, orthogonalised
+from autotp_plan.runtime.verify.float64_passes import EXPERTS, PromoteToFloat64, dense_reader, run_passes_and_steps
+from autotp_plan.runtime.verify.optimizer_steps import (
+    ADAMW,
+    Training,
+    dense_steps,
+    optimizer_class,
+    orthogonalised,
+    relative_errors,
+)
 from autotp_plan.runtime.verify.random_inputs import Batches, Images, images_for, randomise
 from autotp_plan.runtime.verify.scale_plan import TwinError, num_layers_needed, twin_plan
 from autotp_plan.schemas.errors import AutoTPError, Fault, MismatchError
@@ -61,6 +69,7 @@ class About:
         ungraded: parameters without a gradient: the loss does not depend on them.
         no_images: why a model that takes images was run without; None where it takes none, or was run with some.
         operations: floating-point operations of a forward of the dense twin.
+        rounding: the largest relative difference between its steps in float32 and in float64.
     """
 
     divisor: int
@@ -74,6 +83,7 @@ class About:
     optimizer: str = ADAMW
     no_images: str | None = None
     operations: int = 0
+    rounding: float = 0.0
 
     @classmethod
     def read(cls, folder: Path) -> About:
@@ -207,7 +217,7 @@ def _try(plan: Plan, original: Any, folder: Path, sizes: Sizes, attention: tuple
     batches = Batches(vocab_size=words, length=_LENGTH, padding=padding, images=images)
     weights, ungraded, operations = _write_float64(folder, plan, scaled, attention, batches)
     scaled = twin_plan(plan, original, twin, sizes.divisor, "F32")
-    _write_float32(folder, plan, scaled, attention[0], batches, weights)
+    rounding = _write_float32(folder, plan, scaled, attention[0], batches, weights)
     return About(
         divisor=sizes.divisor,
         layers=sizes.layers,
@@ -217,6 +227,7 @@ def _try(plan: Plan, original: Any, folder: Path, sizes: Sizes, attention: tuple
         attention=attention,
         ungraded=ungraded,
         no_images=no_images,
+        rounding=rounding,
         operations=operations,
     )
 
@@ -287,13 +298,19 @@ def _write_float64(
 
 def _write_float32(
     folder: Path, plan: Plan, scaled: Plan, attention: str, batches: Batches, weights: dict[str, Tensor]
-) -> None:
+) -> float:
+    """Write the checkpoint, and the engine's steps; by how much rounding to float32 changes these."""
     model: Any = build_planned(folder / "float32", plan, on_meta="nothing", **options(attention)).train().float()
     with torch.no_grad():
         for name, tensor in parameters_and_buffers(model):
             tensor.copy_(weights[name])
     _save(model, scaled, folder / "float32")
-    (folder / "engine.json").write_text(json.dumps(dense_steps(model, Training(batches=batches))))
+    exact = copy.deepcopy(model).double()
+    with PromoteToFloat64():
+        unrounded = dense_steps(exact, Training(batches=batches))
+    steps = dense_steps(model, Training(batches=batches))
+    (folder / "engine.json").write_text(json.dumps(steps))
+    return max(relative_errors(unrounded, steps).values())
 
 
 def _write_steps_of_another(folder: Path, plan: Plan, about: About) -> None:
