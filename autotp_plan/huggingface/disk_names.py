@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from autotp_plan.huggingface.internals import checkpoint_conversions
+from autotp_plan.schemas.errors import CompileError, Fault
 from autotp_plan.schemas.names import starred
 from autotp_plan.schemas.spec import TieSpec
 
@@ -43,6 +44,31 @@ def disk_names(model: Any) -> tuple[dict[str, str], dict[str, tuple[str, ...]], 
         sources = [on_disk(name.replace(target, source)) for source in conversion.sources]
         assembled[starred(name)] = tuple(map(starred, sources))
     return renamed, assembled, sorted(set(odd))
+
+
+def known_disk_names(model: Any, where: str) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
+    """`renamed_tensors` and `assembled_tensors` of `disk_names`, where every parameter has one of the two.
+
+    Args:
+        model: a transformers model.
+        where: what faults point to.
+
+    Raises:
+        CompileError: a parameter's bytes are not those of tensors on disk one after the other.
+    """
+    renamed, assembled, odd = disk_names(model)
+    if odd:
+        raise CompileError(
+            Fault(
+                code="unsupported-conversion",
+                what="the checkpoint's tensors become parameters in a way that byte ranges cannot express",
+                where=where,
+                got=", ".join(odd),
+                expected="stacking (MergeModulelist) and concatenation along the rows",
+                next="load and save the model in memory form, or wait for a preset",
+            )
+        )
+    return renamed, assembled
 
 
 _BYTE_CONCATENATIONS: tuple[tuple[tuple[str, int | None], ...], ...] = (

@@ -15,6 +15,7 @@ from autotp_plan.planner.deepspeed.read_config import TensorParallelSection
 from autotp_plan.planner.fallback.prove import Prover, fallback_rules, proven
 from autotp_plan.planner.fallback.tp_plan import OWN_NAME
 from autotp_plan.planner.fallback.unused_tensors import with_unused_tensors
+from autotp_plan.planner.fallback.wrapped_preset import wrapped_preset
 from autotp_plan.planner.fold_plan import fold_plan
 from autotp_plan.planner.model.inventory import Inventory, take_inventory
 from autotp_plan.planner.model.model_input import ModelInput
@@ -89,13 +90,19 @@ def compile_plan(
         if factory is not None:
             return _by_inference(given, rules, options, prove, infer)
         faults: tuple[Fault, ...] = ()
+        try:
+            wrapped = _by_wrapped_preset(given, rules, options, prove)
+            if wrapped is not None:
+                return wrapped
+        except CompileError as refused:
+            faults = refused.faults
         if infer is not None and given.is_folder and given.model_type:
             try:
                 return _by_inference(given, rules, options, prove, infer)
             except MissingDependencyError:
                 pass
             except (CompileError, CheckpointError) as refused:
-                faults = refused.faults
+                faults = (*faults, *refused.faults)
         try:
             plan = _by_fallback(given, rules, options, prove)
         except CompileError as refused:
@@ -140,6 +147,20 @@ def _by_inference(
         prove,
         given.where,
         Origin.INFERENCE,
+    )
+
+
+def _by_wrapped_preset(given: ModelInput, rules: RuleSet, options: _Options, prove: Prover | None) -> Plan | None:
+    """The plan by the preset of the language model inside of the model, after `rules`; None where there is none."""
+    found = wrapped_preset(given)
+    if found is None:
+        return None
+    return proven(
+        lambda made: _compile(given, rules.with_wrapped(found.wrapper, made), options),
+        found.preset,
+        prove,
+        given.where,
+        Origin.PRESET,
     )
 
 

@@ -84,6 +84,14 @@ INFERENCE = Source(
     note="The rules were inferred from the model itself (`autotp-plan infer` writes them), and a twin of the model "
     "computed by them what the whole one does.",
 )
+WRAPPED = Source(
+    name="the preset of the language model inside of a model",
+    code="wrong-wrapper",
+    wrong="a preset that was applied to the language model inside of this model is wrong",
+    note="This model has no preset, and its language model has one: a twin of the model computed by it what the whole "
+    "one does.",
+)
+_SOURCES = {Origin.INFERENCE: INFERENCE, Origin.PRESET: WRAPPED}
 
 
 def proven(
@@ -95,7 +103,7 @@ def proven(
 
     Args:
         compile_with: makes a plan of such rules.
-        rules: from `fallback_rules`, or inferred.
+        rules: from `fallback_rules`, inferred, or a preset for the place of a language model inside the model.
         prove: tries a plan on a twin.
         where: what faults point to.
         origin: where the rules come from.
@@ -106,7 +114,7 @@ def proven(
     if rules.name == OWN_NAME:
         plan = compile_with(rules)
         return dataclasses.replace(plan, notes=(NOTE, *plan.notes))
-    source = INFERENCE if origin is Origin.INFERENCE else TP_PLAN
+    source = _SOURCES.get(origin, TP_PLAN)
     if prove is None:
         raise CompileError(
             Fault(

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from autotp_plan.huggingface.disk_names import disk_names, ties
+from autotp_plan.huggingface.disk_names import known_disk_names, ties
 from autotp_plan.huggingface.internals import tensor_parallel_plan
 from autotp_plan.planner.fallback.own_model import counting_attributes, is_of_transformers, with_full_names
 from autotp_plan.planner.fallback.skeleton import differentiable_inputs, name_pattern, spec_skeleton
@@ -75,18 +75,7 @@ def rules_of_model(
     nothing_known = not plan and not any(map(decided, translation.parameters))
     if nothing_known or unknown or translation.undecided:
         raise CompileError(_refusal(translation, unknown, where))
-    renamed, assembled, odd = ({}, {}, []) if own else disk_names(model)
-    if odd:
-        raise CompileError(
-            Fault(
-                code="unsupported-conversion",
-                what="the checkpoint's tensors become parameters in a way that byte ranges cannot express",
-                where=where,
-                got=", ".join(odd),
-                expected="stacking (MergeModulelist) and concatenation along the rows",
-                next="load and save the model in memory form, or wait for a preset",
-            )
-        )
+    renamed, assembled = ({}, {}) if own else known_disk_names(model, where)
     return SpecFile(
         name=OWN_NAME if own else NAME,
         model_types=() if own else (model.config.model_type,),

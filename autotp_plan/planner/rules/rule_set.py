@@ -87,6 +87,12 @@ class RuleSet:
             lists += (RuleList(origin=origin, section=section, specs=rules.vocabulary_specs, trusted=True),)
         return dataclasses.replace(self, lists=lists, preset=rules, notes=(*self.notes, *notes))
 
+    def with_wrapped(self, wrapper: Wrapper, preset: SpecFile) -> RuleSet:
+        """These rules, and after them a preset that was placed in a wrapper; all else is replicated."""
+        lists = (*self.lists, *_lists_of_preset(preset, decides=True, section=None), _around(wrapper))
+        note = _note_on_wrapper(wrapper, str(preset.name))
+        return dataclasses.replace(self, lists=lists, preset=preset, wrapper=wrapper, notes=(*self.notes, note))
+
     def decide(self, name: str) -> bool:
         """Whether a rule of the user's matches the parameter `name`."""
         patterns = [p for rules in self.lists if not rules.trusted for spec in rules.specs for p in spec.patterns]
@@ -248,10 +254,7 @@ def collect_rules(
     found = find_preset(preset, model_type, notes, where)
     if wrapper and found:
         found = wrapper.place(found)
-        notes.append(
-            f"{wrapper.model_type}: its language model, {wrapper.language_model}, is planned by preset {model_type}; "
-            "all else, as the vision tower and the projector, is replicated on every rank."
-        )
+        notes.append(_note_on_wrapper(wrapper, str(model_type)))
     if found is not None and is_known_class(model.architecture):
         found = fit_to_class(found, model.architecture, model.tensor_names(), notes)
     if found is None:
@@ -267,7 +270,7 @@ def collect_rules(
     if found:
         lists += _lists_of_preset(found, decides=use_preset, section=section)
     if wrapper:
-        lists.append(RuleList(origin=Origin.PRESET, name=wrapper.model_type, specs=(wrapper.whole,), trusted=True))
+        lists.append(_around(wrapper))
     if section:
         notes.extend(section.notes)
     may_leave_rest = partition is not None and not (spec_files or strict or (section and section.strict_mode))
@@ -282,6 +285,18 @@ def collect_rules(
         may_leave_rest=may_leave_rest,
         heads=section.head_names if section else (),
         wrapper=wrapper,
+    )
+
+
+def _around(wrapper: Wrapper) -> RuleList:
+    """The rule of everything outside of a wrapper's language model."""
+    return RuleList(origin=Origin.PRESET, name=wrapper.model_type, specs=(wrapper.whole,), trusted=True)
+
+
+def _note_on_wrapper(wrapper: Wrapper, preset: str) -> str:
+    return (
+        f"{wrapper.model_type}: its language model, {wrapper.language_model}, is planned by preset {preset}; "
+        "all else, as the vision tower and the projector, is replicated on every rank."
     )
 
 

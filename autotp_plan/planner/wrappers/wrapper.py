@@ -27,7 +27,6 @@ class Wrapper:
         language_model: the name in the wrapper of what is `model` in a causal language model.
         head: the name in the wrapper of its `lm_head`.
         text_type: the language model's `model_type` where the config names none.
-        presets: the preset of a language model that is not called as its `model_type`.
         renamed_prefixes: as in a spec file.
         ignored: as `ignored_tensors` of a spec file.
         tied: whether the head is tied where the config does not say so.
@@ -39,7 +38,6 @@ class Wrapper:
     language_model: str = "model.language_model"
     head: str = "lm_head"
     text_type: str
-    presets: dict[str, str] = field(default_factory=dict)
     renamed_prefixes: dict[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     tied: bool = False
@@ -50,7 +48,7 @@ class Wrapper:
         """The `model_type` whose preset plans the language model."""
         named = text_config(config).get("model_type")
         text_type = named if isinstance(named, str) and named != self.model_type else self.text_type
-        return self.presets.get(text_type, text_type)
+        return preset_of_text(text_type)
 
     def flat_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The language model's config, as that of a causal language model is written."""
@@ -131,6 +129,12 @@ def find_wrapper(config: Mapping[str, Any] | None) -> Wrapper | None:
 def wrapper_types() -> list[str]:
     """The `model_type`s of the wrappers that are known."""
     return sorted(_data()["wrappers"])
+
+
+def preset_of_text(text_type: str) -> str:
+    """The `model_type` whose preset is that of a language model with its own `model_type` inside a wrapper."""
+    presets: dict[str, str] = _data()["text_presets"]
+    return presets.get(text_type, text_type)
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
