@@ -108,12 +108,94 @@ WRAPPERS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+_SAM = {
+    "hidden_size": 32, "image_size": 64, "patch_size": 16, "mlp_dim": 48, "num_attention_heads": 4, "window_size": 2,
+    "num_hidden_layers": 2, "global_attn_indexes": [1], "output_channels": 16,
+}  # fmt: skip
+_OVIS = {
+    "hidden_size": 32, "image_size": 56, "patch_size": 14, "intermediate_size": 48, "num_attention_heads": 4,
+    "num_hidden_layers": 2, "vocab_size": 32, "hidden_stride": 2,
+}  # fmt: skip
+_AUDIO = {
+    "d_model": 32, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "encoder_layers": 1, "num_mel_bins": 16,
+    "n_window": 4, "output_dim": 64, "max_source_positions": 32,
+}  # fmt: skip
+_PERCEIVER = {
+    "hidden_size": 64, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 4, "resampler_head_dim": 8,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+_VQ = {
+    "model_type": "janus_vqgan", "base_channels": 32, "channel_multiplier": [1, 1], "embed_dim": 8,
+    "latent_channels": 8, "num_embeddings": 16, "num_patches": 4, "num_res_blocks": 1, "projection_dim": 64,
+    "image_token_embed_dim": 64, "num_hidden_layers": 1,
+}  # fmt: skip
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "aya_vision": {
+        "model_type": "aya_vision", "image_token_index": 250, "vision_config": SIGLIP, "downsample_factor": 2,
+        "text_config": {**NO_HEAD_DIM, "model_type": "cohere"},
+    },
+    "cosmos3_omni": {
+        "model_type": "cosmos3_omni", **QWEN_TOKENS, "vision_config": WRAPPERS["qwen3_vl"]["vision_config"],
+        "text_config": WRAPPERS["qwen3_vl"]["text_config"],
+    },
+    "deepseek_vl": {
+        "model_type": "deepseek_vl", "image_token_id": 250, "vision_config": SIGLIP,
+        "text_config": {**TEXT, "model_type": "llama"},
+    },
+    "glm46v": {**WRAPPERS["glm4v"], "model_type": "glm46v"},
+    "got_ocr2": {
+        "model_type": "got_ocr2", "image_token_index": 250, "image_seq_length": 4, "vision_config": _SAM,
+        "text_config": {**NO_HEAD_DIM, "model_type": "qwen2"},
+    },
+    "idefics2": {
+        "model_type": "idefics2", "image_token_id": 250, "perceiver_config": _PERCEIVER,
+        "vision_config": {**SIGLIP, "model_type": "idefics2_vision"}, "text_config": {**TEXT, "model_type": "mistral"},
+    },
+    "janus": {
+        "model_type": "janus", "image_token_id": 250, "text_config": {**TEXT, "model_type": "llama"}, "vq_config": _VQ,
+        "vision_config": {"model_type": "janus_vision_model", "hidden_size": 32, "image_size": 56, "patch_size": 14,
+                          "num_hidden_layers": 2, "num_attention_heads": 4, "projection_dim": 64, "mlp_ratio": 2.0,
+                          "num_image_tokens": 16},
+    },
+    "lighton_ocr": {
+        "model_type": "lighton_ocr", "image_token_id": 250, "spatial_merge_size": 2,
+        "vision_config": WRAPPERS["mistral3"]["vision_config"], "text_config": {**TEXT, "model_type": "qwen3"},
+    },
+    "llava_next_video": {
+        "model_type": "llava_next_video", "image_token_index": 250, "video_token_index": 251, "image_seq_length": 16,
+        "vision_config": CLIP, "image_grid_pinpoints": [[56, 112], [112, 56]],
+        "text_config": {**TEXT, "model_type": "llama"},
+    },
+    "ovis2": {
+        "model_type": "ovis2", "image_token_id": 250, "visual_indicator_token_ids": [251, 252, 253, 254, 255],
+        "vocab_size": 256, "hidden_size": 64, "vision_config": _OVIS,
+        "text_config": {**NO_HEAD_DIM, "model_type": "qwen2"},
+    },
+    "qwen2_5_omni_thinker": {
+        "model_type": "qwen2_5_omni_thinker", "image_token_index": 250, "video_token_index": 251,
+        "audio_token_index": 252, "audio_config": _AUDIO, "vision_config": WRAPPERS["qwen2_5_vl"]["vision_config"],
+        "text_config": {**NO_HEAD_DIM, "model_type": "qwen2_5_omni_text", **MROPE},
+    },
+    "video_llama_3": {
+        "model_type": "video_llama_3", "image_token_id": 250, "video_token_id": 251,
+        "vision_config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+                          "patch_size": 14},
+        "text_config": {**NO_HEAD_DIM, "model_type": "qwen2"},
+    },
+    "vipllava": {
+        "model_type": "vipllava", "image_token_index": 250, "image_seq_length": 16, "vision_config": CLIP,
+        "vision_feature_layers": [-2, -1], "text_config": {**TEXT, "model_type": "llama"},
+    },
+}  # fmt: skip
+"""Wrappers without an entry in wrappers.json: planned by what transformers says of them."""
+
 
 def make_wrapper_config(variant: str, **changes: Any) -> Any:
     """The transformers config of a small wrapper."""
     from transformers import AutoConfig
 
-    values = {**WRAPPERS[variant], **changes}
+    values = {**WRAPPERS, **OTHERS}[variant] | changes
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 

@@ -128,7 +128,7 @@ def proven(
         )
     plan = compile_with(rules)
     findings = prove(plan)
-    if findings.partial_gradients:
+    if findings.partial_gradients and origin is not Origin.PRESET:  # a preset knows its own
         summed = Spec(patterns=tuple(findings.partial_gradients), partition_type="skip", grad_allreduce=True)
         plan = compile_with(dataclasses.replace(rules, layer_specs=(summed, *rules.layer_specs)))
         findings = prove(plan)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,26 +96,20 @@ def images_for(model: Any) -> Images | None:
     token = next((getattr(config, key) for key in _IMAGE_TOKENS if type(getattr(config, key, None)) is int), None)
     if token is None:
         raise ValueError("its config names no token for images")
-    patch, side = _one(vision.patch_size), _one(getattr(vision, "image_size", None) or 4 * _one(vision.patch_size))
-    pixels: list[Any] = [2, getattr(vision, "num_channels", None) or getattr(vision, "in_channels", 3), side, side]
-    integers: dict[str, Any] = {}
-    if "image_grid_thw" in takes:
-        frames, grid = vision.temporal_patch_size, side // patch
-        pixels = [2 * grid * grid, pixels[1] * frames * patch * patch]
-        integers["image_grid_thw"] = [[1, grid, grid]] * 2
-    elif getattr(config, "image_grid_pinpoints", None) and "image_sizes" in takes:
-        height, width = config.image_grid_pinpoints[0]
-        pixels = [2, 1 + (height // side) * (width // side), *pixels[1:]]
-        integers["image_sizes"] = [[height, width]] * 2
-    elif "image_sizes" in takes:
-        integers["image_sizes"] = [[side, side]] * 2
-    elif "pixel_attention_mask" in takes:
-        pixels = [2, 1, *pixels[1:]]
-    try:  # some models have an argument for the sizes of images that their tower does not take
-        features = _features(model, pixels, {})
-        integers = {}
-    except (AttributeError, IndexError, TypeError, ValueError):
-        features = _features(model, pixels, integers)
+    refused: list[Exception] = []
+    for pixels, integers in _forms(takes, config, vision):
+        # some models have an argument for the sizes of images that their tower does not take
+        for given in ({}, integers) if integers else ({},):
+            try:
+                features = _features(model, pixels, given)
+                break
+            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+                refused.append(error)
+        else:
+            continue
+        break
+    else:
+        raise refused[-1]
     if features % 2:
         raise ValueError(f"two images of one size have {features} features")
     return Images(
@@ -124,9 +118,46 @@ def images_for(model: Any) -> Images | None:
         start=getattr(config, "vision_start_token_id", None),
         reserved=tuple(sorted({value for key, value in config.to_dict().items() if _RESERVED.search(key) and value})),
         floats={"pixel_values": pixels},
-        integers=integers,
+        integers=given,
         types=tuple(name for name in ("token_type_ids", "mm_token_type_ids") if name in takes),
     )
+
+
+def _forms(takes: Collection[str], config: Any, vision: Any) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """The shapes of the pixels of two images and the integers that go with them, likely ones first.
+
+    Args:
+        takes: the arguments of the model's forward.
+        config: the model's.
+        vision: its tower's.
+    """
+    patch = _one(vision.patch_size)
+    side = _one(getattr(vision, "image_size", None) or 4 * patch)
+    channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", 3)
+    grid = side // patch
+    if "image_grid_thw" in takes:
+        grids: dict[str, Any] = {"image_grid_thw": [[1, grid, grid]] * 2}
+        if "image_merge_sizes" in takes:
+            grids["image_merge_sizes"] = [2] * 2
+        frames = getattr(vision, "temporal_patch_size", 1)
+        yield [2 * grid * grid, channels * frames * patch * patch], grids
+        yield [2 * grid * grid, channels, patch, patch], grids
+    elif getattr(config, "image_grid_pinpoints", None) and "image_sizes" in takes:
+        height, width = config.image_grid_pinpoints[0]
+        tiles = 1 + (height // side) * (width // side)
+        yield [2, tiles, channels, side, side], {"image_sizes": [[height, width]] * 2}
+    elif "image_sizes" in takes:
+        yield [2, channels, side, side], {"image_sizes": [[side, side]] * 2}
+    elif "spatial_shapes" in takes:
+        shapes = {"spatial_shapes": [[grid, grid]] * 2, "pixel_attention_mask": [[1] * (grid * grid)] * 2}
+        yield [2, grid * grid, channels * patch * patch], shapes
+    elif "image_position_ids" in takes:
+        places = [[x, y] for y in range(grid) for x in range(grid)]
+        yield [2, grid * grid, channels * patch * patch], {"image_position_ids": [places] * 2}
+    elif "pixel_attention_mask" in takes:
+        yield [2, 1, channels, side, side], {"pixel_attention_mask": [[True]] * 2}
+    else:
+        yield [2, channels, side, side], {}
 
 
 _IMAGE_TOKENS = ("image_token_id", "image_token_index")
@@ -135,11 +166,13 @@ _RESERVED = re.compile("(image|video|vision|audio|boi|eoi).*_token_(id|index)$")
 
 def _features(model: Any, pixels: list[int], integers: Mapping[str, Any]) -> int:
     """How many tokens the images are to a model's language model."""
-    takes = inspect.signature(type(model).get_image_features).parameters
+    inner = getattr(model, "model", None)  # the outer method of some does not take all that the inner one needs
+    owner = inner if hasattr(inner, "get_image_features") else model
+    takes = inspect.signature(type(owner).get_image_features).parameters
     named = {name: torch.tensor(value) for name, value in integers.items() if name in takes}
     dtype = next(model.parameters()).dtype
     with torch.no_grad():
-        found = model.get_image_features(pixel_values=torch.ones(pixels, dtype=dtype), **named)
+        found = owner.get_image_features(pixel_values=torch.ones(pixels, dtype=dtype), **named)
     if hasattr(found, "pooler_output"):
         found = found.last_hidden_state if found.pooler_output is None else found.pooler_output
     parts = found if isinstance(found, (list, tuple)) else [found]
