@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from autotp_plan.huggingface.internals import checkpoint_conversions
 from autotp_plan.schemas.errors import CompileError, Fault
@@ -20,19 +20,37 @@ def ties(model: Any) -> Iterator[TieSpec]:
             yield TieSpec(name=name, to=other)
 
 
-def disk_names(model: Any) -> tuple[dict[str, str], dict[str, tuple[str, ...]], list[str]]:
+class NamesOnDisk(NamedTuple):
+    """What a model's parameters are called in checkpoints: three keys of a spec file, and what is none of these."""
+
+    renamed: dict[str, str]
+    assembled: dict[str, tuple[str, ...]]
+    transposed: dict[str, tuple[int, ...]]
+    odd: list[str]
+
+
+def disk_names(model: Any) -> NamesOnDisk:
     """What `model`'s parameters are called in checkpoints, by transformers' conversion tables.
 
     Returns:
-        `renamed_tensors` and `assembled_tensors` as in a spec file, and a line for each parameter that is neither.
+        `renamed_tensors`, `assembled_tensors` and `transposed_tensors` as in a spec file, and a line for each parameter
+        that is in another way made of tensors on disk.
     """
     conversions, on_disk = checkpoint_conversions(model)
     renamed: dict[str, str] = {}
     assembled: dict[str, tuple[str, ...]] = {}
+    transposed: dict[str, tuple[int, ...]] = {}
     odd: list[str] = []
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     for name in [*dict(model.named_parameters()), *dict(model.named_buffers())]:
         conversion = next((one for one in conversions if any(target in name for target in one.targets)), None)
         if conversion is None:
+            disk = on_disk(name)
+            if disk != name:
+                renamed[starred(disk)] = starred(name)
+            continue
+        if conversion.exchanges and conversion.sources == conversion.targets and len(shapes.get(name, ())) == 3:
+            transposed[starred(name)] = (-1, *shapes[name][1:])
             disk = on_disk(name)
             if disk != name:
                 renamed[starred(disk)] = starred(name)
@@ -43,32 +61,35 @@ def disk_names(model: Any) -> tuple[dict[str, str], dict[str, tuple[str, ...]], 
         target = next(target for target in conversion.targets if target in name)
         sources = [on_disk(name.replace(target, source)) for source in conversion.sources]
         assembled[starred(name)] = tuple(map(starred, sources))
-    return renamed, assembled, sorted(set(odd))
+    return NamesOnDisk(renamed, assembled, transposed, sorted(set(odd)))
 
 
-def known_disk_names(model: Any, where: str) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
-    """`renamed_tensors` and `assembled_tensors` of `disk_names`, where every parameter has one of the two.
+def known_disk_names(model: Any, where: str) -> NamesOnDisk:
+    """`disk_names`, where every parameter is one of the first three.
 
     Args:
         model: a transformers model.
         where: what faults point to.
 
     Raises:
-        CompileError: a parameter's bytes are not those of tensors on disk one after the other.
+        CompileError: a parameter is in another way made of tensors on disk.
     """
-    renamed, assembled, odd = disk_names(model)
-    if odd:
-        raise CompileError(
-            Fault(
-                code="unsupported-conversion",
-                what="the checkpoint's tensors become parameters in a way that byte ranges cannot express",
-                where=where,
-                got=", ".join(odd),
-                expected="stacking (MergeModulelist) and concatenation along the rows",
-                next="load and save the model in memory form, or wait for a preset",
-            )
-        )
-    return renamed, assembled
+    names = disk_names(model)
+    if names.odd:
+        raise CompileError(unsupported(names.odd, where))
+    return names
+
+
+def unsupported(odd: list[str], where: str) -> Fault:
+    """The fault of tensors that become parameters in another way than `disk_names` can say."""
+    return Fault(
+        code="unsupported-conversion",
+        what="the checkpoint's tensors become parameters in a way that byte ranges cannot express",
+        where=where,
+        got=", ".join(odd),
+        expected="stacking (MergeModulelist), concatenation along the rows, or last dimensions exchanged",
+        next="load and save the model in memory form, or wait for a preset",
+    )
 
 
 _BYTE_CONCATENATIONS: tuple[tuple[tuple[str, int | None], ...], ...] = (

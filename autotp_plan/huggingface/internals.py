@@ -123,11 +123,16 @@ class Conversion:
         sources: parts of the tensors' names.
         targets: parts of the parameter's name.
         operations: the names of the operations, each with its dim, None where it has none.
+        exchanges: whether the last two of three dimensions are exchanged where shapes differ.
     """
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
     operations: tuple[tuple[str, int | None], ...]
+    exchanges: bool = False
+
+
+_EXCHANGE = [("Transpose", {"dim0": 1, "dim1": 2, "check_dims": True})]
 
 
 def checkpoint_conversions(model: Any) -> tuple[list[Conversion], Callable[[str], str]]:
@@ -153,6 +158,7 @@ def checkpoint_conversions(model: Any) -> tuple[list[Conversion], Callable[[str]
             sources=tuple(one.source_patterns),
             targets=tuple(one.target_patterns),
             operations=tuple((type(step).__name__, getattr(step, "dim", None)) for step in one.operations),
+            exchanges=[(type(step).__name__, vars(step)) for step in one.operations] == _EXCHANGE,
         )
         for one in found
         if isinstance(one, converter)

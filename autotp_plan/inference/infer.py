@@ -8,6 +8,7 @@ from typing import Any
 
 from autotp_plan.factories.module_factory import ModuleFactory
 from autotp_plan.huggingface import scale_config
+from autotp_plan.huggingface.disk_names import unsupported
 from autotp_plan.inference import influence
 from autotp_plan.inference.experts import expert_regions
 from autotp_plan.inference.layers import Layer, Region, inner_norms, lay_out, layers_of, regions_of
@@ -44,9 +45,9 @@ def infer_architecture(
     architecture: Architecture | OwnArchitecture, where: str, progress: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
     """As `infer_spec`, for an architecture that was read; `where` is what faults point to."""
-    renamed, assembled, odd = architecture.disk_names()
-    if odd:
-        raise CompileError(_odd(odd, where))
+    names = architecture.disk_names()
+    if names.odd:
+        raise CompileError(unsupported(names.odd, where))
     try:
         first, second = next(iter(architecture.pairs()))
     except (ValueError, StopIteration) as error:
@@ -73,7 +74,7 @@ def infer_architecture(
         text.add((right, other))
     if not text.rules:
         raise CompileError(_nothing(text.notes, where))
-    return text.document(renamed, assembled)
+    return text.document(names.renamed, names.assembled, names.transposed)
 
 
 def infer_module_spec(factory: ModuleFactory, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
@@ -180,17 +181,6 @@ def _experts(second: SmallModel, number: int, first: SmallModel) -> int:
 
 def _key(region: Region, template: Templates) -> tuple[str, str]:
     return template(region.module), template(region.consumer)
-
-
-def _odd(odd: list[str], where: str) -> Fault:
-    return Fault(
-        code="unsupported-conversion",
-        what="the checkpoint's tensors become parameters in a way that byte ranges cannot express",
-        where=where,
-        got=", ".join(odd),
-        expected="stacking (MergeModulelist) and concatenation along the rows",
-        next="load and save the model in memory form, or wait for a preset",
-    )
 
 
 def _not_run(got: str, where: str) -> Fault:

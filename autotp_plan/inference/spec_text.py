@@ -69,12 +69,18 @@ class SpecText:
         self.attributes |= attributes
         return True
 
-    def document(self, renamed: Mapping[str, str], assembled: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    def document(
+        self,
+        renamed: Mapping[str, str],
+        assembled: Mapping[str, tuple[str, ...]],
+        transposed: Mapping[str, tuple[int, ...]],
+    ) -> dict[str, Any]:
         """The spec file.
 
         Args:
             renamed: `renamed_tensors`.
             assembled: `assembled_tensors`.
+            transposed: `transposed_tensors`.
         """
         vocabulary = self._vocabulary()
         self._whole({name for rule in vocabulary for name in rule["patterns"]})
@@ -96,6 +102,7 @@ class SpecText:
             "modules": _merged(self.modules),
             "renamed_tensors": dict(renamed),
             "assembled_tensors": {name: list(names) for name, names in assembled.items()},
+            "transposed_tensors": {name: list(shape) for name, shape in transposed.items()},
         }
         self._complete(words)
         return {key: value for key, value in words.items() if value or key in ("layer_specs", "description")}

@@ -79,6 +79,7 @@ def _fold_parameters(
             split_input=decision.split_input,
             source=None if info.source is None else starred(info.source),
             sources=_starred(info.sources),
+            transposed=info.transposed,
         )
         names[entry].append(name)
     for entry, same in names.items():

@@ -117,6 +117,7 @@ class SpecFile:
     ignored_layers: dict[str, Size] = field(default_factory=dict)
     renamed_tensors: dict[str, str] = field(default_factory=dict)
     assembled_tensors: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    transposed_tensors: dict[str, tuple[Size, ...]] = field(default_factory=dict)
     base_model_prefix: str | None = None
     renamed_prefixes: dict[str, str] = field(default_factory=dict)
 

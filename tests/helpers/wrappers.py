@@ -50,6 +50,14 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "vision_config": {**QWEN_VISION, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64,
                           "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
     },
+    "qwen3_vl_moe": {
+        "model_type": "qwen3_vl_moe", **QWEN_TOKENS,
+        "text_config": {**TEXT, "model_type": "qwen3_vl_moe_text", "moe_intermediate_size": 24, "num_experts": 4,
+                        "num_experts_per_tok": 2, "rope_parameters": {
+                            "rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}},
+        "vision_config": {**QWEN_VISION, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64,
+                          "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+    },
     "mistral3": {
         "model_type": "mistral3", "image_token_index": 250, "spatial_merge_size": 2,
         "text_config": {**TEXT, "model_type": "mistral"}, "tie_word_embeddings": False,

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from autotp_plan.huggingface.disk_names import known_disk_names, ties
+from autotp_plan.huggingface.disk_names import NamesOnDisk, known_disk_names, ties
 from autotp_plan.huggingface.internals import tensor_parallel_plan
 from autotp_plan.planner.fallback.own_model import counting_attributes, is_of_transformers, with_full_names
 from autotp_plan.planner.fallback.skeleton import differentiable_inputs, name_pattern, spec_skeleton
@@ -75,7 +75,7 @@ def rules_of_model(
     nothing_known = not plan and not any(map(decided, translation.parameters))
     if nothing_known or unknown or translation.undecided:
         raise CompileError(_refusal(translation, unknown, where))
-    renamed, assembled = ({}, {}) if own else known_disk_names(model, where)
+    names = NamesOnDisk({}, {}, {}, []) if own else known_disk_names(model, where)
     return SpecFile(
         name=OWN_NAME if own else NAME,
         model_types=() if own else (model.config.model_type,),
@@ -83,9 +83,10 @@ def rules_of_model(
         module_attributes=tuple(translation.attributes()),
         modules=tuple(translation.modules),
         tied=tuple(ties(model)),
-        renamed_tensors=renamed,
-        assembled_tensors=assembled,
-        ignored_tensors=() if own else tuple(unused_tensors(model, renamed, assembled, on_disk)),
+        renamed_tensors=names.renamed,
+        assembled_tensors=names.assembled,
+        transposed_tensors=dict(names.transposed),
+        ignored_tensors=() if own else tuple(unused_tensors(model, names.renamed, names.assembled, on_disk)),
     )
 
 

@@ -1,8 +1,8 @@
 """A model around a language model that has a preset: where the language model is, and its preset for that place.
 
-The wrappers in `wrappers.json` are planned from headers alone. Of any other one transformers says what there is to know:
-the model on meta says where its language model and its head are, and the conversion tables say the names on disk. All
-else is replicated. What is compiled from that must be proven before it is used.
+The wrappers in `wrappers.json` are planned from headers alone. Of any other one transformers says what there is to
+know: the model on meta says where its language model and its head are, and the conversion tables say the names on disk.
+All else is replicated. What is compiled from that must be proven before it is used.
 """
 
 from __future__ import annotations
@@ -50,13 +50,14 @@ def wrapped_preset(model: ModelInput) -> WrappedPreset | None:
     placed = None if wrapper is None or preset is None else wrapper.place(preset)
     if wrapper is None or placed is None:
         return None
-    renamed, assembled = known_disk_names(module, model.where)
+    names = known_disk_names(module, model.where)
     text = module.config.get_text_config(decoder=True).to_dict()
     placed = dataclasses.replace(
         placed,
         defaults={**placed.defaults, **{key: value for key, value in text.items() if value is not None}},
-        renamed_tensors=renamed,
-        assembled_tensors=assembled,
+        renamed_tensors=names.renamed,
+        assembled_tensors=names.assembled,
+        transposed_tensors=dict(names.transposed),
         renamed_prefixes={},
         tied=tuple(ties(module)),
         ignored_tensors=(),
@@ -85,4 +86,3 @@ def _wrapper_of(module: Any, model_type: str) -> Wrapper | None:
         text_type=text.model_type,
         symbols={} if head_dim is None else {"head_dim": [head_dim]},
     )
-

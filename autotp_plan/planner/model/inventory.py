@@ -25,7 +25,7 @@ from autotp_plan.schemas.fault_book import FaultBook
 from autotp_plan.schemas.names import NameSet, natural_key
 from autotp_plan.schemas.plan.entries import ModelIdentity, Sources
 from autotp_plan.schemas.storage.checkpoint import Checkpoint, planned_config
-from autotp_plan.schemas.storage.plan_fit import is_tied_on_disk
+from autotp_plan.schemas.storage.plan_fit import exchanged, is_tied_on_disk
 from autotp_plan.schemas.storage.safetensors_header import TensorEntry
 
 _DTYPES = {
@@ -44,13 +44,15 @@ _NO_DTYPE = (
 class ParameterInfo:
     """Shape and dtype (in safetensors' words) of one module parameter, or of a buffer that checkpoints hold.
 
-    `source` is its name on disk if another, `sources` the tensors on disk that it is made of if several.
+    `source` is its name on disk if another, `sources` the tensors on disk that it is made of if several. One that is
+    `transposed` has its last two dimensions exchanged on disk.
     """
 
     shape: tuple[int, ...]
     dtype: str
     source: str | None = None
     sources: Sources | None = None
+    transposed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,7 +157,10 @@ def inventory_of_module(module: Any, names: DiskNames | None = None) -> Inventor
         shape = tuple(parameter.shape)
         sources = to_disk.sources(name, shape)
         source = to_disk.source(name) if sources is None else None
-        parameters[name] = ParameterInfo(shape=shape, dtype=dtype, source=source, sources=sources)
+        transposed = len(shape) > 1 and names.is_transposed(name, exchanged(shape))  # as it is published
+        parameters[name] = ParameterInfo(
+            shape=shape, dtype=dtype, source=source, sources=sources, transposed=transposed
+        )
     return Inventory(parameters=_sorted(parameters), tied=tied, config=ModelInput(module).config)
 
 
@@ -194,7 +199,9 @@ def _of_checkpoint(checkpoint: Checkpoint, config: dict[str, Any] | None, names:
         if name in parameters:
             faults.append(_twice_fault(name, parameters[name].source or name, tensor.name))
         source = tensor.name if name != tensor.name else None
-        parameters[name] = ParameterInfo(shape=tensor.shape, dtype=tensor.dtype, source=source)
+        transposed = names.is_transposed(name, tensor.shape)
+        shape = exchanged(tensor.shape) if transposed else tensor.shape
+        parameters[name] = ParameterInfo(shape=shape, dtype=tensor.dtype, source=source, transposed=transposed)
     book = FaultBook()
     for name, made in fused_parameters(several, book).items():
         if name in parameters:

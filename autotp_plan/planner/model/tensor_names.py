@@ -25,6 +25,7 @@ class DiskNames:
     names (with braces) of tensors that are no parameters; `tied` maps a second name to the parameter it is. Where no
     name on disk begins with `base_model_prefix`, all but the head's lack it. `renamed_prefixes` maps the beginning of
     names on disk to that of module names, before all else; a name that has the beginning of a module name stays.
+    `transposed` maps names of parameters that may be transposed on disk to their shapes as the module has them.
     """
 
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -33,6 +34,18 @@ class DiskNames:
     tied: Mapping[str, str] = field(default_factory=dict)
     base_model_prefix: str | None = None
     renamed_prefixes: Mapping[str, str] = field(default_factory=dict)
+    transposed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def is_transposed(self, parameter: str, on_disk: Sequence[int]) -> bool:
+        """Whether the tensor of a parameter has its last two dimensions exchanged on disk, where it has that shape."""
+        wanted = self.transposed.get(starred(parameter)) if self.transposed else None
+        if wanted is None or len(wanted) != len(on_disk) or _fits(on_disk, wanted):
+            return False
+        return _fits((*on_disk[:-2], on_disk[-1], on_disk[-2]), wanted)
+
+
+def _fits(shape: Sequence[int], wanted: Sequence[int]) -> bool:
+    return all(size in (-1, found) for size, found in zip(wanted, shape))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

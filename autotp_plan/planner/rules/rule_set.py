@@ -22,7 +22,7 @@ from autotp_plan.planner.wrappers.wrapper import Wrapper, find_wrapper, flattene
 from autotp_plan.schemas.errors import CompileError, Fault
 from autotp_plan.schemas.names import BELOW, fold
 from autotp_plan.schemas.plan.rule_ref import Origin, RuleRef, Section
-from autotp_plan.schemas.spec import AttributeSpec, ModuleSpec, Spec, SpecFile
+from autotp_plan.schemas.spec import AttributeSpec, ModuleSpec, Size, Spec, SpecFile
 
 MAX_LAYERS = 100_000
 
@@ -186,7 +186,29 @@ class RuleSet:
                 for tie in file.tied
                 if tie.when is None or symbols.config_flag(tie.when)
             },
+            transposed={
+                name: _shape(name, shape, symbols)
+                for file in reversed(self.files)
+                for name, shape in file.transposed_tensors.items()
+            },
         )
+
+
+def _shape(name: str, shape: Sequence[Size], symbols: Symbols) -> tuple[int, ...]:
+    """The shape of a parameter that may be transposed on disk."""
+    try:
+        return tuple(symbols.resolve(size) for size in shape)
+    except SymbolError as error:
+        raise CompileError(
+            Fault(
+                code="unknown-transposed-shape",
+                what="the shape of a tensor that may be transposed on disk is not known",
+                where=f"transposed_tensors.{name}",
+                got=str(error),
+                expected="sizes that config.json gives, or -1 for any",
+                next="correct the expression, or config.json",
+            )
+        ) from None
 
 
 def _matches(pattern: str, name: str) -> bool:

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from autotp_plan.planner.shards.copy_plan import FileGroup, StoredShard, TensorCopy
-from autotp_plan.planner.shards.copy_rows import Rows, copy_rows
+from autotp_plan.planner.shards.copy_rows import Rows, copy_rows, transpose
 from autotp_plan.schemas.shards.output_file import OutputFile
 from autotp_plan.schemas.shards.output_folder import OutputFolder
 from autotp_plan.schemas.storage.byte_ranges import Reader
@@ -112,7 +112,7 @@ class _Worker:
 
     def __init__(self, chunk_bytes: int, counter: _Counter) -> None:
         self._counter = counter
-        self._chunk, self._rows = _Buffer(chunk_bytes), _Buffer(chunk_bytes)
+        self._chunk, self._rows, self._turned = (_Buffer(chunk_bytes) for _ in range(3))
         self.reader = Reader(max_open=MAX_OPEN)
 
     def work(self, chunks: _Chunks, outputs: dict[Path, OutputFile]) -> None:
@@ -125,6 +125,10 @@ class _Worker:
                     chunk = self._chunk.take(stop - start)
                     for shard in tensor.sources:
                         self._read(shard, start, stop, chunk)
+                    if tensor.matrices is not None:
+                        turned = self._turned.take(stop - start)
+                        transpose(turned, chunk, *tensor.matrices)
+                        chunk = turned
                     for shard in targets:
                         self._write(shard, start, stop, chunk, outputs)
                 self._counter.add(stop - start)

@@ -21,15 +21,49 @@ class StoredShard(NamedTuple):
     copies: StridedCopies
 
 
+class Matrices(NamedTuple):
+    """Matrices of `rows` by `columns` elements of `item` bytes, one after the other."""
+
+    rows: int
+    columns: int
+    item: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of one."""
+        return self.rows * self.columns * self.item
+
+    def transposed(self) -> Matrices:
+        """The transposed matrices."""
+        return Matrices(self.columns, self.rows, self.item)
+
+
+def matrices_on_disk(parameter: Parameter, shape: tuple[int, ...]) -> Matrices | None:
+    """The matrices that a parameter of `shape` is in a checkpoint, where these are transposed; None where not."""
+    return Matrices(shape[-1], shape[-2], item_size(parameter.dtype)) if parameter.transposed else None
+
+
 class TensorCopy(NamedTuple):
-    """A tensor of `size` bytes that is copied from shards, which hold each byte once, to shards."""
+    """A tensor of `size` bytes that is copied from shards, which hold each byte once, to shards.
+
+    Where it is read as `matrices`, they are transposed before they are written.
+    """
 
     size: int
     sources: tuple[StoredShard, ...]
     targets: tuple[StoredShard, ...]
+    matrices: Matrices | None = None
 
     def chunks(self, most: int) -> Iterator[tuple[int, int]]:
-        """`[start, stop)` of at most `most` bytes each; full blocks where that can be, so that reads are long."""
+        """`[start, stop)` of at most `most` bytes each; full blocks where that can be, so that reads are long.
+
+        Of matrices that are transposed at least one is read at a time, however large.
+        """
+        if self.matrices is not None:
+            step = max(most // self.matrices.size, 1) * self.matrices.size if self.matrices.size else 1
+            for start in range(0, self.size, step):
+                yield start, min(start + step, self.size)
+            return
         strides = [shard.copies.source_stride for shard in (*self.sources, *self.targets)]
         stride = max((stride for stride in strides if 0 < stride <= most), default=1)
         step = most // stride * stride

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from autotp_plan.planner.shards.copy_engine import write_groups
-from autotp_plan.planner.shards.copy_plan import FileGroup, StoredShard, TensorCopy, file_copy, full_tensor
+from autotp_plan.planner.shards.copy_plan import FileGroup, Matrices, StoredShard, TensorCopy, file_copy, full_tensor
 from autotp_plan.schemas.errors import AutoTPError, Fault, OptionError
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.file_layout import PlacedFile
@@ -26,6 +26,8 @@ from autotp_plan.schemas.storage.safetensors_header import item_size, num_bytes
 Sources = Mapping[str, tuple[StoredShard, ...]]
 """Where the bytes of each parameter are, every byte once, by the name of the parameter."""
 
+NOTHING_TRANSPOSED: Mapping[str, Matrices] = {}
+
 
 def write_shards(
     plan: Plan,
@@ -37,6 +39,7 @@ def write_shards(
     max_file_bytes: int,
     workers: int,
     progress: Progress | None,
+    matrices: Mapping[str, Matrices] = NOTHING_TRANSPOSED,
 ) -> Manifest:
     """Write the shards of a plan, or what is missing of them; returns the manifest.
 
@@ -49,6 +52,7 @@ def write_shards(
         max_file_bytes: a file has at most as many bytes of tensors, or one tensor.
         workers: threads that copy.
         progress: called with the bytes copied and the bytes in all.
+        matrices: what parameters are in `sources` that are transposed there.
 
     Raises:
         OptionError: `workers` or `max_file_bytes` is not positive.
@@ -67,7 +71,7 @@ def write_shards(
     }
     with OutputFolder(output, task, command) as folder:
         folder.resume(new.all_sizes(), workers, progress)
-        groups = _groups(new, sources, output)
+        groups = _groups(new, sources, matrices, output)
         write_groups(groups, folder, total=_total(plan, original), workers=workers, progress=progress)
         return new.finish(folder, original.source)
 
@@ -114,20 +118,25 @@ def _total(plan: Plan, original: Original) -> int:
     )
 
 
-def _groups(new: NewShards, sources: Sources, folder: Path) -> Iterator[FileGroup]:
+def _groups(new: NewShards, sources: Sources, matrices: Mapping[str, Matrices], folder: Path) -> Iterator[FileGroup]:
     """Every file but the plan and the manifest, and how it is filled."""
     unused = {tensor.name: full_tensor(ByteRanges.of([tensor])) for tensor in new.original.unused}
     for files in new.layout.groups():
         outputs = [
             OutputFile(folder / file.name, file.size, file.header(new.original.source.fingerprint)) for file in files
         ]
-        yield FileGroup(outputs, list(_tensors(new.plan, files, sources, unused, folder)))
+        yield FileGroup(outputs, list(_tensors(new.plan, files, sources, matrices, unused, folder)))
     for name, path, size in new.original.copied:
         yield file_copy(path, folder / name, size)
 
 
 def _tensors(
-    plan: Plan, files: list[PlacedFile], sources: Sources, unused: Mapping[str, StoredShard], folder: Path
+    plan: Plan,
+    files: list[PlacedFile],
+    sources: Sources,
+    matrices: Mapping[str, Matrices],
+    unused: Mapping[str, StoredShard],
+    folder: Path,
 ) -> Iterator[TensorCopy]:
     """The tensors of files that hold the ranks' shards of the same parameters."""
     ranges = [file.byte_ranges(folder) for file in files]
@@ -141,4 +150,4 @@ def _tensors(
             for rank, of_file in enumerate(ranges)
         )
         size = num_bytes(tensor.dtype, plan.shape_of(tensor.parameter))
-        yield TensorCopy(size, sources[tensor.name], targets)
+        yield TensorCopy(size, sources[tensor.name], targets, matrices.get(tensor.name))

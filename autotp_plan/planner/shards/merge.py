@@ -19,6 +19,7 @@ from autotp_plan.planner.shards.copy_plan import (
     TensorCopy,
     file_copy,
     full_tensor,
+    matrices_on_disk,
     stored_shards,
 )
 from autotp_plan.planner.shards.folder_writer import check_options
@@ -164,7 +165,9 @@ def _copies(shards: ShardsFolder, tensors: dict[str, TensorEntry]) -> Iterator[T
     """Every parameter, and every tensor that no rank reads: from the shards to where it lies in the original."""
     for parameter in shards.plan.expanded():
         target = ByteRanges.of([tensors[name] for name in parameter.names_on_disk()])
-        yield TensorCopy(target.size, stored_shards(parameter, shards), (full_tensor(target),))
+        on_disk = matrices_on_disk(parameter, shards.plan.shape_of(parameter))
+        matrices = None if on_disk is None else on_disk.transposed()
+        yield TensorCopy(target.size, stored_shards(parameter, shards), (full_tensor(target),), matrices)
     for name, kept in shards.unused.items():
         target = ByteRanges.of([tensors[name]])
         yield TensorCopy(target.size, (full_tensor(ByteRanges.of([kept])),), (full_tensor(target),))

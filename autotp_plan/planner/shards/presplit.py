@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from autotp_plan.planner.plan_checks import check_plan
-from autotp_plan.planner.shards.copy_plan import full_tensor
+from autotp_plan.planner.shards.copy_plan import full_tensor, matrices_on_disk
 from autotp_plan.planner.shards.folder_writer import write_shards
 from autotp_plan.schemas.errors import MismatchError
 from autotp_plan.schemas.plan.document import Plan
@@ -59,6 +59,15 @@ def presplit(
         parameter.name: (full_tensor(ByteRanges.of([checkpoint.tensors[name] for name in parameter.names_on_disk()])),)
         for parameter in plan.expanded()
     }
+    matrices = {entry.name: matrices_on_disk(entry, plan.shape_of(entry)) for entry in plan.expanded()}
     return write_shards(
-        plan, original, sources, output, "presplit", max_file_bytes=max_file_bytes, workers=workers, progress=progress
+        plan,
+        original,
+        sources,
+        output,
+        "presplit",
+        max_file_bytes=max_file_bytes,
+        workers=workers,
+        progress=progress,
+        matrices={name: found for name, found in matrices.items() if found is not None},
     )

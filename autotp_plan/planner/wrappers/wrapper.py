@@ -31,6 +31,7 @@ class Wrapper:
         ignored: as `ignored_tensors` of a spec file.
         tied: whether the head is tied where the config does not say so.
         tied_by_text: whether the text config's word counts where the wrapper's own is false or missing.
+        transposed: as `transposed_tensors` of a spec file; what they name is one tensor on disk.
         symbols: the preset's that mean something else for this wrapper's language model.
     """
 
@@ -40,6 +41,7 @@ class Wrapper:
     text_type: str
     renamed_prefixes: dict[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    transposed: dict[str, list[int | str]] = field(default_factory=dict)
     tied: bool = False
     tied_by_text: bool = False
     symbols: dict[str, list[int | str]] = field(default_factory=dict)
@@ -87,8 +89,11 @@ class Wrapper:
             ignored_layers={self._name(f"{name}.")[:-1]: count for name, count in preset.ignored_layers.items()},
             renamed_tensors={self._name(disk): self._name(name) for disk, name in preset.renamed_tensors.items()},
             assembled_tensors={
-                self._name(name): tuple(map(self._name, disks)) for name, disks in preset.assembled_tensors.items()
+                self._name(name): tuple(map(self._name, disks))
+                for name, disks in preset.assembled_tensors.items()
+                if self._name(name) not in self.transposed
             },
+            transposed_tensors={name: tuple(shape) for name, shape in self.transposed.items()},
             renamed_prefixes=self.renamed_prefixes,
         )
 

@@ -7,6 +7,7 @@ Everything that can be wrong with the files is found, on every rank alike, befor
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class Weight:
         stored: the bytes of which the shard is some or all.
         layout: how the tensor of those bytes is sharded; replicated when they are the shard.
         tp_rank: the rank.
+        full_shape: the shape of the parameter, where `stored` has its last two dimensions exchanged; None where not.
         mapped: whether those bytes may be the shard's memory: they are the shard, and nobody writes to them any more.
     """
 
@@ -56,6 +58,7 @@ class Weight:
     layout: Layout
     tp_rank: int
     mapped: bool
+    full_shape: tuple[int, ...] | None = None
 
     def byte_ranges(self) -> Iterator[ByteRange]:
         """The bytes of the shard, in its order."""
@@ -95,6 +98,7 @@ class WeightSource:
                 layout=Layout(shape=shape) if self.presplit else layout,
                 tp_rank=tp_rank,
                 mapped=self.mapped,
+                full_shape=layout.shape if parameter.transposed and not self.presplit else None,
             )
 
 
@@ -163,6 +167,8 @@ def read_weight(weight: Weight, device: torch.device, dtype: torch.dtype | None)
     direct = wanted == stored and device.type == "cpu"
     if direct and weight.mapped and weight.stored.size:
         return _map(weight, stored)
+    if weight.full_shape is not None:
+        return _read_transposed(weight, weight.full_shape, device, wanted)
     tensor = torch.empty(weight.shape, dtype=wanted, device=device)
     size = tensor.numel() if direct else min(tensor.numel(), CHUNK_BYTES // stored.itemsize)
     buffer = tensor.view(-1) if direct else torch.empty(size, dtype=stored)
@@ -179,6 +185,36 @@ def read_weight(weight: Weight, device: torch.device, dtype: torch.dtype | None)
         raise CheckpointError(_short_read(weight, str(error))) from None
     assert done == tensor.numel(), f"{done} elements of {weight.name} were read"
     return tensor
+
+
+def _read_transposed(weight: Weight, full: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A rank's shard of a parameter that is transposed on disk, a matrix at a time."""
+    stored, layout = DTYPES[weight.dtype], weight.layout
+    rows, columns = full[-2:]
+    matrix = torch.empty((columns, rows), dtype=stored)
+    memory = memoryview(matrix.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    numbers = torch.arange(math.prod(full[:-2])).view(full[:-2])
+    if layout.dim is not None and layout.dim < len(full) - 2:  # of stacked matrices each rank has some
+        numbers = _share(numbers, layout.dim, weight)
+    tensor = torch.empty(weight.shape, dtype=dtype, device=device)
+    parts = tensor.view(-1, *weight.shape[-2:])
+    try:
+        with Reader() as reader:
+            for to, number in enumerate(numbers.flatten().tolist()):
+                reader.read_into(memory, weight.stored.slice(number * len(memory), len(memory)))
+                found = matrix.t()
+                if layout.dim is not None and layout.dim >= len(full) - 2:
+                    found = _share(found, layout.dim - (len(full) - 2), weight)
+                parts[to].copy_(found)
+    except EOFError as error:
+        raise CheckpointError(_short_read(weight, str(error))) from None
+    return tensor
+
+
+def _share(tensor: Tensor, dim: int, weight: Weight) -> Tensor:
+    """What the weight's rank has of `tensor` along `dim`."""
+    intervals = weight.layout.intervals[weight.tp_rank]
+    return torch.cat([tensor.narrow(dim, start, stop - start) for start, stop in intervals], dim)
 
 
 def _map(weight: Weight, dtype: torch.dtype) -> Tensor:

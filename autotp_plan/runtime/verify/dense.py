@@ -326,7 +326,7 @@ def _save(model: Any, scaled: Plan, folder: Path) -> None:
     """Write the checkpoint, its tensors under the names that the plan was compiled from, and its plan."""
     model.save_pretrained(folder)
     tensors = read_checkpoint(folder).tensors
-    if any(name not in tensors for parameter in scaled.expanded() for name in parameter.names_on_disk()):
+    if any(entry.transposed or name not in tensors for entry in scaled.expanded() for name in entry.names_on_disk()):
         for path in folder.glob("*.safetensors*"):
             path.unlink()
         save_file(dict(tensors_on_disk(model, scaled)), folder / SINGLE_NAME)
@@ -341,7 +341,8 @@ def tensors_on_disk(model: Any, scaled: Plan) -> Iterator[tuple[str, Tensor]]:
         tensor = tensors[parameter.name].detach()
         sources = parameter.sources
         if sources is None:
-            yield parameter.names_on_disk()[0], tensor.clone()
+            on_disk = tensor.transpose(-2, -1) if parameter.transposed else tensor
+            yield parameter.names_on_disk()[0], on_disk.contiguous().clone()
             continue
         parts = tensor if sources.stacked else tensor.unsqueeze(0)
         names = iter(parameter.names_on_disk())

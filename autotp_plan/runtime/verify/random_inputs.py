@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,20 +96,7 @@ def images_for(model: Any) -> Images | None:
     token = next((getattr(config, key) for key in _IMAGE_TOKENS if type(getattr(config, key, None)) is int), None)
     if token is None:
         raise ValueError("its config names no token for images")
-    refused: list[Exception] = []
-    for pixels, integers in _forms(takes, config, vision):
-        # some models have an argument for the sizes of images that their tower does not take
-        for given in ({}, integers) if integers else ({},):
-            try:
-                features = _features(model, pixels, given)
-                break
-            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-                refused.append(error)
-        else:
-            continue
-        break
-    else:
-        raise refused[-1]
+    pixels, integers, features = _first_that_runs(model, _forms(takes, config, vision))
     if features % 2:
         raise ValueError(f"two images of one size have {features} features")
     return Images(
@@ -118,12 +105,27 @@ def images_for(model: Any) -> Images | None:
         start=getattr(config, "vision_start_token_id", None),
         reserved=tuple(sorted({value for key, value in config.to_dict().items() if _RESERVED.search(key) and value})),
         floats={"pixel_values": pixels},
-        integers=given,
+        integers=integers,
         types=tuple(name for name in ("token_type_ids", "mm_token_type_ids") if name in takes),
     )
 
 
-def _forms(takes: Collection[str], config: Any, vision: Any) -> Iterator[tuple[list[int], dict[str, Any]]]:
+_Form = tuple[list[Any], dict[str, Any]]
+
+
+def _first_that_runs(model: Any, forms: Iterable[_Form]) -> tuple[list[int], dict[str, Any], int]:
+    """The first of `forms` that the tower takes, without its integers where it can do without, and its features."""
+    refused: list[Exception] = []
+    for pixels, integers in forms:
+        for given in ({}, integers) if integers else ({},):
+            try:
+                return pixels, given, _features(model, pixels, given)
+            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+                refused.append(error)
+    raise refused[-1]
+
+
+def _forms(takes: Collection[str], config: Any, vision: Any) -> Iterator[_Form]:
     """The shapes of the pixels of two images and the integers that go with them, likely ones first.
 
     Args:
@@ -133,7 +135,7 @@ def _forms(takes: Collection[str], config: Any, vision: Any) -> Iterator[tuple[l
     """
     patch = _one(vision.patch_size)
     side = _one(getattr(vision, "image_size", None) or 4 * patch)
-    channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", 3)
+    channels: Any = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", 3)
     grid = side // patch
     if "image_grid_thw" in takes:
         grids: dict[str, Any] = {"image_grid_thw": [[1, grid, grid]] * 2}
@@ -167,7 +169,7 @@ _RESERVED = re.compile("(image|video|vision|audio|boi|eoi).*_token_(id|index)$")
 def _features(model: Any, pixels: list[int], integers: Mapping[str, Any]) -> int:
     """How many tokens the images are to a model's language model."""
     inner = getattr(model, "model", None)  # the outer method of some does not take all that the inner one needs
-    owner = inner if hasattr(inner, "get_image_features") else model
+    owner: Any = inner if hasattr(inner, "get_image_features") else model
     takes = inspect.signature(type(owner).get_image_features).parameters
     named = {name: torch.tensor(value) for name, value in integers.items() if name in takes}
     dtype = next(model.parameters()).dtype

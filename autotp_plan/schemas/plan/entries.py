@@ -66,7 +66,8 @@ class Sources:
 class Parameter:
     """One module parameter, or one of several layers when `name` has braces. `layout` is the name of a layout.
 
-    Its name on disk is `source` where that differs; a parameter that is several tensors on disk has `sources`.
+    Its name on disk is `source` where that differs; a parameter that is several tensors on disk has `sources`. One that
+    is `transposed` has its last two dimensions exchanged there, in a checkpoint; shards hold it as the module does.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Parameter:
     split_input: bool = False
     source: str | None = None
     sources: Sources | None = None
+    transposed: bool = False
 
     def names_on_disk(self) -> tuple[str, ...]:
         """The tensors on disk of a single parameter (no braces), in the order of its bytes."""

@@ -134,6 +134,16 @@ def _disk_faults(where: str, entry: Parameter, plan: PlanEntries) -> Iterator[Fa
             what = "a parameter and its tensors on disk differ in number"
             yield _fault("disk-name-count", what, f"{where}.{at}", name, f"as many names as {entry.name}")
 
+    if entry.transposed and entry.layout in plan.layouts:
+        shape = plan.shape_of(entry)
+        if entry.sources is not None or len(shape) < 2 or plan.layouts[entry.layout].shape != shape:
+            yield _fault(
+                "transposed-view",
+                "a parameter that is transposed on disk is several tensors there, or is not sharded as it is",
+                f"{where}.transposed",
+                f"{list(shape)}, sharded as {list(plan.layouts[entry.layout].shape)}",
+                "one tensor of two or more dimensions, and a layout of its own shape",
+            )
     if entry.source is not None:
         yield from too_few_or_many("source", entry.source)
     sources = entry.sources

@@ -172,7 +172,7 @@ def _tensor_faults(tensors: dict[tuple[str, int], TensorEntry], plan: Plan) -> I
     known: set[tuple[str, int]] = set()
     for parameter in plan.expanded():
         layout = plan.layouts[parameter.layout]
-        one_tensor = replace(parameter, source=None, sources=None)
+        one_tensor = replace(parameter, source=None, sources=None, transposed=False)
         for rank in range(plan.tp_size):
             key = (parameter.name, rank)
             known.add(key)

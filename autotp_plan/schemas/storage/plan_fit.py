@@ -108,7 +108,8 @@ def parameter_faults(
     """
     sources = parameter.sources
     if sources is None:
-        yield from _differing(parameter.names_on_disk(), shape, parameter.dtype, tensors, next_step)
+        on_disk = exchanged(shape) if parameter.transposed else shape
+        yield from _differing(parameter.names_on_disk(), on_disk, parameter.dtype, tensors, next_step)
         return
     found: list[tuple[int, ...]] = []
     for position in range(len(sources.names)):
@@ -139,6 +140,11 @@ def assembled_shape(shapes: Sequence[tuple[int, ...]], count: int, stacked: bool
             return None
         first = (sum(shape[0] for shape in shapes), *first[1:])
     return (count, *first) if stacked else first
+
+
+def exchanged(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape of two or more dimensions with the last two exchanged."""
+    return (*shape[:-2], shape[-1], shape[-2])
 
 
 def config_faults(plan: Plan, folder: Path) -> list[Fault]:

@@ -71,7 +71,7 @@ def test_tensors_of_multi_token_prediction_are_ignored_and_named(tmp_path: Path,
 def test_a_layer_of_the_model_is_not_ignored_whatever_transformers_lists() -> None:
     """transformers lists layer 46 for GLM-4.5-Air, which has 46; GLM-4.5 has 92, and layer 46 is one of them."""
     model = meta_model("glm4_moe", num_hidden_layers=48, hidden_size=16, intermediate_size=8, moe_intermediate_size=8)
-    renamed, assembled, _ = disk_names(model)
+    renamed, assembled, _, _ = disk_names(model)
     kept = ["model.layers.46.self_attn.q_proj.weight", "model.layers.46.mlp.experts.0.gate_proj.weight"]
     assert unused_tensors(model, renamed, assembled, kept) == []
     extra = [*kept, "model.layers.92.eh_proj.weight", "model.layers.46.eh_proj.weight"]

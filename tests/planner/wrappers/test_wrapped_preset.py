@@ -58,7 +58,7 @@ def test_it_is_planned_only_with_proof(tmp_path: Path) -> None:
     folder = save_wrapper(tmp_path / "model", "got_ocr2")
     with pytest.raises(CompileError, match="a plan without a preset needs proof"):
         compile_plan(folder, tp_size=2)
-    with pytest.raises(CompileError, match="language model inside of this model is wrong\n(.*\n)*.*off by 3"):
+    with pytest.raises(CompileError, match=r"language model inside of this model is wrong\n(.*\n)*.*off by 3"):
         compile_plan(folder, tp_size=2, prove=lambda plan: Wrong(problem="off by 3"))
     with pytest.raises(CompileError, match="gradients that stay partial"):
         compile_plan(folder, tp_size=2, prove=lambda plan: Wrong(partial_gradients=(r"model\.vision_tower.*",)))
