@@ -124,9 +124,9 @@ class OwnArchitecture:
         """Every positive integer of its arguments."""
         return dict(numbers_of(self.config))
 
-    def disk_names(self) -> tuple[dict[str, str], dict[str, tuple[str, ...]], list[str]]:
+    def disk_names(self) -> NamesOnDisk:
         """As in memory."""
-        return {}, {}, []
+        return NamesOnDisk({}, {}, {}, [])
 
     def value_without(self, config: Mapping[str, Any], key: str) -> int | None:
         """None: an argument that is left out has a default that no other decides."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from autotp_plan.huggingface import scale_config
-from autotp_plan.huggingface.disk_names import disk_names
+from autotp_plan.huggingface.disk_names import NamesOnDisk, disk_names
 from autotp_plan.huggingface.meta_model import build_model
 from autotp_plan.inference.influence import Smooth
 from autotp_plan.schemas.names import is_index
@@ -203,7 +203,7 @@ class Architecture:
         """Every positive integer of the config."""
         return dict(numbers_of(as_json(self.original.config)))
 
-    def disk_names(self) -> tuple[dict[str, str], dict[str, tuple[str, ...]], list[str]]:
+    def disk_names(self) -> NamesOnDisk:
         """What its tensors are called in checkpoints, as `disk_names` of a model."""
         return disk_names(self.original)
 

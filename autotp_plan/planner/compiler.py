@@ -15,6 +15,7 @@ from autotp_plan.planner.deepspeed.read_config import TensorParallelSection
 from autotp_plan.planner.fallback.prove import Prover, fallback_rules, proven
 from autotp_plan.planner.fallback.tp_plan import OWN_NAME
 from autotp_plan.planner.fallback.unused_tensors import with_unused_tensors
+from autotp_plan.planner.fallback.with_tower import with_vision_tower
 from autotp_plan.planner.fallback.wrapped_preset import wrapped_preset
 from autotp_plan.planner.fold_plan import fold_plan
 from autotp_plan.planner.model.inventory import Inventory, take_inventory
@@ -45,6 +46,7 @@ def compile_plan(
     strict: bool = False,
     infer: Callable[[Any], SpecFile] | None = None,
     factory: ModuleFactory | None = None,
+    cut_vision: bool = False,
 ) -> Plan:
     """The plan for `model` at `tp_size`.
 
@@ -65,6 +67,7 @@ def compile_plan(
             model without a preset is planned by them, and without them by its own `tp_plan`.
         factory: makes a model that is not from transformers
             (`autotp_plan.factories.module_factory.ModuleFactory`); what the specs leave open is inferred.
+        cut_vision: shard the vision tower's attention and MLPs too, where that is proven with images.
 
     Returns:
         a plan that passes `check_plan`.
@@ -77,9 +80,30 @@ def compile_plan(
         MissingDependencyError: a bare config.json needs transformers, and it is not installed.
     """
     given = ModelInput(Path(model) if isinstance(model, str | os.PathLike) else model, factory)
-    options = _Options(tp_size=_tp_size(tp_size, deepspeed), uneven=uneven, deepspeed=deepspeed, strict=strict)
+    options = _Options(
+        tp_size=_tp_size(tp_size, deepspeed),
+        uneven=uneven,
+        deepspeed=deepspeed,
+        strict=strict,
+        inferred=preset == INFER,
+    )
     rules = collect_rules(given, preset, specs, deepspeed, strict)
-    if preset == INFER:
+    if cut_vision:
+        return with_vision_tower(
+            given, options.tp_size, prove, lambda tower: _planned(given, rules.with_tower(tower), options, prove, infer)
+        )
+    return _planned(given, rules, options, prove, infer)
+
+
+def _planned(
+    given: ModelInput,
+    rules: RuleSet,
+    options: _Options,
+    prove: Prover | None,
+    infer: Callable[[Any], SpecFile] | None,
+) -> Plan:
+    """The plan by `rules`, and by what can be found out where they leave something open."""
+    if options.inferred:
         return _by_inference(given, rules, options, prove, infer)
     try:
         return _compile(given, rules, options)
@@ -170,6 +194,7 @@ class _Options:
     uneven: bool
     deepspeed: TensorParallelSection | None
     strict: bool
+    inferred: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -59,6 +59,7 @@ def main() -> None:
 @click.option(
     "--spec", "specs", type=_FILE, multiple=True, help="Spec file; may be repeated, the first has precedence."
 )
+@click.option("--cut-vision", is_flag=True, help="Shard the vision tower too, where that is proven with images.")
 @click.option("--uneven", is_flag=True, help="Give ranks shards of unequal size where the TP size does not divide.")
 @click.option("--ds-config", type=_FILE, help="DeepSpeed config; its tensor_parallel section is applied.")
 @time_limit
@@ -74,6 +75,7 @@ def compile(
     ds_config: Path | None,
     strict: bool,
     factory: Callable[[], ModuleFactory | None],
+    cut_vision: bool,
     timeout: int = TIMEOUT,
 ) -> None:
     """Compile a plan: decide how every parameter of a model is sharded."""
@@ -111,6 +113,7 @@ def compile(
         deepspeed=section,
         prove=lambda plan: _prove(plan, made_by),
         strict=strict,
+        cut_vision=cut_vision,
         infer=lambda given: SpecFile.from_dict(infer_with_limits(given, timeout)),
         factory=made_by,
     )
@@ -122,10 +125,10 @@ def compile(
 
 
 def _prove(plan: Plan, factory: ModuleFactory | None) -> Any:
-    """Try the plan of a model without a preset on a twin; takes torch, transformers and DeepSpeed."""
+    """Try a plan that needs proof on a twin; takes torch, transformers and DeepSpeed."""
     from autotp_plan.runtime.verify.run import try_plan
 
-    click.echo(f"trying a plan without a preset on a twin at TP={plan.tp_size}", err=True)
+    click.echo(f"trying a plan on a twin at TP={plan.tp_size}", err=True)
     return try_plan(plan, factory)
 
 

@@ -45,7 +45,7 @@ def wrapped_preset(model: ModelInput) -> WrappedPreset | None:
         module = model.module
     except (CheckpointError, MissingDependencyError):
         return None
-    wrapper = _wrapper_of(module, model.model_type)
+    wrapper = wrapper_of(module, model.model_type)
     preset = None if wrapper is None else find_preset(AUTO, preset_of_text(wrapper.text_type), [])
     placed = None if wrapper is None or preset is None else wrapper.place(preset)
     if wrapper is None or placed is None:
@@ -66,7 +66,7 @@ def wrapped_preset(model: ModelInput) -> WrappedPreset | None:
     return WrappedPreset(wrapper=wrapper, preset=with_unused_tensors(placed, model))
 
 
-def _wrapper_of(module: Any, model_type: str) -> Wrapper | None:
+def wrapper_of(module: Any, model_type: str) -> Wrapper | None:
     """Where `module` holds a language model and its head; None where it does not."""
     text = module.config.get_text_config(decoder=True) if hasattr(module.config, "get_text_config") else module.config
     if text is module.config or not hasattr(module, "get_decoder"):
@@ -77,7 +77,8 @@ def _wrapper_of(module: Any, model_type: str) -> Wrapper | None:
     if not inside or not head_name:
         return None
     if head_name.startswith(f"{inside}."):  # a causal language model
-        inside = f"{inside}.{decoder.base_model_prefix}"
+        decoder = decoder.get_decoder()
+        inside = names.get(id(decoder), inside)
     head_dim = next((one.head_dim for one in decoder.modules() if type(getattr(one, "head_dim", None)) is int), None)
     return Wrapper(
         model_type=model_type,

@@ -67,7 +67,8 @@ def resolve(
     faults = resolver.faults
     decisions = resolver.resolve(rules.lists)
     if num_layers is not None:
-        _check_layers(inventory, num_layers, decisions, faults, resolver.optional(rules.lists))
+        in_model = {name: decision for name, decision in decisions.items() if not rules.is_of_tower(name)}
+        _check_layers(inventory, num_layers, in_model, faults, resolver.optional(rules.lists))
     _check_ties(inventory, decisions, faults)
     undecided = undecided_among_sharded(decisions)
     if rules.preset is not None and rules.preset.name in preset_names():
@@ -102,7 +103,7 @@ def _check_layers(
     """
     found: dict[str, set[int]] = defaultdict(set)
     counted = {_list_of_layers(name) for name in inventory.parameters
-               if name not in decisions or decisions[name].layout.dim is not None}  # fmt: skip
+               if name in decisions and decisions[name].layout.dim is not None}  # fmt: skip
     for name in inventory.parameters:
         if _list_of_layers(name) not in counted:
             continue

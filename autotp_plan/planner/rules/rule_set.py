@@ -69,6 +69,7 @@ class RuleSet:
     may_leave_rest: bool = False
     heads: tuple[str, ...] = ()
     wrapper: Wrapper | None = None
+    tower: SpecFile | None = None
 
     def with_fallback(self, rules: SpecFile, origin: Origin) -> RuleSet:
         """These rules, and after them those made from a `tp_plan`, or inferred, in the place of a preset."""
@@ -89,9 +90,32 @@ class RuleSet:
 
     def with_wrapped(self, wrapper: Wrapper, preset: SpecFile) -> RuleSet:
         """These rules, and after them a preset that was placed in a wrapper; all else is replicated."""
-        lists = (*self.lists, *_lists_of_preset(preset, decides=True, section=None), _around(wrapper))
+        around = _around(wrapper) if self.tower is None else _without_biases(_around(wrapper), self.tower)
+        lists = (*self.lists, *_lists_of_preset(preset, decides=True, section=None), around)
         note = _note_on_wrapper(wrapper, str(preset.name))
         return dataclasses.replace(self, lists=lists, preset=preset, wrapper=wrapper, notes=(*self.notes, note))
+
+    def with_tower(self, rules: SpecFile) -> RuleSet:
+        """These rules, and between the user's and all others those for what is around a language model."""
+        tower = RuleList(
+            origin=Origin.INFERENCE,
+            specs=rules.layer_specs,
+            attributes=rules.module_attributes,
+            trusted=True,
+            may_match_nothing=True,
+        )
+        users = [one for one in self.lists if not one.trusted]
+        others = [_without_biases(one, rules) if self._is_around(one) else one for one in self.lists if one.trusted]
+        return dataclasses.replace(self, lists=(*users, tower, *others), tower=rules)
+
+    def is_of_tower(self, name: str) -> bool:
+        """Whether a rule for what is around a language model matches a parameter, or the weight that a bias is of."""
+        weight = name.removesuffix("bias") + "weight" if name.endswith(".bias") else name
+        rules = () if self.tower is None else self.tower.layer_specs
+        return any(_matches(pattern, weight) for spec in rules for pattern in spec.patterns)
+
+    def _is_around(self, rules: RuleList) -> bool:
+        return self.wrapper is not None and rules.specs == (self.wrapper.whole,)
 
     def decide(self, name: str) -> bool:
         """Whether a rule of the user's matches the parameter `name`."""
@@ -313,6 +337,18 @@ def collect_rules(
 def _around(wrapper: Wrapper) -> RuleList:
     """The rule of everything outside of a wrapper's language model."""
     return RuleList(origin=Origin.PRESET, name=wrapper.model_type, specs=(wrapper.whole,), trusted=True)
+
+
+def _without_biases(around: RuleList, tower: SpecFile) -> RuleList:
+    """The rule of everything outside of a language model, without the biases of weights that are sharded there."""
+    biases = "|".join(
+        pattern.removesuffix("weight$") + "bias$"
+        for spec in tower.layer_specs
+        if spec.partition_type == "column"
+        for pattern in spec.patterns
+    )
+    specs = tuple(dataclasses.replace(one, patterns=(f"(?!{biases}){one.patterns[0]}",)) for one in around.specs)
+    return dataclasses.replace(around, specs=specs)
 
 
 def _note_on_wrapper(wrapper: Wrapper, preset: str) -> str:

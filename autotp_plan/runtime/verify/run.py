@@ -11,7 +11,7 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -32,10 +32,14 @@ _PACKAGES = ("autotp-plan", "torch", "transformers", "deepspeed")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
-    """What is wrong with a plan: patterns of parameters whose partial gradients are not summed, and anything else."""
+    """What is wrong with a plan: patterns of parameters whose partial gradients are not summed, and anything else.
+
+    `ungraded` are patterns of parameters that have no gradient in any layer, of which nothing is proven.
+    """
 
     partial_gradients: tuple[str, ...]
     problem: str | None
+    ungraded: tuple[str, ...] = ()
 
 
 def verify_plan(
@@ -121,8 +125,14 @@ def trial_of(proof: Proof) -> Trial:
         problem = f"{', '.join(fold(wrong)[:8])} differ from the unsharded model's"
     if problem is None and not partial and not proof.proven:
         problem = f"off by {proof.float64_error:.1e} in float64, {proof.engine_error:.1e} in the DeepSpeed engine"
-    patterns = sorted({re.escape(starred(name)).replace(r"\*", r"\d+") + "$" for name in partial})
-    return Trial(partial_gradients=tuple(patterns), problem=problem)
+    graded = {starred(name) for kinds in proof.float64.values() for name in kinds.get("gradient", {})}
+    unseen = {name for name in proof.twin["ungraded"] if starred(name) not in graded}
+    return Trial(partial_gradients=_patterns(partial), problem=problem, ungraded=_patterns(unseen))
+
+
+def _patterns(names: Iterable[str]) -> tuple[str, ...]:
+    """Regexes of parameters that are called so in any layer."""
+    return tuple(sorted({re.escape(starred(name)).replace(r"\*", r"\d+") + "$" for name in names}))
 
 
 def _write_twin(
