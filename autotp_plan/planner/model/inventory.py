@@ -22,7 +22,7 @@ from autotp_plan.planner.model.tensor_names import DiskNames, DiskTensor, ToDisk
 from autotp_plan.schemas import documents
 from autotp_plan.schemas.errors import CheckpointError, Fault
 from autotp_plan.schemas.fault_book import FaultBook
-from autotp_plan.schemas.names import NameSet, natural_key
+from autotp_plan.schemas.names import NameSet, natural_key, starred
 from autotp_plan.schemas.plan.entries import ModelIdentity, Sources
 from autotp_plan.schemas.storage.checkpoint import Checkpoint, planned_config
 from autotp_plan.schemas.storage.plan_fit import exchanged, is_tied_on_disk
@@ -157,7 +157,7 @@ def inventory_of_module(module: Any, names: DiskNames | None = None) -> Inventor
         shape = tuple(parameter.shape)
         sources = to_disk.sources(name, shape)
         source = to_disk.source(name) if sources is None else None
-        transposed = len(shape) > 1 and names.is_transposed(name, exchanged(shape))  # as it is published
+        transposed = len(shape) > 1 and bool(names.is_transposed(name, exchanged(shape)))  # as it is published
         parameters[name] = ParameterInfo(
             shape=shape, dtype=dtype, source=source, sources=sources, transposed=transposed
         )
@@ -200,6 +200,9 @@ def _of_checkpoint(checkpoint: Checkpoint, config: dict[str, Any] | None, names:
             faults.append(_twice_fault(name, parameters[name].source or name, tensor.name))
         source = tensor.name if name != tensor.name else None
         transposed = names.is_transposed(name, tensor.shape)
+        if transposed is None:
+            faults.append(_shape_fault(tensor.name, tensor.shape, names.transposed[starred(name)]))
+            continue
         shape = exchanged(tensor.shape) if transposed else tensor.shape
         parameters[name] = ParameterInfo(shape=shape, dtype=tensor.dtype, source=source, transposed=transposed)
     book = FaultBook()
@@ -272,6 +275,17 @@ def _twice_fault(name: str, first: str, second: str) -> Fault:
         got=f"{first} and {second}",
         expected="one tensor for each parameter",
         next="remove one of them from the checkpoint",
+    )
+
+
+def _shape_fault(name: str, shape: Sequence[int], wanted: Sequence[int]) -> Fault:
+    return Fault(
+        code="neither-shape",
+        what="a tensor that may be transposed on disk has another shape",
+        where=name,
+        got=str(list(shape)),
+        expected=f"{list(wanted)} (-1 is any size), or that with the last two exchanged",
+        next="config.json is another model's, or the checkpoint is broken",
     )
 
 

@@ -36,16 +36,20 @@ class DiskNames:
     renamed_prefixes: Mapping[str, str] = field(default_factory=dict)
     transposed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def is_transposed(self, parameter: str, on_disk: Sequence[int]) -> bool:
-        """Whether the tensor of a parameter has its last two dimensions exchanged on disk, where it has that shape."""
+    def is_transposed(self, parameter: str, on_disk: Sequence[int]) -> bool | None:
+        """Whether the tensor of a parameter has its last two dimensions exchanged on disk, where it has that shape.
+
+        Returns:
+            None where the shape is neither the parameter's nor that with dimensions exchanged.
+        """
         wanted = self.transposed.get(starred(parameter)) if self.transposed else None
-        if wanted is None or len(wanted) != len(on_disk) or _fits(on_disk, wanted):
+        if wanted is None or _fits(on_disk, wanted):
             return False
-        return _fits((*on_disk[:-2], on_disk[-1], on_disk[-2]), wanted)
+        return True if _fits((*on_disk[:-2], *on_disk[:-3:-1]), wanted) else None
 
 
 def _fits(shape: Sequence[int], wanted: Sequence[int]) -> bool:
-    return all(size in (-1, found) for size, found in zip(wanted, shape))
+    return len(shape) == len(wanted) and all(size in (-1, found) for size, found in zip(wanted, shape))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
