@@ -111,7 +111,7 @@ def _planned(
         undecided = {fault.code == UNDECIDED for fault in error.faults}
         if not rules.may_fall_back or True not in undecided:
             raise
-        if factory is not None:
+        if given.factory is not None:
             return _by_inference(given, rules, options, prove, infer)
         faults: tuple[Fault, ...] = ()
         try:

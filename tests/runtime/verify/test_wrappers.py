@@ -13,11 +13,15 @@ import pytest
 from autotp_plan.planner import compile_plan
 from autotp_plan.planner.shards.presplit import presplit
 from autotp_plan.runtime.verify.run import verify_plan
+from autotp_plan.schemas.plan.rule_ref import Origin
 from tests.helpers.launch import launch
 from tests.helpers.wrappers import OTHERS, WRAPPERS, save_wrapper
 from tests.planner.fallback.test_tp_plan import right
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(270)]
+
+
+TOWER = " with its tower sharded"
 
 
 def wrong(variant: str) -> list[str]:
@@ -27,7 +31,7 @@ def wrong(variant: str) -> list[str]:
     ]
 
 
-def prepare(work: Path, variants: Iterable[str]) -> None:
+def prepare(work: Path, variants: Iterable[str], tp_size: int = 2) -> None:
     """Checkpoints in float64, shards of two ranks, batches with images, and the dense model's numbers."""
     import torch
     from transformers import AutoModelForImageTextToText
@@ -36,8 +40,11 @@ def prepare(work: Path, variants: Iterable[str]) -> None:
     from autotp_plan.runtime.verify.random_inputs import Batches, images_for
 
     for variant in variants:
-        folder = save_wrapper(work / variant, variant, torch.float64)
-        plan = compile_plan(folder, tp_size=2, prove=right)
+        name, _, tower = variant.partition(TOWER)
+        folder = save_wrapper(work / variant, name, torch.float64)
+        plan = compile_plan(folder, tp_size=tp_size, prove=right, cut_vision=bool(tower))
+        sharded = [e.name for e in plan.expanded() if e.style != "replicated" and e.rule.origin is Origin.INFERENCE]
+        assert bool(sharded) is bool(tower)
         presplit(plan, folder, work / f"{variant}.shards")
         (work / f"{variant}.json").write_text(plan.to_json())
         dense = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float64, **EXPERTS).train()
@@ -76,19 +83,25 @@ def in_ranks(work: Path, variants: Iterable[str]) -> dict[str, float]:
 
 QUICK = ("idefics2", "ovis2", "qwen2_5_omni_thinker", "video_llama_3")
 """Of those without an entry in the table: each takes images in a way of its own."""
+TOWERS = tuple(f"{name}{TOWER}" for name in ("gemma3", "internvl", "llama4", "llava", "mistral3", "qwen2_5_vl"))
+"""One of each kind of tower: siglip, InternViT, Llama 4's, clip, pixtral, Qwen's."""
 
 
 @pytest.mark.parametrize(
-    "variants",
+    ("variants", "tp_size"),
     [
-        pytest.param((*WRAPPERS, *QUICK), id="known"),
-        pytest.param(tuple(sorted(OTHERS.keys() - set(QUICK))), id="others", marks=pytest.mark.slow),
+        pytest.param((*WRAPPERS, *QUICK, *TOWERS), 2, id="known"),
+        pytest.param(tuple(sorted(OTHERS.keys() - set(QUICK))), 2, id="others", marks=pytest.mark.slow),
+        pytest.param(tuple(f"{name}{TOWER}" for name in (*WRAPPERS, *OTHERS) if name != "got_ocr2"), 4, id="towers",
+                     marks=pytest.mark.slow),
     ],
-)
-def test_every_wrapper_trains_with_images_as_the_dense_model(tmp_path: Path, variants: tuple[str, ...]) -> None:
+)  # fmt: skip
+def test_every_wrapper_trains_with_images_as_the_dense_model(
+    tmp_path: Path, variants: tuple[str, ...], tp_size: int
+) -> None:
     """Three passes and two optimizer steps in float64: losses, logits, every gradient and every parameter."""
-    prepare(tmp_path, variants)
-    for found in launch(in_ranks, 2, tmp_path, variants):
+    prepare(tmp_path, variants, tp_size)
+    for found in launch(in_ranks, tp_size, tmp_path, variants):
         assert found.keys() == set(variants)
         assert max(found.values()) < 1e-9, found
 
