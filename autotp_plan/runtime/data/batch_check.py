@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -56,11 +57,20 @@ def check_batches(model: nn.Module, ranks: Ranks, every: int | None) -> None:
         if number % every:
             return
         inputs: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
-        batch = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        batch = {place: value for name, given in inputs.items() for place, value in _tensors(name, given)}
         if number == 0 or _are_different(batch, ranks):
             _name_differences(batch, ranks, number + 1, module.training)
 
     model.register_forward_pre_hook(compare, with_kwargs=True, prepend=True)
+
+
+def _tensors(place: Any, given: Any) -> Iterator[tuple[Any, Tensor]]:
+    """The tensors of an input: it is one, or a list of them, as images of several sizes are."""
+    if isinstance(given, Tensor):
+        yield place, given
+    elif isinstance(given, (list, tuple)):
+        for number, item in enumerate(given):
+            yield from _tensors(f"{place}[{number}]", item)
 
 
 def _are_different(batch: dict[Any, Tensor], ranks: Ranks) -> bool:

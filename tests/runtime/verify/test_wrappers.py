@@ -213,3 +213,74 @@ def test_trainer_trains_with_images(tmp_path: Path, variant: str) -> None:
     plan = compile_plan(folder, tp_size=2)
     for losses in launch(losses_under_trainer, 2, folder, tmp_path / "out", plan, data):
         assert len(losses) == 2 and losses == pytest.approx(dense, rel=1e-4)
+
+
+SETTINGS = {
+    "train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}, "gradient_clipping": 0.0,
+    "zero_allow_untested_optimizer": True,
+}  # fmt: skip
+
+
+def images_in_four_ranks(folder: Path, plan: Any, data: ImageData, prompt: dict[str, Any]) -> dict[str, Any]:
+    """Two TP ranks and two DP ranks: generation, a step of training, and images that differ between TP ranks."""
+    import torch
+
+    from autotp_plan.runtime import TrainingPlan
+    from autotp_plan.schemas.errors import MismatchError
+
+    sharded = TrainingPlan(plan)
+    model = sharded.load_model(folder, check_batches_every=1)
+    tokens = model.generate(**prompt, max_new_tokens=4, do_sample=False)  # type: ignore[operator]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine, _, loader, _ = sharded.initialize(
+        model, config=SETTINGS, optimizer=optimizer, training_data=data, collate_fn=collate
+    )
+    steps = []
+    for batch in loader:
+        loss = engine(**batch).loss
+        engine.backward(loss)
+        engine.step()
+        steps.append((batch, float(loss)))
+    refused = {}
+    for kind in ("tensor", "list"):
+        pixels = (
+            batch["pixel_values"] + sharded.ranks.tp_rank * (torch.arange(len(batch["pixel_values"])) == 3)[:, None]
+        )
+        try:
+            engine(**{**batch, "pixel_values": pixels if kind == "tensor" else [*pixels.split(16)]})
+        except MismatchError as error:
+            refused[kind] = error.faults[0].where
+    return {"tokens": tokens, "steps": steps, "refused": refused, "dp_rank": sharded.ranks.dp_rank}
+
+
+def test_images_in_initialize_and_generate_with_data_parallelism(tmp_path: Path) -> None:
+    """Every DP rank trains on its own images; generation and losses are the dense model's."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from autotp_plan.runtime.verify.random_inputs import Batches, images_for
+
+    folder = save_wrapper(tmp_path / "model", "qwen2_5_vl", torch.float32)
+    dense = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    batches = Batches(vocab_size=240, length=8, padding=None, images=images_for(dense))
+    prompt = batches(9)
+    plan = compile_plan(folder, tp_size=2)
+    found = launch(images_in_four_ranks, 4, folder, plan, ImageData(batches, 8), prompt)
+    expected = dense.generate(**prompt, max_new_tokens=4, do_sample=False)
+    optimizer = torch.optim.SGD(dense.parameters(), lr=0.1)
+    first, second = ([one["steps"] for one in found if one["dp_rank"] == rank] for rank in (0, 1))
+    assert len(first[0]) == len(second[0]) == 2
+    for step in zip(*first, *second):
+        for (one, _), (other, _) in (step[:2], step[2:]):
+            assert all(torch.equal(one[name], other[name]) for name in one), "the ranks of a TP group"
+        assert not torch.equal(step[0][0]["pixel_values"], step[2][0]["pixel_values"])
+        losses = [dense(**batch).loss for batch, _ in (step[0], step[2])]
+        assert [loss for _, loss in (step[0], step[2])] == pytest.approx([float(loss) for loss in losses], rel=1e-5)
+        (sum(losses) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for one in found:
+        assert torch.equal(one["tokens"], expected)
+        assert one["refused"] == {
+            "tensor": "pixel_values of forward 3 in training", "list": "pixel_values[0] of forward 4 in training",
+        }  # fmt: skip
