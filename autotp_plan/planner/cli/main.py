@@ -75,7 +75,7 @@ def compile(
     ds_config: Path | None,
     strict: bool,
     factory: Callable[[], ModuleFactory | None],
-    cut_vision: bool,
+    cut_vision: bool = False,
     timeout: int = TIMEOUT,
 ) -> None:
     """Compile a plan: decide how every parameter of a model is sharded."""
