@@ -17,13 +17,13 @@ WIDTHS = frozenset(
     | {"head_dim", "kv_channels", "d_kv", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"}
     | {"qk_head_dim", "v_head_dim", "rotary_dim", "word_embed_proj_dim", "embedding_size", "global_head_dim"}
     | {"shared_expert_size", "moe_ffn_hidden_size", "decoder_ffn_dim", "inner_dim", "dense_intermediate_size"}
-    | {"expert_ffn_hidden_size", "dim", "hidden_dim"}
+    | {"expert_ffn_hidden_size", "dim", "hidden_dim", "emb_dim"}
 )
 """Keys that hold a number of features: all are divided by the same number, which keeps their ratios."""
 
 _HEAD_DIMS = ("head_dim", "kv_channels", "d_kv", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
               "global_head_dim")  # fmt: skip
-_HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
+_HIDDEN = ("hidden_size", "n_embd", "d_model", "dim", "emb_dim")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads")
 _PARTIAL = ("partial_rotary_factor", "rotary_pct", "rope_pct")
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
