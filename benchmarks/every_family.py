@@ -45,7 +45,7 @@ class Outcome:
 
     Attributes:
         family: the model type.
-        outcome: `right`, `WRONG`, `refused`, `not built` or `CRASHED`.
+        outcome: `right`, `WRONG`, `refused` or `CRASHED`.
         rules: what decided: a preset, inference or transformers' tp_plan.
         error: the largest in float64.
         share: bytes of the largest rank over all bytes.
@@ -218,7 +218,7 @@ def plan_and_prove(family: str, folder: Path, tp_size: int) -> dict[str, Any]:
     from autotp_plan.planner.rules.preset_files import preset_names, read_preset
     from autotp_plan.runtime.verify.report import Proof
     from autotp_plan.runtime.verify.run import Trial, trial_of, verify_plan
-    from autotp_plan.schemas.errors import AutoTPError, CheckpointError, CompileError
+    from autotp_plan.schemas.errors import AutoTPError, CompileError
     from autotp_plan.schemas.plan.document import Plan
     from autotp_plan.schemas.plan.rule_ref import Origin
     from autotp_plan.schemas.spec import SpecFile
@@ -247,8 +247,6 @@ def plan_and_prove(family: str, folder: Path, tp_size: int) -> dict[str, Any]:
             plan = compile_plan(folder, tp_size=tp_size, prove=prove, infer=infer, uneven=True)
             uneven = ", uneven"
         proof = proofs[-1] if proofs else verify_plan(plan)
-    except CheckpointError as error:
-        return {"outcome": "not built", "code": error.faults[0].code or "", "reason": _line(error.faults[0].got)}
     except AutoTPError as error:
         fault = min(error.faults, key=lambda one: one.code == "no-preset")
         return {"outcome": "refused", "rules": rules, "code": fault.code or "", "reason": _line(fault.got)}
