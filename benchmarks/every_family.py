@@ -251,10 +251,12 @@ def plan_and_prove(family: str, folder: Path, tp_size: int) -> dict[str, Any]:
         fault = min(error.faults, key=lambda one: one.code == "no-preset")
         return {"outcome": "refused", "rules": rules, "code": fault.code or "", "reason": _line(fault.got)}
     totals = summary(plan)
-    inferred = any(entry.rule.origin is Origin.INFERENCE for entry in plan.parameters)
+    origins = {entry.rule.origin for entry in plan.parameters}
+    inferred = Origin.INFERENCE in origins
+    named = "inference" if inferred else "tp_plan" if Origin.TP_PLAN in origins else "preset"
     return {
         "outcome": "right" if proof.proven else "WRONG",
-        "rules": (rules or ("inference" if inferred else "tp_plan")) + uneven,
+        "rules": (rules or named) + uneven,
         "error": proof.float64_error,
         "share": max(totals.per_rank) / totals.total,
         "compute": proof.compute_share,
