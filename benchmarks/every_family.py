@@ -275,7 +275,7 @@ def replicated(plan: Any) -> Iterator[str]:
         total += size
         if len(shape) > 1 and plan.layouts[entry.layout].dim is None:
             module = starred(entry.name.rpartition(".")[0])
-            short = module.rpartition("*.")[2] or module
+            short = module.rpartition("*.")[2].partition(".")[0] or module
             bytes_of[short] = bytes_of.get(short, 0) + size
     for module, size in sorted(bytes_of.items(), key=lambda one: -one[1]):
         if size >= total / 100:

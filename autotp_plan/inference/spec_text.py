@@ -18,6 +18,8 @@ from autotp_plan.schemas.names import is_index, parent_module
 from autotp_plan.schemas.templates import Templates, pattern_of
 
 Rule = dict[str, Any]
+_MANY_WORDS = 10_000
+"""A table of so many rows is one of words, not of positions or types."""
 
 
 class Unexpressed(Exception):
@@ -340,7 +342,20 @@ class SpecText:
                 "indivisible": "uneven",
             }
             rules.append(rule)
+        rules += self._other_tables(embedding)
         return rules
+
+    def _other_tables(self, embedding: Any) -> Iterator[Rule]:
+        """Rules for tables of other features of the same tokens, as large as the embedding."""
+        if not hasattr(embedding, "weight"):
+            return
+        for name, table in self.models[0].model.named_modules():
+            if type(table) is not type(embedding) or table.weight is embedding.weight:
+                continue
+            key = self.template(f"{name}.weight")
+            if len(table.weight) == len(embedding.weight) and self.shapes[key][0] >= _MANY_WORDS:
+                patterns = [pattern_of(key)]
+                yield {"patterns": patterns, "partition_type": "vocab", "shape": [-1, -1], "indivisible": "uneven"}
 
     def _whole(self, decided: set[str]) -> None:
         """A rule for every parameter that stays whole and that a default does not decide."""
