@@ -240,7 +240,7 @@ def images_in_four_ranks(folder: Path, plan: Any, data: ImageData, prompt: dict[
         loss = engine(**batch).loss
         engine.backward(loss)
         engine.step()
-        steps.append((batch, float(loss)))
+        steps.append((batch, float(loss.detach())))
     refused = {}
     for kind in ("tensor", "list"):
         pixels = (
@@ -275,12 +275,14 @@ def test_images_in_initialize_and_generate_with_data_parallelism(tmp_path: Path)
             assert all(torch.equal(one[name], other[name]) for name in one), "the ranks of a TP group"
         assert not torch.equal(step[0][0]["pixel_values"], step[2][0]["pixel_values"])
         losses = [dense(**batch).loss for batch, _ in (step[0], step[2])]
-        assert [loss for _, loss in (step[0], step[2])] == pytest.approx([float(loss) for loss in losses], rel=1e-5)
+        assert [loss for _, loss in (step[0], step[2])] == pytest.approx(
+            [float(loss.detach()) for loss in losses], rel=1e-5
+        )
         (sum(losses) / 2).backward()
         optimizer.step()
         optimizer.zero_grad()
     for one in found:
         assert torch.equal(one["tokens"], expected)
         assert one["refused"] == {
-            "tensor": "pixel_values of forward 3 in training", "list": "pixel_values[0] of forward 4 in training",
+            "tensor": "pixel_values of forward 7 in training", "list": "pixel_values[0] of forward 8 in training",
         }  # fmt: skip
