@@ -3,22 +3,26 @@
 Run as a program it writes every plan that `plans/models.json` lists, from the configs beside it:
 
     python -m tests.plans.test_golden_plans
+
+Here the plans of models without a preset of their own are taken for right; `tests/runtime/verify` proves them all.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from autotp_plan.planner import Plan, check_checkpoint, check_plan, compile_plan
+from autotp_plan.planner import Plan, SpecFile, check_checkpoint, check_plan, compile_plan
 from tests.helpers.paths import PLANS
 from tests.helpers.sparse import Tensors, llama_tensors, neox_tensors, write_sparse_checkpoint
 
@@ -41,6 +45,11 @@ class Golden:
     def file(self) -> Path:
         return PLANS / self.model / f"tp{self.tp_size}.json"
 
+    @property
+    def inferred(self) -> Path:
+        """What `autotp-plan infer` wrote for a model without a preset."""
+        return self.file.with_name("spec.json")
+
     @cache  # noqa: B019  (frozen, and a few kilobytes each)
     def plan(self) -> Plan:
         return Plan.read(self.file)
@@ -50,8 +59,11 @@ class Golden:
 
         On meta throughout: Llama 4 asks torch for zeros of gigabytes, a layer at a time.
         """
+        infer = (lambda _: SpecFile.read(self.inferred)) if self.inferred.exists() else None
         with torch.device("meta"):
-            return compile_plan(model or self.file.parent, tp_size=self.tp_size, uneven=self.uneven)
+            return compile_plan(
+                model or self.file.parent, tp_size=self.tp_size, uneven=self.uneven, infer=infer, prove=right
+            )
 
     def __str__(self) -> str:
         return f"{self.model}/tp{self.tp_size}"
@@ -64,7 +76,20 @@ GOLDEN = [
     for tp_size in model.get(key, ())
 ]
 
+MANY_TENSORS = {"deepseek_v2", "kimi_k2", "minimax_m2_5"}  # 29 102, 69 587 and 48 000
+UNUSED = {  # tensors of multi-token prediction, which the checkpoint on the hub has and the model does not
+    "glm_4_5_air": ("model.layers.46.enorm.weight", "model.layers.46.mlp.experts.0.up_proj.weight"),
+}
+PUBLISHED = json.loads((Path(__file__).parent / "published_names.json").read_text())
+INFERRED = [name for name, model in MODELS.items() if model.get("rules") == "inferred"]
+NOTES = {"inferred": "The rules were inferred from the model itself", "wrapper": "its language model, "}
+
 every_plan = pytest.mark.parametrize("golden", GOLDEN, ids=str)
+
+
+def right(plan: Plan) -> Any:
+    """A proof that finds nothing wrong."""
+    return SimpleNamespace(partial_gradients=(), problem=None)
 
 
 def config_and_tensors(model: str) -> tuple[dict[str, Any], Tensors]:
@@ -84,7 +109,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def test_the_folders_hold_what_is_listed() -> None:
     assert list(MODELS) == sorted(MODELS)
     found = {file.relative_to(PLANS).as_posix() for file in PLANS.glob("*/*.json")}
-    configs = {f"{name}/config.json" for name in MODELS}
+    configs = {f"{name}/config.json" for name in MODELS} | {f"{name}/spec.json" for name in INFERRED}
     assert found == configs | {golden.file.relative_to(PLANS).as_posix() for golden in GOLDEN}
 
 
@@ -107,7 +132,9 @@ def test_nothing_is_wrong_with_a_plan(golden: Golden) -> None:
     plan = golden.plan()
     assert check_plan(plan) == []
     assert plan.to_json().encode() == golden.file.read_bytes()
-    assert plan.notes == ()
+    rules = MODELS[golden.model].get("rules")
+    assert len(plan.notes) == (0 if rules is None else 1)
+    assert all(NOTES[str(rules)] in text for text in plan.notes)
     assert sum(math.prod(plan.shape_of(entry)) for entry in plan.expanded()) == MODELS[golden.model]["parameters"]
 
 
@@ -119,17 +146,32 @@ def tensors_of(plan: Plan) -> dict[str, tuple[str, tuple[int, ...]]]:
         if entry.sources is not None:
             shape = shape[1:] if entry.sources.stacked else shape
             shape = (shape[0] // len(entry.sources.names), *shape[1:])
+        if entry.transposed:
+            shape = (*shape[:-2], shape[-1], shape[-2])
         found.update(dict.fromkeys(names, (entry.dtype, shape)))
     return found
 
 
-@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"deepseek_v2"}))  # 29 102 tensors, named as in the lite one
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - MANY_TENSORS))
 def test_a_checkpoint_of_the_tensors_of_a_plan_compiles_to_its_bytes(name: str, tmp_path: Path) -> None:
     golden = next(golden for golden in GOLDEN if golden.model == name)
     config = json.loads((PLANS / name / "config.json").read_text())
-    write_sparse_checkpoint(tmp_path, config, tensors_of(golden.plan()), num_files=3)
+    tensors = tensors_of(golden.plan())
+    write_sparse_checkpoint(tmp_path, config, tensors, num_files=3)
     assert golden.compiled(tmp_path).to_json().encode() == golden.file.read_bytes()
+    if name in UNUSED:
+        unused = dict.fromkeys(UNUSED[name], ("BF16", (1, 1)))
+        write_sparse_checkpoint(tmp_path, config, {**tensors, **unused}, num_files=3)
     assert check_checkpoint(golden.plan(), tmp_path) == []
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_plan_has_the_names_of_the_published_checkpoint(name: str) -> None:
+    """Names (and shapes, where they are told) that public repositories quote from the checkpoint on the hub."""
+    tensors = tensors_of(next(golden for golden in GOLDEN if golden.model == name).plan())
+    for tensor, shape in PUBLISHED[name]["tensors"].items():
+        assert tensor in tensors
+        assert shape is None or tensors[tensor][1] == tuple(shape)
 
 
 def test_the_checkpoint_compiles_to_the_bytes_that_its_config_compiles_to(checkpoint: Path) -> None:
@@ -164,6 +206,17 @@ def test_a_plan_holds_every_parameter_of_the_model_once(golden: Golden) -> None:
     planned = {entry.source or entry.name: (entry.dtype, plan.shape_of(entry)) for entry in plan.expanded()}
     tables = ("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq")
     assert planned == {name: entry for name, entry in tensors.items() if not name.endswith(tables)}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", INFERRED)
+def test_a_spec_file_is_what_is_inferred(name: str) -> None:
+    """Apart from layers of multi-token prediction, which only the checkpoint has: those are added by hand."""
+    from autotp_plan.inference.infer import infer_rules
+
+    kept = SpecFile.read(PLANS / name / "spec.json")
+    assert infer_rules(PLANS / name) == dataclasses.replace(kept, ignored_layers={}, ignored_tensors=())
 
 
 def write_plans() -> None:
