@@ -18,6 +18,8 @@ WIDTHS = frozenset(
     | {"qk_head_dim", "v_head_dim", "rotary_dim", "word_embed_proj_dim", "embedding_size", "global_head_dim"}
     | {"shared_expert_size", "moe_ffn_hidden_size", "decoder_ffn_dim", "inner_dim", "dense_intermediate_size"}
     | {"expert_ffn_hidden_size", "dim", "hidden_dim", "emb_dim"}
+    | {"mamba_d_head", "mamba_headdim", "mamba_head_dim", "mamba_d_ssm", "mamba_d_state", "ssm_state_size"}
+    | {"state_size", "linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"}
 )
 """Keys that hold a number of features: all are divided by the same number, which keeps their ratios."""
 

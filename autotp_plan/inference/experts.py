@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from autotp_plan.inference import influence
 from autotp_plan.inference.influence import Axis, Masks, Watch
-from autotp_plan.inference.layers import Layer, Region, lay_out
+from autotp_plan.inference.layers import Layer, Region, lay_out, place
 from autotp_plan.inference.units import Units, find_units
 from autotp_plan.probes.linear import is_linear
 
 
-def expert_regions(model: nn.Module, layer: Layer, seen: Watch) -> Iterator[Region]:
+def expert_regions(
+    model: nn.Module, layer: Layer, seen: Watch, known: Collection[tuple[str, ...]] = ()
+) -> Iterator[Region]:
     """The regions of a layer's modules that compute with several matrices of their own.
 
     Args:
         model: the small model.
         layer: the layer.
         seen: of a forward pass.
+        known: places of consumers in other layers, which are not sought again.
     """
     for name in _expert_modules(model, layer, seen):
+        leaves = [leaf for leaf, _ in model.get_submodule(name).named_parameters()]
+        if any(place(model, f"{name}.{leaf}", layer.prefix) in known for leaf in leaves):
+            continue
         region = _region_of_experts(model, name, seen)
         if region is not None:
             yield region

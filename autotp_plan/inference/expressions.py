@@ -44,6 +44,8 @@ _IRRELEVANT = [
     "length",
 ]
 """Parts of the keys that are no sizes of weights."""
+_RELEVANT = ("n_groups", "mamba_n_groups", "mamba_ngroups")
+"""Keys that are sizes although a part of them says otherwise: groups of heads in state-space mixers."""
 _OTHERS = ("vision", "audio", "image", "video")
 """Parts of the keys of other models that one has inside."""
 
@@ -59,7 +61,7 @@ class Expressions:
     def of(cls, models: Sequence[Mapping[str, int]], preferred: Sequence[str]) -> Expressions:
         """Of the integers of the models' configs; of keys that are always equal the preferred one counts."""
         keys = [key for key in models[0] if all(key in numbers for numbers in models)]
-        keys = [key for key in keys if not any(word in key.rpartition(".")[2] for word in _IRRELEVANT)]
+        keys = [key for key in keys if _may_be_a_size(key.rpartition(".")[2])]
         order = {key: place for place, key in enumerate(preferred)}
         keys.sort(
             key=lambda key: (any(word in key for word in _OTHERS), key.count("."), order.get(key, len(order)), key)
@@ -131,6 +133,8 @@ class Expressions:
             if a == b or not _divides(y, x):
                 continue
             for c, z in names:
+                yield f"({a} // {b}) * {c}", tuple(p // q * r for p, q, r in zip(x, y, z))
+            for c, z in names:
                 for more in (1, 2, 3):
                     yield f"({a} // {b} + {more}) * {c}", tuple((p // q + more) * r for p, q, r in zip(x, y, z))
         for (a, x), (b, y) in pairs:
@@ -142,6 +146,10 @@ class Expressions:
                 if a < b:
                     yield f"{c} * ({a} + {b})", tuple(r * (p + q) for p, q, r in zip(x, y, z))
                 yield f"{a} + 2 * {b} * {c}", tuple(p + 2 * q * r for p, q, r in zip(x, y, z))
+
+
+def _may_be_a_size(key: str) -> bool:
+    return key in _RELEVANT or not any(word in key for word in _IRRELEVANT)
 
 
 def _fits(got: Numbers, wanted: Values) -> bool:

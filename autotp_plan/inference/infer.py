@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,12 @@ from autotp_plan.huggingface import scale_config
 from autotp_plan.huggingface.disk_names import unsupported
 from autotp_plan.inference import influence
 from autotp_plan.inference.experts import expert_regions
-from autotp_plan.inference.layers import Layer, Region, inner_norms, lay_out, layers_of, regions_of
+from autotp_plan.inference.influence import Watch
+from autotp_plan.inference.layers import Layer, Region, inner_norms, lay_out, layers_of, place, regions_of
 from autotp_plan.inference.own_architecture import OwnArchitecture
 from autotp_plan.inference.small_model import Architecture, SmallModel
 from autotp_plan.inference.spec_text import SpecText
-from autotp_plan.inference.surroundings import add_surroundings, weights_read_elsewhere
+from autotp_plan.inference.surroundings import add_surroundings, buffers_like_parameters
 from autotp_plan.inference.trial import find_attributes, in_blocks
 from autotp_plan.schemas.errors import CompileError, Fault
 from autotp_plan.schemas.names import starred
@@ -62,7 +66,7 @@ def infer_architecture(
         if key in tried or key not in others:
             continue
         progress(f"trying {key[0]} in pieces")
-        tried[key] = right = _tried(first, region)
+        tried[key] = right = _tried(first, region, second, others[key])
         if right is None:
             text.notes.append(f"{key[1]} stays whole: {region.reasons[-1]}")
             continue
@@ -112,9 +116,15 @@ def regions(small: SmallModel) -> list[Region]:
     layers = list(one_of_each_kind(layers_of(model), small.config))
     norms = inner_norms(model, layers)
     seen = influence.watch(model, small.run, norms=norms)
-    by_layer = {
-        layer.prefix: [*regions_of(model, layer, seen), *expert_regions(model, layer, seen)] for layer in layers
-    }
+    by_layer: dict[str, list[Region]] = {}
+    for layer in layers:
+        known = {
+            place(model, region.consumer, prefix): region for prefix, found in by_layer.items() for region in found
+        }
+        by_layer[layer.prefix] = [
+            *regions_of(model, layer, seen, known),
+            *expert_regions(model, layer, seen, [*known]),
+        ]
     modules = {region.module for found in by_layer.values() for region in found if not region.experts}
     leaves = {name: [*seen.calls[name].arguments] for name in modules if name in seen.calls}
     apart = influence.watch(model, small.run, norms=norms, apart=True, leaves=leaves)
@@ -137,10 +147,8 @@ def one_of_each_kind(layers: Iterable[Layer], config: Mapping[str, Any]) -> Iter
             yield layer
 
 
-def _tried(small: SmallModel, region: Region) -> Region | None:
+def _tried(small: SmallModel, region: Region, second: SmallModel, other: Region) -> Region | None:
     """The region with the attributes that make it right in pieces; None where nothing does."""
-    model = small.model
-    region.reasons += weights_read_elsewhere(model, region)
     linears = {*region.columns, region.consumer.rpartition(".")[0]}
     region.reasons += [
         f"without gradients {name} is passed by, and its weight read" for name in sorted(linears & small.bypassed())
@@ -148,16 +156,33 @@ def _tried(small: SmallModel, region: Region) -> Region | None:
     if region.reasons:
         return None
     norms = region.means
-    seen = influence.watch(model, small.run, norms=norms)
-    watches = [(model, seen)]
+    seen = influence.watch(small.model, small.run, norms=norms)
+    found, buffers = None, buffers_like_parameters(small.model, region)
+    for means, sharded in itertools.product(([], norms) if norms else ([],), ({}, buffers) if buffers else ({},)):
+        region.means, region.buffers = means, sharded  # a norm of each group of heads takes its means on one rank
+        found = _right(small, region, seen, second, other)
+        if found is not None:
+            break
+    if found is None:
+        return None
+    found.reasons.clear()
+    return found
+
+
+def _right(small: SmallModel, region: Region, seen: Watch, second: SmallModel, other: Region) -> Region | None:
+    """As `_tried`, with the region's means as they are."""
+    model, watches = small.model, [(small.model, seen)]
     coarse, fine = len(region.units.coarse), len(region.units.fine)
     sizes = [2]
     if coarse < fine and not region.grouped and fine % (2 * coarse) == 0:
         sizes.append(2 * coarse)
-    found = find_attributes(model, region, watches, sizes)
+    same = second.model, other
+    found = find_attributes(model, region, watches, sizes, same)
     if found is None and coarse < fine and not region.grouped:
+        region, other = copy.copy(region), copy.copy(other)
         lay_out(region, grouped=True)
-        found = find_attributes(model, region, watches, [2])
+        lay_out(other, grouped=True)
+        found = find_attributes(model, region, watches, [2], (second.model, other))
     if found is None and region.experts:
         for key, number in small.numbers.items():
             if "expert" in key and 1 < number < fine and fine % number == 0:
@@ -166,11 +191,7 @@ def _tried(small: SmallModel, region: Region) -> Region | None:
                 if found is not None:
                     region = divided
                     break
-    if found is None:
-        return None
-    region.reasons.clear()
-    region.attributes = found
-    return region
+    return None if found is None else replace(region, attributes=found)
 
 
 def _experts(second: SmallModel, number: int, first: SmallModel) -> int:

@@ -42,6 +42,7 @@ class Region:
         copied_inputs, split_inputs: arguments of `module`; of the latter the dimension (from the end) and its segments.
         added_once: parameters that are added to the partial sum.
         means: norms over a sharded width.
+        buffers: buffers of `module` with a value for each output feature of a parameter, by which they are sharded.
         experts: whether `module` computes with its parameters itself.
         grouped: whether units that share something are kept together, on as many ranks as there are groups at most.
         num_blocks: into how many blocks of units every weight is divided, each of which is sharded for itself.
@@ -62,6 +63,7 @@ class Region:
     split_inputs: dict[str, tuple[int, tuple[Segment, ...]]] = field(default_factory=dict)
     added_once: list[str] = field(default_factory=list)
     means: list[str] = field(default_factory=list)
+    buffers: dict[str, str] = field(default_factory=dict)
     experts: bool = False
     grouped: bool = False
     num_blocks: int = 1
@@ -110,13 +112,24 @@ def inner_norms(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
     ]
 
 
-def regions_of(model: nn.Module, layer: Layer, seen: Watch) -> list[Region]:
+def place(model: nn.Module, name: str, layer: str) -> tuple[str, ...]:
+    """Where a parameter is in its layer: its name there, and the classes of the modules around it."""
+    inside = name.removeprefix(f"{layer}.")
+    parts = inside.split(".")[:-1]
+    around = [f"{layer}.{'.'.join(parts[:count])}" for count in range(1, len(parts) + 1)]
+    return (inside, *(type(model.get_submodule(module)).__name__ for module in around))
+
+
+def regions_of(
+    model: nn.Module, layer: Layer, seen: Watch, known: Mapping[tuple[str, ...], Region] | None = None
+) -> list[Region]:
     """The regions of a layer, those that run last first.
 
     Args:
         model: the small model.
         layer: the layer.
         seen: of a forward pass in which the means of inner norms were constants.
+        known: regions of other layers by the place of their consumer, which are not sought again.
     """
     found: list[Region] = []
     taken: set[str] = set()
@@ -124,6 +137,11 @@ def regions_of(model: nn.Module, layer: Layer, seen: Watch) -> list[Region]:
     for name in reversed(order):
         module = model.get_submodule(name)
         if f"{name}.weight" in taken or not seen.inputs[name].requires_grad:
+            continue
+        same = (known or {}).get(place(model, f"{name}.weight", layer.prefix))
+        if same is not None:
+            other = same.consumer.removesuffix(f"{name}.weight".removeprefix(layer.prefix))
+            taken |= {parameter.replace(other, layer.prefix, 1) for parameter in same.splits}
             continue
         reach = reach_of(model, layer, seen, name)
         region = _region_of_linear(model, layer, name, output_dim(module), reach, taken)
@@ -193,7 +211,9 @@ def lay_out(region: Region, grouped: bool = False) -> None:
     region.splits = {}
     for (parameter, dim), found in region.reach.items():
         parts = segments(found, counted)
-        if parts is None:
+        if parts is not None and all(part.shared for part in parts) and not _is_column(region, parameter):
+            region.partial = [*dict.fromkeys((*region.partial, parameter))]  # a norm of each head, say
+        elif parts is None:
             region.reasons.append(f"the indices of {starred(parameter)} lie in no order that a layout can express")
         else:
             region.splits[parameter] = Split(dim=dim, segments=parts)
@@ -206,6 +226,10 @@ def lay_out(region: Region, grouped: bool = False) -> None:
     region.splits[region.consumer] = Split(dim=region.consumer_dim, segments=(own,))
     if not fine:
         _into_blocks(region)
+
+
+def _is_column(region: Region, parameter: str) -> bool:
+    return parameter.removesuffix(".weight") in region.columns
 
 
 def _into_blocks(region: Region) -> None:

@@ -70,6 +70,9 @@ _STATE_SPACE = (
     ("mamba_n_groups", "mamba_ngroups", "n_groups"),
 )
 """Keys of heads, their widths and their groups, in state-space mixers."""
+_DELTA_NET = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
+              "linear_num_heads", "linear_head_dim")  # fmt: skip
+"""Keys of gated delta nets: heads of keys, which several heads of values may share, and their widths."""
 _ROTARY = frozenset({"qk_rope_head_dim", "rotary_dim"})
 _TOKENS = (2, 10)
 _WORDS = 256
@@ -90,17 +93,48 @@ class Sizes:
     step: int
     hidden: int
     """The hidden size, where it is not that of all heads."""
+    delta_net: tuple[int, int, int, int]
+    """Of gated delta nets: heads of keys, heads of values for each where they are more, and the widths of both."""
+    state_space: tuple[int, ...]
+    """Of state-space mixers: widths of heads, the first of which that fits is taken."""
+    heads_per_group: int
+    """Of state-space mixers whose width is not that of the model."""
     tied: bool = False
     """Whether widths that are equal in the original stay equal."""
     square: bool = False
     """Whether the hidden size is that of all heads, even where a head's width has a key of its own."""
 
 
-_FIRST = Sizes(heads=8, kv_heads=2, head_dim=16, rotary=4, first_width=20, step=8, hidden=48)
-_SECOND = Sizes(heads=6, kv_heads=3, head_dim=24, rotary=8, first_width=34, step=10, hidden=96)
+_FIRST = Sizes(heads=8, kv_heads=2, head_dim=16, rotary=4, first_width=20, step=8, hidden=48,
+               delta_net=(4, 3, 6, 10), state_space=(6, 8, 16, 4, 2), heads_per_group=4)  # fmt: skip
+_SECOND = Sizes(heads=6, kv_heads=3, head_dim=24, rotary=8, first_width=34, step=10, hidden=96,
+                delta_net=(10, 2, 14, 22), state_space=(12, 6, 4, 18, 24, 3),
+                heads_per_group=3)  # fmt: skip
 _ROUND = (
-    Sizes(heads=8, kv_heads=2, head_dim=16, rotary=4, first_width=48, step=16, hidden=80),
-    Sizes(heads=12, kv_heads=4, head_dim=8, rotary=8, first_width=64, step=24, hidden=144),
+    Sizes(
+        heads=8,
+        kv_heads=2,
+        head_dim=16,
+        rotary=4,
+        first_width=48,
+        step=16,
+        hidden=80,
+        delta_net=(4, 3, 6, 10),
+        state_space=(6, 8, 16, 4, 2),
+        heads_per_group=4,
+    ),
+    Sizes(
+        heads=12,
+        kv_heads=4,
+        head_dim=8,
+        rotary=8,
+        first_width=64,
+        step=24,
+        hidden=144,
+        delta_net=(10, 2, 14, 22),
+        state_space=(12, 6, 4, 18, 24, 3),
+        heads_per_group=3,
+    ),
 )
 CANDIDATES: tuple[tuple[Sizes, Sizes], ...] = (
     (_FIRST, _SECOND),
@@ -320,6 +354,8 @@ def resized(config: Mapping[str, Any], sizes: Sizes, layers: int | None) -> dict
             return 2 * hidden // sizes.heads
         if key in _HEAD_DIMS:
             return sizes.head_dim + (_NOPE if key == "qk_nope_head_dim" else max(0, 2 * (_HEAD_DIMS.index(key) - 6)))
+        if key in _DELTA_NET:
+            return _delta_net(key, sizes, shared=values.get(_DELTA_NET[0]) != values.get(_DELTA_NET[1]))
         unknown = value >= _LARGE and not any(word in key for word in _NO_WIDTHS)
         if key in scale_config.WIDTHS or unknown:
             return width(value)
@@ -340,16 +376,29 @@ def _with_state_space_heads(config: dict[str, Any], sizes: Sizes) -> dict[str, A
         heads, width = "num_heads", "head_dim"
     if not heads or not width or not hidden:
         return config
-    expand = config.get("mamba_expand") or config.get("expand") or 2
-    head_dim = sizes.head_dim // 2
-    inner = config.get("mamba_d_ssm") or expand * hidden
-    inner -= inner % (2 * head_dim)
+    number = 2 * sizes.kv_heads if groups and config[groups] > 1 else 1
+    if config.get("mamba_d_ssm") or heads == "mamba_num_heads":  # a width of its own
+        inner = sizes.state_space[0] * (number * sizes.heads_per_group if number > 1 else 2 * sizes.heads)
+    else:
+        inner = _expand(config) * hidden
+    head_dim = next((one for one in sizes.state_space if inner % one == 0 and (inner // one) % max(number, 2) == 0), 1)
     changed = {heads: inner // head_dim, width: head_dim}
     if config.get("mamba_d_ssm"):
         changed["mamba_d_ssm"] = inner
-    if groups and config[groups] > 1:
-        changed[groups] = 2
+    if groups and number > 1:
+        changed[groups] = number
     return {**config, **changed}
+
+
+def _delta_net(key: str, sizes: Sizes, shared: bool) -> int:
+    """The small value of a key of gated delta nets; `shared` where several heads of values share one of keys."""
+    heads, number, width, value_width = sizes.delta_net
+    values = heads * (number if shared else 1)
+    return (heads, values, width, value_width, heads, width)[_DELTA_NET.index(key)]
+
+
+def _expand(config: Mapping[str, Any]) -> int:
+    return int(config.get("mamba_expand") or config.get("expand") or 2)
 
 
 def numbers_of(config: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from autotp_plan.inference.expressions import Expressions, Values
 from autotp_plan.inference.layers import Region, Split
 from autotp_plan.inference.own_architecture import OwnArchitecture
 from autotp_plan.inference.small_model import Architecture, SmallModel, numbers_of
+from autotp_plan.inference.trial import Run
 from autotp_plan.inference.units import Segment
 from autotp_plan.schemas.names import is_index, parent_module
 from autotp_plan.schemas.templates import Templates, pattern_of
@@ -45,7 +47,8 @@ class SpecText:
         ]
         self.expressions = Expressions.of(every, given)
         shapes = {name: tuple(tensor.shape) for name, tensor in parameters_and_buffers(architecture.original)}
-        self.template = Templates(shapes)
+        classes = {name: type(module).__name__ for name, module in architecture.original.named_modules()}
+        self.template = Templates(shapes, classes)
         self.shapes = {self.template(name): shape for name, shape in shapes.items()}
         self.sizes: dict[tuple[str, int], set[int]] = {}
         for name, shape in shapes.items():
@@ -139,6 +142,8 @@ class SpecText:
             modules.setdefault(self.template(first.module), {})["output"] = "reduce"
         for norm in first.means:
             modules.setdefault(self.template(norm), {})["mean_over_ranks"] = True
+        if first.buffers:
+            modules.setdefault(self.template(first.module), {})["buffers"] = dict(first.buffers)
         attributes: dict[str, dict[str, str]] = {}
         for path, meaning in first.attributes.items():
             inside, _, name = path.rpartition(":")
@@ -221,12 +226,65 @@ class SpecText:
         try:
             shape[dim] = [self._size((*size, real)) for size in sizes]
         except Unexpressed:
-            if len(sizes) == 1:
-                return None
-            if len(set(sizes)) > 1:
+            if len(sizes) > 1 and len(set(sizes)) == 1:
+                shape[dim] = len(sizes)
+                return shape, dim
+            shape[dim] = None
+        if shape[dim] is None or self._original(shape[dim]) not in (whole, None):
+            try:  # units of which there are so many
+                shape[dim] = [self._units_of(same, part) for part in parts]
+            except Unexpressed:
+                if len(sizes) == 1:
+                    return None
                 raise
-            shape[dim] = len(sizes)
+            if self._original(shape[dim]) not in (whole, None):
+                raise Unexpressed(
+                    f"no expressions of config keys make up the {whole} rows of {self.template(parameter)}"
+                )
         return shape, dim
+
+    def _original(self, sizes: Sequence[str]) -> int | None:
+        """What expressions are together in the original; None where that is not known."""
+        values = [self.expressions.value(size)[len(self.models) :] for size in sizes]
+        return sum(one[0] for one in values) if all(values) else None
+
+    def _units_of(self, same: Sequence[Region], part: Sequence[Segment]) -> str:
+        """The size of a segment as a number of units."""
+        if part[0].shared:
+            return self._size(tuple(segment.size for segment in part))
+        fine, coarse = self._heads(same)
+        units = tuple(segment.unit for segment in part)
+        return _times(fine if part[0].fine else coarse, self._width(same, units))
+
+    def _width(self, same: Sequence[Region], units: tuple[int, ...]) -> str:
+        """The expression of a unit: a size, or widths of other units in the region added up."""
+        if set(units) == {1}:
+            return "1"
+        counted = [one.units for one in same]
+        if all(unit == one.size // len(one.coarse) for unit, one in zip(units, counted)) and (
+            same[0].grouped and all(1 < one.num_shared < unit for unit, one in zip(units, counted))
+        ):  # all the heads of a group
+            fine, coarse = self._heads(same)
+            width = self._size(tuple(one.size // len(one.fine) for one in counted), "head_dim")
+            return f"{width} * ({fine} // {coarse})"
+        try:
+            return self._size(units, "head_dim")
+        except Unexpressed:
+            pass
+        found: dict[tuple[int, ...], str] = {}
+        for parameter in same[0].splits:
+            others = [one.splits[_renamed(parameter, same[0], one)].segments for one in same]
+            for part in zip(*others):
+                other = tuple(segment.unit for segment in part)
+                text = self.expressions.find((*other, None))
+                if text is not None and not part[0].shared and len(set(other)) > 1:
+                    found.setdefault(other, text)
+        for (a, x), (b, y) in itertools.combinations(found.items(), 2):
+            for i, j in itertools.product(range(1, 5), repeat=2):
+                if all(i * p + j * q == unit for p, q, unit in zip(a, b, units)):
+                    return " + ".join(_times(str(n), text) if n > 1 else text for n, text in ((i, x), (j, y)))
+        numbers = " and ".join(map(str, units))
+        raise Unexpressed(f"no expression of config keys is {numbers} in two small models")
 
     def _unit(self, same: Sequence[Region], part: Sequence[Segment]) -> Any:
         """The unit of a segment: an expression, or 1."""
@@ -235,7 +293,9 @@ class SpecText:
             fine, coarse = self._heads(same)
             joined = f"{fine} // gcd({fine}, max({coarse}, tp_size))"
             return joined if set(units) == {1} else f"{self._size(units, 'head_dim')} * ({joined})"
-        return units[0] if len(set(units)) == 1 and units[0] <= 4 else self._size(units, "head_dim")
+        if len(set(units)) == 1 and units[0] <= 4:
+            return units[0]
+        return self._size(units) if part[0].shared else self._width(same, units)
 
     def _name_heads(self, same: Sequence[Region]) -> None:
         """Find what a head's width is called, so that sizes are written as numbers of heads."""
@@ -267,6 +327,8 @@ class SpecText:
             if meaning == "fine // blocks":
                 inside = self._size(tuple(len(one.units.fine) // one.num_blocks for one in same))
                 return f"share({inside})"
+        if meaning.count(" ") == 2 and "*" not in meaning and "/" not in meaning:
+            return self._sum_of_segments(same, Run.read(meaning))
         return {
             "fine": share,
             "coarse": f"share({coarse})",
@@ -274,6 +336,19 @@ class SpecText:
             "fine * width": f"{share} * {self._size(width, 'head_dim') if max(width) > 1 else 1}",
             "coarse * width": f"share({coarse}) * {self._size(width, 'head_dim') if max(width) > 1 else 1}",
         }[meaning]
+
+    def _sum_of_segments(self, same: Sequence[Region], run: Run) -> str:
+        """The expression of how many indices of consecutive segments a rank holds."""
+        fine, coarse = self._heads(same)
+        splits = [one.splits[f"{one.module}.{run.parameter}"] for one in same]
+        terms: dict[str, int] = {}
+        for part in list(zip(*(split.segments for split in splits)))[run.first : run.last]:
+            units = tuple(segment.unit for segment in part)
+            unit = "1" if set(units) == {1} else self._size(units) if part[0].shared else self._width(same, units)
+            share = f"share({fine}, {coarse})" if part[0].fine and fine != coarse else f"share({coarse})"
+            term = unit if part[0].shared else _times(share, unit)
+            terms[term] = terms.get(term, 0) + 1
+        return " + ".join(term if number == 1 else f"{number} * {term}" for term, number in terms.items())
 
     def _is_shared(self, region: Region, segment: Segment) -> bool:
         several = len(region.units.coarse) < len(region.units.fine) and not region.grouped
@@ -442,6 +517,13 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _texts(item)
+
+
+def _times(one: str, other: str) -> str:
+    """A product of two expressions."""
+    if other == "1":
+        return one
+    return " * ".join(f"({text})" if " + " in text or " // " in text else text for text in (one, other))
 
 
 def _renamed(name: str, first: Region, other: Region) -> str:

@@ -5,9 +5,7 @@ Weights that all units share, parameters with partial gradients, inputs of modul
 
 from __future__ import annotations
 
-import inspect
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -100,20 +98,20 @@ def _leaves(seen: Watch, module: str) -> dict[str, Tensor]:
     }
 
 
-def weights_read_elsewhere(model: nn.Module, region: Region) -> Iterator[str]:
-    """Why linear layers of a region cannot be replaced: code outside of them computes with their weights.
+def buffers_like_parameters(model: nn.Module, region: Region) -> dict[str, str]:
+    """Buffers of a region's module that are as long as a sharded parameter in it has output features.
 
-    Fused kernels of state-space mixers do, on a GPU and in training alone, so that no run on a CPU shows it. What is
-    looked for is `self.out_proj.weight` in the source of a module around that has a way of its own for CUDA.
+    Buffers that checkpoints hold are parameters of a plan, and not here.
     """
-    for name in (*region.columns, region.consumer.rpartition(".")[0] if not region.experts else ""):
-        parent, _, leaf = name.rpartition(".")
-        if not leaf:
-            continue
-        try:
-            source = inspect.getsource(type(model.get_submodule(parent)))
-        except (OSError, TypeError):
-            continue
-        read = re.search(rf"self\.{re.escape(leaf)}\.weight\b(?!\.(dtype|device|shape|is_))", source)
-        if read and "cuda" in source:
-            yield f"{type(model.get_submodule(parent)).__name__} reads {leaf}.weight itself, as fused kernels do"
+    module = model.get_submodule(region.module)
+    saved = module.state_dict().keys()
+    lengths = {
+        model.get_parameter(parameter).shape[split.dim]: parameter.removeprefix(f"{region.module}.")
+        for parameter, split in region.splits.items()
+        if split.dim == 0 and model.get_parameter(parameter).dim() > 1
+    }
+    return {
+        name: lengths[buffer.shape[-1]]
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in saved and buffer.dim() and buffer.shape[-1] in lengths
+    }

@@ -62,11 +62,32 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Count:
-    """A number that a module may hold: what it counts (`fine`, `coarse * unit`, ...), in all and on a rank."""
+    """A number that a module may hold: what it counts, in all and on a rank.
+
+    The meaning is `fine`, `coarse * width`, or, for the size of several segments, a `Run` as text.
+    """
 
     meaning: str
     value: int
     local: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """Consecutive segments of a parameter, whose sizes a module adds up: `[x; B; C]` of `[z; x; B; C; dt]`."""
+
+    parameter: str
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return f"{self.parameter} {self.first} {self.last}"
+
+    @classmethod
+    def read(cls, text: str) -> Run:
+        """The run of a meaning. Raises ValueError for one that is no run."""
+        parameter, first, last = text.split(" ")
+        return cls(parameter=parameter, first=int(first), last=int(last))
 
 
 def counts(region: Region, share: Share) -> list[Count]:
@@ -89,11 +110,31 @@ def counts(region: Region, share: Share) -> list[Count]:
         found.append(Count(meaning="fine", value=fine, local=local_fine))
     if blocks > 1:
         found.append(Count(meaning="fine // blocks", value=fine // blocks, local=local_fine // blocks))
+    elif not region.experts:
+        found += _counts_of_runs(region, share)
     return found
 
 
+def _counts_of_runs(region: Region, share: Share) -> Iterator[Count]:
+    """The sizes of segments, and of consecutive ones together."""
+    for parameter, split in region.splits.items():
+        sizes = [
+            (one.size, one.size if one.shared else len(share.units(one, region.units)) * one.unit)
+            for one in split.segments
+        ]
+        for first, last in itertools.combinations(range(len(sizes) + 1), 2):
+            value, local = (sum(size[at] for size in sizes[first:last]) for at in (0, 1))
+            if value != local:
+                leaf = parameter.removeprefix(f"{region.module}.")
+                yield Count(meaning=str(Run(parameter=leaf, first=first, last=last)), value=value, local=local)
+
+
 def find_attributes(
-    model: nn.Module, region: Region, watches: Sequence[tuple[nn.Module, Watch]], tp_sizes: Sequence[int]
+    model: nn.Module,
+    region: Region,
+    watches: Sequence[tuple[nn.Module, Watch]],
+    tp_sizes: Sequence[int],
+    other: tuple[nn.Module, Region] | None = None,
 ) -> dict[str, str] | None:
     """The attributes of the region's module that hold counts, with what they count.
 
@@ -102,43 +143,103 @@ def find_attributes(
         region: what is tried.
         watches: models with the same weights, and the forward pass of each.
         tp_sizes: numbers of ranks to try.
+        other: a model of other sizes and the same region of it: an attribute counts there what it counts here.
 
     Returns:
         None where no choice of attributes makes it right; then `region.reasons` says why.
     """
     module = model.get_submodule(region.module)
     chosen: dict[str, str] = {}
-    deadline = time.monotonic() + MOST_SECONDS
+    deadline = time.thread_time() + MOST_SECONDS
     for tp_size in tp_sizes:
         share = Share(tp_size=tp_size, rank=0, blocks=region.num_blocks)
-        options = [
-            (attribute, count)
-            for attribute, value in _integers(module)
-            for count in counts(region, share)
-            if value == count.value and (count.local != count.value or attribute in chosen)
-        ]
-        reason, right = "", None
-        for attributes in itertools.islice(_choices(options, chosen), MOST_TRIALS):
-            if time.monotonic() > deadline:
-                break
-            problem = _problem(region, watches, attributes, tp_size)
-            if problem is None:
-                right = attributes
-                break
-            reason = reason or problem
+        found: dict[tuple[str, int], str] = {}  # meanings that are the same on a rank are one
+        for attribute, value in _integers(module):
+            for count in counts(region, share):
+                changes = value == count.value and (count.local != count.value or attribute in chosen)
+                if changes and (other is None or _counts_the_same(attribute, count, *other, tp_size)):
+                    found.setdefault((attribute, count.local), count.meaning)
+        options = [(attribute, meaning) for (attribute, _), meaning in found.items()]
+        search = _Search(region, watches, tp_size, deadline)
+        right = search.smallest(options, chosen)
         if right is None:
-            region.reasons.append(reason or f"no answer within {MOST_SECONDS:.0f} s")
+            region.reasons.append(search.reason or f"no answer within {MOST_SECONDS:.0f} s")
             return None
+        if any(len(model.get_parameter(parameter).shape) == 3 for parameter in region.splits) and not region.experts:
+            right = search.largest(options, right)
         chosen = right
     return chosen
 
 
-def _choices(options: Sequence[tuple[str, Count]], chosen: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    free = [(attribute, count.meaning) for attribute, count in options if attribute not in chosen]
-    for size in range(len(free) + 1):
-        for more in itertools.combinations(free, size):
-            if len({attribute for attribute, _ in more}) == len(more):
-                yield {**chosen, **dict(more)}
+def _counts_the_same(attribute: str, count: Count, model: nn.Module, region: Region, tp_size: int) -> bool:
+    """Whether an attribute has the value of what `count` counts in a model of other sizes too."""
+    share = Share(tp_size=tp_size, rank=0, blocks=region.num_blocks)
+    values = dict(_integers(model.get_submodule(region.module)))
+    found = {one.meaning: one.value for one in counts(region, share)}
+    return count.meaning not in found or values.get(attribute) == found[count.meaning]
+
+
+class _Search:
+    """Tries choices of attributes until the time is over."""
+
+    def __init__(
+        self, region: Region, watches: Sequence[tuple[nn.Module, Watch]], tp_size: int, deadline: float
+    ) -> None:
+        self.region, self.watches, self.tp_size, self.deadline = region, watches, tp_size, deadline
+        self.reason = ""
+
+    def smallest(self, options: Sequence[tuple[str, str]], chosen: Mapping[str, str]) -> dict[str, str] | None:
+        """The fewest attributes in addition to `chosen` that make the region right."""
+        free = [(attribute, meaning) for attribute, meaning in options if attribute not in chosen]
+        meant = {meaning for attribute, meaning in free if not attribute.startswith(_CONFIG)}
+        held = [one for one in free if not one[0].startswith(_CONFIG) or one[1] not in meant]
+        for some in (held, free) if len(held) < len(free) else (free,):
+            for more in itertools.islice(_choices(some), MOST_TRIALS):
+                if self._is_right({**chosen, **dict(more)}, more):
+                    return self._without_what_is_not_needed(chosen, more)
+        return None
+
+    def largest(self, options: Sequence[tuple[str, str]], right: Mapping[str, str]) -> dict[str, str]:
+        """The attributes, and all others that may change too: what a pass with a cache reads, say."""
+        found = dict(right)
+        for attribute, meaning in options:
+            if attribute.startswith(_CONFIG) or ":" in attribute:
+                continue
+            if attribute not in found and self._is_right({**found, attribute: meaning}, ()):
+                found[attribute] = meaning
+        return found
+
+    def _without_what_is_not_needed(self, chosen: Mapping[str, str], more: Sequence[tuple[str, str]]) -> dict[str, str]:
+        needed = list(more)
+        for one in more:
+            fewer = [other for other in needed if other != one]
+            if self._is_right({**chosen, **dict(fewer)}, fewer):
+                needed = fewer
+        return {**chosen, **dict(needed)}
+
+    def _is_right(self, attributes: Mapping[str, str], more: Sequence[tuple[str, str]]) -> bool:
+        if len({attribute for attribute, _ in more}) < len(more) or time.thread_time() > self.deadline:
+            return False
+        problem = _problem(self.region, self.watches, attributes, self.tp_size)
+        if problem is not None:
+            self.reason = self.reason or problem
+        return problem is None
+
+
+_CONFIG = "config."
+"""How the attributes of a module's config begin, which all modules share: the last to be changed."""
+
+
+def _choices(options: Sequence[tuple[str, str]]) -> Iterator[tuple[tuple[str, str], ...]]:
+    """Choices of attributes, each with one meaning: none, each one, all of them, and then some."""
+    meanings: dict[str, list[tuple[str, str]]] = {}
+    for attribute, meaning in options:
+        meanings.setdefault(attribute, []).append((attribute, meaning))
+    yield ()
+    yield from itertools.combinations(options, 1)
+    yield from itertools.islice(itertools.product(*meanings.values()), MOST_TRIALS // 4)
+    for size in range(2, len(options)):
+        yield from itertools.combinations(options, size)
 
 
 def _problem(
@@ -203,6 +304,9 @@ def _cut(module: nn.Module, region: Region, share: Share) -> None:
             inside.bias = nn.Parameter(inside.bias.detach().index_select(0, held))
         if hasattr(inside, "nf") and parameter != region.consumer:
             inside.nf = len(held)
+    for buffer, parameter in region.buffers.items():
+        held = torch.tensor(share.indices(region.splits[f"{prefix}{parameter}"], region.units))
+        setattr(module, buffer, getattr(module, buffer).index_select(-1, held))
     for parameter in region.added_once:
         owner, _, leaf = parameter.removeprefix(prefix).rpartition(".")
         if share.rank:

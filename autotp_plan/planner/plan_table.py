@@ -121,6 +121,7 @@ def _collectives(module: PlannedModule) -> str:
     for name, crossing in crossings.items():
         part = f" {list(crossing.interval)}" if crossing.interval is not None else ""
         said.append(words[crossing.operation].format(name + part))
+    said += [f"{buffer} split" for buffer in module.buffers]
     return ", ".join(said + ["means over all ranks"] * module.mean_over_ranks)
 
 

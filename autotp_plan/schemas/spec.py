@@ -77,12 +77,16 @@ class CrossingSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModuleSpec:
-    """Collectives that modules get at their inputs and output, and whether they average over all ranks."""
+    """Collectives that modules get at their inputs and output, and whether they average over all ranks.
+
+    `buffers` are sharded in the last dimension as a parameter in the module is.
+    """
 
     patterns: tuple[str, ...]
     inputs: dict[str, CrossingSpec] = field(default_factory=dict)
     output: CrossingSpec | None = None
     mean_over_ranks: bool = False
+    buffers: dict[str, str] = field(default_factory=dict)
     when: str | None = None
 
 

@@ -102,6 +102,8 @@ def _module_obstacles(plan: Plan, experts: tuple[str, ...]) -> Iterator[Obstacle
             continue  # told of its parameters
         if module.mean_over_ranks:
             reason = "its means must be taken over all ranks"
+        elif module.buffers:
+            reason = "its buffers must be split over the ranks"
         elif module.output is not None:
             reason = "part of its output goes straight to cut neighbours, so its gradient must be summed"
         else:

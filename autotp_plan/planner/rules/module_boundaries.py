@@ -90,7 +90,25 @@ def planned_modules(
             for module in _matched(spec, adjacent if passes_on else sharded, rules, rule, faults):
                 if planned is not None and module not in done:
                     done.add(module)
+                    _check_buffers(module, spec, decisions, rule, faults)
                     yield module, planned
+
+
+def _check_buffers(
+    module: str, spec: ModuleSpec, decisions: Mapping[str, Decision], rule: RuleRef, faults: FaultBook
+) -> None:
+    for buffer, parameter in spec.buffers.items():
+        decision = decisions.get(f"{module}.{parameter}")
+        if decision is None or decision.style == "replicated":
+            faults.add(
+                "buffer-of-nothing",
+                "a buffer is to be sharded as a parameter that is not sharded",
+                f"{module}.{buffer}",
+                rule,
+                got=f"{parameter}, {'which is replicated' if decision else 'which the module does not have'}",
+                expected="a sharded parameter of the module, by its name in the module",
+                next="correct the name, or leave the buffer out",
+            )
 
 
 def _planned(
@@ -102,6 +120,7 @@ def _planned(
             inputs={name: _crossing(crossing, symbols, tp_size) for name, crossing in spec.inputs.items()},
             output=None if spec.output is None else _crossing(spec.output, symbols, tp_size),
             mean_over_ranks=spec.mean_over_ranks,
+            buffers=spec.buffers,
         )
     except SymbolError as error:
         _unresolved(rule, error, faults)

@@ -119,7 +119,8 @@ class Resolver:
             weight = name.removesuffix("bias") + "weight"
             if weight in decisions:
                 rule = deciding_rule(name, matching[name], self.faults)
-                decisions[name] = self._bias(name, weight, decisions[weight], rule)
+                found = self._decide(name, rule, trusted) if rule is not None and _is_shard(decisions[weight]) else None
+                decisions[name] = found or self._bias(name, weight, decisions[weight], rule)
         self._report_indivisible()
         decisions = settle_ties(decisions, self.inventory.tied, self.notes)
         check_modules_sharded_together(decisions, trusted, self.faults)
@@ -322,3 +323,8 @@ class Resolver:
             return all(pt.tp_size_fits(shape, sharding, tp_size) for shape, sharding in shardings)
         except (SymbolError, pt.PartitionError):
             return False
+
+
+def _is_shard(decision: Decision) -> bool:
+    """Whether a weight is one of a module that keeps its forward, whose bias has a rule of its own."""
+    return decision.style == "shard"

@@ -13,6 +13,7 @@ from autotp_plan.probes.linear import is_linear, orientation
 from autotp_plan.probes.norms import averages_by_mean
 from autotp_plan.runtime.tensor_parallel.embedding import can_be_vocab_parallel
 from autotp_plan.runtime.tensor_parallel.module_boundary import unknown_inputs
+from autotp_plan.runtime.tensor_parallel.weight_reads import layers_read
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.errors import Fault, MismatchError
 from autotp_plan.schemas.layout import Layout, group_view
@@ -35,9 +36,11 @@ def check_model(model: nn.Module, plan: Plan) -> None:
     for parameter in plan.expanded():
         if parameter.style != "replicated":
             faults.extend(_module_faults(parameter, modules, plan))
+    faults.extend(_read_faults(modules, plan))
     for entry in plan.modules:
         for name in expand(entry.module):
             faults.extend(_boundary_faults(name, modules.get(name), entry))
+            faults.extend(_buffer_faults(name, modules.get(name), entry, plan))
     for attribute in plan.module_attributes:
         for name in expand(attribute.module):
             if not _has_attribute(modules.get(name), attribute.attribute):
@@ -140,6 +143,31 @@ def _weight_faults(parameter: Parameter, module: nn.Module, plan: Plan) -> Itera
         )
 
 
+def _read_faults(modules: Mapping[str, nn.Module], plan: Plan) -> Iterator[Fault]:
+    """Layers with collectives whose weight another module's code uses: the collectives would be skipped."""
+    for name in layers_with_collectives(plan):
+        parent, _, leaf = name.rpartition(".")
+        if plan.tp_size > 1 and parent in modules and leaf in layers_read(modules[parent]):
+            yield Fault(
+                what="code computes with the weight of a sharded layer and does not call the layer",
+                where=f"{name}.weight",
+                got=f"self.{leaf}.weight in {_class_name(modules[parent])}",
+                expected="a call of the layer, which also does what the ranks have to do together",
+                next='replicate the weight ("partition_type": "skip"), or call the layer',
+            )
+
+
+def layers_with_collectives(plan: Plan) -> list[str]:
+    """The modules of a plan that must be called, because they communicate: parallel layers, norms over all ranks."""
+    layers = {
+        parameter.name.rpartition(".")[0]
+        for parameter in plan.expanded()
+        if parameter.style in ("column", "row") and not parameter.gather_output
+    }
+    norms = {name for entry in plan.modules if entry.mean_over_ranks for name in expand(entry.module)}
+    return sorted(layers | norms)
+
+
 def _sharded_dim(shape: Sequence[int], layout: Layout) -> int | None:
     """The dimension of a weight of `shape` that a layout, perhaps of a view of it, shards."""
     groups = group_view(shape, layout.shape) or ()
@@ -155,14 +183,15 @@ def _replica_faults(parameter: Parameter, plan: Plan) -> Iterator[Fault]:
     """Shards that several ranks hold, in whole or in part, where no layer sums their gradients."""
     layout = plan.layouts[parameter.layout]
     replicas = iv.replica_groups(layout.intervals)
-    partly = replicas is None and (parameter.style != "column" or parameter.gather_output)
+    partly = replicas is None and (parameter.style not in ("column", "shard") or parameter.gather_output)
     equal = parameter.style in ("row", "vocab") and replicas is not None and len(replicas) < plan.tp_size
     if partly or equal:
         yield _fault(
             "the ranks share parts of this parameter in a way that no tensor-parallel layer runs",
             parameter.name,
             f"{parameter.style}, {layout.name}",
-            "replicated KV heads in column-parallel weights alone; use a smaller tp_size",
+            "replicated heads or groups in column-parallel weights and in modules with a forward of their own alone; "
+            "use a smaller tp_size",
         )
 
 
@@ -180,6 +209,23 @@ def _boundary_faults(name: str, module: nn.Module | None, planned: PlannedModule
             _class_name(module),
             "an RMS or layer norm written out, with a weight of its width",
         )
+
+
+def _buffer_faults(name: str, module: nn.Module | None, planned: PlannedModule, plan: Plan) -> Iterator[Fault]:
+    """Buffers that cannot be sharded as the plan says."""
+    layouts = {parameter.name: plan.layouts[parameter.layout] for parameter in plan.expanded()}
+    buffers = {} if module is None else dict(module.named_buffers())
+    for buffer, leaf in planned.buffers.items():
+        layout = layouts[f"{name}.{leaf}"]
+        size = layout.shape[layout.dim or 0]
+        shape = tuple(buffers[buffer].shape) if buffer in buffers else ()
+        if not shape or shape[-1] != size:
+            yield _fault(
+                "a buffer is not as long as the parameter by which the plan shards it",
+                f"{name}.{buffer}",
+                str(list(shape)),
+                f"[..., {size}]",
+            )
 
 
 def _has_attribute(target: Any, path: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,11 @@ from autotp_plan.runtime.tensor_parallel.embedding import vocab_parallel
 from autotp_plan.runtime.tensor_parallel.linear import ColumnParallelLinear, PlannedLayer, RowParallelLinear
 from autotp_plan.runtime.tensor_parallel.module_boundary import Boundary, add_collectives
 from autotp_plan.runtime.tensor_parallel.sharded_params import ShardedParams
+from autotp_plan.runtime.tensor_parallel.weight_reads import (
+    WithoutFusedKernels,
+    keep_from_fused_kernels,
+    layers_fused,
+)
 from autotp_plan.schemas.names import expand
 from autotp_plan.schemas.plan.document import Parameter, Plan, PlannedModule
 
@@ -117,3 +122,17 @@ def add_boundaries(model: nn.Module, plan: Plan, ranks: Ranks) -> dict[str, Shar
         add_collectives(module, Boundary(name=name, planned=entry, shards=shards, added_once=added_once[name]))
         sharded[name] = shards
     return sharded
+
+
+def skip_fused_kernels(model: nn.Module, layers: Iterable[str]) -> None:
+    """Let mixers whose fused kernels would take the weights of `layers` call these layers instead.
+
+    Args:
+        model: the model, its layers replaced.
+        layers: names of layers that communicate.
+    """
+    for name in layers:
+        parent, _, leaf = name.rpartition(".")
+        module = model.get_submodule(parent)
+        if leaf in layers_fused(module) and not isinstance(module, WithoutFusedKernels):
+            keep_from_fused_kernels(module)

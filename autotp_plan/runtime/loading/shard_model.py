@@ -6,6 +6,7 @@ Nothing is decided here, and nothing refused: `check_model` found before that th
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 
 from autotp_plan.runtime.deepspeed.internals import mark_as_sharded
 from autotp_plan.runtime.deepspeed.mesh import Ranks
-from autotp_plan.runtime.loading.replace_modules import add_boundaries, replace_layers
+from autotp_plan.runtime.loading.check_model import layers_with_collectives
+from autotp_plan.runtime.loading.replace_modules import add_boundaries, replace_layers, skip_fused_kernels
 from autotp_plan.runtime.loading.weights import WeightSource, read_weight
+from autotp_plan.runtime.tensor_parallel.collectives import take
 from autotp_plan.runtime.tensor_parallel.dropout_rng import has_dropout, use_sharded_regions
 from autotp_plan.runtime.tensor_parallel.linear import PlannedLayer
 from autotp_plan.runtime.tensor_parallel.module_boundary import WithCollectives
@@ -49,6 +52,8 @@ def shard_model(
         vocab_parallel_loss: let a causal LM compute its loss from each rank's logits, where it can.
     """
     sharded = {**replace_layers(model, plan, ranks), **add_boundaries(model, plan, ranks)}
+    if ranks.tp_size > 1:
+        skip_fused_kernels(model, layers_with_collectives(plan))
     for module in model.modules():
         if isinstance(module, (PlannedLayer, WithCollectives)):
             module.share_input_gradients = share_input_gradients
@@ -57,6 +62,7 @@ def shard_model(
     _set_attributes(model, plan, ranks.tp_rank)
     _load_weights(model, sharded, source, ranks, dtypes)
     restore_ties(model, plan)
+    _shard_buffers(model, plan, ranks.tp_rank)
     _move_buffers(model, ranks.device)
     for name, shards in sharded.items():
         shards.finish(model.get_submodule(name))
@@ -122,6 +128,16 @@ def restore_ties(model: nn.Module, plan: Plan) -> None:
         source, _, of_source = tie.to.rpartition(".")
         tied = tensor_of(model.get_submodule(source), of_source)
         model.get_submodule(name).register_parameter(leaf, tied)
+
+
+def _shard_buffers(model: nn.Module, plan: Plan, tp_rank: int) -> None:
+    """Give buffers that are sharded as a parameter is this rank's values."""
+    layouts = {parameter.name: plan.layouts[parameter.layout] for parameter in plan.expanded()}
+    for entry in plan.modules:
+        for module, (buffer, leaf) in itertools.product(expand(entry.module), entry.buffers.items()):
+            owner, held = model.get_submodule(module), layouts[f"{module}.{leaf}"].intervals[tp_rank]
+            full = owner.get_buffer(buffer)
+            setattr(owner, buffer, take(full, held, full.dim() - 1).clone())
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:

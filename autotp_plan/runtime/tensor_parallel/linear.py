@@ -25,6 +25,7 @@ from autotp_plan.runtime.tensor_parallel.gathered_weight import GatheredWeight, 
 from autotp_plan.runtime.tensor_parallel.lazy_logits import LastDimSharding, LazilyGathered
 from autotp_plan.runtime.tensor_parallel.sharded_params import ShardedParams
 from autotp_plan.runtime.tensor_parallel.torch_internals import eager, forward_pre_hooks, tensor_of
+from autotp_plan.runtime.tensor_parallel.weight_reads import watched
 from autotp_plan.schemas.layout import Layout
 
 
@@ -75,7 +76,7 @@ class PlannedLayer(HoldsShards, ShardedLayer):
     @property
     def weight(self) -> Any:
         """The parameter `weight`; of a layer that `gathers_when_read`, the full weight instead of this rank's shard."""
-        return self._read("weight", torch.compiler.is_compiling())
+        return watched(self, f"{self.name}.weight", self._read("weight", torch.compiler.is_compiling()))
 
     @property
     def bias(self) -> Any:

@@ -112,10 +112,21 @@ class WithCollectives(HoldsShards):
 
 
 def add_collectives(module: nn.Module, boundary: Boundary) -> None:
-    """Add collectives at the inputs and outputs of `module`, in place: its class becomes a subclass of what it was."""
+    """Add collectives at the inputs and outputs of `module`, in place: its class becomes a subclass of what it was.
+
+    A parameter that is held as two, because other ranks hold a part of it, is read as one.
+    """
     cls = type(module)
+    joined = {leaf: _joined(leaf) for leaf, held in boundary.shards.held.items() if len(held) > 1}
     module.tp_boundary = boundary  # type: ignore[assignment]
-    module.__class__ = type(f"Planned{cls.__name__}", (WithCollectives, cls), {"__module__": cls.__module__})
+    module.__class__ = type(f"Planned{cls.__name__}", (WithCollectives, cls), {"__module__": cls.__module__, **joined})
+
+
+def _joined(leaf: str) -> property:
+    def shard(module: WithCollectives) -> Tensor:
+        return module.tp_boundary.shards.shard(module, leaf)
+
+    return property(shard)
 
 
 def unknown_inputs(module: nn.Module, planned: PlannedModule) -> list[str]:

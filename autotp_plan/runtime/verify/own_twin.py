@@ -22,6 +22,7 @@ from autotp_plan.factories.small_sizes import Changes, roles_of
 from autotp_plan.huggingface.meta_model import parameters_and_buffers
 from autotp_plan.runtime.loading.check_model import check_model
 from autotp_plan.runtime.tensor_parallel.torch_internals import muon_orthogonalises_with
+from autotp_plan.runtime.tensor_parallel.weight_reads import watch_reads
 from autotp_plan.runtime.training_plan import load_plan
 from autotp_plan.runtime.verify.compare import errors, partial_gradients
 from autotp_plan.runtime.verify.compute_share import forward_operations
@@ -105,8 +106,10 @@ def run_own_rank(folder: Path, factory: ModuleFactory) -> None:
 
     model = model_in("float64")
     evaluation = _evaluated(model, batches[Pass.FIRST.seed])
-    found = run_passes_and_steps(model, shard_reader(model), list(dense["stepped"]), batches.__getitem__, run)
+    with watch_reads() as reads:
+        found = run_passes_and_steps(model, shard_reader(model), list(dense["stepped"]), batches.__getitem__, run)
     _add(found, evaluation)
+    write_errors(folder / f"{KIND}.reads-{rank}.json", reads)
     write_errors(folder / f"{KIND}.rank-{rank}.json", errors(dense, found, plan.document, rank))
     operations = forward_operations(model, batches.__getitem__, run)
     write_errors(folder / f"compute.rank-{rank}.json", {"operations": operations})

@@ -66,6 +66,7 @@ class Proof:
         engine: the relative errors of losses and gradient norms under the DeepSpeed engine, in float32.
         partial_gradients: replicated parameters whose gradients must be summed over the ranks, and are not.
         operations: floating-point operations of a forward of the twin, by rank; empty when it did not run.
+        reads: sharded weights that other code reads than their layers, with that code: collectives are skipped there.
         failure: what a rank raised, or None.
         versions: of the packages that took part.
         seconds: how long it took.
@@ -77,6 +78,7 @@ class Proof:
     engine: dict[str, float] = field(default_factory=dict)
     partial_gradients: tuple[str, ...] = ()
     operations: tuple[int, ...] = ()
+    reads: Mapping[str, str] = field(default_factory=dict)
     failure: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
@@ -127,8 +129,10 @@ class Proof:
 
     @property
     def proven(self) -> bool:
-        """Whether every attention and the engine ran and no error is above its tolerance."""
-        complete = self.failure is None and set(self.float64) == set(self.twin.get("attention", ("none",)))
+        """Whether every attention and the engine ran, no error is above its tolerance, and every layer is called."""
+        complete = (
+            self.failure is None and not self.reads and set(self.float64) == set(self.twin.get("attention", ("none",)))
+        )
         return complete and self.float64_error <= FLOAT64_TOLERANCE and self.engine_error <= self.engine_tolerance
 
     def stamp(self) -> Stamp:
@@ -172,6 +176,7 @@ class Proof:
             "tp_size": self.plan.tp_size,
             "failure": self.failure,
             "partial_gradients": list(self.partial_gradients),
+            "read_elsewhere": dict(self.reads),
             "float64": {
                 "tolerance": FLOAT64_TOLERANCE,
                 "largest": _finite(self.float64_error),
@@ -195,6 +200,17 @@ class Proof:
             "versions": self.versions,
             "seconds": round(self.seconds, 1),
         }  # fmt: skip
+
+    def read_elsewhere(self) -> list[str]:
+        """A line for each piece of code that reads the weights of sharded layers and does not call these layers."""
+        by_reader: dict[str, list[str]] = {}
+        for name, reader in self.reads.items():
+            by_reader.setdefault(reader, []).append(name)
+        return [
+            f"{', '.join(fold(names))} is read by {reader}, which does not call the layer: what the ranks have to do "
+            "together is skipped there, if not on this machine then with other kernels"
+            for reader, names in by_reader.items()
+        ]
 
     def headline(self) -> str:
         """What was run: the model, the TP size, and by how much the twin is smaller."""
@@ -243,6 +259,7 @@ class Proof:
             "grad_allreduce"
             for name in fold(self.partial_gradients)
         ]
+        lines += self.read_elsewhere()
         if self.failure is not None:
             lines.append(f"the sharded model did not run: {self.failure}")
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())

@@ -94,6 +94,7 @@ def verify_plan(
             engine=_gather_engine(folder, plan.tp_size),
             partial_gradients=tuple(_gather_partial(folder, twin["attention"])),
             operations=_gather_operations(folder, plan.tp_size),
+            reads=_gather_reads(folder, twin["attention"]),
             failure=failure,
             versions=versions,
             seconds=time.monotonic() - started,
@@ -123,6 +124,8 @@ def trial_of(proof: Proof) -> Trial:
     problem = proof.failure
     if problem is None and wrong:
         problem = f"{', '.join(fold(wrong)[:8])} differ from the unsharded model's"
+    if problem is None and proof.reads:
+        problem = proof.read_elsewhere()[0]
     if problem is None and not partial and not proof.proven:
         problem = f"off by {proof.float64_error:.1e} in float64, {proof.engine_error:.1e} in the DeepSpeed engine"
     graded = {starred(name) for kinds in proof.float64.values() for name in kinds.get("gradient", {})}
@@ -173,6 +176,12 @@ def _gather_float64(folder: Path, attention: list[str], tp_size: int) -> dict[st
 def _gather_engine(folder: Path, tp_size: int) -> dict[str, float]:
     ranks = [_read(folder / f"engine.rank-{rank}.json") for rank in range(tp_size)]
     return {name: max(rank[name] for rank in ranks) for name in ranks[0]} if all(ranks) else {}
+
+
+def _gather_reads(folder: Path, attention: list[str]) -> dict[str, str]:
+    """The sharded weights that others read than their layers, and who; all ranks run the same code."""
+    found = [_read(folder / f"{kind}.reads-0.json") for kind in attention]
+    return {name: reader for reads in found for name, reader in sorted(reads.items())}
 
 
 def _gather_operations(folder: Path, tp_size: int) -> tuple[int, ...]:

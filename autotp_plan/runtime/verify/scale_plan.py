@@ -118,7 +118,7 @@ def scaled_layout(layout: Layout, shape: tuple[int, ...], new_shape: tuple[int, 
         return Layout(shape=new_shape)
     rounded: Layout | None = None
     for view in _views(layout, shape, new_shape, divisor):
-        scaled, exact = _scaled_boundaries(layout, view)
+        scaled, exact = _scaled_boundaries(layout, view, divisor)
         if exact and scaled is not None:
             return scaled
         rounded = rounded or scaled
@@ -197,39 +197,54 @@ def _views(
         yield tuple(itertools.chain.from_iterable(combination))
 
 
-def _scaled_boundaries(layout: Layout, view: tuple[int, ...]) -> tuple[Layout | None, bool]:
+def _scaled_boundaries(layout: Layout, view: tuple[int, ...], divisor: int) -> tuple[Layout | None, bool]:
     """`layout` for a tensor of shape `view`, and whether every boundary fell between units.
 
     Boundaries are counted in units and rounded up, so that a weight and the one that consumes its output, which have as
     many units, are still sharded in the same places.
     """
     assert layout.dim is not None
-    ratio = Fraction(view[layout.dim], layout.shape[layout.dim])
-    sizes = [sub.size * ratio for sub in layout.sub_parameters]
+    sizes = _scaled_sizes([sub.size for sub in layout.sub_parameters], view[layout.dim], divisor)
     if any(size.denominator > 1 or size < 1 for size in sizes):
         return None, False
     sub_parameters = []
     for sub, size in zip(layout.sub_parameters, sizes):
-        unit = sub.unit * ratio
+        unit = sub.unit * size / sub.size
         kept = int(unit) if unit.denominator == 1 and unit >= 1 else sub.unit
         sub_parameters.append(SubParameter(size=int(size), unit=kept if int(size) % kept == 0 else 1))
     exact = True
-    starts = [0, *itertools.accumulate(sub.size for sub in layout.sub_parameters)]
+    starts, new_starts = (
+        [0, *itertools.accumulate(sub.size for sub in subs)] for subs in (layout.sub_parameters, sub_parameters)
+    )
 
     def boundary(old: int) -> int:
         nonlocal exact
         index = max(place for place, start in enumerate(starts) if start <= old)
         if index == len(sub_parameters):
-            return int(starts[index] * ratio)
+            return new_starts[index]
         sub, scaled = layout.sub_parameters[index], sub_parameters[index]
         units = Fraction((old - starts[index]) * scaled.num_units, sub.size)
         exact = exact and units.denominator == 1
-        return int(starts[index] * ratio) + math.ceil(units) * scaled.unit
+        return new_starts[index] + math.ceil(units) * scaled.unit
 
     intervals = tuple(tuple((boundary(start), boundary(stop)) for start, stop in rank) for rank in layout.intervals)
     if any(start >= stop for rank in intervals for start, stop in rank):
         return None, False
     return Layout(shape=view, dim=layout.dim, sub_parameters=tuple(sub_parameters), intervals=intervals), exact
+
+
+def _scaled_sizes(sizes: Sequence[int], total: int, divisor: int) -> list[Fraction]:
+    """The sizes of sub-parameters in a dimension of `total`: all scaled alike, or some not, which count heads."""
+    ratio = Fraction(total, sum(sizes))
+    if ratio not in (1, Fraction(1, divisor)) and len(sizes) <= _MOST_MIXED:
+        for factors in itertools.product((Fraction(1, divisor), Fraction(1)), repeat=len(sizes)):
+            scaled = [size * factor for size, factor in zip(sizes, factors)]
+            if sum(scaled) == total and all(size.denominator == 1 for size in scaled):
+                return scaled
+    return [size * ratio for size in sizes]
+
+
+_MOST_MIXED = 8
 
 
 def _scaled_attribute(attribute: ModuleAttribute, original: nn.Module, twin: nn.Module) -> ModuleAttribute:

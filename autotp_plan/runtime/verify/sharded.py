@@ -10,6 +10,7 @@ import torch
 
 from autotp_plan.runtime.loading.empty_model import build_planned
 from autotp_plan.runtime.tensor_parallel.torch_internals import muon_orthogonalises_with
+from autotp_plan.runtime.tensor_parallel.weight_reads import watch_reads
 from autotp_plan.runtime.training_plan import load_plan
 from autotp_plan.runtime.verify.compare import errors, partial_gradients
 from autotp_plan.runtime.verify.compute_share import forward_operations
@@ -28,7 +29,9 @@ def run_rank(folder: Path) -> None:
         # a model that is given keeps the files' float64 where transformers would keep float32
         empty = build_planned(folder / "float64", plan.document, **options(attention))
         model = plan.load_model(folder / "float64", model=empty).train()
-        found = run_passes_and_steps(model, shard_reader(model), list(dense["stepped"]), about.batches)
+        with watch_reads() as reads:
+            found = run_passes_and_steps(model, shard_reader(model), list(dense["stepped"]), about.batches)
+        write_errors(folder / f"{attention}.reads-{rank}.json", reads)
         write_errors(folder / f"{attention}.rank-{rank}.json", errors(dense, found, plan.document, rank))
         partial = partial_gradients(dense, found, plan.document, plan.ranks.tp_group)
         write_errors(folder / f"{attention}.partial-{rank}.json", {"names": partial})

@@ -129,12 +129,16 @@ class Crossing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedModule:
-    """A module (several when `module` has braces) that gets collectives at its inputs and output."""
+    """A module (several when `module` has braces) that gets collectives at its inputs and output.
+
+    `buffers` are sharded in the last dimension by the layout of a parameter in the module.
+    """
 
     module: str
     inputs: dict[str, Crossing] = field(default_factory=dict)
     output: Crossing | None = None
     mean_over_ranks: bool = False
+    buffers: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -223,10 +223,21 @@ def _module_faults(plan: PlanEntries) -> Iterator[Fault]:
                 f"{len(attribute.values)} values",
                 f"{plan.tp_size}, one per rank",
             )
+    sharded = {entry.name for entry in plan.expanded() if entry.style != "replicated"}
     for index, module in enumerate(plan.modules):
         crossings = {f"inputs.{name}": crossing for name, crossing in module.inputs.items()}
         if module.output is not None:
             crossings["output"] = module.output
+        for buffer, leaf in module.buffers.items():
+            missing = [name for name in expand(module.module) if f"{name}.{leaf}" not in sharded]
+            if missing:
+                yield _fault(
+                    "module-buffer",
+                    "a buffer is sharded as a parameter that the plan does not shard",
+                    f"modules[{index}].buffers.{buffer}",
+                    f"{missing[0]}.{leaf}",
+                    "a sharded parameter in the module",
+                )
         for name, crossing in crossings.items():
             for problem in _crossing_problems(crossing, plan.tp_size):
                 yield _fault(

@@ -1,0 +1,101 @@
+"""Code that computes with the weight of a sharded layer, in the place of the layer: found, avoided or refused."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autotp_plan.runtime.tensor_parallel.weight_reads import (
+    FUSED_IN_TRAINING,
+    keep_from_fused_kernels,
+    layers_fused,
+    layers_read,
+)
+
+
+def mamba_inner_fn(*arguments: Any) -> Tensor | None:
+    """Stands for a fused kernel."""
+    raise RuntimeError("the fused kernel was called")
+
+
+class Mixer(nn.Module):
+    """Gives a weight to a fused kernel in training, and asks for the dtype of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_proj, self.out_proj = nn.Linear(4, 8), nn.Linear(8, 4)
+        assert self.in_proj.weight.mean() is not None  # before anything is sharded
+
+    def forward(self, given: Tensor) -> Tensor:
+        inner = self.in_proj(given.to(self.in_proj.weight.dtype))
+        assert isinstance(self.in_proj.weight, Tensor) and self.in_proj.weight.shape[0] == 8
+        if self.training:
+            fused = mamba_inner_fn(inner, self.out_proj.weight.float())
+            if fused is not None:
+                return fused
+        output: Tensor = self.out_proj(inner)
+        return output
+
+
+class Inherited(Mixer):
+    """Reads nothing itself."""
+
+
+class Multiplies(nn.Module):
+    """Computes with the weight of its layer itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+
+    def forward(self, given: Tensor) -> Tensor:
+        return F.linear(given, self.proj.weight)
+
+
+@pytest.mark.parametrize("cls", [Mixer, Inherited])
+def test_what_a_fused_kernel_would_take_is_found(cls: type[nn.Module]) -> None:
+    assert layers_fused(cls()) == {"out_proj"}
+    assert layers_read(cls()) == set(), "dtype, shape and class do no harm, nor does what runs before"
+
+
+def test_a_weight_that_code_computes_with_is_found() -> None:
+    assert layers_read(Multiplies()) == {"proj"} and not layers_fused(Multiplies())
+
+
+def test_a_mixer_is_kept_from_its_fused_kernel() -> None:
+    mixer = Mixer()
+    with pytest.raises(RuntimeError, match="fused kernel"):
+        mixer(torch.ones(2, 4))
+    keep_from_fused_kernels(mixer)
+    assert mixer(torch.ones(2, 4)).shape == (2, 4)
+    assert mixer.training and mixer.in_proj.training and type(mixer).__name__ == "Mixer"
+    with pytest.raises(RuntimeError):
+        mixer(torch.ones(2, 5))
+    assert mixer.training
+
+
+MIXERS = {
+    "bamba": "BambaMixer",
+    "falcon_h1": "FalconH1Mixer",
+    "granitemoehybrid": "GraniteMoeHybridMambaLayer",
+    "mamba2": "Mamba2Mixer",
+    "nemotron_h": "NemotronHMamba2Mixer",
+    "zamba2": "Zamba2MambaMixer",
+    "mamba": "MambaMixer",
+    "falcon_mamba": "FalconMambaMixer",
+}
+
+
+@pytest.mark.parametrize("model_type", MIXERS)
+def test_fused_kernels_of_transformers_are_known(model_type: str) -> None:
+    """Where a mixer takes `out_proj.weight` itself, that is in the call of a function that this package knows."""
+    module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    mixer = getattr(module, MIXERS[model_type]).__new__(getattr(module, MIXERS[model_type]))
+    assert "out_proj" in layers_fused(mixer)
+    assert not {"in_proj", "out_proj", "norm"} & layers_read(mixer)
+    assert FUSED_IN_TRAINING & vars(module).keys()
