@@ -223,11 +223,11 @@ def _module_faults(plan: PlanEntries) -> Iterator[Fault]:
                 f"{len(attribute.values)} values",
                 f"{plan.tp_size}, one per rank",
             )
-    sharded = {entry.name for entry in plan.expanded() if entry.style != "replicated"}
     for index, module in enumerate(plan.modules):
         crossings = {f"inputs.{name}": crossing for name, crossing in module.inputs.items()}
         if module.output is not None:
             crossings["output"] = module.output
+        sharded = {entry.name for entry in plan.expanded() if entry.style != "replicated"} if module.buffers else set()
         for buffer, leaf in module.buffers.items():
             missing = [name for name in expand(module.module) if f"{name}.{leaf}" not in sharded]
             if missing:
