@@ -331,3 +331,27 @@ def growing() -> nn.Module:
     """A gibibyte bit by bit."""
     kept = [torch.ones(2**18, device="cpu") for _ in range(2**10)]
     return Nano(n_layer=len(kept))
+
+
+def multiply(x: Tensor, layer: nn.Linear) -> Tensor:
+    """A product with the weight of a layer, which is not called."""
+    return F.linear(x, layer.weight)
+
+
+class Peeking(nn.Module):
+    """Multiplies by the weight of `down`, in a function that is given the layer."""
+
+    def __init__(self, words: int = 64, width: int = 16) -> None:
+        super().__init__()
+        self.table = nn.Embedding(words, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return multiply(torch.tanh(self.up(self.table(tokens))), self.down)
+
+
+class Reading(Peeking):
+    """Multiplies by the weight of `down` itself."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.linear(torch.tanh(self.up(self.table(tokens))), self.down.weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,3 +100,62 @@ def test_fused_kernels_of_transformers_are_known(model_type: str) -> None:
     assert "out_proj" in layers_fused(mixer)
     assert not {"in_proj", "out_proj", "norm"} & layers_read(mixer)
     assert FUSED_IN_TRAINING & vars(module).keys()
+
+
+def run_with_a_fused_kernel(folder: Path, plan_file: Path) -> dict[str, Any]:
+    """What a rank computes in training where a fused kernel is there, and whether it is called by a mixer as it was."""
+    from autotp_plan.runtime import load_plan
+    from autotp_plan.runtime.loading import shard_model
+    from tests.helpers.models import batch, load_dense
+
+    tokens = batch(1)
+    dense = load_dense(folder, torch.float64)
+    expected = dense(tokens, labels=tokens)
+    expected.loss.backward()
+    module = importlib.import_module("transformers.models.bamba.modeling_bamba")
+    module.mamba2_split_conv1d_scan_combined = mamba_inner_fn  # type: ignore[attr-defined]
+    plan = load_plan(plan_file)
+    model: Any = plan.load_model(folder, dtype=torch.float64).train()
+    found = model(tokens, labels=tokens)
+    found.loss.backward()
+    name = "model.layers.0.mamba.out_proj.weight"
+    gradient = dense.get_parameter(name).grad
+    assert gradient is not None
+    mine = gradient.chunk(plan.tp_size, dim=1)[plan.ranks.tp_rank]
+    errors: dict[str, Any] = {
+        "loss": abs(float(found.loss - expected.loss)),
+        "gradient": float((model.get_parameter(name).grad - mine).abs().max()),
+    }
+    vars(shard_model)["skip_fused_kernels"] = lambda *_: None
+    planted = plan.load_model(folder, dtype=torch.float64).train()
+    try:
+        planted(tokens)
+    except RuntimeError as error:
+        errors["planted"] = str(error)
+    return errors
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(180)
+@pytest.mark.filterwarnings("ignore")
+def test_a_sharded_mixer_is_kept_from_a_fused_kernel(tmp_path: Path) -> None:
+    """Bamba in training: the all-reduce of `out_proj` takes place, whatever kernels are installed."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from autotp_plan.inference.infer import infer_rules
+    from autotp_plan.runtime.verify.random_inputs import randomise
+    from tests.helpers.launch import launch
+    from tests.helpers.mixers import mixer_folder
+    from tests.inference.test_infer import inferred
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    mixer_folder(folder, "bamba")
+    plan = inferred(folder, 2, infer_rules(folder))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float64)
+    randomise(model)
+    model.save_pretrained(folder)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    for errors in launch(run_with_a_fused_kernel, 2, folder, tmp_path / "plan.json"):
+        assert errors["loss"] < 1e-6 and errors["gradient"] < 1e-6, errors
+        assert errors["planted"] == "the fused kernel was called", "without it the kernel takes the layer's weight"
