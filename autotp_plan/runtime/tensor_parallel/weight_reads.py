@@ -148,7 +148,7 @@ def watch_reads() -> Iterator[Reads]:
     finally:
         for one in _Watching.handed_out:
             if not one.asked_outline:  # given to a function that ignored it, as the stand-ins of fused kernels do
-                _Watching.reads.setdefault(one.name, one.reader)
+                _Watching.reads.setdefault(one.parameter, one.reader)
         _Watching.reads, _Watching.handed_out = None, []
 
 
@@ -166,7 +166,7 @@ def watched(layer: nn.Module, name: str, weight: Any) -> Any:
     if reader is None:
         return weight
     found = weight.detach().as_subclass(_Watched)
-    found.weight, found.name, found.reader, found.asked_outline = weight, name, reader, False
+    found.weight, found.parameter, found.reader, found.asked_outline = weight, name, reader, False
     _Watching.handed_out.append(found)
     return found
 
@@ -190,7 +190,7 @@ class _Watched(Tensor):
     """A weight that notes whether code computes with it."""
 
     weight: Tensor
-    name: str
+    parameter: str
     reader: str
     asked_outline: bool
 
@@ -211,7 +211,7 @@ def _read(value: Any) -> Any:
     """The weight in the place of what stands for it, which is noted; lists too."""
     if isinstance(value, _Watched):
         if _Watching.reads is not None:
-            _Watching.reads[value.name] = value.reader
+            _Watching.reads[value.parameter] = value.reader
         return value.weight
     if isinstance(value, (list, tuple)) and any(isinstance(one, _Watched) for one in value):
         return type(value)(_read(one) for one in value)
