@@ -76,7 +76,8 @@ class PlannedLayer(HoldsShards, ShardedLayer):
     @property
     def weight(self) -> Any:
         """The parameter `weight`; of a layer that `gathers_when_read`, the full weight instead of this rank's shard."""
-        return watched(self, f"{self.name}.weight", self._read("weight", torch.compiler.is_compiling()))
+        found = self._read("weight", torch.compiler.is_compiling())
+        return found if self.gathers_when_read else watched(self, f"{self.name}.weight", found)
 
     @property
     def bias(self) -> Any:
