@@ -76,7 +76,7 @@ GOLDEN = [
     for tp_size in model.get(key, ())
 ]
 
-MANY_TENSORS = {"deepseek_v2", "kimi_k2", "minimax_m2_5"}  # 29 102, 69 587 and 48 000
+MANY_TENSORS = {"deepseek_v2", "kimi_k2", "minimax_m2_5", "qwen3_next_80b_a3b"}  # above 29 000
 UNUSED = {  # tensors of multi-token prediction, which the checkpoint on the hub has and the model does not
     "glm_4_5_air": ("model.layers.46.enorm.weight", "model.layers.46.mlp.experts.0.up_proj.weight"),
 }
@@ -133,8 +133,9 @@ def test_nothing_is_wrong_with_a_plan(golden: Golden) -> None:
     assert check_plan(plan) == []
     assert plan.to_json().encode() == golden.file.read_bytes()
     rules = MODELS[golden.model].get("rules")
-    assert len(plan.notes) == (0 if rules is None else 1)
-    assert all(NOTES[str(rules)] in text for text in plan.notes)
+    notes = [text for text in plan.notes if not any(name in text for name in plan.ignored)]
+    assert len(notes) == (0 if rules is None else 1)
+    assert all(NOTES[str(rules)] in text for text in notes)
     assert sum(math.prod(plan.shape_of(entry)) for entry in plan.expanded()) == MODELS[golden.model]["parameters"]
 
 
