@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import programs
+from benchmarks.gpu import hybrids, programs
 from benchmarks.gpu.report import page
 
 RANKS = 2
@@ -54,7 +54,11 @@ def main() -> None:
         work = Path(name)
         job = {"device": options.device, "only": options.only or [], "hidden": options.hidden, "layers": options.layers}
         (work / "job.json").write_text(json.dumps(job))
+        needed = not options.only or any(name.startswith("hybrid") for name in options.only)
+        inferring = hybrids.start(work, environment) if needed else []
         done = _run_ranks(work, environment, options.seconds)
+        for process in inferring:
+            process.kill()
         found = _results(work)
         if options.device == "cuda":
             found["checks"] += programs.checks(work, job["only"])

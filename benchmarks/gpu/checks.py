@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.gpu.hybrids import HYBRIDS
+
 FLOAT64, FLOAT32 = 1e-9, 1e-5
 FAMILIES = (
     "llama_bias_tied", "qwen3", "phi3", "gpt_neox", "gemma2", "falcon_multi_query", "falcon_alibi", "bloom", "gpt2",
@@ -27,6 +29,7 @@ STEPS = 5
 
 Found = tuple[float | None, dict[str, Any]]
 _KEPT: list[BaseException] = []
+_INFERENCE_SECONDS = 240
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,22 +105,89 @@ def batches(work: Work) -> Callable[[int], Tensor]:
 def parity(variant: str, work: Work, document: Any = None) -> Found:
     """Loss, logits and every gradient of two passes in float64."""
     from autotp_plan.runtime import TrainingPlan
-    from autotp_plan.runtime.verify import compare
-    from autotp_plan.runtime.verify.float64_passes import causal_lm, dense_reader, run_passes, shard_reader
     from tests.helpers.models import eager_experts
 
     options = eager_experts(torch.float64)
-    whole = dense(work, variant, torch.float64, **options)
-    names = [name for name, _ in whole.named_parameters()]
-    expected = run_passes(whole, dense_reader(whole), names, batches(work), forward=causal_lm)
     if document is None:
         plan, model = sharded(work, variant, dtype=torch.float64, **options)
     else:
         plan = TrainingPlan(document)
         model = plan.load_model(checkpoint(work, variant), dtype=torch.float64, **options).train()
-    found = run_passes(model, shard_reader(model), names, batches(work), forward=causal_lm)
+    return _compare(work, plan, dense(work, variant, torch.float64, **options), model)
+
+
+def _compare(work: Work, plan: Any, whole: Any, model: Any) -> Found:
+    """The largest absolute error of a sharded model's loss, logits and gradients of two passes."""
+    from autotp_plan.runtime.verify import compare
+    from autotp_plan.runtime.verify.float64_passes import causal_lm, dense_reader, run_passes, shard_reader
+
+    names = [name for name, _ in whole.named_parameters()]
+    expected = run_passes(whole, dense_reader(whole), names, batches(work), forward=causal_lm)
+    found = run_passes(model, shard_reader(model), list(expected["gradient"]), batches(work), forward=causal_lm)
     errors = compare.errors(expected, found, plan.document, plan.ranks.tp_rank, compare.absolute_error)
     return max(max(of_kind.values()) for of_kind in errors.values()), {"numbers": sum(map(len, errors.values()))}
+
+
+def hybrid(family: str, work: Work) -> Found:
+    """As `parity`, of a model whose mixers are not attention, by rules that were inferred."""
+    from transformers import AutoModelForCausalLM
+
+    from autotp_plan.runtime.verify.float64_passes import EXPERTS
+
+    plan, folder = inferred(work, family)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **EXPERTS).to(work.device).train()
+    model = plan.load_model(folder, dtype=torch.float64, **EXPERTS).train()
+    return _compare(work, plan, whole, model)
+
+
+def hybrid_kernels(work: Work) -> Found:
+    """Loss and gradient norm in bfloat16 with the kernels that are installed; float64 has none."""
+    import importlib.util
+
+    from transformers import AutoModelForCausalLM
+
+    plan, folder = inferred(work, "qwen3_next")
+    tokens = batches(work)(0)
+    found = []
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(work.device)
+    for model in (whole.train(), plan.load_model(folder, dtype=torch.bfloat16).train()):
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        found.append([loss.item(), torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf).item()])
+    linear = next(name for name, _ in whole.named_modules() if name.endswith("linear_attn"))
+    kernel = whole.get_submodule(linear).chunk_gated_delta_rule
+    return relative(found[1], found[0]), {
+        "flash-linear-attention": importlib.util.find_spec("fla") is not None,
+        "kernel": f"{kernel.__module__}.{kernel.__name__}",
+    }
+
+
+def inferred(work: Work, family: str) -> tuple[Any, Path]:
+    """A plan of a small hybrid by the rules that `benchmarks.gpu.hybrids` infers meanwhile, and its checkpoint."""
+    from autotp_plan.planner import SpecFile, compile_plan
+    from autotp_plan.runtime import TrainingPlan
+
+    def write(path: Path) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        from autotp_plan.runtime.verify.random_inputs import randomise
+        from tests.helpers.mixers import mixer_folder
+
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(mixer_folder(path, family)), dtype=torch.float32
+        )
+        randomise(model)
+        model.save_pretrained(path)
+
+    folder = work.once(f"hybrid-{family}", write)
+    rules = work.folder / f"{family}.spec.json"
+    deadline = time.monotonic() + _INFERENCE_SECONDS
+    while not rules.exists():
+        log = work.folder / f"{family}.log"
+        assert time.monotonic() < deadline, f"the rules of {family} were not inferred: {log.read_text()[-2000:]}"
+        time.sleep(0.5)
+    document = compile_plan(folder, tp_size=dist.get_world_size(), preset="none", specs=[SpecFile.read(rules)])
+    return TrainingPlan(document), folder
 
 
 def planted(work: Work) -> Found:
@@ -582,6 +652,13 @@ CHECKS = (
     ),
     Check(name="dropout", function=dropout, limit=FLOAT32),
     Check(name="Trainer", function=trainer, limit=1e-4),  # it rounds the losses that it logs to four decimals
+    *(
+        Check(
+            name=f"hybrid {name}", function=functools.partial(hybrid, name), limit=1e-8
+        )  # decays are products of many
+        for name in HYBRIDS
+    ),
+    Check(name="hybrid in bf16", function=hybrid_kernels, limit=3e-2),
     Check(name="large loading", function=loading, limit=0.01),
     Check(name="large loss", function=large_loss, limit=1e-2),
     Check(name="large batch comparison", function=steps, limit=0.005),
