@@ -154,12 +154,7 @@ def hybrid_kernels(work: Work) -> Found:
         loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         found.append([loss.item(), torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf).item()])
-    linear = next(name for name, _ in whole.named_modules() if name.endswith("linear_attn"))
-    kernel = whole.get_submodule(linear).chunk_gated_delta_rule
-    return relative(found[1], found[0]), {
-        "flash-linear-attention": importlib.util.find_spec("fla") is not None,
-        "kernel": f"{kernel.__module__}.{kernel.__name__}",
-    }
+    return relative(found[1], found[0]), {"flash-linear-attention": importlib.util.find_spec("fla") is not None}
 
 
 def inferred(work: Work, family: str) -> tuple[Any, Path]:
