@@ -25,7 +25,10 @@ def raised(command: Any, **options: Any) -> AutoTPError:
 
 
 def test_a_plan_that_cannot_be_written(tmp_path: Path) -> None:
-    options = {"tp_size": 2, "preset": "auto", "specs": (), "uneven": False, "ds_config": None, "strict": False}
+    options: dict[str, Any] = {
+        "tp_size": 2, "preset": "auto", "specs": (), "uneven": False, "ds_config": None, "strict": False,
+        "factory": lambda: None,
+    }  # fmt: skip
     error = raised(compile, model=write_llama(tmp_path / "llama"), output=tmp_path / "none" / "plan.json", **options)
     assert type(error) is OutputError
     assert [fault.code for fault in error.faults] == ["file-not-written"]
