@@ -19,7 +19,7 @@ from autotp_plan.runtime.tensor_parallel.weight_reads import (
 )
 
 
-def mamba_inner_fn(*arguments: Any) -> Tensor | None:
+def mamba_inner_fn(*arguments: Any, **options: Any) -> Tensor | None:
     """Stands for a fused kernel."""
     raise RuntimeError("the fused kernel was called")
 
