@@ -13,6 +13,7 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -34,12 +35,12 @@ _OUTLINE = frozenset(
 
 def layers_read(module: nn.Module) -> set[str]:
     """The layers in `module` whose `weight` its methods use, except for its dtype, device or shape."""
-    return {name for name, fused in _reads_of(module) if not fused}
+    return {read.layer for read in _reads_of(module) if not read.fused}
 
 
 def layers_fused(module: nn.Module) -> set[str]:
     """The layers in `module` whose `weight` its methods give to one of `FUSED_IN_TRAINING`."""
-    return {name for name, fused in _reads_of(module) if fused}
+    return {read.layer for read in _reads_of(module) if read.fused}
 
 
 class WithoutFusedKernels:
@@ -61,13 +62,39 @@ def keep_from_fused_kernels(module: nn.Module) -> None:
     module.__class__ = type(cls.__name__, (WithoutFusedKernels, cls), {"__module__": cls.__module__})
 
 
-def _reads_of(module: nn.Module) -> frozenset[tuple[str, bool]]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Read:
+    """A place where code uses the weight of a layer.
+
+    Attributes:
+        layer: the layer's name in the module.
+        fused: whether the weight is an argument of a fused function.
+        conditions: expressions of the module's settings (`self.pretraining_tp > 1`), with the value that each must have
+            for the code to be reached.
+    """
+
+    layer: str
+    fused: bool
+    conditions: tuple[tuple[str, bool], ...]
+
+    def is_reached(self, module: nn.Module) -> bool:
+        """Whether the module's settings let it come to this; where that cannot be said, they do."""
+        for expression, needed in self.conditions:
+            try:
+                if bool(eval(expression, {"__builtins__": {}}, {"self": module})) is not needed:
+                    return False
+            except Exception:  # of what the class's own code would have to do first
+                continue
+        return True
+
+
+def _reads_of(module: nn.Module) -> Iterator[_Read]:
     cls: Any = type(module)
-    return _reads_of_class(cls)
+    return (read for read in _reads_of_class(cls) if read.is_reached(module))
 
 
 @functools.cache
-def _reads_of_class(cls: Any) -> frozenset[tuple[str, bool]]:
+def _reads_of_class(cls: Any) -> frozenset[_Read]:
     return frozenset(read for tree in _methods(cls) for read in _reads(tree))
 
 
@@ -89,8 +116,8 @@ _BEFORE = ("__init__", "_init_", "init_", "reset_", "extra_repr", "_load_")
 """How the names of methods begin that run before a model is sharded, or compute nothing."""
 
 
-def _reads(tree: ast.AST) -> Iterator[tuple[str, bool]]:
-    """The layers whose weight is used, and whether it is an argument of a fused function."""
+def _reads(tree: ast.AST) -> Iterator[_Read]:
+    """The places where the weight of a layer is used."""
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(tree):
         if (
@@ -102,7 +129,36 @@ def _reads(tree: ast.AST) -> Iterator[tuple[str, bool]]:
             and node.value.value.id == "self"
             and not _asks_for_the_outline(node, parents[node])
         ):
-            yield node.value.attr, any(map(_is_fused, _ancestors(node, parents)))
+            yield _Read(
+                layer=node.value.attr,
+                fused=any(map(_is_fused, _ancestors(node, parents))),
+                conditions=tuple(_conditions(node, parents)),
+            )
+
+
+def _conditions(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> Iterator[tuple[str, bool]]:
+    """The tests of the `if`s around a node that the module's settings decide, and what each must be."""
+    for parent in _ancestors(node, parents):
+        if isinstance(parent, (ast.If, ast.IfExp)) and node is not parent.test and _is_of_settings(parent.test):
+            body = parent.body if isinstance(parent.body, list) else [parent.body]
+            yield ast.unparse(parent.test), node in body
+        node = parent
+
+
+def _is_of_settings(test: ast.expr) -> bool:
+    """Whether an expression compares attributes of `self` and constants, and `training`, which changes, is none."""
+    for node in ast.walk(test):
+        if isinstance(node, ast.Attribute):
+            if not (isinstance(node.value, ast.Name) and node.value.id == "self") or node.attr == "training":
+                return False
+        elif not isinstance(node, _OF_SETTINGS):
+            return False
+    return True
+
+
+_OF_SETTINGS = (
+    ast.Name, ast.Constant, ast.Compare, ast.cmpop, ast.BoolOp, ast.boolop, ast.UnaryOp, ast.unaryop, ast.expr_context,
+)  # fmt: skip
 
 
 def _ancestors(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> Iterator[ast.AST]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tests.helpers.checkpoints import write_llama
 def raised(command: Any, **options: Any) -> AutoTPError:
     """What a command's library call raises, before the command line turns it into exit status 2."""
     with pytest.raises(AutoTPError) as caught:
-        command.callback.__wrapped__(**options)
+        inspect.unwrap(command.callback)(**options)
     return caught.value
 
 

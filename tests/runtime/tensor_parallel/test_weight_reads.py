@@ -58,6 +58,23 @@ class Multiplies(nn.Module):
         return F.linear(given, self.proj.weight)
 
 
+class OnlyIfSlow(nn.Module):
+    """Computes with the weight of its layer where it is told to, as BLOOM does with `slow_but_exact`."""
+
+    def __init__(self, slow: bool, pieces: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+        self.slow, self.pieces = slow, pieces
+
+    def forward(self, given: Tensor) -> Tensor:
+        if self.pieces > 1 and self.slow:
+            for _ in range(self.pieces):
+                given = F.linear(given, self.proj.weight)
+            return given
+        output: Tensor = self.proj(given)
+        return output if not self.slow else output + (0 * self.proj.weight.sum() if self.training else 0)
+
+
 @pytest.mark.parametrize("cls", [Mixer, Inherited])
 def test_what_a_fused_kernel_would_take_is_found(cls: type[nn.Module]) -> None:
     assert layers_fused(cls()) == {"out_proj"}
@@ -66,6 +83,15 @@ def test_what_a_fused_kernel_would_take_is_found(cls: type[nn.Module]) -> None:
 
 def test_a_weight_that_code_computes_with_is_found() -> None:
     assert layers_read(Multiplies()) == {"proj"} and not layers_fused(Multiplies())
+
+
+@pytest.mark.parametrize(("slow", "pieces", "read"), [(False, 1, False), (False, 2, False), (True, 2, True)])
+def test_code_that_the_settings_of_a_module_switch_off_is_not_counted(slow: bool, pieces: int, read: bool) -> None:
+    module = OnlyIfSlow(slow, pieces)
+    module.training = False  # it changes, and decides nothing
+    assert layers_read(module) == ({"proj"} if read else set())
+    module.slow = True
+    assert layers_read(module) == {"proj"}
 
 
 def test_a_mixer_is_kept_from_its_fused_kernel() -> None:
