@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,17 +37,25 @@ class OwnSmallModel(SmallModel):
     def bypassed(self) -> frozenset[str]:
         """The modules that run with gradients and are passed by without, as those of nn.TransformerEncoderLayer are."""
         ran: dict[bool, set[str]] = {True: set(), False: set()}
-        handles = [
-            module.register_forward_pre_hook(lambda *_, name=name: ran[torch.is_grad_enabled()].add(name))
-            for name, module in self.model.named_modules()
-        ]
+
+        def noting(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def noted(*args: Any, **kwargs: Any) -> Any:
+                ran[torch.is_grad_enabled()].add(name)
+                return forward(*args, **kwargs)
+
+            return noted
+
+        # no hooks: torch's layers are not passed by where there is one
+        modules = dict(self.model.named_modules())
+        for name, module in modules.items():
+            module.forward = noting(name, module.forward)
         try:
             for enabled in ran:
                 with torch.set_grad_enabled(enabled):
                     self.run()
         finally:
-            for handle in handles:
-                handle.remove()
+            for module in modules.values():
+                del module.forward
         return frozenset(ran[True] - ran[False])
 
     def embedding_and_head(self) -> tuple[nn.Module | None, nn.Module | None]:

@@ -290,7 +290,11 @@ def test_an_interrupted_process_leaves_no_plan(llama: Path, tmp_path: Path) -> N
     )
     with open(folder / "spec.json", "w"):  # which waits for the process to open it, too
         process.send_signal(2)
-        _, stderr = process.communicate(timeout=30)
+        try:
+            _, stderr = process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:  # a signal that arrives inside a finalizer is lost: press again
+            process.send_signal(2)
+            _, stderr = process.communicate(timeout=20)
     assert process.returncode == 1
     assert "Aborted!" in stderr
     assert not output.exists()

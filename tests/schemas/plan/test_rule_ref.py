@@ -55,4 +55,4 @@ def test_every_rule_of_the_golden_plans_is_known() -> None:
     found = set(golden_rules())
     assert len(found) > 50
     for text in found:
-        assert RuleRef.from_value(text).origin in (Origin.PRESET, Origin.DEFAULT), text
+        assert RuleRef.from_value(text).origin in (Origin.PRESET, Origin.DEFAULT, Origin.INFERENCE), text
