@@ -83,7 +83,7 @@ class _Read:
             try:
                 if bool(eval(expression, {"__builtins__": {}}, {"self": module})) is not needed:
                     return False
-            except Exception:  # of what the class's own code would have to do first
+            except Exception:  # a property may raise anything; then the code counts as reached, and is refused
                 continue
         return True
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -94,11 +93,6 @@ def orpo(model: Any, load: Callable[[], Any], out: Path, deepspeed: Any, **optio
 def words_of(completions: list[str], **_: Any) -> list[float]:
     """A reward that says which tokens were drawn."""
     return [sum(int(word[1:]) for word in one.split() if word[0] == "w") % 17 / 4 for one in completions]
-
-
-def moody(completions: list[str], **_: Any) -> list[float]:
-    """A reward that each process gives by itself, as a model that is asked over the network."""
-    return [random.random() for _ in completions]
 
 
 def generating(name: str, defaults: dict[str, Any]) -> Callable[..., Any]:
