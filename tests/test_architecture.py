@@ -15,11 +15,12 @@ import pytest
 from tests.helpers.checkpoints import write_llama
 from tests.helpers.paths import PACKAGE
 
-PARTS = ("schemas", "probes", "huggingface", "factories", "inference", "planner", "runtime", "plans")
+PARTS = ("schemas", "sources", "probes", "huggingface", "factories", "inference", "planner", "runtime", "plans")
 HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "safetensors", "numpy", "ray", "peft"}
 
 ROOMS = (
     "schemas", "schemas.plan", "schemas.storage", "schemas.shards",
+    "sources",
     "probes",
     "huggingface",
     "factories",
@@ -129,8 +130,9 @@ def test_a_circle_is_found() -> None:
         ("huggingface", {"schemas", "huggingface"}),
         ("factories", {"schemas", "factories"}),
         ("inference", {"schemas", "probes", "huggingface", "factories", "inference"}),
-        ("planner", {"schemas", "huggingface", "factories", "planner"}),
-        ("runtime", {"schemas", "probes", "huggingface", "factories", "runtime"}),
+        ("sources", {"schemas", "sources"}),
+        ("planner", {"schemas", "sources", "huggingface", "factories", "planner"}),
+        ("runtime", {"schemas", "sources", "probes", "huggingface", "factories", "runtime"}),
         ("plans", {"plans"}),
     ],
 )

@@ -12,7 +12,7 @@ from autotp_plan.planner.shards.presplit import presplit
 from autotp_plan.planner.shards.reshard import reshard
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.spec import SpecFile
-from autotp_plan.schemas.storage.plan_fit import check_checkpoint
+from autotp_plan.sources.check_checkpoint import check_checkpoint
 
 __all__ = [
     "Inventory",

@@ -6,7 +6,6 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from autotp_plan.factories.module_factory import ModuleFactory
@@ -32,6 +31,7 @@ from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.plan.entries import MAX_TP_SIZE, RuntimeOptions
 from autotp_plan.schemas.plan.rule_ref import Origin
 from autotp_plan.schemas.spec import SpecFile
+from autotp_plan.sources.model_folder import ModelFolder, model_folder
 
 
 def compile_plan(
@@ -79,7 +79,7 @@ def compile_plan(
         DocumentError: config.json or the index is not JSON.
         MissingDependencyError: a bare config.json needs transformers, and it is not installed.
     """
-    given = ModelInput(Path(model) if isinstance(model, str | os.PathLike) else model, factory)
+    given = ModelInput(model_folder(model) if isinstance(model, str | os.PathLike | ModelFolder) else model, factory)
     options = _Options(
         tp_size=_tp_size(tp_size, deepspeed),
         uneven=uneven,
@@ -162,7 +162,7 @@ def _by_inference(
                 "autotp_plan.inference.infer.infer_rules",
             )
         )
-    inferred = infer(given.factory or given.given)
+    inferred = infer(given.factory or given.folder.folder)
     if given.factory is None:
         inferred = with_unused_tensors(inferred, given)
     return proven(

@@ -29,7 +29,7 @@ _PATH = click.Path(path_type=Path)
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--plan", "plan_file", type=_PATH, required=True, help="Plan file.")
-@click.option("--shards", type=_PATH, required=True, help="Shards folder, or the original checkpoint.")
+@click.option("--shards", required=True, help="Shards folder, or the original checkpoint.")
 @click.option("--dp-size", type=click.IntRange(1), help="Data-parallel size; processes / tp_size when left out.")
 @click.option("--zero-stage", type=click.IntRange(0, 3), help="ZeRO stage; 0 unless the DeepSpeed config says more.")
 @click.option(
@@ -64,7 +64,7 @@ def main(**options: Any) -> None:
 
 
 def _train(
-    plan_file: Path, shards: Path, dp_size: int | None, seq_length: int, num_steps: int, data: Path | None, seed: int,
+    plan_file: Path, shards: str, dp_size: int | None, seq_length: int, num_steps: int, data: Path | None, seed: int,
     metrics: Path | None, checkpoints: Path | None, save_every: int | None, save_shards: Path | None, **options: Any,
 ) -> None:  # fmt: skip
     from autotp_plan.runtime import load_plan

@@ -12,6 +12,7 @@ from autotp_plan.runtime.data.text import TokenDataset, synthetic_tokens, text_t
 from autotp_plan.schemas import documents
 from autotp_plan.schemas.errors import Fault, MismatchError, OptionError
 from autotp_plan.schemas.plan.document import Plan
+from autotp_plan.sources.model_folder import model_folder
 
 
 def check_dp_size(tp_size: int, dp_size: int | None) -> None:
@@ -92,7 +93,7 @@ def deepspeed_config(
 
 
 def dataset(
-    data: Path | None, shards: Path, model: torch.nn.Module, seq_length: int, needed: int, seed: int
+    data: Path | None, shards: str, model: torch.nn.Module, seq_length: int, needed: int, seed: int
 ) -> TokenDataset:
     """The data of `--data`, or synthetic tokens.
 
@@ -114,7 +115,7 @@ def dataset(
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(shards))
+        tokenizer = AutoTokenizer.from_pretrained(str(model_folder(shards).folder))
     except (OSError, ValueError) as error:
         raise MismatchError(
             Fault(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 import os
@@ -43,6 +44,7 @@ from autotp_plan.runtime.optimizers.grad_norm import use_global_norm
 from autotp_plan.runtime.optimizers.sharded_weights import sharded_weights
 from autotp_plan.schemas.errors import Fault, MismatchError
 from autotp_plan.schemas.plan.document import Plan
+from autotp_plan.sources.model_folder import model_folder
 
 _deepspeed_initialize = deepspeed.initialize  # which `adapt_trainer` replaces while a Trainer prepares its engine
 
@@ -166,11 +168,11 @@ class TrainingPlan:
         """
         check_interval(check_batches_every)
         check_world_size(self.tp_size)
-        folder = Path(path)
+        place = model_folder(path)
 
         def found() -> tuple[WeightSource, nn.Module, dict[str, torch.dtype]]:
-            source = open_weights(folder, self.document, verify_checksums=verify_checksums, map_shards=map_shards)
-            built, dtypes = empty_model(folder, self.document, model, dtype, options)
+            source = open_weights(place, self.document, verify_checksums=verify_checksums, map_shards=map_shards)
+            built, dtypes = empty_model(place, self.document, model, dtype, options)
             check_model(built, self.document)
             return source, built, dtypes
 
@@ -198,7 +200,10 @@ class TrainingPlan:
             use_global_norm()
             _guard_peft()
             check_every_optimizer()
-        become_sharded(built, Loaded(plan=self.document, ranks=ranks, folder=Path(path).absolute()))
+        become_sharded(
+            built,
+            Loaded(plan=self.document, ranks=ranks, place=dataclasses.replace(place, folder=place.folder.absolute())),
+        )
         return built
 
     def initialize(
@@ -350,7 +355,7 @@ class TrainingPlan:
         """
         model = getattr(engine, "module", engine)
         _refuse_adapters(model)
-        source = Path(like) if like is not None else loaded_of(model).folder
+        source = model_folder(like) if like is not None else loaded_of(model).place
         save_shards(model, Path(folder), self.document, self.init_mesh(), source)
 
     def adapt_trainer(self, trainer: Any) -> None:

@@ -35,23 +35,23 @@ time_limit = click.option(
 @click.command()
 @click.option(
     "--model",
-    type=click.Path(path_type=Path),
     help="Checkpoint folder, or a folder with a bare config.json.",
 )
 @module_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Spec file to write; else it is printed.")
 @time_limit
 @reported
-def infer(model: Path | None, output: Path | None, timeout: int, factory: Callable[[], ModuleFactory | None]) -> None:
+def infer(model: str | None, output: Path | None, timeout: int, factory: Callable[[], ModuleFactory | None]) -> None:
     """Infer how a model is sharded, from small models of its architecture, and write it as a spec file.
 
     The spec file is not proven: `compile --preset infer` proves the plan that it makes, and so does `verify`.
     """
     from autotp_plan.schemas.documents import format_json, write_atomically
+    from autotp_plan.sources.model_folder import model_folder
 
     made_by = factory()
     given_model(model, made_by)
-    spec = infer_with_limits(made_by or model or Path(), timeout)
+    spec = infer_with_limits(made_by or model_folder(model or "").folder, timeout)
     text = format_json(spec)
     if output is None:
         click.echo(text, nl=False)

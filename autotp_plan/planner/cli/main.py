@@ -51,7 +51,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--model", type=_FILE, help="Checkpoint folder, or a folder with a bare config.json.")
+@click.option("--model", help="Checkpoint folder, or a folder with a bare config.json.")
 @module_options
 @click.option("--tp", "tp_size", type=int, help="Number of tensor-parallel ranks.")
 @click.option("-o", "--output", type=_FILE, required=True, help="Plan file to write.")
@@ -66,7 +66,7 @@ def main() -> None:
 @click.option("--strict", is_flag=True, help="A DeepSpeed config must name every weight, and each pattern must match.")
 @reported
 def compile(
-    model: Path | None,
+    model: str | None,
     tp_size: int | None,
     output: Path,
     preset: str,
@@ -148,9 +148,9 @@ def _report_compiled(plan: Plan, output: Path) -> None:
 
 @main.command()
 @click.argument("plan_file", metavar="PLAN_OR_SHARDS", type=_FILE)
-@click.option("--checkpoint", type=_FILE, help="Also check that this checkpoint holds what the plan says.")
+@click.option("--checkpoint", help="Also check that this checkpoint holds what the plan says.")
 @reported
-def check(plan_file: Path, checkpoint: Path | None) -> None:
+def check(plan_file: Path, checkpoint: str | None) -> None:
     """Check a plan: schema, fingerprint, coverage, units, column-row pairing, ties, and the checkpoint.
 
     Or a folder of shards: that every byte is what was written, and that it all belongs together.
@@ -158,7 +158,7 @@ def check(plan_file: Path, checkpoint: Path | None) -> None:
     from autotp_plan.planner.plan_checks import check_plan
     from autotp_plan.schemas.plan.document import Plan
     from autotp_plan.schemas.shards.folder import is_unfinished
-    from autotp_plan.schemas.storage.plan_fit import check_checkpoint
+    from autotp_plan.sources.check_checkpoint import check_checkpoint
 
     if is_unfinished(plan_file) or (plan_file / MANIFEST_NAME).exists():
         check_shards(plan_file)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -41,7 +40,7 @@ def module_options(function: _F) -> _F:
     return run  # type: ignore[return-value]
 
 
-def given_model(model: Path | None, factory: ModuleFactory | None) -> None:
+def given_model(model: str | None, factory: ModuleFactory | None) -> None:
     """Check that there is a model.
 
     Raises:

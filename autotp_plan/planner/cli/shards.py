@@ -20,12 +20,12 @@ _QUIET = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 
 @click.command()
 @click.argument("plan_file", metavar="PLAN", type=_FILE)
-@click.option("--checkpoint", type=_FILE, required=True, help="The checkpoint to shard.")
+@click.option("--checkpoint", required=True, help="The checkpoint to shard.")
 @click.option("-o", "--output", type=_FILE, required=True, help="New folder for the shards, or one to continue.")
 @_WORKERS
 @_QUIET
 @reported
-def presplit(plan_file: Path, checkpoint: Path, output: Path, workers: int, quiet: bool) -> None:
+def presplit(plan_file: Path, checkpoint: str, output: Path, workers: int, quiet: bool) -> None:
     """Write a checkpoint as a folder of per-rank shards that needs nothing else to train from.
 
     Stopped at any moment, the same command continues with the files that are missing.

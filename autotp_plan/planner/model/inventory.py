@@ -11,7 +11,6 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from autotp_plan.huggingface.meta_model import names_a_dtype, parameters_and_buffers
@@ -27,6 +26,7 @@ from autotp_plan.schemas.plan.entries import ModelIdentity, Sources
 from autotp_plan.schemas.storage.checkpoint import Checkpoint, planned_config
 from autotp_plan.schemas.storage.plan_fit import exchanged, is_tied_on_disk
 from autotp_plan.schemas.storage.safetensors_header import TensorEntry
+from autotp_plan.sources.model_folder import model_folder
 
 _DTYPES = {
     "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
@@ -105,7 +105,7 @@ def take_inventory(model: ModelInput, names: DiskNames) -> Inventory:
         return _of_checkpoint(model.checkpoint, model.config, names)
     if not model.is_folder:
         return inventory_of_module(model.module, names)
-    refuse_quantised(model.config, (), model.given)
+    refuse_quantised(model.config, (), model.folder.folder)
     notes = () if names_a_dtype(model.config or {}) else (_NO_DTYPE,)
     return dataclasses.replace(inventory_of_module(model.module, names), config=model.config, notes=notes)
 
@@ -117,7 +117,7 @@ def inventory_of_folder(folder: str | os.PathLike[str], names: DiskNames | None 
         CheckpointError: the folder is neither, or as `take_inventory`.
         MissingDependencyError: a bare config.json needs transformers, and it is not installed.
     """
-    return take_inventory(ModelInput(Path(folder)), names or DiskNames())
+    return take_inventory(ModelInput(model_folder(folder)), names or DiskNames())
 
 
 def inventory_of_module(module: Any, names: DiskNames | None = None) -> Inventory:

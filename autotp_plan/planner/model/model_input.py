@@ -5,28 +5,34 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from autotp_plan.factories.module_factory import ModuleFactory
 from autotp_plan.huggingface.meta_model import build_model, parameters_and_buffers
-from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, Checkpoint, holds_tensors, read_checkpoint, read_config
+from autotp_plan.schemas.storage.checkpoint import Checkpoint
+from autotp_plan.sources.model_folder import ModelFolder, open_checkpoint
 
 
 @dataclass(frozen=True)
 class ModelInput:
-    """`given` is a folder with safetensors files or a bare config.json, or a live `torch.nn.Module`.
+    """`given` is a model's folder, of a checkpoint or a bare config.json, or a live `torch.nn.Module`.
 
     `factory` makes the module of a model that is not from transformers; then there may be nothing else (`given` None).
     """
 
-    given: Path | Any
+    given: ModelFolder | Any
     factory: ModuleFactory | None = None
 
     @property
     def is_folder(self) -> bool:
         """Whether it is a folder, and not a module."""
-        return isinstance(self.given, Path)
+        return isinstance(self.given, ModelFolder)
+
+    @property
+    def folder(self) -> ModelFolder:
+        """The folder that was given, where it is one."""
+        assert isinstance(self.given, ModelFolder), f"{self.where} is not a folder"
+        return self.given
 
     @property
     def where(self) -> str:
@@ -44,7 +50,7 @@ class ModelInput:
             CheckpointError: config.json is not a JSON object.
         """
         if self.is_folder:
-            return read_config(self.given) if self.given.is_dir() else None
+            return self.folder.config()
         config = getattr(self.given, "config", None)
         if config is not None and hasattr(config, "to_json_string"):
             config = json.loads(config.to_json_string())
@@ -81,9 +87,9 @@ class ModelInput:
         Raises:
             CheckpointError: the folder has neither tensors nor a config.json, or its files are broken.
         """
-        if not self.is_folder or (not holds_tensors(self.given) and (self.given / CONFIG_NAME).exists()):
+        if not self.is_folder or (not self.folder.holds_tensors and self.config is not None):
             return None
-        return read_checkpoint(self.given)
+        return open_checkpoint(self.folder)
 
     @functools.cached_property
     def module(self) -> Any:
@@ -96,4 +102,4 @@ class ModelInput:
         """
         if self.factory is not None:
             return self.factory.on_meta()
-        return build_model(self.given, on_meta="all") if self.is_folder else self.given
+        return build_model(self.folder.folder, on_meta="all") if self.is_folder else self.given

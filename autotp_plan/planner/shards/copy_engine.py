@@ -16,8 +16,8 @@ from autotp_plan.planner.shards.copy_plan import FileGroup, StoredShard, TensorC
 from autotp_plan.planner.shards.copy_rows import Rows, copy_rows, transpose
 from autotp_plan.schemas.shards.output_file import OutputFile
 from autotp_plan.schemas.shards.output_folder import OutputFolder
-from autotp_plan.schemas.storage.byte_ranges import Reader
 from autotp_plan.schemas.storage.checksum import Progress
+from autotp_plan.schemas.storage.files import Reader
 
 CHUNK_BYTES = 2 * 1024 * 1024
 BUFFER_BYTES = 96 * 1024 * 1024

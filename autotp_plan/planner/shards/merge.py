@@ -29,9 +29,10 @@ from autotp_plan.schemas.shards.manifest import INDEX_COPY_NAME
 from autotp_plan.schemas.shards.origin import CopiedFile, copied_files, source_of
 from autotp_plan.schemas.shards.output_file import OutputFile
 from autotp_plan.schemas.shards.output_folder import OutputFolder
-from autotp_plan.schemas.storage.byte_ranges import ByteRange, ByteRanges
+from autotp_plan.schemas.storage.byte_ranges import ByteRanges
 from autotp_plan.schemas.storage.checkpoint import INDEX_NAME, read_checkpoint
 from autotp_plan.schemas.storage.checksum import Progress
+from autotp_plan.schemas.storage.files import ByteRange, File, local_path
 from autotp_plan.schemas.storage.plan_fit import parameter_faults
 from autotp_plan.schemas.storage.safetensors_header import (
     SafetensorsFile,
@@ -177,21 +178,21 @@ def _groups(originals: list[SafetensorsFile], tensors: list[TensorCopy]) -> Iter
     """Files that share a parameter are written together; in them, tensors are in the order of the files."""
     together = {file.path: file.path for file in originals}
 
-    def first(path: Path) -> Path:
+    def first(path: File) -> File:
         while together[path] != path:
             together[path] = together[together[path]]
             path = together[path]
         return path
 
     for tensor in tensors:
-        paths = sorted({first(part.file) for part in _target_ranges(tensor)})
+        paths = sorted({first(part.file) for part in _target_ranges(tensor)}, key=str)
         together.update(dict.fromkeys(paths, paths[0]))
-    grouped: dict[Path, list[TensorCopy]] = defaultdict(list)
+    grouped: dict[File, list[TensorCopy]] = defaultdict(list)
     for tensor in sorted(tensors, key=_target_ranges):
         grouped[first(_target_ranges(tensor)[0].file)].append(tensor)
-    files: dict[Path, list[OutputFile]] = defaultdict(list)
+    files: dict[File, list[OutputFile]] = defaultdict(list)
     for file in originals:
-        files[first(file.path)].append(OutputFile(file.path, file.size, prefixed(file.header.encode())))
+        files[first(file.path)].append(OutputFile(local_path(file.path), file.size, prefixed(file.header.encode())))
     for path, outputs in files.items():
         yield FileGroup(outputs, grouped[path])
 

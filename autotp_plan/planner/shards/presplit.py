@@ -18,14 +18,14 @@ from autotp_plan.schemas.shards.file_layout import MAX_FILE_BYTES
 from autotp_plan.schemas.shards.manifest import Manifest
 from autotp_plan.schemas.shards.origin import original_of_checkpoint
 from autotp_plan.schemas.storage.byte_ranges import ByteRanges
-from autotp_plan.schemas.storage.checkpoint import read_checkpoint
 from autotp_plan.schemas.storage.checksum import Progress
 from autotp_plan.schemas.storage.plan_fit import checkpoint_faults
+from autotp_plan.sources.model_folder import Place, open_checkpoint
 
 
 def presplit(
     plan: Plan,
-    checkpoint_folder: str | os.PathLike[str],
+    checkpoint_folder: Place,
     output: str | os.PathLike[str],
     *,
     max_file_bytes: int = MAX_FILE_BYTES,
@@ -50,7 +50,7 @@ def presplit(
         OutputError: `output` cannot be written, or the operating system stopped the command.
     """
     output = Path(output)
-    checkpoint = read_checkpoint(Path(checkpoint_folder))
+    checkpoint = open_checkpoint(checkpoint_folder)
     faults = check_plan(plan) + checkpoint_faults(plan, checkpoint)
     if faults:
         raise MismatchError(faults)

@@ -23,8 +23,8 @@ from autotp_plan.schemas.shards.manifest import INDEX_COPY_NAME, Manifest
 from autotp_plan.schemas.shards.origin import original_of_shards
 from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, INDEX_NAME
 from autotp_plan.schemas.storage.checksum import Progress
-from autotp_plan.schemas.storage.plan_fit import check_checkpoint
 from autotp_plan.schemas.storage.safetensors_header import parse_header, prefixed
+from autotp_plan.sources.check_checkpoint import check_checkpoint
 
 
 def reshard(
@@ -102,11 +102,12 @@ def _headers_only(shards: ShardsFolder) -> Iterator[Path]:
         folder = Path(name)
         for file in shards.manifest.source.files:
             header = parse_header(folder / file.name, file.header)
-            header.path.write_bytes(prefixed(file.header.encode()))
-            os.truncate(header.path, header.size)
+            path = folder / file.name
+            path.write_bytes(prefixed(file.header.encode()))
+            os.truncate(path, header.size)
             for tensor in header.tensors:
                 if tensor.name in heads:
-                    with header.path.open("r+b") as opened:
+                    with path.open("r+b") as opened:
                         opened.seek(tensor.start)
                         opened.write(b"\1")
         for copied, original in ((CONFIG_NAME, CONFIG_NAME), (INDEX_COPY_NAME, INDEX_NAME)):

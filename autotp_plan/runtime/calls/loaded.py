@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.schemas.plan.document import Plan
+from autotp_plan.sources.model_folder import ModelFolder
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -19,12 +19,12 @@ class Loaded:
     Attributes:
         plan: the plan it is sharded by.
         ranks: this process's place in the mesh.
-        folder: the shards folder or checkpoint that its weights came from.
+        place: the shards folder or checkpoint that its weights came from.
     """
 
     plan: Plan
     ranks: Ranks
-    folder: Path
+    place: ModelFolder
 
     def __deepcopy__(self, memo: Any) -> Loaded:
         return self  # never changed; and a process group cannot be copied

@@ -30,6 +30,7 @@ from autotp_plan.schemas.plan.document import Parameter, Plan
 from autotp_plan.schemas.shards.output_file import OutputFile
 from autotp_plan.schemas.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from autotp_plan.schemas.storage.safetensors_header import header_bytes, num_bytes, parse_header
+from autotp_plan.sources.model_folder import ModelFolder
 
 ENDING = ".safetensors"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -54,7 +55,7 @@ def save_plain_checkpoint(
     folder: Path,
     plan: Plan,
     ranks: Ranks,
-    source: Path,
+    source: ModelFolder,
     *,
     weights_name: str = SINGLE_NAME,
     index_name: str = INDEX_NAME,
@@ -221,9 +222,11 @@ def _stored(
     return found
 
 
-def _shapes_on_disk(source: Path, plan: Plan) -> dict[str, tuple[int, ...]]:
+def _shapes_on_disk(source: ModelFolder, plan: Plan) -> dict[str, tuple[int, ...]]:
     files = original_of(source, plan).source.files
-    return {one.name: one.shape for file in files for one in parse_header(source / file.name, file.header).tensors}
+    return {
+        one.name: one.shape for file in files for one in parse_header(source.folder / file.name, file.header).tensors
+    }
 
 
 def _check_names(tensors: Mapping[str, FullTensor], parameters: Mapping[str, Parameter]) -> None:

@@ -38,7 +38,7 @@ from autotp_plan.schemas.shards.output_file import OutputFile
 from autotp_plan.schemas.shards.output_folder import OutputFolder
 from autotp_plan.schemas.storage import checksum
 from autotp_plan.schemas.storage.byte_ranges import ByteRanges
-from autotp_plan.schemas.storage.checkpoint import read_checkpoint
+from autotp_plan.sources.model_folder import ModelFolder, open_checkpoint
 
 CHUNK_BYTES = 16 * 1024 * 1024
 
@@ -49,7 +49,7 @@ _together = partial(together, what="the shards of a running job could not be wri
 
 
 def save_shards(
-    model: nn.Module, folder: Path, plan: Plan, ranks: Ranks, like: Path, max_file_bytes: int = MAX_FILE_BYTES
+    model: nn.Module, folder: Path, plan: Plan, ranks: Ranks, like: ModelFolder, max_file_bytes: int = MAX_FILE_BYTES
 ) -> None:
     """Write the weights of a model as a shards folder, in the dtypes of the plan; every rank calls it.
 
@@ -90,11 +90,11 @@ def _output_folder(folder: Path) -> OutputFolder:
     return OutputFolder(folder, {"command": "save_shards"}, "save_shards")
 
 
-def original_of(like: Path, plan: Plan) -> Original:
+def original_of(like: ModelFolder, plan: Plan) -> Original:
     """What is not sharded of the checkpoint or shards folder `like`."""
-    if (like / MANIFEST_NAME).exists():
-        return original_of_shards(read_shards(like))
-    return original_of_checkpoint(read_checkpoint(like), plan)
+    if (like.folder / MANIFEST_NAME).exists():
+        return original_of_shards(read_shards(like.folder))
+    return original_of_checkpoint(open_checkpoint(like), plan)
 
 
 class _RankWriter:

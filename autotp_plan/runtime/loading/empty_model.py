@@ -20,11 +20,12 @@ from autotp_plan.huggingface.meta_model import build_model, parameters_and_buffe
 from autotp_plan.runtime.loading.weights import DTYPES
 from autotp_plan.schemas.errors import Fault, MismatchError
 from autotp_plan.schemas.plan.document import Plan
-from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, read_config
+from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME
+from autotp_plan.sources.model_folder import ModelFolder, Place, model_folder
 
 
 def empty_model(
-    folder: Path,
+    place: Place,
     plan: Plan,
     given: nn.Module | Callable[[], nn.Module] | None,
     dtype: torch.dtype | None,
@@ -33,7 +34,7 @@ def empty_model(
     """The model that a plan is for, without weights.
 
     Args:
-        folder: the checkpoint or shards folder, with its config.json.
+        place: the checkpoint or shards folder, with its config.json.
         plan: the plan.
         given: the user's model on meta, or a function that builds it; None builds the transformers model.
         dtype: the dtype of floating-point tensors; None for that of the plan, else what `from_pretrained` with
@@ -51,8 +52,9 @@ def empty_model(
     if dtype is None and plan.runtime.dtype is not None:
         dtype = getattr(torch, plan.runtime.dtype)
     if given is None:
-        dtype = dtype or _auto_dtype(folder, plan)
-        model = build_planned(folder, plan, dtype=dtype, **options)
+        found = model_folder(place)
+        dtype = dtype or _auto_dtype(found, plan)
+        model = build_planned(found.folder, plan, dtype=dtype, **options)
         return model, {name: tensor.dtype for name, tensor in parameters_and_buffers(model)}
     if isinstance(given, nn.Module):
         model = given
@@ -97,9 +99,9 @@ def build_planned(folder: Path, plan: Plan, **options: Any) -> Any:
     return model
 
 
-def _auto_dtype(folder: Path, plan: Plan) -> torch.dtype:
+def _auto_dtype(place: ModelFolder, plan: Plan) -> torch.dtype:
     """What the config says, else the one dtype of the weights."""
-    config = read_config(folder) or {}
+    config = place.config() or {}
     named = config.get("dtype") or config.get("torch_dtype")
     said = getattr(torch, named, None) if isinstance(named, str) else None
     if isinstance(said, torch.dtype):
@@ -110,7 +112,7 @@ def _auto_dtype(folder: Path, plan: Plan) -> torch.dtype:
             Fault(
                 code="several-dtypes",
                 what="the weights are of several dtypes, and the config names none",
-                where=f"{folder / CONFIG_NAME}: dtype",
+                where=f"{place}/{CONFIG_NAME}: dtype",
                 got=", ".join(sorted(stored)),
                 expected="a dtype in the config, or weights of one dtype",
                 next="say which: plan.load_model(path, dtype=torch.bfloat16)",

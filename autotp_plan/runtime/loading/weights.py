@@ -11,7 +11,6 @@ import math
 import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,10 +21,11 @@ from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.folder import is_unfinished, read_shards
 from autotp_plan.schemas.shards.manifest import MANIFEST_NAME
 from autotp_plan.schemas.shards.origin import fingerprint_of
-from autotp_plan.schemas.storage.byte_ranges import ByteRange, ByteRanges, Reader
-from autotp_plan.schemas.storage.checkpoint import read_checkpoint
+from autotp_plan.schemas.storage.byte_ranges import ByteRanges
+from autotp_plan.schemas.storage.files import ByteRange, Reader, local_path
 from autotp_plan.schemas.storage.plan_fit import config_faults, tensor_faults
 from autotp_plan.schemas.storage.safetensors_header import item_size
+from autotp_plan.sources.model_folder import Place, model_folder, open_checkpoint
 
 CHUNK_BYTES = 16 * 1024 * 1024
 
@@ -102,11 +102,11 @@ class WeightSource:
             )
 
 
-def open_weights(folder: Path, plan: Plan, *, verify_checksums: bool = False, map_shards: bool = True) -> WeightSource:
+def open_weights(place: Place, plan: Plan, *, verify_checksums: bool = False, map_shards: bool = True) -> WeightSource:
     """Find out whether a folder holds a plan's parameters. Headers are read, tensors are not.
 
     Args:
-        folder: a shards folder, or the original checkpoint.
+        place: a shards folder, or the original checkpoint.
         plan: the plan.
         verify_checksums: read every byte of a shards folder; a checkpoint has no checksums.
         map_shards: what is pre-split may be mapped. A checkpoint never is, as it may be written to while a job trains.
@@ -118,8 +118,9 @@ def open_weights(folder: Path, plan: Plan, *, verify_checksums: bool = False, ma
         MismatchError: the folder is not the plan's. The same error on every rank, as all others.
     """
     dtype_faults = list(_dtype_faults(plan))
-    if is_unfinished(folder) or (folder / MANIFEST_NAME).exists():
-        shards = read_shards(folder, plan)
+    found = model_folder(place)
+    if is_unfinished(found.folder) or (found.folder / MANIFEST_NAME).exists():
+        shards = read_shards(found.folder, plan)
         if dtype_faults:
             raise ShardsError(dtype_faults)
         if verify_checksums:
@@ -132,11 +133,11 @@ def open_weights(folder: Path, plan: Plan, *, verify_checksums: bool = False, ma
             mapped=map_shards,
             fingerprint=lambda: shards.manifest.source.fingerprint,
         )
-    checkpoint = read_checkpoint(folder)
+    checkpoint = open_checkpoint(found)
     tensors = checkpoint.tensors
     faults = tensor_faults(plan, tensors) + dtype_faults
     if plan.model.config is not None:
-        faults += config_faults(plan, folder)
+        faults += config_faults(plan, checkpoint)
     if faults:
         raise MismatchError(faults)
     stored = {}
@@ -222,7 +223,7 @@ def _map(weight: Weight, dtype: torch.dtype) -> Tensor:
     ((file, position, size),) = weight.byte_ranges()
     before = position % mmap.ALLOCATIONGRANULARITY
     try:
-        with file.open("rb") as opened:
+        with local_path(file).open("rb") as opened:
             pages = mmap.mmap(opened.fileno(), before + size, access=mmap.ACCESS_COPY, offset=position - before)
     except ValueError as error:  # it is shorter than its header said
         raise CheckpointError(_short_read(weight, f"{file}: {error}")) from None

@@ -10,7 +10,8 @@ from typing import TypeVar
 from autotp_plan.schemas.layout import parameter_shape
 from autotp_plan.schemas.plan.document import Parameter, Plan
 from autotp_plan.schemas.shards.manifest import Owner, owner_text, shard_file_name
-from autotp_plan.schemas.storage.byte_ranges import ByteRange, ByteRanges
+from autotp_plan.schemas.storage.byte_ranges import ByteRanges
+from autotp_plan.schemas.storage.files import ByteRange
 from autotp_plan.schemas.storage.safetensors_header import BITS, TensorEntry, header_bytes, num_bytes
 
 _T = TypeVar("_T")

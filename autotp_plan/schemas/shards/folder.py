@@ -27,6 +27,7 @@ from autotp_plan.schemas.shards.manifest import (
     owner_text,
 )
 from autotp_plan.schemas.storage import checksum
+from autotp_plan.schemas.storage.files import File
 from autotp_plan.schemas.storage.plan_fit import parameter_faults
 from autotp_plan.schemas.storage.safetensors_header import SafetensorsFile, TensorEntry, read_header
 
@@ -223,7 +224,7 @@ def _raise_if(fault: Fault | None) -> None:
         raise ShardsError(fault)
 
 
-def _fault(where: Path, got: str, expected: str, next_step: str = "copy the folder again, or pre-split again") -> Fault:
+def _fault(where: File, got: str, expected: str, next_step: str = "copy the folder again, or pre-split again") -> Fault:
     return Fault(
         code="shards-differ",
         what="the shards folder is not what its manifest says",

@@ -19,10 +19,14 @@ from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.folder import ShardsFolder
 from autotp_plan.schemas.shards.manifest import INDEX_COPY_NAME, MANIFEST_NAME, PLAN_NAME, ShardFile, Source, SourceFile
 from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
+from autotp_plan.schemas.storage.files import Reader, Span
 from autotp_plan.schemas.storage.safetensors_header import SafetensorsFile, TensorEntry, parse_header
 
 MAX_COPIED_BYTES = 256 * 1024 * 1024
 SAMPLE_BYTES = 4096
+MAX_SAMPLES = 4096
+"""Of a checkpoint, spread over its files: each sample of a file far away is a request."""
+
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt", ".pkl", ".pickle", ".joblib")
 _OURS = (MANIFEST_NAME, PLAN_NAME, INDEX_COPY_NAME)
 
@@ -58,13 +62,13 @@ def original_of_checkpoint(checkpoint: Checkpoint, plan: Plan) -> Original:
             unused=tuple(tensor for file in checkpoint.files for tensor in file.tensors if tensor.name not in used),
             copied=tuple(_small_files(checkpoint.folder)),
         )
-    except OSError as error:
+    except (OSError, EOFError) as error:
         raise CheckpointError(
             Fault(
                 code="unreadable-checkpoint",
                 what="the checkpoint cannot be read",
-                where=str(error.filename or checkpoint.folder),
-                got=error.strerror or str(error),
+                where=str(getattr(error, "filename", None) or checkpoint.folder),
+                got=getattr(error, "strerror", None) or str(error),
                 expected="files that can be read",
                 next="correct what is wrong, and run the command again",
             )
@@ -126,25 +130,37 @@ def source_of(checkpoint: Checkpoint) -> Source:
 
 
 def fingerprint_of(checkpoint: Checkpoint) -> str:
-    """A hash of the headers of a checkpoint and of a sample of every tensor.
+    """A hash of the headers of a checkpoint and of a sample of every tensor; of each n-th where there are very many.
 
     Raises:
         OSError: a file cannot be read.
     """
     digest = hashlib.sha256()
     with ThreadPoolExecutor(8) as pool:
-        for file, sampled in zip(checkpoint.files, pool.map(_sample, checkpoint.files)):
+        every = -(-len(checkpoint.tensors) // MAX_SAMPLES)
+        samples = pool.map(lambda file: _sample(file, every), checkpoint.files)
+        for file, sampled in zip(checkpoint.files, samples):
             for part in (file.path.name.encode(), file.header.encode(), sampled):
                 digest.update(len(part).to_bytes(8, "little") + part)
     return f"sha256:{digest.hexdigest()}"
 
 
-def _sample(file: SafetensorsFile) -> bytes:
-    """A hash of the bytes in the middle of every tensor: they change when a model is trained further."""
+def _sample(file: SafetensorsFile, every: int) -> bytes:
+    """A hash of the bytes in the middle of each `every`-th tensor: they change when a model is trained further."""
+    spans = [_middle(tensor) for tensor in file.tensors[::every]]
     digest = hashlib.sha256()
-    with open(file.path, "rb", buffering=0) as opened:
-        for tensor in file.tensors:
-            length = min(SAMPLE_BYTES, tensor.stop - tensor.start)
-            middle = tensor.start + (tensor.stop - tensor.start - length) // 2
-            digest.update(os.pread(opened.fileno(), length, middle))
+    if isinstance(file.path, Path):
+        with open(file.path, "rb", buffering=0) as opened:
+            for start, length in spans:
+                digest.update(os.pread(opened.fileno(), length, start))
+        return digest.digest()
+    samples = bytearray(sum(length for _, length in spans))
+    with Reader() as reader:
+        file.path.read_into(memoryview(samples), spans, reader)
+    digest.update(samples)
     return digest.digest()
+
+
+def _middle(tensor: TensorEntry) -> Span:
+    length = min(SAMPLE_BYTES, tensor.stop - tensor.start)
+    return Span(tensor.start + (tensor.stop - tensor.start - length) // 2, length)

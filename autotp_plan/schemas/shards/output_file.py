@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from autotp_plan.schemas.storage import checksum
-from autotp_plan.schemas.storage.byte_ranges import ByteRange, Reader
+from autotp_plan.schemas.storage.files import ByteRange, Reader
 
 COPY_BYTES = 16 * 1024 * 1024
 

@@ -1,8 +1,8 @@
-"""Byte ranges of files, and the one way to read them.
+"""The bytes of a parameter on disk, as one string.
 
-The bytes of a parameter on disk are those of one tensor, or of several one after the other, in one file or in several:
-stacking tensors along a new dimension 0, and concatenating them along dimension 0, puts their bytes one after the
-other. Nothing here knows layouts or ranks.
+They are those of one tensor, or of several one after the other, in one file or in several: stacking tensors along a new
+dimension 0, and concatenating them along dimension 0, puts their bytes one after the other. Nothing here knows layouts
+or ranks.
 """
 
 from __future__ import annotations
@@ -10,25 +10,13 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
-import os
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple
 
+from autotp_plan.schemas.storage.files import ByteRange, File, Reader
 from autotp_plan.schemas.storage.safetensors_header import TensorEntry
 
 _CHUNK_BYTES = 4 * 1024 * 1024
-
-
-class ByteRange(NamedTuple):
-    """`length` bytes of `file`, from byte `start` on."""
-
-    file: Path
-    start: int
-    length: int
 
 
 @dataclass(frozen=True)
@@ -49,7 +37,7 @@ class ByteRanges:
         return cls(tuple(joined))
 
     @classmethod
-    def of_file(cls, path: Path, size: int) -> ByteRanges:
+    def of_file(cls, path: File, size: int) -> ByteRanges:
         """The bytes of a file of `size` bytes."""
         return cls((ByteRange(path, 0, size),))
 
@@ -72,73 +60,6 @@ class ByteRanges:
     @functools.cached_property
     def _ends(self) -> list[int]:
         return list(itertools.accumulate(found.length for found in self.ranges))
-
-
-class Reader:
-    """Reads byte ranges, and keeps open the files that it read last. For one thread.
-
-    Args:
-        max_open: files to keep open.
-        follow_links: whether a file may be a symbolic link.
-    """
-
-    def __init__(self, *, max_open: int = 1, follow_links: bool = True) -> None:
-        self._flags = os.O_RDONLY | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW | os.O_NONBLOCK)
-        self._max_open = max_open
-        self._open: OrderedDict[Path, int] = OrderedDict()
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close all files."""
-        while self._open:
-            os.close(self._open.popitem()[1])
-
-    def read_into(self, target: memoryview, ranges: Iterable[ByteRange]) -> None:
-        """Fill `target` with the bytes of `ranges`, which are as many.
-
-        Raises:
-            OSError: a file cannot be read.
-            EOFError: a file ends before.
-        """
-        for file, position, length in ranges:
-            left, target = target[:length], target[length:]
-            descriptor = self._descriptor(file)
-            while left:
-                got = os.preadv(descriptor, [left], position)
-                if got == 0:
-                    raise EOFError(f"{file} ended {len(left)} bytes early; it changed while it was read")
-                left, position = left[got:], position + got
-
-    def read_through(self, buffer: memoryview, ranges: Iterable[ByteRange]) -> Iterator[memoryview]:
-        """The bytes of `ranges`, `buffer` by `buffer`; the last may be shorter. Raises as `read_into`."""
-        filled = 0
-        for file, position, length in ranges:
-            while length:
-                count = min(length, len(buffer) - filled)
-                self.read_into(buffer[filled : filled + count], (ByteRange(file, position, count),))
-                filled, position, length = filled + count, position + count, length - count
-                if filled == len(buffer):
-                    yield buffer
-                    filled = 0
-        if filled:
-            yield buffer[:filled]
-
-    def _descriptor(self, file: Path) -> int:
-        descriptor = self._open.get(file)
-        if descriptor is None:
-            if len(self._open) >= self._max_open:
-                os.close(self._open.popitem(last=False)[1])
-            descriptor = os.open(file, self._flags)
-            self._open[file] = descriptor
-        self._open.move_to_end(file)
-        return descriptor
 
 
 def same_bytes(first: ByteRanges, second: ByteRanges) -> bool:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from autotp_plan.schemas import documents
 from autotp_plan.schemas.errors import CheckpointError, Fault
+from autotp_plan.schemas.storage.files import File, StoredFile
 from autotp_plan.schemas.storage.safetensors_header import SafetensorsFile, TensorEntry, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -29,24 +30,29 @@ _NOT_HASHED = frozenset(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """The files of a checkpoint in name order, and its tensors by name."""
+    """The files of a checkpoint in name order, its tensors by name, and its config.json."""
 
     folder: Path
     files: tuple[SafetensorsFile, ...]
     tensors: dict[str, TensorEntry]
+    config: dict[str, Any] | None
 
 
-def holds_tensors(folder: Path) -> bool:
-    """Whether `folder` has safetensors files of a model."""
-    return (folder / INDEX_NAME).exists() or (folder / SINGLE_NAME).exists()
+NOTHING_ELSEWHERE: Mapping[str, StoredFile] = {}
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def holds_tensors(folder: Path, elsewhere: Mapping[str, StoredFile] = NOTHING_ELSEWHERE) -> bool:
+    """Whether `folder` has safetensors files of a model, as `read_checkpoint` reads them."""
+    return (folder / INDEX_NAME).exists() or (folder / SINGLE_NAME).exists() or SINGLE_NAME in elsewhere
+
+
+def read_checkpoint(folder: Path, elsewhere: Mapping[str, StoredFile] = NOTHING_ELSEWHERE) -> Checkpoint:
     """The checkpoint in a folder: headers are read, tensors are not.
 
     Args:
         folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files that it names. Files may be
             symbolic links, as in a download cache.
+        elsewhere: files that are not in the folder, by name.
 
     Raises:
         CheckpointError: a file is missing, broken or does not hold what the index says.
@@ -56,12 +62,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if (folder / INDEX_NAME).exists():
         weight_map = _weight_map(folder / INDEX_NAME)
         names = sorted(set(weight_map.values()))
-    elif (folder / SINGLE_NAME).exists():
+    elif holds_tensors(folder, elsewhere):
         names = [SINGLE_NAME]
     else:
         raise CheckpointError(_no_weights(folder))
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        files = tuple(pool.map(lambda name: read_header(folder / name), names))
+    with concurrent.futures.ThreadPoolExecutor(32 if elsewhere else 8) as pool:
+        files = tuple(pool.map(lambda name: read_header(elsewhere.get(name) or folder / name), names))
     tensors: dict[str, TensorEntry] = {}
     faults: list[Fault] = []
     for file in files:
@@ -73,7 +79,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         faults.extend(_index_faults(folder / INDEX_NAME, weight_map, tensors))
     if faults:
         raise CheckpointError(faults)
-    return Checkpoint(folder=folder, files=files, tensors=tensors)
+    return Checkpoint(folder=folder, files=files, tensors=tensors, config=read_config(folder))
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -136,7 +142,7 @@ def _index_faults(index: Path, weight_map: dict[str, str], tensors: dict[str, Te
         yield _index_fault(tensors[name].file, f"{name}, which the index does not name")
 
 
-def _index_fault(where: Path, got: str) -> Fault:
+def _index_fault(where: File, got: str) -> Fault:
     return Fault(
         code="index-differs",
         what="the checkpoint's index and files disagree",

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from autotp_plan.schemas.storage.byte_ranges import ByteRange, Reader
+from autotp_plan.schemas.storage.files import ByteRange, File, Reader
 
 try:
     from isal.isal_zlib import crc32, crc32_combine
@@ -85,8 +85,8 @@ def of_files(
         for start in range(0, max(size, 1), BLOCK_BYTES)
     ]
     total, done = sum(sizes.values()), 0
-    blocks: dict[Path, list[Block]] = {path: [] for path in sizes}
-    failed: dict[Path, OSError | EOFError] = {}
+    blocks: dict[File, list[Block]] = {path: [] for path in sizes}
+    failed: dict[File, OSError | EOFError] = {}
     with ThreadPoolExecutor(workers) as pool:
         for found, crc in zip(ranges, pool.map(_of_range, ranges)):
             if isinstance(crc, int):

@@ -6,50 +6,30 @@ by itself is not asked here.
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from autotp_plan.schemas.errors import Fault
 from autotp_plan.schemas.names import NameSet, fold
 from autotp_plan.schemas.plan.document import Parameter, Plan
 from autotp_plan.schemas.storage.byte_ranges import ByteRanges, same_bytes
-from autotp_plan.schemas.storage.checkpoint import (
-    CONFIG_NAME,
-    Checkpoint,
-    config_hash,
-    read_checkpoint,
-    read_config,
-)
+from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, Checkpoint, config_hash
 from autotp_plan.schemas.storage.safetensors_header import TensorEntry
 
 COMPILE_AGAIN = "give the checkpoint that the plan was compiled for, or compile a plan for this one"
 
 
-def check_checkpoint(plan: Plan, folder: str | os.PathLike[str]) -> list[Fault]:
-    """Check that a checkpoint is the one a plan was compiled for.
-
-    Args:
-        plan: the plan.
-        folder: a folder with safetensors files, and an index when there are several.
+def checkpoint_faults(plan: Plan, checkpoint: Checkpoint) -> list[Fault]:
+    """What of a checkpoint is not what a plan was compiled for.
 
     Returns:
-        What differs: tensors missing, of another shape or dtype, or too many; config.json. Empty when the plan fits.
-
-    Raises:
-        CheckpointError: the folder cannot be read at all.
+        Tensors missing, of another shape or dtype, or too many; config.json. Empty when the plan fits.
     """
-    return checkpoint_faults(plan, read_checkpoint(Path(folder)))
-
-
-def checkpoint_faults(plan: Plan, checkpoint: Checkpoint) -> list[Fault]:
-    """As `check_checkpoint`, for a checkpoint whose headers were read already."""
     return [
         *tensor_faults(plan, checkpoint.tensors),
         *_unplanned_faults(plan, checkpoint),
-        *config_faults(plan, checkpoint.folder),
+        *config_faults(plan, checkpoint),
     ]
 
 
@@ -147,16 +127,16 @@ def exchanged(shape: Sequence[int]) -> tuple[int, ...]:
     return (*shape[:-2], shape[-1], shape[-2])
 
 
-def config_faults(plan: Plan, folder: Path) -> list[Fault]:
+def config_faults(plan: Plan, checkpoint: Checkpoint) -> list[Fault]:
     """Whether config.json of a checkpoint is the one the plan was compiled from, as far as a layout depends on it."""
-    config, planned = config_hash(read_config(folder)), config_hash(plan.model.config)
+    config, planned = config_hash(checkpoint.config), config_hash(plan.model.config)
     if config == planned:
         return []
     return [
         Fault(
             code="another-config",
             what="config.json is not the one the plan was compiled from",
-            where=str(folder / CONFIG_NAME),
+            where=str(checkpoint.folder / CONFIG_NAME),
             got=config or "no config.json",
             expected=planned or "no config.json",
             next="compile a plan for this checkpoint",

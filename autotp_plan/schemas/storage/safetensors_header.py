@@ -18,8 +18,11 @@ from typing import Any
 
 from autotp_plan.schemas import documents
 from autotp_plan.schemas.errors import CheckpointError, Fault
+from autotp_plan.schemas.storage.files import File, Reader, Span, StoredFile
 
 MAX_HEADER_BYTES = 100_000_000
+FIRST_READ_BYTES = 8192
+"""What is read first of a file far away: the header of most files of large models is shorter."""
 
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -36,7 +39,7 @@ class TensorEntry:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    file: Path
+    file: File
     start: int
     stop: int
 
@@ -45,19 +48,22 @@ class TensorEntry:
 class SafetensorsFile:
     """The header of one file: its tensors in the order of their bytes, its metadata, and the text it was read from."""
 
-    path: Path
+    path: File
     tensors: tuple[TensorEntry, ...]
     metadata: dict[str, str] | None
     size: int
     header: str
 
 
-def read_header(path: Path) -> SafetensorsFile:
+def read_header(path: File) -> SafetensorsFile:
     """Read the header of a file.
 
     Raises:
         CheckpointError: `path` is not a complete safetensors file.
+        OSError: a file that lies far away cannot be read.
     """
+    if not isinstance(path, Path):
+        return _read_stored(path)
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             status = os.fstat(file.fileno())
@@ -71,6 +77,26 @@ def read_header(path: Path) -> SafetensorsFile:
             raw = file.read(header_size)
     except OSError as error:
         raise _broken(path, error.strerror or str(error)) from None
+    return _parsed(path, raw, size)
+
+
+def _read_stored(file: StoredFile) -> SafetensorsFile:
+    """The header of a file far away: one request for a short one, two for a longer one."""
+    with Reader() as reader:
+        first = bytearray(min(FIRST_READ_BYTES, file.size))
+        file.read_into(memoryview(first), [Span(0, len(first))], reader)
+        header_size = int.from_bytes(first[:8], "little")
+        if len(first) < 8 or header_size > min(file.size - 8, MAX_HEADER_BYTES):
+            raise _broken(file, f"a header of {header_size} bytes in a file of {file.size}")
+        raw = bytearray(8 + header_size)
+        known = min(len(first), len(raw))
+        raw[:known] = first[:known]
+        if known < len(raw):
+            file.read_into(memoryview(raw)[known:], [Span(known, len(raw) - known)], reader)
+    return _parsed(file, bytes(raw[8:]), file.size)
+
+
+def _parsed(path: File, raw: bytes, size: int) -> SafetensorsFile:
     try:
         header = raw.decode("utf-8")
     except ValueError as error:
@@ -81,7 +107,7 @@ def read_header(path: Path) -> SafetensorsFile:
     return found
 
 
-def parse_header(path: Path, text: str) -> SafetensorsFile:
+def parse_header(path: File, text: str) -> SafetensorsFile:
     """What the header `text` of a file says; the file `path` need not exist.
 
     Raises:
@@ -144,7 +170,7 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # a pipe is opened too, and then refused
 
 
-def _entry(path: Path, name: str, value: Any, begin: int) -> TensorEntry:
+def _entry(path: File, name: str, value: Any, begin: int) -> TensorEntry:
     try:
         dtype, shape, (first, last) = value["dtype"], value["shape"], value["data_offsets"]
     except (TypeError, KeyError, ValueError):
@@ -168,7 +194,7 @@ def _entry(path: Path, name: str, value: Any, begin: int) -> TensorEntry:
     return TensorEntry(name=name, dtype=dtype, shape=tuple(shape), file=path, start=begin + first, stop=begin + last)
 
 
-def _broken(path: Path, got: str) -> CheckpointError:
+def _broken(path: File, got: str) -> CheckpointError:
     return CheckpointError(
         Fault(
             code="broken-safetensors",

@@ -16,6 +16,7 @@ from autotp_plan.planner.model.model_input import ModelInput
 from autotp_plan.planner.wrappers.wrapper import preset_of_text, wrapper_types
 from autotp_plan.schemas.errors import CompileError
 from autotp_plan.schemas.plan.rule_ref import Origin
+from autotp_plan.sources.model_folder import model_folder
 from tests.helpers.wrappers import OTHERS, save_wrapper
 from tests.planner.fallback.test_tp_plan import right
 from tests.planner.wrappers.test_wrapper import bare, layouts
@@ -33,7 +34,7 @@ class Wrong:
 def test_the_language_model_is_planned_as_by_itself(tmp_path: Path, variant: str) -> None:
     folder = save_wrapper(tmp_path / "wrapper", variant)
     assert variant not in wrapper_types()
-    found = wrapped_preset(ModelInput(folder))
+    found = wrapped_preset(ModelInput(model_folder(folder)))
     assert found is not None
     plan = compile_plan(folder, tp_size=2, prove=right)
     config = json.loads((folder / "config.json").read_text())

@@ -26,7 +26,7 @@ def train(folder: Path, job: str, num_steps: int, **changes: Any) -> list[float]
         "precision": "auto", "data": None, "ds_config": None, "seed": 0, "save_every": None, "save_shards": None,
     }  # fmt: skip
     _train(
-        plan_file=folder / "plan.json", shards=folder / "checkpoint", checkpoints=folder / job, metrics=metrics,
+        plan_file=folder / "plan.json", shards=str(folder / "checkpoint"), checkpoints=folder / job, metrics=metrics,
         num_steps=num_steps, **{**options, **changes},
     )  # fmt: skip
     lines = metrics.read_text().splitlines() if metrics.exists() else []

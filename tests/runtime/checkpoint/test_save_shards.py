@@ -41,9 +41,10 @@ def store_the_head_too(folder: Path) -> None:
     from safetensors.torch import save_file
 
     from autotp_plan.schemas.storage.checkpoint import read_checkpoint
+    from autotp_plan.schemas.storage.files import local_path
 
     entry = read_checkpoint(folder).tensors["model.embed_tokens.weight"]
-    data = bytearray(entry.file.read_bytes()[entry.start : entry.stop])
+    data = bytearray(local_path(entry.file).read_bytes()[entry.start : entry.stop])
     head = torch.frombuffer(data, dtype=torch.float32).view(entry.shape)
     tensors = {"lm_head.weight": head, **{name: torch.arange(77) for name in TABLES}}
     save_file(tensors, folder / "model-more.safetensors", {"format": "pt"})

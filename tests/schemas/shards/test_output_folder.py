@@ -13,7 +13,7 @@ from autotp_plan.schemas.errors import OutputError
 from autotp_plan.schemas.shards.manifest import JOURNAL_NAME
 from autotp_plan.schemas.shards.output_file import OutputFile, temporary_path
 from autotp_plan.schemas.shards.output_folder import OutputFolder
-from autotp_plan.schemas.storage.byte_ranges import ByteRange
+from autotp_plan.schemas.storage.files import ByteRange
 
 TASK = {"command": "presplit", "plan": "1"}
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from autotp_plan.schemas.storage.byte_ranges import ByteRange, ByteRanges, Reader
+from autotp_plan.schemas.storage.byte_ranges import ByteRanges
+from autotp_plan.schemas.storage.files import ByteRange, Reader
 from autotp_plan.schemas.storage.safetensors_header import TensorEntry
 
 PLACES = st.lists(st.tuples(st.sampled_from("xy"), st.integers(0, 9), st.integers(0, 4)), min_size=1, max_size=8)

@@ -1,0 +1,143 @@
+"""Files, byte ranges of them, and the one way to read them.
+
+A file is a path, or a `StoredFile`: one that lies far away, or whose bytes are computed while they are read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Protocol
+
+
+class Span(NamedTuple):
+    """`length` bytes of some file, from byte `start` on."""
+
+    start: int
+    length: int
+
+
+class StoredFile(Protocol):
+    """A file that is not in a folder of this machine: it is read from far away, or its bytes are computed."""
+
+    @property
+    def name(self) -> str:
+        """Its name in its folder."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+    def read_into(self, target: memoryview, spans: Sequence[Span], reader: Reader) -> None:
+        """Fill `target` with the bytes of `spans`, one after the other.
+
+        Args:
+            target: as long as the spans are together.
+            spans: in any order; those of a tensor's columns are many short ones at equal distances.
+            reader: for what it reads itself; it keeps files open, and is used by one thread at a time.
+
+        Raises:
+            OSError: it cannot be read.
+            EOFError: it ends before.
+        """
+
+
+File = Path | StoredFile
+
+
+def local_path(file: File) -> Path:
+    """The path of a file that can only be one of this machine's: one that we write."""
+    assert isinstance(file, Path), f"{file} is not in a folder of this machine"
+    return file
+
+
+class ByteRange(NamedTuple):
+    """`length` bytes of `file`, from byte `start` on."""
+
+    file: File
+    start: int
+    length: int
+
+
+class Reader:
+    """Reads byte ranges, and keeps open the files that it read last. For one thread.
+
+    Args:
+        max_open: files to keep open.
+        follow_links: whether a file may be a symbolic link.
+    """
+
+    def __init__(self, *, max_open: int = 1, follow_links: bool = True) -> None:
+        self._flags = os.O_RDONLY | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW | os.O_NONBLOCK)
+        self._max_open = max_open
+        self._open: OrderedDict[Path, int] = OrderedDict()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def read_into(self, target: memoryview, ranges: Iterable[ByteRange]) -> None:
+        """Fill `target` with the bytes of `ranges`, which are as many.
+
+        Raises:
+            OSError: a file cannot be read.
+            EOFError: a file ends before.
+        """
+        for file, group in itertools.groupby(ranges, key=lambda found: found.file):
+            spans = [Span(found.start, found.length) for found in group]
+            size = sum(span.length for span in spans)
+            part, target = target[:size], target[size:]
+            if isinstance(file, Path):
+                self._read_local(part, file, spans)
+            else:
+                file.read_into(part, spans, self)
+
+    def _read_local(self, target: memoryview, file: Path, spans: Sequence[Span]) -> None:
+        descriptor = self._descriptor(file)
+        for position, length in spans:
+            left, target = target[:length], target[length:]
+            while left:
+                got = os.preadv(descriptor, [left], position)
+                if got == 0:
+                    raise EOFError(f"{file} ended {len(left)} bytes early; it changed while it was read")
+                left, position = left[got:], position + got
+
+    def read_through(self, buffer: memoryview, ranges: Iterable[ByteRange]) -> Iterator[memoryview]:
+        """The bytes of `ranges`, `buffer` by `buffer`; the last may be shorter. Raises as `read_into`."""
+        filled = 0
+        waiting: list[ByteRange] = []
+        for file, position, length in ranges:
+            while length:
+                count = min(length, len(buffer) - filled)
+                waiting.append(ByteRange(file, position, count))
+                filled, position, length = filled + count, position + count, length - count
+                if filled == len(buffer):
+                    self.read_into(buffer, waiting)
+                    yield buffer
+                    filled, waiting = 0, []
+        if filled:
+            self.read_into(buffer[:filled], waiting)
+            yield buffer[:filled]
+
+    def _descriptor(self, file: Path) -> int:
+        descriptor = self._open.get(file)
+        if descriptor is None:
+            if len(self._open) >= self._max_open:
+                os.close(self._open.popitem(last=False)[1])
+            descriptor = os.open(file, self._flags)
+            self._open[file] = descriptor
+        self._open.move_to_end(file)
+        return descriptor
