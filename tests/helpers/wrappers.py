@@ -198,12 +198,55 @@ OTHERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Wrappers without an entry in wrappers.json: planned by what transformers says of them."""
 
+_DELTA_NET = {
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 4, "linear_num_value_heads": 8,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 12, "tie_word_embeddings": False, "rope_parameters": {
+        "rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}  # fmt: skip
+_QWEN3_5_VISION = {
+    **QWEN_VISION, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "num_position_embeddings": 16,
+}  # fmt: skip
+_GEMMA4_TEXT = {
+    **TEXT, "model_type": "gemma4_text", "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8,
+    "global_head_dim": 32, "vocab_size_per_layer_input": 256, "use_bidirectional_attention": "vision",
+}  # fmt: skip
+_GEMMA4_VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "head_dim": 8, "global_head_dim": 8, "patch_size": 4, "pooling_kernel_size": 2,
+    "position_embedding_size": 64,
+}  # fmt: skip
+
+INFERRED: dict[str, dict[str, Any]] = {
+    "qwen3_5": {
+        "model_type": "qwen3_5", **QWEN_TOKENS, "vision_config": _QWEN3_5_VISION, "tie_word_embeddings": False,
+        "text_config": {**TEXT, **_DELTA_NET, "model_type": "qwen3_5_text"},
+    },
+    "qwen3_5_moe": {
+        "model_type": "qwen3_5_moe", **QWEN_TOKENS, "vision_config": _QWEN3_5_VISION, "tie_word_embeddings": False,
+        "text_config": {**TEXT, **_DELTA_NET, "model_type": "qwen3_5_moe_text", "moe_intermediate_size": 24,
+                        "shared_expert_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
+    },
+    "gemma4": {
+        "model_type": "gemma4", "image_token_id": 250, "boi_token_id": 251, "eoi_token_id": 252, "audio_token_id": 253,
+        "video_token_id": 254, "audio_config": None, "vision_config": _GEMMA4_VISION,
+        "text_config": {**_GEMMA4_TEXT, "hidden_size_per_layer_input": 16},
+    },
+    "gemma4_moe": {
+        "model_type": "gemma4", "image_token_id": 250, "boi_token_id": 251, "eoi_token_id": 252, "audio_token_id": 253,
+        "video_token_id": 254, "audio_config": None, "vision_config": _GEMMA4_VISION,
+        "text_config": {**_GEMMA4_TEXT, "hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 4,
+                        "top_k_experts": 2, "moe_intermediate_size": 24, "attention_k_eq_v": True,
+                        "num_global_key_value_heads": 4},
+    },
+}  # fmt: skip
+"""Wrappers whose language model has no preset: its rules are inferred, and a twin proves them."""
+
 
 def make_wrapper_config(variant: str, **changes: Any) -> Any:
     """The transformers config of a small wrapper."""
     from transformers import AutoConfig
 
-    values = {**WRAPPERS, **OTHERS}[variant] | changes
+    values = {**WRAPPERS, **OTHERS, **INFERRED}[variant] | changes
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 

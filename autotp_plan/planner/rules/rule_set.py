@@ -18,7 +18,7 @@ from autotp_plan.planner.model.tensor_names import DiskNames
 from autotp_plan.planner.rules.model_class import fit_to_class, is_known_class
 from autotp_plan.planner.rules.preset_files import AUTO, find_preset, preset_for_deepspeed
 from autotp_plan.planner.rules.symbols import SymbolError, Symbols
-from autotp_plan.planner.wrappers.wrapper import Wrapper, find_wrapper, flattened
+from autotp_plan.planner.wrappers.wrapper import TEXT_CONFIG, Wrapper, find_wrapper, flattened
 from autotp_plan.schemas.errors import CompileError, Fault
 from autotp_plan.schemas.names import BELOW, fold
 from autotp_plan.schemas.plan.rule_ref import Origin, RuleRef, Section
@@ -139,7 +139,8 @@ class RuleSet:
             filled.update(file.defaults)
             definitions.update(file.symbols)
         if config is not None:
-            filled.update(self.wrapper.flat_config(config) if self.wrapper else flattened(config))
+            flat = self.wrapper.flat_config(config) if self.wrapper else flattened(config)
+            filled.update({TEXT_CONFIG: flat, **flat})  # older configs have the language model's keys outside of it
         return Symbols(config=filled, definitions=definitions)
 
     def num_layers(self, symbols: Symbols) -> int | None:

@@ -120,6 +120,7 @@ class Wrapper:
 
 
 _BEGINNINGS = (_MODEL, _HEAD)
+TEXT_CONFIG = "text_config"
 
 
 def find_wrapper(config: Mapping[str, Any] | None) -> Wrapper | None:
@@ -144,7 +145,7 @@ def preset_of_text(text_type: str) -> str:
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config of a model's language model, where it is inside another; empty where it is not."""
-    text = config.get("text_config")
+    text = config.get(TEXT_CONFIG)
     return text if isinstance(text, Mapping) else {}
 
 

@@ -250,6 +250,29 @@ def test_sizes_of_a_spec_are_the_language_models(tmp_path: Path) -> None:
     assert flattened({"a": 1, "text_config": [2]})["a"] == 1
 
 
+def test_rules_for_a_text_config_hold_where_its_keys_are_outside_of_it(tmp_path: Path) -> None:
+    """Published configs of Qwen2.5-VL have no text_config; what is inferred says `text_config.hidden_size`."""
+    shapes = {f"text.layers.{layer}.{name}.weight": (8, 8) for layer in range(2) for name in ("up", "down")}
+    sizes = {"num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 4}
+    unit = "text_config.hidden_size // text_config.num_attention_heads"
+    rules = {
+        "num_layers": "text_config.num_hidden_layers",
+        "layer_specs": [
+            {"patterns": [r".*\.up\.weight$"], "unit": unit},
+            {"patterns": [r".*\.down\.weight$"], "partition_type": "row", "unit": unit},
+        ],
+    }
+    plans = [
+        compile_plan(
+            write_checkpoint(tmp_path / name, shapes, config={"model_type": "something", **config}),
+            tp_size=2, preset="none", specs=[SpecFile.from_dict(rules)],
+        )
+        for name, config in (("outside", sizes), ("inside", {"text_config": sizes}))
+    ]  # fmt: skip
+    assert layouts(plans[0]) == layouts(plans[1])
+    assert {entry.style for entry in plans[0].parameters} == {"column", "row"}
+
+
 def test_a_preset_is_named_by_the_language_model(tmp_path: Path) -> None:
     folder = save_wrapper(tmp_path / "llava", "llava")
     plan = compile_plan(folder, tp_size=2)

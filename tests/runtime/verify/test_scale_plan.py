@@ -51,6 +51,12 @@ def test_widths_keep_their_ratios_and_heads_their_number() -> None:
     assert small["rope_parameters"]["original_max_position_embeddings"] == 4096
 
 
+def test_a_twins_tokens_fill_more_than_a_window_and_a_chunk() -> None:
+    """State-space mixers pad to a chunk: 256 by 256 numbers for each head and state."""
+    small = shrink({**LLAMA_8B, "mamba_chunk_size": 256, "chunk_size": 4, "chunk_size_feed_forward": 0})
+    assert (small["mamba_chunk_size"], small["chunk_size"], small["chunk_size_feed_forward"]) == (8, 4, 0)
+
+
 def test_a_rotated_part_of_a_head_stays_even() -> None:
     pythia = {"hidden_size": 4096, "intermediate_size": 16384, "num_attention_heads": 32, "rotary_pct": 0.25}
     assert scale_config.divisors(pythia)[0] == 16  # heads of 8, of which 2 are rotated

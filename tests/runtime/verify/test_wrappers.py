@@ -13,9 +13,8 @@ import pytest
 from autotp_plan.planner import compile_plan
 from autotp_plan.planner.shards.presplit import presplit
 from autotp_plan.runtime.verify.run import verify_plan
-from autotp_plan.schemas.plan.rule_ref import Origin
 from tests.helpers.launch import launch
-from tests.helpers.wrappers import OTHERS, WRAPPERS, save_wrapper
+from tests.helpers.wrappers import INFERRED, OTHERS, WRAPPERS, save_wrapper
 from tests.planner.fallback.test_tp_plan import right
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(270)]
@@ -36,15 +35,16 @@ def prepare(work: Path, variants: Iterable[str], tp_size: int = 2) -> None:
     import torch
     from transformers import AutoModelForImageTextToText
 
+    from autotp_plan.inference.infer import infer_rules
     from autotp_plan.runtime.verify.float64_passes import EXPERTS, dense_reader, run_passes_and_steps
     from autotp_plan.runtime.verify.random_inputs import Batches, images_for
 
     for variant in variants:
         name, _, tower = variant.partition(TOWER)
         folder = save_wrapper(work / variant, name, torch.float64)
-        plan = compile_plan(folder, tp_size=tp_size, prove=right, cut_vision=bool(tower))
-        sharded = [e.name for e in plan.expanded() if e.style != "replicated" and e.rule.origin is Origin.INFERENCE]
-        assert bool(sharded) is bool(tower)
+        plan = compile_plan(folder, tp_size=tp_size, prove=right, infer=infer_rules, cut_vision=bool(tower))
+        sharded = {"vis" in entry.name for entry in plan.expanded() if entry.style != "replicated"}
+        assert sharded == {False, bool(tower)}
         presplit(plan, folder, work / f"{variant}.shards")
         (work / f"{variant}.json").write_text(plan.to_json())
         dense = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float64, **EXPERTS).train()
@@ -94,6 +94,8 @@ TOWERS = tuple(f"{name}{TOWER}" for name in ("gemma3", "internvl", "llama4", "ll
         pytest.param(tuple(sorted(OTHERS.keys() - set(QUICK))), 2, id="others", marks=pytest.mark.slow),
         pytest.param(tuple(f"{name}{TOWER}" for name in (*WRAPPERS, *OTHERS) if name != "got_ocr2"), 4, id="towers",
                      marks=pytest.mark.slow),
+        pytest.param(("qwen3_5", f"qwen3_5{TOWER}"), 2, id="inferred", marks=pytest.mark.slow),
+        pytest.param(tuple(sorted(INFERRED.keys() - {"qwen3_5"})), 2, id="others-inferred", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_every_wrapper_trains_with_images_as_the_dense_model(
