@@ -40,6 +40,8 @@ _EXPERTS_PER_TOKEN = (
     "top_k_experts",
 )
 _WINDOWS = ("sliding_window", "sliding_window_size", "attention_window", "window_size", "attention_chunk_size")
+_CHUNKS = ("chunk_size", "mamba_chunk_size")
+"""Keys of state-space mixers, which pad sequences to a chunk: time and memory grow with its square."""
 _PER_FREQUENCY = ("long_factor", "short_factor", "mrope_section")
 
 _TEXT = "text_config"
@@ -57,7 +59,7 @@ _SIDE = 4
 _PATCH = 2
 
 WINDOW = 8
-"""Sliding windows and attention chunks of a twin, in tokens: shorter than its batch."""
+"""Sliding windows and chunks of a twin, in tokens: shorter than its batch."""
 _MIN_VOCABULARY = 256
 _MIN_HEAD_DIM = 4
 
@@ -150,7 +152,7 @@ def shrink(
             return layers
         if key in _EXPERTS and experts is not None:
             return min(value, experts)
-        if key in _WINDOWS:
+        if key in (*_WINDOWS, *_CHUNKS):
             return min(value, WINDOW)
         if key == "vocab_size":
             return words

@@ -92,7 +92,7 @@ def run_own_rank(folder: Path, factory: ModuleFactory) -> None:
     batches: dict[int, Batch] = torch.load(folder / _BATCHES, weights_only=False)  # written by this program just now
     plan = load_plan(folder / "float64" / PLAN_NAME)
     rank = plan.init_mesh().tp_rank
-    dense = torch.load(folder / f"{KIND}.pt")
+    dense = torch.load(folder / f"{KIND}.pt", mmap=True)
 
     def model_in(dtype: str) -> Any:
         torch.manual_seed(0)

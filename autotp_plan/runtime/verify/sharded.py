@@ -25,7 +25,7 @@ def run_rank(folder: Path) -> None:
     plan = load_plan(folder / "float64" / PLAN_NAME)
     rank = plan.init_mesh().tp_rank
     for attention in about.attention:
-        dense = torch.load(folder / f"{attention}.pt")
+        dense = torch.load(folder / f"{attention}.pt", mmap=True)
         # a model that is given keeps the files' float64 where transformers would keep float32
         empty = build_planned(folder / "float64", plan.document, **options(attention))
         model = plan.load_model(folder / "float64", model=empty).train()
