@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,22 +23,29 @@ _QUIET = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 @click.argument("plan_file", metavar="PLAN", type=_FILE)
 @click.option("--checkpoint", required=True, help="The checkpoint to shard.")
 @click.option("-o", "--output", type=_FILE, required=True, help="New folder for the shards, or one to continue.")
+@click.option("--part", metavar="K/N", help="Write the K-th of N shares of the files; each may run on another machine.")
 @_WORKERS
 @_QUIET
 @reported
-def presplit(plan_file: Path, checkpoint: str, output: Path, workers: int, quiet: bool) -> None:
+def presplit(plan_file: Path, checkpoint: str, output: Path, part: str | None, workers: int, quiet: bool) -> None:
     """Write a checkpoint as a folder of per-rank shards that needs nothing else to train from.
 
-    Stopped at any moment, the same command continues with the files that are missing.
+    Stopped at any moment, the same command continues with the files that are missing. With --part several machines
+    write one folder; the one that completes the last part finishes it.
     """
     from autotp_plan.planner.shards.presplit import presplit as run
     from autotp_plan.schemas.plan.document import Plan
+    from autotp_plan.schemas.shards.parts import Part, find_parts
 
     plan = Plan.read(plan_file)
+    share = None if part is None else dataclasses.astuple(Part.parse(part))
     started = time.monotonic()
     with progress("presplit", quiet) as shown:
-        manifest = run(plan, checkpoint, output, workers=workers, progress=shown)
-    _report(manifest, output, started, quiet)
+        manifest = run(plan, checkpoint, output, workers=workers, progress=shown, part=share)
+    if manifest is not None:
+        _report(manifest, output, started, quiet)
+    elif not quiet:
+        click.echo(f"{output}: part {part} in {time.monotonic() - started:.1f} s; {find_parts(output) or 'finished'}")
 
 
 @click.command()

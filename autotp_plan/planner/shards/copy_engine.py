@@ -121,7 +121,7 @@ class _Worker:
             while not self._counter.stopped and (found := chunks.next()) is not None:
                 tensor, start, stop = found
                 targets = [s for s in tensor.targets if any(part.file in outputs for part in s.ranges.ranges)]
-                if targets:
+                if targets and (len(targets) == len(tensor.targets) or _hold(targets, start, stop)):
                     chunk = self._chunk.take(stop - start)
                     for shard in tensor.sources:
                         self._read(shard, start, stop, chunk)
@@ -169,6 +169,11 @@ class _Worker:
                 if file in outputs:
                     outputs[file].write(rows[:length], position)
                 rows = rows[length:]
+
+
+def _hold(shards: Iterable[StoredShard], start: int, stop: int) -> bool:
+    """Whether shards hold something of bytes `[start, stop)` of their tensor."""
+    return any(next(shard.copies.within(start, stop), None) is not None for shard in shards)
 
 
 def _wait(futures: Iterable[Future[None]]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from autotp_plan.planner.shards.copy_engine import write_groups
 from autotp_plan.planner.shards.copy_plan import FileGroup, Matrices, StoredShard, TensorCopy, file_copy, full_tensor
-from autotp_plan.schemas.errors import AutoTPError, Fault, OptionError
+from autotp_plan.schemas.errors import AutoTPError, Fault, OptionError, OutputError
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.file_layout import PlacedFile
 from autotp_plan.schemas.shards.folder import read_shards
@@ -19,6 +19,8 @@ from autotp_plan.schemas.shards.new_shards import NewShards
 from autotp_plan.schemas.shards.origin import Original
 from autotp_plan.schemas.shards.output_file import OutputFile
 from autotp_plan.schemas.shards.output_folder import OutputFolder
+from autotp_plan.schemas.shards.part_folder import PartFolder
+from autotp_plan.schemas.shards.parts import Part, remove_part_files
 from autotp_plan.schemas.storage.byte_ranges import ByteRanges
 from autotp_plan.schemas.storage.checksum import Progress
 from autotp_plan.schemas.storage.safetensors_header import item_size, num_bytes
@@ -40,7 +42,8 @@ def write_shards(
     workers: int,
     progress: Progress | None,
     matrices: Mapping[str, Matrices] = NOTHING_TRANSPOSED,
-) -> Manifest:
+    part: Part | None = None,
+) -> Manifest | None:
     """Write the shards of a plan, or what is missing of them; returns the manifest.
 
     Args:
@@ -53,6 +56,10 @@ def write_shards(
         workers: threads that copy.
         progress: called with the bytes copied and the bytes in all.
         matrices: what parameters are in `sources` that are transposed there.
+        part: which part of the files to write; None for all.
+
+    Returns:
+        None when other parts are not complete: whoever completes the last one writes the manifest.
 
     Raises:
         OptionError: `workers` or `max_file_bytes` is not positive.
@@ -60,7 +67,9 @@ def write_shards(
     """
     check_options(command, workers, max_file_bytes)
     new = NewShards(plan, original, max_file_bytes)
-    finished = _finished(new, output, workers)
+    shares = new.shares(1 if part is None else part.count)
+    share = shares[0 if part is None else part.number - 1]
+    finished = _finished(new, output, workers, share)
     if finished is not None:
         return finished
     task = {
@@ -69,11 +78,30 @@ def write_shards(
         "source": original.source.fingerprint,
         "file size": str(max_file_bytes),
     }
-    with OutputFolder(output, task, command) as folder:
-        folder.resume(new.all_sizes(), workers, progress)
-        groups = _groups(new, sources, matrices, output)
-        write_groups(groups, folder, total=_total(plan, original), workers=workers, progress=progress)
-        return new.finish(folder, original.source)
+
+    def write(folder: OutputFolder) -> None:
+        groups = _groups(new, sources, matrices, output, share)
+        write_groups(groups, folder, total=_total(new, share), workers=workers, progress=progress)
+
+    if part is None:
+        with OutputFolder(output, task, command) as folder:
+            folder.resume(new.all_sizes(), workers, progress)
+            write(folder)
+            return new.finish(folder, original.source)
+    of_part = PartFolder(output, task, command, part, shares)
+    try:
+        with of_part:
+            of_part.resume(share, workers, progress)
+            write(of_part)
+            of_part.complete_part()
+            if of_part.gather():
+                return new.finish(of_part, original.source)
+    except OutputError:
+        finished = _finished(new, output, workers, share)
+        if finished is None:
+            raise
+        return finished
+    return _finished(new, output, workers, share)  # another process may have written the manifest meanwhile
 
 
 MAX_WORKERS = 1024
@@ -94,8 +122,11 @@ def check_options(command: str, workers: int, max_file_bytes: int = 1) -> None:
         )
 
 
-def _finished(new: NewShards, output: Path, workers: int) -> Manifest | None:
-    """The manifest of `output` when it holds all of this already: an earlier attempt was stopped as it ended."""
+def _finished(new: NewShards, output: Path, workers: int, share: Mapping[str, int]) -> Manifest | None:
+    """The manifest of `output` when it holds all of this already: an earlier attempt was stopped as it ended.
+
+    Of the files those of `share` are verified.
+    """
     try:
         if not (output / MANIFEST_NAME).exists() or (output / JOURNAL_NAME).exists():
             return None
@@ -103,31 +134,40 @@ def _finished(new: NewShards, output: Path, workers: int) -> Manifest | None:
         sizes = {file.name: file.size for file in shards.manifest.files if file.name != PLAN_NAME}
         if shards.manifest.source != new.original.source or sizes != new.sizes():
             return None
-        shards.verify(workers)
+        shards.verify(workers, names={*share, PLAN_NAME})
+        remove_part_files(output)
     except (AutoTPError, OSError):
         return None
     return shards.manifest
 
 
-def _total(plan: Plan, original: Original) -> int:
-    """The bytes that are read."""
-    return (
-        sum(num_bytes(parameter.dtype, plan.shape_of(parameter)) for parameter in plan.expanded())
-        + sum(tensor.stop - tensor.start for tensor in original.unused)
-        + sum(file.size for file in original.copied)
+def _total(new: NewShards, share: Mapping[str, int]) -> int:
+    """The bytes that are read for the files of `share`, where none is complete."""
+    sharded = sum(
+        num_bytes(tensor.dtype, tensor.shape if tensor.parameter is None else new.plan.shape_of(tensor.parameter))
+        for files in new.layout.groups()
+        if any(file.name in share for file in files)
+        for tensor in files[0].tensors
     )
+    return sharded + sum(file.size for file in new.original.copied if file.name in share)
 
 
-def _groups(new: NewShards, sources: Sources, matrices: Mapping[str, Matrices], folder: Path) -> Iterator[FileGroup]:
-    """Every file but the plan and the manifest, and how it is filled."""
+def _groups(
+    new: NewShards, sources: Sources, matrices: Mapping[str, Matrices], folder: Path, share: Mapping[str, int]
+) -> Iterator[FileGroup]:
+    """The files of `share`, and how they are filled."""
     unused = {tensor.name: full_tensor(ByteRanges.of([tensor])) for tensor in new.original.unused}
     for files in new.layout.groups():
         outputs = [
-            OutputFile(folder / file.name, file.size, file.header(new.original.source.fingerprint)) for file in files
+            OutputFile(folder / file.name, file.size, file.header(new.original.source.fingerprint))
+            for file in files
+            if file.name in share
         ]
-        yield FileGroup(outputs, list(_tensors(new.plan, files, sources, matrices, unused, folder)))
+        if outputs:
+            yield FileGroup(outputs, list(_tensors(new.plan, files, sources, matrices, unused, folder)))
     for name, path, size in new.original.copied:
-        yield file_copy(path, folder / name, size)
+        if name in share:
+            yield file_copy(path, folder / name, size)
 
 
 def _tensors(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import overload
 
 from autotp_plan.planner.plan_checks import check_plan
 from autotp_plan.planner.shards.copy_plan import full_tensor, matrices_on_disk
@@ -17,10 +18,35 @@ from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.file_layout import MAX_FILE_BYTES
 from autotp_plan.schemas.shards.manifest import Manifest
 from autotp_plan.schemas.shards.origin import original_of_checkpoint
+from autotp_plan.schemas.shards.parts import Part
 from autotp_plan.schemas.storage.byte_ranges import ByteRanges
 from autotp_plan.schemas.storage.checksum import Progress
 from autotp_plan.schemas.storage.plan_fit import checkpoint_faults
 from autotp_plan.sources.model_folder import Place, open_checkpoint
+
+
+@overload
+def presplit(
+    plan: Plan,
+    checkpoint_folder: Place,
+    output: str | os.PathLike[str],
+    *,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    workers: int = 4,
+    progress: Progress | None = None,
+    part: None = None,
+) -> Manifest: ...
+@overload
+def presplit(
+    plan: Plan,
+    checkpoint_folder: Place,
+    output: str | os.PathLike[str],
+    *,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    workers: int = 4,
+    progress: Progress | None = None,
+    part: tuple[int, int] | None = None,
+) -> Manifest | None: ...
 
 
 def presplit(
@@ -31,7 +57,8 @@ def presplit(
     max_file_bytes: int = MAX_FILE_BYTES,
     workers: int = 4,
     progress: Progress | None = None,
-) -> Manifest:
+    part: tuple[int, int] | None = None,
+) -> Manifest | None:
     """Split a checkpoint by a plan into a shards folder; returns its manifest.
 
     Args:
@@ -42,14 +69,20 @@ def presplit(
         max_file_bytes: a rank's tensors are spread over several files when they are more than this.
         workers: reads and writes at the same time.
         progress: called with the bytes read and the bytes in all, from worker threads.
+        part: `(3, 8)` writes the third of eight shares of the files, of about as many bytes each. Eight processes, on
+            machines that share a file system, so fill one folder; in any order, or at the same time.
+
+    Returns:
+        the manifest; None when other parts are not complete yet. The process that completes the last part writes it.
 
     Raises:
         MismatchError: plan and checkpoint do not belong together.
         CheckpointError: the checkpoint cannot be read.
-        OptionError: `workers` or `max_file_bytes` is not positive.
+        OptionError: `workers` or `max_file_bytes` is not positive, or there is no such part.
         OutputError: `output` cannot be written, or the operating system stopped the command.
     """
     output = Path(output)
+    checked = None if part is None else Part.checked(*part)
     checkpoint = open_checkpoint(checkpoint_folder)
     faults = check_plan(plan) + checkpoint_faults(plan, checkpoint)
     if faults:
@@ -70,4 +103,5 @@ def presplit(
         workers=workers,
         progress=progress,
         matrices={name: found for name, found in matrices.items() if found is not None},
+        part=checked,
     )

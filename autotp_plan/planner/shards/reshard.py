@@ -71,9 +71,11 @@ def reshard(
         raise MismatchError(faults)
     sources = {parameter.name: stored_shards(old[parameter.name], shards) for parameter in plan.expanded()}
     original = original_of_shards(shards)
-    return write_shards(
+    manifest = write_shards(
         plan, original, sources, output, "reshard", max_file_bytes=max_file_bytes, workers=workers, progress=progress
     )
+    assert manifest is not None, "only a part has none"
+    return manifest
 
 
 def check_target(tp_size: int | None, plan: Plan | Path | None) -> None:

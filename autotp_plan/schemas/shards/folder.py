@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from autotp_plan.schemas.shards.manifest import (
     ShardFile,
     owner_text,
 )
+from autotp_plan.schemas.shards.parts import find_parts, part_of
 from autotp_plan.schemas.storage import checksum
 from autotp_plan.schemas.storage.files import File
 from autotp_plan.schemas.storage.plan_fit import parameter_faults
@@ -50,20 +51,24 @@ class ShardsFolder:
     tensors: dict[tuple[str, int], TensorEntry]
     unused: dict[str, TensorEntry]
 
-    def verify(self, workers: int = 4, progress: checksum.Progress | None = None) -> None:
+    def verify(
+        self, workers: int = 4, progress: checksum.Progress | None = None, names: Container[str] | None = None
+    ) -> None:
         """Read every byte, and compare checksums.
 
         Args:
             workers: threads that read.
             progress: called with the bytes read and the bytes in all.
+            names: the files to read; None for all.
 
         Raises:
             ShardsError: with every file that is not what was written.
         """
-        sizes = {self.path / file.name: file.size for file in self.manifest.files}
+        files = [file for file in self.manifest.files if names is None or file.name in names]
+        sizes = {self.path / file.name: file.size for file in files}
         found = checksum.of_files(sizes, workers=workers, progress=progress)
         faults = []
-        for file in self.manifest.files:
+        for file in files:
             got = found[self.path / file.name]
             if not isinstance(got, int):
                 text = getattr(got, "strerror", None) or str(got)
@@ -76,12 +81,12 @@ class ShardsFolder:
 
 def is_unfinished(folder: Path) -> bool:
     """Whether `folder` holds what an attempt to write shards left behind."""
-    if (folder / JOURNAL_NAME).exists() and not (folder / MANIFEST_NAME).exists():
-        return True
-    return (
-        folder.is_dir()
-        and not (folder / MANIFEST_NAME).exists()
-        and any(path.name.startswith("tp-") and path.suffix == ".safetensors" for path in folder.iterdir())
+    if not folder.is_dir() or (folder / MANIFEST_NAME).exists():
+        return False
+    names = [path.name for path in folder.iterdir()]
+    return any(
+        name == JOURNAL_NAME or part_of(name) is not None or (name.startswith("tp-") and name.endswith(".safetensors"))
+        for name in names
     )
 
 
@@ -98,8 +103,7 @@ def read_shards(folder: Path, plan: Plan | None = None) -> ShardsFolder:
         MismatchError: its shards are of another plan.
     """
     if is_unfinished(folder):
-        got, next_step = f"shards without {MANIFEST_NAME}", "run the command that was stopped again: it resumes"
-        raise ShardsError(_fault(folder, got, "a finished shards folder", next_step))
+        raise ShardsError(_unfinished_fault(folder))
     if os.path.lexists(folder / MANIFEST_NAME):
         _raise_if(_file_fault(folder / MANIFEST_NAME, None))
     manifest = Manifest.read(folder)
@@ -217,6 +221,16 @@ def _file_fault(path: Path, size: int | None) -> Fault | None:
         got = "a link" if stat.S_ISLNK(status.st_mode) else "no plain file"
         return _fault(path, got, expected, "copy the folder with the files in it, not links (cp -rL)")
     return None if size in (None, status.st_size) else _fault(path, f"{status.st_size} bytes", expected)
+
+
+def _unfinished_fault(folder: Path) -> Fault:
+    got, next_step = f"shards without {MANIFEST_NAME}", "run the command that was stopped again: it resumes"
+    parts = find_parts(folder)
+    if parts is not None:
+        got = f"{got}: {parts}"
+        commands = ", ".join(f"--part {number}/{parts.count}" for number in parts.missing[:20])
+        next_step = f"run presplit again with {commands or f'--part 1/{parts.count}'}"
+    return _fault(folder, got, "a finished shards folder", next_step)
 
 
 def _raise_if(fault: Fault | None) -> None:

@@ -10,6 +10,7 @@ from autotp_plan.schemas.shards.file_layout import FileLayout
 from autotp_plan.schemas.shards.manifest import MANIFEST_NAME, PLAN_NAME, Manifest, ShardFile, Source
 from autotp_plan.schemas.shards.origin import Original
 from autotp_plan.schemas.shards.output_folder import OutputFolder
+from autotp_plan.schemas.shards.parts import balanced
 from autotp_plan.schemas.storage import checksum
 
 
@@ -34,6 +35,18 @@ class NewShards:
     def all_sizes(self) -> dict[str, int]:
         """As `sizes`, with -1 for the plan and the manifest, which are written last."""
         return {**self.sizes(), PLAN_NAME: -1, MANIFEST_NAME: -1}
+
+    def shares(self, count: int) -> list[dict[str, int]]:
+        """The files that each of `count` parts has, with their bytes: shares of about as many bytes.
+
+        The small files of the checkpoint are of part 1.
+        """
+        files = list(self.layout.files())
+        shares: list[dict[str, int]] = [{} for _ in range(count)]
+        for file, number in zip(files, balanced([file.size for file in files], count)):
+            shares[number][file.name] = file.size
+        shares[0].update((file.name, file.size) for file in self.original.copied)
+        return shares
 
     def finish(self, folder: OutputFolder, source: Source) -> Manifest:
         """Write plan and manifest into a folder whose other files are complete, and end its journal.

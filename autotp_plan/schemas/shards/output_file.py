@@ -28,10 +28,12 @@ class OutputFile:
 
     Attributes:
         blocks: the checksums of what was written.
+        temporary: the name that it has until it is complete.
     """
 
     def __init__(self, path: Path, size: int, header: bytes = b"") -> None:
         self.path, self.size, self.header = path, size, header
+        self.temporary = temporary_path(path)
         self.blocks: list[checksum.Block] = []
         self._descriptor = -1
         self._lock = threading.Lock()
@@ -51,7 +53,7 @@ class OutputFile:
         """Open a file that this or another process has created."""
         self.close()
         flags |= os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._descriptor = os.open(temporary_path(self.path), flags, 0o666)
+        self._descriptor = os.open(self.temporary, flags, 0o666)
 
     def write(self, data: memoryview, position: int) -> None:
         """Write bytes from byte `position` on, and note their checksum."""
@@ -84,12 +86,12 @@ class OutputFile:
 
     def take_name(self) -> None:
         """Give the file its final name."""
-        temporary_path(self.path).replace(self.path)
+        self.temporary.replace(self.path)
 
     def remove(self) -> None:
         """Close the file, and remove it where it has not got its final name."""
         self.close()
-        temporary_path(self.path).unlink(missing_ok=True)
+        self.temporary.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close the file, where it is open."""

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from autotp_plan.schemas.errors import Fault, OutputError
 from autotp_plan.schemas.shards.manifest import JOURNAL_NAME
 from autotp_plan.schemas.shards.output_file import OutputFile, temporary_path
+from autotp_plan.schemas.shards.parts import find_parts
 from autotp_plan.schemas.storage import checksum
 from autotp_plan.schemas.storage.checksum import Progress
 
@@ -30,6 +31,10 @@ class FinishedFile(NamedTuple):
 
     size: int
     crc32: int
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """What the line of a journal says, `name` being that of the file."""
+        return {"name": name, "size": self.size, "crc32": checksum.text(self.crc32)}
 
 
 class OutputFolder:
@@ -47,6 +52,10 @@ class OutputFolder:
         OutputError: on entering when the folder cannot be written to or holds anything else; on leaving when the
             operating system stopped the block.
     """
+
+    journal_name = JOURNAL_NAME
+    without_locks: tuple[int, ...] = (errno.ENOSYS, errno.ENOTSUP)
+    """Errors of file systems that know no locks, such as some Lustre mounts: there it goes on without."""
 
     def __init__(self, path: Path, task: Mapping[str, str], command: str) -> None:
         self.path, self.task, self.command = path, dict(task), command
@@ -66,7 +75,8 @@ class OutputFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for output in list(self._begun.values()):
-            self._drop(output)
+            with contextlib.suppress(OSError):
+                output.remove()
         os.close(self._journal)
         if isinstance(error, (OSError, EOFError)):
             raise OutputError(
@@ -95,7 +105,7 @@ class OutputFolder:
         known = {
             self.path / name: size
             for name, size in sizes.items()
-            if name in self.finished and self.finished[name].size == size and _size(self.path / name) == size
+            if name in self.finished and self.finished[name].size == size and size_on_disk(self.path / name) == size
         }
         found = checksum.of_files(known, workers=workers, progress=progress)
         self.finished = {
@@ -120,8 +130,8 @@ class OutputFolder:
         """Sync a file that is open and complete, and give it its name."""
         output.sync()
         found = FinishedFile(output.size, output.crc32())
-        self._note({"name": output.name, "size": found.size, "crc32": checksum.text(found.crc32)})
-        output.take_name()
+        self._note(found.entry(output.name))
+        self._take_name(output)
         with self._lock:
             self.finished[output.name] = found
             del self._begun[output.name]
@@ -138,7 +148,7 @@ class OutputFolder:
     def complete(self) -> None:
         """The folder is finished: remove the journal, and sync."""
         self.sync()
-        (self.path / JOURNAL_NAME).unlink()
+        (self.path / self.journal_name).unlink()
         self.sync()
 
     def sync(self) -> None:
@@ -149,58 +159,70 @@ class OutputFolder:
         finally:
             os.close(descriptor)
 
-    def _drop(self, output: OutputFile) -> None:
-        with contextlib.suppress(OSError):
-            output.close()
-            temporary_path(output.path).unlink(missing_ok=True)
+    def _take_name(self, output: OutputFile) -> None:
+        output.take_name()
 
     def _refuse_others(self, names: Iterable[str]) -> None:
-        ours = {JOURNAL_NAME}
-        for name in names:
-            ours |= {name, temporary_path(self.path / name).name}
+        ours = {known for name in names for known in (name, temporary_path(self.path / name).name)}
         others = sorted(path.name for path in self.path.iterdir() if path.name not in ours)
+        others = [name for name in others if not self._is_bookkeeping(name)]
         if others:
             fault = self._fault(", ".join(others[:3]), "only what an earlier attempt wrote", "move it somewhere else")
             raise OutputError(fault)
 
+    def _is_bookkeeping(self, name: str) -> bool:
+        return name == self.journal_name
+
     def _remove_unfinished(self) -> None:
         for path in self.path.iterdir():
-            if path.name not in self.finished and path.name != JOURNAL_NAME:
+            if path.name not in self.finished and path.name != self.journal_name:
                 path.unlink()
 
     def _enter(self) -> None:
-        journal = self.path / JOURNAL_NAME
-        if not journal.exists():
+        journal = self.path / self.journal_name
+        is_new = not journal.exists()
+        self._refuse_other_writers()
+        if is_new:
             self._refuse_what_is_there()
             self.path.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        descriptor = os.open(journal, flags, 0o666)
+        self._journal = os.open(journal, flags, 0o666)
         try:
+            self._lock_journal(journal)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                fault = self._fault("another process writes it", "one at a time", "wait for it, or stop it")
-                raise OutputError(fault) from None
-            except OSError as error:
-                if error.errno not in (errno.ENOSYS, errno.ENOTSUP):  # some Lustre mounts know no locks
-                    raise
-            if not journal.exists() or os.fstat(descriptor).st_ino != journal.stat().st_ino:
-                fault = self._fault("another process has just finished it", "a new folder", "use what is there")
-                raise OutputError(fault)
-            self._journal = descriptor
-            self._read_journal(journal)
+                self._read_journal(journal)
+                self._refuse_other_writers()  # again: one that began at the same moment
+            except BaseException:
+                if is_new:
+                    journal.unlink(missing_ok=True)
+                raise
         except BaseException:
-            os.close(descriptor)
+            os.close(self._journal)
             raise
 
+    def _lock_journal(self, journal: Path) -> None:
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fault = self._fault("another process writes it", "one at a time", "wait for it, or stop it")
+            raise OutputError(fault) from None
+        except OSError as error:
+            if error.errno not in self.without_locks:
+                raise
+        if not journal.exists() or os.fstat(self._journal).st_ino != journal.stat().st_ino:
+            raise OutputError(self._fault("another process has just finished it", "a new folder", "use what is there"))
+
     def _read_journal(self, journal: Path) -> None:
-        lines = journal.read_bytes().split(b"\n")
-        complete = [found for line in lines[:-1] if isinstance(found := _parsed(line), dict)]
-        if not complete:
-            os.truncate(self._journal, 0)
+        data = journal.read_bytes()
+        task, self.finished = read_journal(data)
+        if data and not data.endswith(b"\n"):
+            os.write(self._journal, b"\n")  # ends a line that was half written
+        if task is None:
             self._note(self.task)
-            return
-        begun = complete[0]
+        else:
+            self._refuse_another_task(task)
+
+    def _refuse_another_task(self, begun: Mapping[str, Any]) -> None:
         if begun != self.task:
             other = sorted(key for key in {*begun, *self.task} if begun.get(key) != self.task.get(key))
             raise OutputError(
@@ -210,11 +232,19 @@ class OutputFolder:
                     "finish it with what it was begun with, or remove the folder and start again",
                 )
             )
-        if lines[-1]:
-            os.truncate(self._journal, len(b"\n".join(lines[:-1])) + 1)
-        for line in complete[1:]:
-            with contextlib.suppress(KeyError, TypeError, ValueError):
-                self.finished[line["name"]] = FinishedFile(line["size"], int(line["crc32"], 16))
+
+    def _refuse_other_writers(self) -> None:
+        """Refuse a folder that is written in parts."""
+        found = find_parts(self.path)
+        if found is not None:
+            commands = ", ".join(f"--part {number}/{found.count}" for number in found.missing[:3]) or "any --part"
+            raise OutputError(
+                self._fault(
+                    f"a folder that was begun in {found.count} parts",
+                    "a new folder",
+                    f"finish it with {commands}, or remove the folder and start again",
+                )
+            )
 
     def _refuse_what_is_there(self) -> None:
         if self.path.is_symlink() or self.path.exists():
@@ -227,7 +257,7 @@ class OutputFolder:
                 raise OutputError(self._fault(got, expected, "give another folder, or remove this one"))
 
     def _note(self, entry: Mapping[str, Any]) -> None:
-        line = json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+        line = journal_line(entry)
         with self._lock:
             written = os.write(self._journal, line)
             if written != len(line):
@@ -241,6 +271,30 @@ class OutputFolder:
         )
 
 
+def read_journal(data: bytes) -> tuple[dict[str, Any] | None, dict[str, FinishedFile]]:
+    """What a journal says: the task, None where there is none yet, and the files that are complete, by name.
+
+    Lines that were half written are passed over.
+    """
+    task: dict[str, Any] | None = None
+    finished: dict[str, FinishedFile] = {}
+    for text in data.split(b"\n")[:-1]:
+        line = _parsed(text)
+        if not isinstance(line, dict):
+            continue
+        if task is None and "crc32" not in line:
+            task = line
+        elif task is not None:
+            with contextlib.suppress(KeyError, TypeError, ValueError):
+                finished[line["name"]] = FinishedFile(line["size"], int(line["crc32"], 16))
+    return task, finished
+
+
+def journal_line(entry: Mapping[str, Any]) -> bytes:
+    """A line of a journal."""
+    return json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+
+
 def _parsed(line: bytes) -> Any:
     try:
         return json.loads(line)
@@ -248,7 +302,8 @@ def _parsed(line: bytes) -> Any:
         return None
 
 
-def _size(path: Path) -> int:
+def size_on_disk(path: Path) -> int:
+    """The size of a file in bytes; -1 where there is none, or a link."""
     try:
         return -1 if path.is_symlink() else path.stat().st_size
     except OSError:
