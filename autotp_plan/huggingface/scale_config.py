@@ -7,7 +7,7 @@ heads, the ratios between widths, the kinds of layers, and the remainder of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ _HIDDEN = ("hidden_size", "n_embd", "d_model", "dim", "emb_dim")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads")
 _PARTIAL = ("partial_rotary_factor", "rotary_pct", "rope_pct")
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_LAYER_KINDS = ("layer_types", "layers_block_type")
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts", "num_moe_experts")
 _EXPERTS_PER_TOKEN = (
     "num_experts_per_tok",
@@ -58,24 +59,35 @@ _TOWER_LAYERS = 2
 _SIDE = 4
 _PATCH = 2
 
+_NORM_EPS = 1e-2
+"""Far above the rounding of float32, and below the mean square of what a norm takes, which is around 1."""
+
 WINDOW = 8
 """Sliding windows and chunks of a twin, in tokens: shorter than its batch."""
 _MIN_VOCABULARY = 256
 _MIN_HEAD_DIM = 4
 
 
-def divisors(config: Mapping[str, Any]) -> list[int]:
-    """The numbers that divide all widths of `config` and leave heads even and at least 4 wide; the largest first."""
+def divisors(config: Mapping[str, Any], dims: Collection[int] = ()) -> list[int]:
+    """The numbers that divide all widths of `config` and leave heads even and at least 4 wide; the largest first.
+
+    Args:
+        config: of the original model.
+        dims: the dimensions of its parameters. A width that divides none of them is of something that this model does
+            not have, and does not count: that of experts, by default, in a model without any.
+    """
     text = language_model(config)
     widths = [value for key, value in entries(text) if key in WIDTHS and value]
+    widths = [width for width in widths if any(dim % width == 0 for dim in dims)] or widths
     common = math.gcd(*widths) if widths else 1
     return [k for k in range(common, 0, -1) if common % k == 0 and (k == 1 or _heads_stay(text, k))]
 
 
 def num_layers(config: Mapping[str, Any]) -> int | None:
-    """Number of layers, where the config says it."""
+    """Number of layers, where the config says it or lists their kinds."""
     text = language_model(config)
-    return next((text[key] for key in LAYERS if type(text.get(key)) is int), None)
+    listed = (len(text[key]) for key in _LAYER_KINDS if isinstance(text.get(key), list))
+    return next((text[key] for key in LAYERS if type(text.get(key)) is int), None) or next(listed, None)
 
 
 def per_layer(config: Mapping[str, Any], layer: int) -> tuple[tuple[str, str], ...]:
@@ -180,6 +192,21 @@ def shrink(
     if str(config.get("architectures")).endswith("ForTokenClassification']"):  # whose dropout need not be in the config
         smaller["classifier_dropout"] = 0.0
     return {**smaller, "pad_token_id": words - 1} if words else smaller  # an embedding treats its padding row apart
+
+
+def with_mild_norms(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with an eps in its norms of 1e-2 at least.
+
+    A norm multiplies what is near zero, and its rounding error, by up to 1 / sqrt(eps). With random weights there
+    always is some: the first token of a delta rule, for one, gives each head a multiple of one dot product.
+    """
+    inner = {key: with_mild_norms(value) for key, value in config.items() if isinstance(value, Mapping)}
+    eps = {
+        key: max(value, _NORM_EPS)
+        for key, value in config.items()
+        if "norm" in key and "eps" in key and type(value) is float
+    }
+    return {**config, **inner, **eps}
 
 
 def language_model(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,7 +1,8 @@
 """The dense side of the proof: find a twin that runs, give it random weights, write its checkpoint and its numbers.
 
 A twin is a small model of the same architecture. Which sizes an architecture accepts is not known beforehand. They are
-tried from small to large, and the first twin that runs and gives every parameter a gradient is taken.
+tried from small to large, and the first twin that runs, gives every parameter a gradient and can be compared in float32
+is taken.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from autotp_plan.runtime.verify.optimizer_steps import (
     relative_errors,
 )
 from autotp_plan.runtime.verify.random_inputs import Batches, Images, images_for, randomise
+from autotp_plan.runtime.verify.report import MOST_ROUNDING, ROUNDINGS
 from autotp_plan.runtime.verify.scale_plan import TwinError, num_layers_needed, twin_plan
 from autotp_plan.schemas.errors import AutoTPError, Fault, MismatchError
 from autotp_plan.schemas.plan.document import Plan
@@ -51,7 +53,9 @@ ABOUT_NAME = "about.json"
 MOST_PARAMETERS = 100_000_000
 _LENGTH = 12
 _ENOUGH = 3
-"""So many twins are run in search of one in which every parameter has a gradient."""
+"""So many twins are run in search of one in which every parameter has a gradient and rounding stays small."""
+_MOST_ROUNDING = MOST_ROUNDING / ROUNDINGS
+"""Steps that rounding to float32 changes by more than this cannot be compared with an engine's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,11 +151,11 @@ def write_twin(plan: Plan, folder: Path, attention: tuple[str, ...], optimizer: 
             reasons.append(f"widths by {sizes.divisor}: {type(error).__name__}: {str(error)[:500]}")
             continue
         ran.append((sizes, about))
-        if not about.ungraded or len(ran) == _ENOUGH:
+        if (not about.ungraded and about.rounding <= _MOST_ROUNDING) or len(ran) == _ENOUGH:
             break
     if not ran:
         raise MismatchError(_no_twin(reasons))
-    sizes, about = min(ran, key=lambda one: len(one[1].ungraded))
+    sizes, about = min(ran, key=lambda one: (len(one[1].ungraded), max(one[1].rounding, _MOST_ROUNDING)))
     if sizes != tried:  # the folders hold what was tried last, or what an error left of it
         _try(plan, original, folder, sizes, runs)
     about = replace(about, refused=refused, optimizer=optimizer)
@@ -185,19 +189,22 @@ def _candidates(plan: Plan, original: Any) -> Iterator[Sizes]:
     """The sizes to try, small ones first."""
     config = _as_json(original.config)
     layers, experts = num_layers_needed(plan, config), scale_config.fewest_experts(config)
-    for divisor in scale_config.divisors(config):
+    dims = {size for _, tensor in parameters_and_buffers(original) for size in tensor.shape}
+    for divisor in scale_config.divisors(config, dims):
         for count in dict.fromkeys((experts, scale_config.num_experts(config))):
             yield Sizes(divisor=divisor, layers=layers, experts=count)
 
 
 def _try(plan: Plan, original: Any, folder: Path, sizes: Sizes, attention: tuple[str, ...]) -> About:
     """Make the twin of these sizes, run it, and write all of its files but `about.json`."""
-    config = scale_config.shrink(
-        _as_json(original.config),
-        divisor=sizes.divisor,
-        layers=sizes.layers,
-        experts=sizes.experts,
-        tp_size=plan.tp_size,
+    config = scale_config.with_mild_norms(
+        scale_config.shrink(
+            _as_json(original.config),
+            divisor=sizes.divisor,
+            layers=sizes.layers,
+            experts=sizes.experts,
+            tp_size=plan.tp_size,
+        )
     )
     for dtype in ("float64", "float32"):
         shutil.rmtree(folder / dtype, ignore_errors=True)

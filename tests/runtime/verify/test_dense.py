@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ from autotp_plan.runtime.verify import dense
 from autotp_plan.runtime.verify.random_inputs import Batches
 
 
-def about(divisor: int, ungraded: tuple[str, ...]) -> dense.About:
+def about(divisor: int, ungraded: tuple[str, ...], rounding: float = 0.0) -> dense.About:
     batches = Batches(vocab_size=8, length=4, padding=None)
     return dense.About(
         divisor=divisor, layers=2, experts=None, num_parameters=1, batches=batches, attention=("eager",),
-        ungraded=ungraded,
+        ungraded=ungraded, rounding=rounding,
     )  # fmt: skip
 
 
@@ -45,3 +46,22 @@ def test_the_twin_that_was_taken_is_the_one_on_disk(
     fewest = min(count for count in outcomes if count is not None)
     assert outcomes[taken] == fewest
     assert (tmp_path / "float64" / dense.PLAN_NAME).read_text() == str(taken)
+
+
+@pytest.mark.parametrize(
+    ("roundings", "taken"),
+    [((1e-5, 1e-7), 0), ((1e-3, 1e-5, 1e-7), 1), ((1e-2, 1e-3, 5e-4, 1e-9), 2), ((math.inf, 1e-6), 1)],
+)
+def test_a_twin_that_rounding_leaves_as_it_is_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, roundings: tuple[float, ...], taken: int
+) -> None:
+    """Of three at most: a model may round at any size."""
+    sizes = [dense.Sizes(divisor=place, layers=2, experts=None) for place in range(len(roundings))]
+    monkeypatch.setattr(dense, "_original", lambda plan, folder: None)
+    monkeypatch.setattr(dense, "_attention", lambda folder, plan, wanted: (("eager",), {}))
+    monkeypatch.setattr(dense, "_candidates", lambda plan, original: iter(sizes))
+    monkeypatch.setattr(
+        dense, "_try", lambda _plan, _, folder, one, runs: about(one.divisor, (), roundings[one.divisor])
+    )
+    dense.write_twin(None, tmp_path, ("eager",))  # type: ignore[arg-type]
+    assert dense.About.read(tmp_path).divisor == taken

@@ -57,6 +57,20 @@ def test_a_twins_tokens_fill_more_than_a_window_and_a_chunk() -> None:
     assert (small["mamba_chunk_size"], small["chunk_size"], small["chunk_size_feed_forward"]) == (8, 4, 0)
 
 
+def test_widths_of_what_a_model_does_not_have_do_not_count() -> None:
+    """As Nemotron-H-8B's: transformers completes the config with experts, of which the model has none."""
+    config = {**LLAMA_8B, "moe_intermediate_size": 7688}
+    assert scale_config.divisors(config)[0] == 8
+    assert scale_config.divisors(config, {4096, 14336, 1024, 128256})[0] == 32
+    assert scale_config.divisors(config, {4096, 14336, 1024, 7688})[0] == 8
+
+
+def test_norms_of_a_twin_do_not_amplify_rounding() -> None:
+    config = {"rms_norm_eps": 1e-6, "text_config": {"layer_norm_epsilon": 0.1}, "num_steps": 3, "norm": "rms"}
+    mild = {"rms_norm_eps": 1e-2, "text_config": {"layer_norm_epsilon": 0.1}, "num_steps": 3, "norm": "rms"}
+    assert scale_config.with_mild_norms(config) == mild
+
+
 def test_a_rotated_part_of_a_head_stays_even() -> None:
     pythia = {"hidden_size": 4096, "intermediate_size": 16384, "num_attention_heads": 32, "rotary_pct": 0.25}
     assert scale_config.divisors(pythia)[0] == 16  # heads of 8, of which 2 are rotated
@@ -101,6 +115,11 @@ def test_a_twin_has_every_kind_of_layer() -> None:
     every_layer = {"num_hidden_layers": 32, "moe_layers": [*range(32)], "no_rope_layers": [1, 1, 1, 0] * 8}
     assert num_layers_needed(alike, every_layer) == 4
     assert num_layers_needed(alike, {"num_hidden_layers": 40}) is None
+    kinds = ["mamba", "mlp", "mamba", "attention"] * 8
+    assert num_layers_needed(alike, {"layers_block_type": kinds}) == 4, "transformers computes the number"
+    assert scale_config.shrink({"layers_block_type": kinds}, divisor=1, layers=4, experts=None, tp_size=2) == {
+        "layers_block_type": kinds[:4]
+    }
     attribute = ModuleAttribute(module="model.layers.2.attn", attribute="num_heads", values=(4, 4))
     assert num_layers_needed(plan_of({"h.{0..7}.w": "F32"}), {"n_layer": 8}) == 2
     odd = plan_of({"model.layers.{0..7}.w": "F32"}, module_attributes=(attribute,))
