@@ -19,7 +19,7 @@ from autotp_plan.schemas.shards.output_folder import OutputFolder
 from autotp_plan.schemas.storage.checksum import Progress
 from autotp_plan.schemas.storage.files import Reader
 
-CHUNK_BYTES = 2 * 1024 * 1024
+CHUNK_BYTES = 4 * 1024 * 1024
 BUFFER_BYTES = 96 * 1024 * 1024
 MAX_OPEN = 32
 
