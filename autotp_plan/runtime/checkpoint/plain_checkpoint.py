@@ -23,7 +23,8 @@ from autotp_plan.runtime.checkpoint.full_tensors import FullTensor, FullTensors
 from autotp_plan.runtime.checkpoint.save_shards import original_of
 from autotp_plan.runtime.deepspeed.agreement import together
 from autotp_plan.runtime.deepspeed.mesh import Ranks
-from autotp_plan.runtime.loading.weights import CHUNK_BYTES, DTYPES
+from autotp_plan.runtime.loading.read_weights import CHUNK_BYTES
+from autotp_plan.runtime.loading.weights import DTYPES
 from autotp_plan.schemas.documents import write_atomically
 from autotp_plan.schemas.errors import Fault, MismatchError
 from autotp_plan.schemas.plan.document import Parameter, Plan

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from autotp_plan.runtime.deepspeed.internals import mark_as_sharded
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.runtime.loading.check_model import layers_with_collectives
+from autotp_plan.runtime.loading.read_weights import read_weights
 from autotp_plan.runtime.loading.replace_modules import add_boundaries, replace_layers, skip_fused_kernels
-from autotp_plan.runtime.loading.weights import WeightSource, read_weight
+from autotp_plan.runtime.loading.weights import WeightSource
 from autotp_plan.runtime.tensor_parallel.collectives import take
 from autotp_plan.runtime.tensor_parallel.dropout_rng import has_dropout, use_sharded_regions
 from autotp_plan.runtime.tensor_parallel.linear import PlannedLayer
@@ -95,8 +96,7 @@ def _load_weights(
     ranks: Ranks,
     dtypes: Mapping[str, torch.dtype],
 ) -> None:
-    for weight in source.of_rank(ranks.tp_rank):
-        tensor = read_weight(weight, ranks.device, dtypes.get(weight.name))
+    for weight, tensor in read_weights(source.of_rank(ranks.tp_rank), ranks.device, dtypes):
         name, _, leaf = weight.name.rpartition(".")
         owner = model.get_submodule(name)
         if name in sharded and leaf in sharded[name].layouts:

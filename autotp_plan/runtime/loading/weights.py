@@ -1,33 +1,26 @@
-"""One rank's weights from disk: a shards folder, or the original checkpoint, of which only the rank's bytes are read.
+"""One rank's weights on disk: in a shards folder, or in the original checkpoint, of which it needs only some bytes.
 
-A pre-split tensor that stays on the CPU is mapped, a page of it read when it is used and copied when it is written to.
-Every other tensor is read straight into its memory: the rank never holds more than its shard and the tensor at hand.
 Everything that can be wrong with the files is found, on every rank alike, before the first tensor is read.
 """
 
 from __future__ import annotations
 
-import math
-import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from autotp_plan.schemas.errors import CheckpointError, Fault, MismatchError, ShardsError
+from autotp_plan.schemas.errors import Fault, MismatchError, ShardsError
 from autotp_plan.schemas.layout import Layout, parameter_shape
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.folder import is_unfinished, read_shards
 from autotp_plan.schemas.shards.manifest import MANIFEST_NAME
 from autotp_plan.schemas.shards.origin import fingerprint_of
 from autotp_plan.schemas.storage.byte_ranges import ByteRanges
-from autotp_plan.schemas.storage.files import ByteRange, Reader, local_path
+from autotp_plan.schemas.storage.files import ByteRange
 from autotp_plan.schemas.storage.plan_fit import config_faults, tensor_faults
 from autotp_plan.schemas.storage.safetensors_header import item_size
 from autotp_plan.sources.model_folder import Place, model_folder, open_checkpoint
-
-CHUNK_BYTES = 16 * 1024 * 1024
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
@@ -149,88 +142,6 @@ def open_weights(place: Place, plan: Plan, *, verify_checksums: bool = False, ma
     )
 
 
-def read_weight(weight: Weight, device: torch.device, dtype: torch.dtype | None) -> Tensor:
-    """A rank's shard of a parameter as a tensor.
-
-    It is mapped, or read straight into its memory, where it can be; to another dtype or device it goes through a buffer
-    of `CHUNK_BYTES`.
-
-    Args:
-        weight: where it is.
-        device: the device of the tensor.
-        dtype: what a floating-point tensor is converted to; None keeps the dtype on disk, as other tensors do.
-
-    Raises:
-        CheckpointError: a file ended early.
-    """
-    stored = DTYPES[weight.dtype]
-    wanted = dtype if dtype is not None and stored.is_floating_point else stored
-    direct = wanted == stored and device.type == "cpu"
-    if direct and weight.mapped and weight.stored.size:
-        return _map(weight, stored)
-    if weight.full_shape is not None:
-        return _read_transposed(weight, weight.full_shape, device, wanted)
-    tensor = torch.empty(weight.shape, dtype=wanted, device=device)
-    size = tensor.numel() if direct else min(tensor.numel(), CHUNK_BYTES // stored.itemsize)
-    buffer = tensor.view(-1) if direct else torch.empty(size, dtype=stored)
-    memory = memoryview(buffer.view(torch.uint8).numpy())  # type: ignore[arg-type]
-    done = 0
-    try:
-        with Reader() as reader:
-            for data in reader.read_through(memory, weight.byte_ranges()):
-                count = len(data) // stored.itemsize
-                if not direct:
-                    tensor.view(-1)[done : done + count].copy_(buffer[:count])
-                done += count
-    except EOFError as error:
-        raise CheckpointError(_short_read(weight, str(error))) from None
-    assert done == tensor.numel(), f"{done} elements of {weight.name} were read"
-    return tensor
-
-
-def _read_transposed(weight: Weight, full: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A rank's shard of a parameter that is transposed on disk, a matrix at a time."""
-    stored, layout = DTYPES[weight.dtype], weight.layout
-    rows, columns = full[-2:]
-    matrix = torch.empty((columns, rows), dtype=stored)
-    memory = memoryview(matrix.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-    numbers = torch.arange(math.prod(full[:-2])).view(full[:-2])
-    if layout.dim is not None and layout.dim < len(full) - 2:  # of stacked matrices each rank has some
-        numbers = _share(numbers, layout.dim, weight)
-    tensor = torch.empty(weight.shape, dtype=dtype, device=device)
-    parts = tensor.view(-1, *weight.shape[-2:])
-    try:
-        with Reader() as reader:
-            for to, number in enumerate(numbers.flatten().tolist()):
-                reader.read_into(memory, weight.stored.slice(number * len(memory), len(memory)))
-                found = matrix.t()
-                if layout.dim is not None and layout.dim >= len(full) - 2:
-                    found = _share(found, layout.dim - (len(full) - 2), weight)
-                parts[to].copy_(found)
-    except EOFError as error:
-        raise CheckpointError(_short_read(weight, str(error))) from None
-    return tensor
-
-
-def _share(tensor: Tensor, dim: int, weight: Weight) -> Tensor:
-    """What the weight's rank has of `tensor` along `dim`."""
-    intervals = weight.layout.intervals[weight.tp_rank]
-    return torch.cat([tensor.narrow(dim, start, stop - start) for start, stop in intervals], dim)
-
-
-def _map(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """A pre-split shard as memory backed by its file. What is written to it stays in this process."""
-    ((file, position, size),) = weight.byte_ranges()
-    before = position % mmap.ALLOCATIONGRANULARITY
-    try:
-        with local_path(file).open("rb") as opened:
-            pages = mmap.mmap(opened.fileno(), before + size, access=mmap.ACCESS_COPY, offset=position - before)
-    except ValueError as error:  # it is shorter than its header said
-        raise CheckpointError(_short_read(weight, f"{file}: {error}")) from None
-    pages.madvise(mmap.MADV_WILLNEED)
-    return torch.frombuffer(pages, dtype=dtype, count=size // dtype.itemsize, offset=before).view(weight.shape)
-
-
 def _dtype_faults(plan: Plan) -> Iterator[Fault]:
     for parameter in plan.expanded():
         if parameter.dtype not in DTYPES:
@@ -242,14 +153,3 @@ def _dtype_faults(plan: Plan) -> Iterator[Fault]:
                 expected=", ".join(sorted(DTYPES)),
                 next="use a checkpoint in a dtype that training uses, such as BF16",
             )
-
-
-def _short_read(weight: Weight, got: str) -> Fault:
-    return Fault(
-        code="short-file",
-        what="a file ended early while it was read",
-        where=weight.name,
-        got=got,
-        expected=f"the {weight.stored.size} bytes of {weight.name}",
-        next="do not write to the folder while a job reads it",
-    )

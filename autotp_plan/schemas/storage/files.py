@@ -117,20 +117,10 @@ class Reader:
 
     def read_through(self, buffer: memoryview, ranges: Iterable[ByteRange]) -> Iterator[memoryview]:
         """The bytes of `ranges`, `buffer` by `buffer`; the last may be shorter. Raises as `read_into`."""
-        filled = 0
-        waiting: list[ByteRange] = []
-        for file, position, length in ranges:
-            while length:
-                count = min(length, len(buffer) - filled)
-                waiting.append(ByteRange(file, position, count))
-                filled, position, length = filled + count, position + count, length - count
-                if filled == len(buffer):
-                    self.read_into(buffer, waiting)
-                    yield buffer
-                    filled, waiting = 0, []
-        if filled:
-            self.read_into(buffer[:filled], waiting)
-            yield buffer[:filled]
+        for part in in_parts(ranges, len(buffer)):
+            filled = buffer[: sum(found.length for found in part)]
+            self.read_into(filled, part)
+            yield filled
 
     def _descriptor(self, file: Path) -> int:
         descriptor = self._open.get(file)
@@ -141,3 +131,19 @@ class Reader:
             self._open[file] = descriptor
         self._open.move_to_end(file)
         return descriptor
+
+
+def in_parts(ranges: Iterable[ByteRange], size: int) -> Iterator[list[ByteRange]]:
+    """Byte ranges in parts of `size` bytes; the last may be shorter."""
+    part: list[ByteRange] = []
+    left = size
+    for file, start, length in ranges:
+        while length:
+            count = min(length, left)
+            part.append(ByteRange(file, start, count))
+            start, length, left = start + count, length - count, left - count
+            if not left:
+                yield part
+                part, left = [], size
+    if part:
+        yield part

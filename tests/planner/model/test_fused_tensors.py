@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from autotp_plan.planner import SpecFile, check_checkpoint, compile_plan, presplit
 from autotp_plan.planner.shards import copy_engine
-from autotp_plan.runtime.loading import weights
+from autotp_plan.runtime.loading import read_weights, weights
 from autotp_plan.schemas import documents
 from autotp_plan.schemas.errors import AutoTPError, CheckpointError, DocumentError, MismatchError, OutputError
 from autotp_plan.schemas.plan.document import Parameter, Plan, Sources
@@ -146,7 +146,7 @@ def test_presplit_and_direct_reads_are_what_torch_makes(**sizes: Any) -> None:
         tensors = case.write(folder)
         plan = compiled(folder, case.tp_size)
         patch.setattr(copy_engine, "CHUNK_BYTES", case.chunk)
-        patch.setattr(weights, "CHUNK_BYTES", max(4, case.chunk))
+        patch.setattr(read_weights, "CHUNK_BYTES", max(4, case.chunk))
         steps: list[tuple[int, int]] = []
         manifest = presplit(plan, folder, output, progress=lambda *step: steps.append(step))
         copied = sum(file.size for file in manifest.files if file.owner is None and file.name != PLAN_NAME)
@@ -157,7 +157,7 @@ def test_presplit_and_direct_reads_are_what_torch_makes(**sizes: Any) -> None:
             assert shards(output, rank) == wanted
             for source in (folder, output):
                 direct = {
-                    weight.name: weights.read_weight(weight, torch.device("cpu"), None)
+                    weight.name: read_weights.read_weight(weight, torch.device("cpu"), None)
                     for weight in weights.open_weights(source, plan).of_rank(rank)
                 }
                 assert {name: raw(tensor) for name, tensor in direct.items()} == wanted
@@ -190,7 +190,7 @@ def test_only_the_rank_s_bytes_are_read(folder: Path, monkeypatch: pytest.Monkey
 
     source = weights.open_weights(folder, plan)
     monkeypatch.setattr(os, "preadv", counted)
-    tensors = [weights.read_weight(weight, torch.device("cpu"), None) for weight in source.of_rank(1)]
+    tensors = [read_weights.read_weight(weight, torch.device("cpu"), None) for weight in source.of_rank(1)]
     assert read == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -321,7 +321,7 @@ def test_a_file_that_shrinks_after_it_was_opened_is_an_error(
 
     def read_all() -> None:
         for weight in source.of_rank(1):
-            weights.read_weight(weight, torch.device("cpu"), None)
+            read_weights.read_weight(weight, torch.device("cpu"), None)
 
     with pytest.raises(CheckpointError, match=r"1\.safetensors ended"):
         read_all()

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from autotp_plan.planner import SpecFile, check_checkpoint, compile_plan
 from autotp_plan.planner.model.inventory import Inventory, inventory_of_folder, inventory_of_module
 from autotp_plan.planner.model.tensor_names import DiskNames, ToDisk, ToMemory
-from autotp_plan.runtime.loading.weights import open_weights, read_weight
+from autotp_plan.runtime.loading.read_weights import read_weight
+from autotp_plan.runtime.loading.weights import open_weights
 from autotp_plan.schemas.errors import CompileError, DocumentError
 from autotp_plan.schemas.plan.document import Plan, Sources
 from tests.helpers.checkpoints import write_checkpoint

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from autotp_plan.planner import compile_plan
 from autotp_plan.planner.shards.merge import merge
 from autotp_plan.planner.shards.presplit import presplit
-from autotp_plan.runtime.loading.weights import open_weights, read_weight
+from autotp_plan.runtime.loading.read_weights import read_weight
+from autotp_plan.runtime.loading.weights import open_weights
 from autotp_plan.schemas.errors import CheckpointError, MismatchError
 from autotp_plan.schemas.plan.document import Plan
 from tests.helpers.wrappers import OTHERS, WRAPPERS, make_wrapper_config, save_wrapper

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from autotp_plan.planner import SpecFile, compile_plan, presplit
-from autotp_plan.runtime.loading import weights
+from autotp_plan.runtime.loading import read_weights, weights
 from autotp_plan.schemas.errors import CheckpointError
 from autotp_plan.schemas.plan.document import Plan
 
@@ -46,11 +46,11 @@ def test_a_rank_reads_its_shard_of_a_weight(
     rank: int,
 ) -> None:
     plan, folder = plan_and_folder
-    monkeypatch.setattr(weights, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(read_weights, "CHUNK_BYTES", chunk_bytes)
     rows = [0, 1, 2, 3, 6, 7, 8, 9] if rank == 0 else [4, 5, 10, 11]
     expected = {**TENSORS, "a.q.weight": TENSORS["a.q.weight"][rows], "a.o.weight": TENSORS["a.o.weight"][:, rows]}
     read = {
-        weight.name: weights.read_weight(weight, torch.device("cpu"), dtype)
+        weight.name: read_weights.read_weight(weight, torch.device("cpu"), dtype)
         for weight in weights.open_weights(folder, plan).of_rank(rank)
     }
     assert read.keys() == expected.keys()
@@ -66,7 +66,7 @@ def test_a_file_that_shrinks_while_it_is_read(plan_and_folder: tuple[Plan, Path]
     (folder / "model.safetensors").write_bytes(content[:-8])
     with pytest.raises(CheckpointError, match="a file ended early"):
         for weight in source.of_rank(0):
-            weights.read_weight(weight, torch.device("cpu"), None)
+            read_weights.read_weight(weight, torch.device("cpu"), None)
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_shards_are_what_the_checkpoint_gives(
     plan, folder = plan_and_folder
     both = [
         {
-            w.name: weights.read_weight(w, torch.device("cpu"), dtype)
+            w.name: read_weights.read_weight(w, torch.device("cpu"), dtype)
             for w in weights.open_weights(of, plan).of_rank(rank)
         }
         for of in (folder, plan_and_shards[1])
@@ -98,14 +98,16 @@ def test_what_is_written_to_a_mapped_weight_stays_in_this_process(plan_and_shard
     plan, shards = plan_and_shards
     before = {path.name: path.read_bytes() for path in shards.iterdir()}
     read = [
-        weights.read_weight(weight, torch.device("cpu"), None)
+        read_weights.read_weight(weight, torch.device("cpu"), None)
         for weight in weights.open_weights(shards, plan).of_rank(1)
     ]
     kept = [tensor.clone() for tensor in read]
     for tensor in read:
         tensor.zero_()
     assert {path.name: path.read_bytes() for path in shards.iterdir()} == before
-    again = [weights.read_weight(w, torch.device("cpu"), None) for w in weights.open_weights(shards, plan).of_rank(1)]
+    again = [
+        read_weights.read_weight(w, torch.device("cpu"), None) for w in weights.open_weights(shards, plan).of_rank(1)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(again, kept)) and not any(tensor.any() for tensor in read)
 
 
@@ -113,7 +115,7 @@ def test_a_mapped_weight_is_its_own_storage(plan_and_shards: tuple[Plan, Path]) 
     """So that saving one with torch saves its bytes and not its file's."""
     plan, shards = plan_and_shards
     for weight in weights.open_weights(shards, plan).of_rank(0):
-        tensor = weights.read_weight(weight, torch.device("cpu"), None)
+        tensor = read_weights.read_weight(weight, torch.device("cpu"), None)
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
         assert tensor.data_ptr() % tensor.element_size() == 0, "presplit puts wide dtypes first"
 
@@ -125,7 +127,7 @@ def test_shards_that_shrink_while_they_are_read(plan_and_shards: tuple[Plan, Pat
         path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(CheckpointError, match="a file ended early"):
         for weight in source.of_rank(0):
-            weights.read_weight(weight, torch.device("cpu"), None)
+            read_weights.read_weight(weight, torch.device("cpu"), None)
 
 
 def test_pages_of_shards_are_not_this_process_s_own(tmp_path: Path) -> None:
@@ -138,7 +140,7 @@ def test_pages_of_shards_are_not_this_process_s_own(tmp_path: Path) -> None:
     def anonymous(folder: Path) -> int:
         before = rss_anon()
         (weight,) = weights.open_weights(folder, plan).of_rank(0)
-        tensor = weights.read_weight(weight, torch.device("cpu"), None)
+        tensor = read_weights.read_weight(weight, torch.device("cpu"), None)
         assert float(tensor.sum()) == tensor.numel() == 12 * 2**20
         return rss_anon() - before
 
@@ -149,3 +151,34 @@ def test_pages_of_shards_are_not_this_process_s_own(tmp_path: Path) -> None:
 def rss_anon() -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:"))
     return int(line.split()[1]) * 1024
+
+
+def test_weights_are_read_in_order_while_the_next_ones_are_under_way(
+    plan_and_folder: tuple[Plan, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, folder = plan_and_folder
+    source = weights.open_weights(folder, plan)
+    one_by_one = {w.name: read_weights.read_weight(w, torch.device("cpu"), None) for w in source.of_rank(1)}
+    for readers in (1, 2, 16):
+        monkeypatch.setattr(read_weights, "READERS", readers)
+        read = list(read_weights.read_weights(source.of_rank(1), torch.device("cpu"), {"a.q.weight": torch.float64}))
+        assert [weight.name for weight, _ in read] == list(one_by_one)
+        for weight, tensor in read:
+            assert tensor.dtype == (torch.float64 if weight.name == "a.q.weight" else one_by_one[weight.name].dtype)
+            assert torch.equal(tensor, one_by_one[weight.name].to(tensor.dtype)), weight.name
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="a file ended early"):
+        list(read_weights.read_weights(source.of_rank(1), torch.device("cpu"), {}))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_large_weights_are_read_into_huge_pages(tmp_path: Path, dtype: torch.dtype | None) -> None:
+    full = torch.randn(3000, 1000, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    save_file({"a.q.weight": full}, tmp_path / "model.safetensors")
+    spec = {"layer_specs": [{"patterns": [r"a\.q\.weight$"], "partition_type": "row", "split_input": True}]}
+    plan = compile_plan(tmp_path, tp_size=1, specs=[SpecFile.from_dict(spec)])
+    (weight,) = weights.open_weights(tmp_path, plan).of_rank(0)
+    tensor = read_weights.read_weight(weight, torch.device("cpu"), dtype)
+    assert tensor.nbytes > read_weights.HUGE_BYTES and torch.equal(tensor, full.to(tensor.dtype))
+    tensor.add_(1)  # the memory is its own
+    assert tensor.untyped_storage().nbytes() == tensor.nbytes

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autotp_plan.planner import check_shards, compile_plan, merge, presplit, reshard
-from autotp_plan.runtime.loading import weights
+from autotp_plan.runtime.loading import read_weights, weights
 from autotp_plan.schemas import documents
 from autotp_plan.schemas.errors import AutoTPError
 from autotp_plan.schemas.plan.document import Plan
@@ -64,7 +64,7 @@ def everything(folder: Path, out: Path) -> list[Callable[[], object]]:
     def load() -> None:
         source = weights.open_weights(folder, Plan.from_dict(plan), verify_checksums=True)
         for weight in source.of_rank(0):
-            weights.read_weight(weight, torch.device("cpu"), None)
+            read_weights.read_weight(weight, torch.device("cpu"), None)
 
     return [
         lambda: check_shards(folder),

@@ -1,0 +1,186 @@
+"""Reading one rank's weights: mapped, or straight into their memory, several at a time.
+
+A pre-split tensor that stays on the CPU is mapped, a page of it read when it is used and copied when it is written to.
+Every other tensor is read straight into its memory, or through small buffers on the way to another device or dtype: the
+rank never holds more than its shard and those buffers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from autotp_plan.runtime.loading.weights import DTYPES, Weight
+from autotp_plan.schemas.errors import CheckpointError, Fault
+from autotp_plan.schemas.storage.files import Reader, in_parts, local_path
+
+CHUNK_BYTES = 8 * 1024 * 1024
+READERS = 4
+"""Weights that are read at the same time; each may use two buffers of `CHUNK_BYTES`."""
+HUGE_BYTES = 4 * 1024 * 1024
+"""From this size on, memory is asked for in huge pages: the kernel hands it out several times faster."""
+
+
+def read_weights(
+    weights: Iterable[Weight], device: torch.device, dtypes: Mapping[str, torch.dtype]
+) -> Iterator[tuple[Weight, Tensor]]:
+    """Weights and their tensors, in order; while one is used, the next ones are read.
+
+    Args:
+        weights: of one rank.
+        device: the device of the tensors.
+        dtypes: what floating-point tensors are converted to, by name of the weight; others keep the dtype on disk.
+
+    Raises:
+        CheckpointError: a file ended early.
+    """
+    waiting: deque[tuple[Weight, Future[Tensor]]] = deque()
+    pool = ThreadPoolExecutor(READERS)
+    try:
+        for weight in weights:
+            waiting.append((weight, pool.submit(read_weight, weight, device, dtypes.get(weight.name))))
+            if len(waiting) > READERS:
+                first, tensor = waiting.popleft()
+                yield first, tensor.result()
+        while waiting:
+            first, tensor = waiting.popleft()
+            yield first, tensor.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def read_weight(weight: Weight, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+    """A rank's shard of a parameter as a tensor.
+
+    It is mapped, or read straight into its memory, where it can be; to another dtype or device it goes through a buffer
+    of `CHUNK_BYTES`.
+
+    Args:
+        weight: where it is.
+        device: the device of the tensor.
+        dtype: what a floating-point tensor is converted to; None keeps the dtype on disk, as other tensors do.
+
+    Raises:
+        CheckpointError: a file ended early.
+    """
+    stored = DTYPES[weight.dtype]
+    wanted = dtype if dtype is not None and stored.is_floating_point else stored
+    direct = wanted == stored and device.type == "cpu"
+    if direct and weight.mapped and weight.stored.size:
+        return _map(weight, stored)
+    if weight.full_shape is not None:
+        return _read_transposed(weight, weight.full_shape, device, wanted)
+    tensor = _empty(weight.shape, wanted, device)
+    try:
+        with Reader() as reader:
+            if direct:
+                reader.read_into(_memory(tensor), weight.byte_ranges())
+            elif device.type == "cuda":
+                _through_pinned_memory(tensor, weight, reader, stored)
+            else:
+                buffer = torch.empty(min(tensor.numel(), CHUNK_BYTES // stored.itemsize), dtype=stored)
+                done = 0
+                for data in reader.read_through(_memory(buffer), weight.byte_ranges()):
+                    count = len(data) // stored.itemsize
+                    tensor.view(-1)[done : done + count].copy_(buffer[:count])
+                    done += count
+    except EOFError as error:
+        raise CheckpointError(_short_read(weight, str(error))) from None
+    return tensor
+
+
+def _through_pinned_memory(tensor: Tensor, weight: Weight, reader: Reader, stored: torch.dtype) -> None:
+    """Fill a tensor on a CUDA device: one buffer is copied to the device while the next is read."""
+    side = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream(tensor.device))  # its memory may be in use until then
+    size = min(tensor.numel(), CHUNK_BYTES // stored.itemsize)
+    buffers = [torch.empty(size, dtype=stored, pin_memory=True) for _ in range(2)]
+    copied = [torch.cuda.Event() for _ in buffers]  # type: ignore[no-untyped-call]
+    done, number = 0, 0
+    for part in in_parts(weight.byte_ranges(), size * stored.itemsize):
+        buffer, event = buffers[number % 2], copied[number % 2]
+        event.synchronize()
+        count = sum(found.length for found in part) // stored.itemsize
+        reader.read_into(_memory(buffer[:count]), part)
+        with torch.cuda.stream(side):
+            tensor.view(-1)[done : done + count].copy_(buffer[:count], non_blocking=True)
+            event.record(side)
+        done, number = done + count, number + 1
+    side.synchronize()
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor whose values are not set."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _read_transposed(weight: Weight, full: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A rank's shard of a parameter that is transposed on disk, a matrix at a time."""
+    stored, layout = DTYPES[weight.dtype], weight.layout
+    rows, columns = full[-2:]
+    matrix = torch.empty((columns, rows), dtype=stored)
+    memory = _memory(matrix)
+    numbers = torch.arange(math.prod(full[:-2])).view(full[:-2])
+    if layout.dim is not None and layout.dim < len(full) - 2:  # of stacked matrices each rank has some
+        numbers = _share(numbers, layout.dim, weight)
+    tensor = _empty(weight.shape, dtype, device)
+    parts = tensor.view(-1, *weight.shape[-2:])
+    try:
+        with Reader() as reader:
+            for to, number in enumerate(numbers.flatten().tolist()):
+                reader.read_into(memory, weight.stored.slice(number * len(memory), len(memory)))
+                found = matrix.t()
+                if layout.dim is not None and layout.dim >= len(full) - 2:
+                    found = _share(found, layout.dim - (len(full) - 2), weight)
+                parts[to].copy_(found)
+    except EOFError as error:
+        raise CheckpointError(_short_read(weight, str(error))) from None
+    return tensor
+
+
+def _share(tensor: Tensor, dim: int, weight: Weight) -> Tensor:
+    """What the weight's rank has of `tensor` along `dim`."""
+    intervals = weight.layout.intervals[weight.tp_rank]
+    return torch.cat([tensor.narrow(dim, start, stop - start) for start, stop in intervals], dim)
+
+
+def _map(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """A pre-split shard as memory backed by its file. What is written to it stays in this process."""
+    ((file, position, size),) = weight.byte_ranges()
+    before = position % mmap.ALLOCATIONGRANULARITY
+    try:
+        with local_path(file).open("rb") as opened:
+            pages = mmap.mmap(opened.fileno(), before + size, access=mmap.ACCESS_COPY, offset=position - before)
+    except ValueError as error:  # it is shorter than its header said
+        raise CheckpointError(_short_read(weight, f"{file}: {error}")) from None
+    pages.madvise(mmap.MADV_WILLNEED)
+    return torch.frombuffer(pages, dtype=dtype, count=size // dtype.itemsize, offset=before).view(weight.shape)
+
+
+def _short_read(weight: Weight, got: str) -> Fault:
+    return Fault(
+        code="short-file",
+        what="a file ended early while it was read",
+        where=weight.name,
+        got=got,
+        expected=f"the {weight.stored.size} bytes of {weight.name}",
+        next="do not write to the folder while a job reads it",
+    )
