@@ -20,7 +20,7 @@ HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "safetensors", "num
 
 ROOMS = (
     "schemas", "schemas.plan", "schemas.storage", "schemas.shards",
-    "sources",
+    "sources.torch_files", "sources",
     "probes",
     "huggingface",
     "factories",

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from autotp_plan.planner.compiler import compile_plan
     from autotp_plan.planner.model.inventory import Inventory, inventory_of_folder, inventory_of_module
     from autotp_plan.planner.plan_checks import check_plan
+    from autotp_plan.planner.shards.convert import convert
     from autotp_plan.planner.shards.merge import check_shards, merge
     from autotp_plan.planner.shards.presplit import presplit
     from autotp_plan.planner.shards.reshard import reshard
@@ -26,6 +27,7 @@ __all__ = [
     "check_plan",
     "check_shards",
     "compile_plan",
+    "convert",
     "inventory_of_folder",
     "inventory_of_module",
     "merge",
@@ -41,6 +43,7 @@ _MODULES = {
     "check_plan": "autotp_plan.planner.plan_checks",
     "check_shards": "autotp_plan.planner.shards.merge",
     "compile_plan": "autotp_plan.planner.compiler",
+    "convert": "autotp_plan.planner.shards.convert",
     "inventory_of_folder": "autotp_plan.planner.model.inventory",
     "inventory_of_module": "autotp_plan.planner.model.inventory",
     "merge": "autotp_plan.planner.shards.merge",

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autotp_plan.schemas.storage.checkpoint import Checkpoint, holds_tensors, read_checkpoint, read_config
+from autotp_plan.schemas.storage.checkpoint import Checkpoint, read_config
 from autotp_plan.schemas.storage.files import StoredFile
+from autotp_plan.sources.weight_files import EXPLICIT_KEY, holds_weights, read_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,8 +32,8 @@ class ModelFolder:
 
     @property
     def holds_tensors(self) -> bool:
-        """Whether it has weights, and not a config.json alone."""
-        return holds_tensors(self.folder, self.elsewhere)
+        """Whether it has weights, and not a config.json alone. Raises as `config`."""
+        return holds_weights(self.folder, self.elsewhere) or EXPLICIT_KEY in (self.config() or {})
 
     def config(self) -> dict[str, Any] | None:
         """The parsed config.json; None when there is none.
@@ -59,8 +60,9 @@ def open_checkpoint(place: Place) -> Checkpoint:
     """The headers of a model's weights; no tensor is read.
 
     Raises:
-        CheckpointError: a file is missing, broken or does not hold what the index says.
+        CheckpointError: a file is missing, broken or does not hold what the index says; or `from_pretrained` would read
+            other weights than those in the folder.
         DocumentError: the index or config.json is not JSON.
     """
     found = model_folder(place)
-    return read_checkpoint(found.folder, found.elsewhere)
+    return read_weights(found.folder, found.elsewhere, found.config())

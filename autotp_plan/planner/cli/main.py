@@ -19,7 +19,7 @@ from autotp_plan.planner.cli.export import export, presets
 from autotp_plan.planner.cli.infer import TIMEOUT, infer, infer_with_limits, time_limit
 from autotp_plan.planner.cli.module_options import given_model, module_options
 from autotp_plan.planner.cli.output import not_written, reported, table_width
-from autotp_plan.planner.cli.shards import check_shards, merge, presplit, reshard
+from autotp_plan.planner.cli.shards import check_shards, convert, merge, presplit, reshard
 from autotp_plan.schemas.errors import AutoTPError, Fault, OutputError, visible
 from autotp_plan.schemas.shards.manifest import MANIFEST_NAME, PLAN_NAME
 
@@ -47,6 +47,7 @@ def main() -> None:
     autotp-plan check SHARDS
     autotp-plan merge SHARDS -o CHECKPOINT
     autotp-plan reshard SHARDS --tp 8 -o SHARDS_OF_8
+    autotp-plan convert BIN_CHECKPOINT -o CHECKPOINT
     """
 
 
@@ -312,3 +313,4 @@ main.add_command(presets)
 main.add_command(presplit)
 main.add_command(merge)
 main.add_command(reshard)
+main.add_command(convert)

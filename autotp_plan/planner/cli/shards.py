@@ -55,15 +55,42 @@ def presplit(plan_file: Path, checkpoint: str, output: Path, part: str | None, w
 @_QUIET
 @reported
 def merge(shards: Path, output: Path, workers: int, quiet: bool) -> None:
-    """Write the checkpoint that shards were made from: the same files, to the byte."""
+    """Write the checkpoint that shards were made from: the same files, to the byte; of .bin files their safetensors."""
     from autotp_plan.planner.plan_table import human_bytes
+    from autotp_plan.planner.shards.merge import converted_from
     from autotp_plan.planner.shards.merge import merge as run
+    from autotp_plan.schemas.shards.folder import read_shards
 
     started = time.monotonic()
     with progress("merge", quiet) as shown:
         size = run(shards, output, workers=workers, progress=shown)
     if not quiet:
         click.echo(f"{output}: the checkpoint, {human_bytes(size)} in {time.monotonic() - started:.1f} s")
+        torch_files = converted_from(read_shards(shards))
+        if torch_files:
+            click.echo(f"{output}: written as safetensors; the original was {_some(torch_files)}")
+
+
+@click.command()
+@click.argument("checkpoint", metavar="CHECKPOINT")
+@click.option("-o", "--output", type=_FILE, required=True, help="New folder for the checkpoint, or one to continue.")
+@_WORKERS
+@_QUIET
+@reported
+def convert(checkpoint: str, output: Path, workers: int, quiet: bool) -> None:
+    """Write a checkpoint of .bin files (pytorch_model.bin) as safetensors, without running what is in them.
+
+    `compile`, `presplit` and training read .bin files as they are: this is for other programs. Stopped at any moment,
+    the same command continues with the files that are missing.
+    """
+    from autotp_plan.planner.plan_table import human_bytes
+    from autotp_plan.planner.shards.convert import convert as run
+
+    started = time.monotonic()
+    with progress("convert", quiet) as shown:
+        size = run(checkpoint, output, workers=workers, progress=shown)
+    if not quiet:
+        click.echo(f"{output}: safetensors, {human_bytes(size)} in {time.monotonic() - started:.1f} s")
 
 
 @click.command()
@@ -103,6 +130,10 @@ def check_shards(folder: Path) -> None:
     size = sum(file.size for file in shards.manifest.files)
     files = f"{len(shards.manifest.files)} files, {human_bytes(size)} for {shards.plan.tp_size} ranks"
     click.echo(f"{folder}: sound, every checksum is right ({files})")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
 def _report(manifest: Manifest, output: Path, started: float, quiet: bool) -> None:

@@ -27,6 +27,7 @@ from autotp_plan.schemas.storage.checkpoint import Checkpoint, planned_config
 from autotp_plan.schemas.storage.plan_fit import exchanged, is_tied_on_disk
 from autotp_plan.schemas.storage.safetensors_header import TensorEntry
 from autotp_plan.sources.model_folder import model_folder
+from autotp_plan.sources.weight_files import unread_weights
 
 _DTYPES = {
     "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
@@ -106,7 +107,10 @@ def take_inventory(model: ModelInput, names: DiskNames) -> Inventory:
     if not model.is_folder:
         return inventory_of_module(model.module, names)
     refuse_quantised(model.config, (), model.folder.folder)
-    notes = () if names_a_dtype(model.config or {}) else (_NO_DTYPE,)
+    notes: tuple[str, ...] = () if names_a_dtype(model.config or {}) else (_NO_DTYPE,)
+    unread = unread_weights(model.folder.folder)
+    if unread:
+        notes += (f"The plan is made from config.json alone. Not read: {unread}.",)
     return dataclasses.replace(inventory_of_module(model.module, names), config=model.config, notes=notes)
 
 
@@ -214,7 +218,7 @@ def _of_checkpoint(checkpoint: Checkpoint, config: dict[str, Any] | None, names:
     faults += [_lost_fault(disk, to) for disk, to in dropped.items() if to not in parameters]
     if faults:
         raise CheckpointError(faults)
-    notes = tuple(
+    notes = checkpoint.notes + tuple(
         f"{name} is on disk but tied to {to}: only the latter is used." for name, to in sorted(dropped.items())
     )
     notes += tuple(

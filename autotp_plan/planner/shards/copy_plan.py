@@ -11,6 +11,7 @@ from autotp_plan.schemas.plan.document import Parameter
 from autotp_plan.schemas.shards.folder import ShardsFolder
 from autotp_plan.schemas.shards.output_file import OutputFile
 from autotp_plan.schemas.storage.byte_ranges import ByteRanges
+from autotp_plan.schemas.storage.files import File
 from autotp_plan.schemas.storage.safetensors_header import item_size
 
 
@@ -101,7 +102,7 @@ def stored_shards(parameter: Parameter, shards: ShardsFolder) -> tuple[StoredSha
     return tuple(found)
 
 
-def file_copy(path: Path, target: Path, size: int) -> FileGroup:
+def file_copy(path: File, target: Path, size: int) -> FileGroup:
     """A file that is copied as it is."""
     sources, targets = ((full_tensor(ByteRanges.of_file(file, size)),) for file in (path, target))
     return FileGroup([OutputFile(target, size)], [TensorCopy(size, sources, targets)])

@@ -25,7 +25,7 @@ from autotp_plan.planner.shards.copy_plan import (
 from autotp_plan.planner.shards.folder_writer import check_options
 from autotp_plan.schemas.errors import AutoTPError, Fault, ShardsError
 from autotp_plan.schemas.shards.folder import ShardsFolder, read_shards
-from autotp_plan.schemas.shards.manifest import INDEX_COPY_NAME
+from autotp_plan.schemas.shards.manifest import INDEX_COPY_NAME, Source
 from autotp_plan.schemas.shards.origin import CopiedFile, copied_files, source_of
 from autotp_plan.schemas.shards.output_file import OutputFile
 from autotp_plan.schemas.shards.output_folder import OutputFolder
@@ -35,6 +35,7 @@ from autotp_plan.schemas.storage.checksum import Progress
 from autotp_plan.schemas.storage.files import ByteRange, File, local_path
 from autotp_plan.schemas.storage.plan_fit import parameter_faults
 from autotp_plan.schemas.storage.safetensors_header import (
+    CONVERTED_FROM,
     SafetensorsFile,
     TensorEntry,
     parse_header,
@@ -76,7 +77,7 @@ def merge(
     total = sum(tensor.size for tensor in tensors) + sum(file.size for file in copied)
     sizes = {file.path.name: file.size for file in originals} | {file.name: file.size for file in copied}
     task = {"command": "merge", "plan": shards.plan.fingerprint, "source": shards.manifest.source.fingerprint}
-    if not _is_finished(output, sizes, shards):
+    if not is_finished(output, sizes, shards.manifest.source):
         with OutputFolder(output, task, "merge") as folder:
             folder.resume(sizes, workers, progress)
             small = (file_copy(file.path, output / file.name, file.size) for file in copied)
@@ -86,12 +87,19 @@ def merge(
     return sum(sizes.values())
 
 
-def _is_finished(output: Path, sizes: dict[str, int], shards: ShardsFolder) -> bool:
-    """Whether `output` holds all of the checkpoint already: an earlier attempt was stopped as it ended."""
+def converted_from(shards: ShardsFolder) -> list[str]:
+    """The files of `torch.save` that the checkpoint was read from; empty where it was of safetensors."""
+    files = shards.manifest.source.files
+    headers = (parse_header(shards.path / file.name, file.header).metadata or {} for file in files)
+    return [metadata[CONVERTED_FROM] for metadata in headers if CONVERTED_FROM in metadata]
+
+
+def is_finished(output: Path, sizes: dict[str, int], source: Source) -> bool:
+    """Whether `output` holds all of a checkpoint already: an earlier attempt was stopped as it ended."""
     try:
         if {path.name: path.stat().st_size for path in output.iterdir()} != sizes:
             return False
-        return source_of(read_checkpoint(output)) == shards.manifest.source
+        return source_of(read_checkpoint(output)) == source
     except (AutoTPError, OSError):
         return False
 

@@ -18,8 +18,8 @@ from autotp_plan.schemas.errors import CheckpointError, Fault, MismatchError
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.folder import ShardsFolder
 from autotp_plan.schemas.shards.manifest import INDEX_COPY_NAME, MANIFEST_NAME, PLAN_NAME, ShardFile, Source, SourceFile
-from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
-from autotp_plan.schemas.storage.files import Reader, Span
+from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, Checkpoint
+from autotp_plan.schemas.storage.files import File, Reader, Span, file_size
 from autotp_plan.schemas.storage.safetensors_header import SafetensorsFile, TensorEntry, parse_header
 
 MAX_COPIED_BYTES = 256 * 1024 * 1024
@@ -35,7 +35,7 @@ class CopiedFile(NamedTuple):
     """A file that is copied as it is: its name in a shards folder, where it lies now, and its size in bytes."""
 
     name: str
-    path: Path
+    path: File
     size: int
 
 
@@ -48,19 +48,19 @@ class Original:
     copied: tuple[CopiedFile, ...]
 
 
-def original_of_checkpoint(checkpoint: Checkpoint, plan: Plan) -> Original:
-    """What is not sharded of a checkpoint on disk.
+def original_of_checkpoint(checkpoint: Checkpoint, plan: Plan | None) -> Original:
+    """What is not sharded of a checkpoint on disk; without a plan all of it.
 
     Raises:
         MismatchError: a file has a name that a manifest cannot hold.
         CheckpointError: a file cannot be read.
     """
-    used = {name for parameter in plan.expanded() for name in parameter.names_on_disk()}
+    used = set() if plan is None else {name for one in plan.expanded() for name in one.names_on_disk()}
     try:
         return Original(
             source=source_of(checkpoint),
             unused=tuple(tensor for file in checkpoint.files for tensor in file.tensors if tensor.name not in used),
-            copied=tuple(_small_files(checkpoint.folder)),
+            copied=tuple(small_files(checkpoint)),
         )
     except (OSError, EOFError) as error:
         raise CheckpointError(
@@ -95,11 +95,11 @@ def copied_files(shards: ShardsFolder) -> list[ShardFile]:
     return sorted(files, key=lambda file: (file.name in (CONFIG_NAME, INDEX_COPY_NAME), file.name))
 
 
-def _small_files(folder: Path) -> Iterator[CopiedFile]:
+def small_files(checkpoint: Checkpoint) -> Iterator[CopiedFile]:
     """The index, and all small files that hold no weights (config, tokenizer, generation), in name order."""
-    if (folder / INDEX_NAME).exists():
-        yield CopiedFile(INDEX_COPY_NAME, folder / INDEX_NAME, (folder / INDEX_NAME).stat().st_size)
-    for path in sorted(folder.iterdir()):
+    if checkpoint.index is not None:
+        yield CopiedFile(INDEX_COPY_NAME, checkpoint.index, file_size(checkpoint.index))
+    for path in sorted(checkpoint.folder.iterdir()):
         left_out = path.suffix in _WEIGHTS or path.name.endswith(".index.json") or path.name in _OURS
         hidden = path.name.startswith(".") or not path.name.isprintable() or "\\" in path.name
         if not left_out and not hidden and path.is_file() and path.stat().st_size <= MAX_COPIED_BYTES:

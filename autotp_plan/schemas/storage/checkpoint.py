@@ -30,12 +30,18 @@ _NOT_HASHED = frozenset(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """The files of a checkpoint in name order, its tensors by name, and its config.json."""
+    """The files of a checkpoint in name order, its tensors by name, and its config.json.
+
+    `index` says which tensor is in which file; None where there is one file and no index. `notes` say what a user might
+    not expect of the files that were chosen.
+    """
 
     folder: Path
     files: tuple[SafetensorsFile, ...]
     tensors: dict[str, TensorEntry]
     config: dict[str, Any] | None
+    index: File | None = None
+    notes: tuple[str, ...] = ()
 
 
 NOTHING_ELSEWHERE: Mapping[str, StoredFile] = {}
@@ -43,15 +49,19 @@ NOTHING_ELSEWHERE: Mapping[str, StoredFile] = {}
 
 def holds_tensors(folder: Path, elsewhere: Mapping[str, StoredFile] = NOTHING_ELSEWHERE) -> bool:
     """Whether `folder` has safetensors files of a model, as `read_checkpoint` reads them."""
-    return (folder / INDEX_NAME).exists() or (folder / SINGLE_NAME).exists() or SINGLE_NAME in elsewhere
+    return _has_single(folder, elsewhere) or (folder / INDEX_NAME).exists()
+
+
+def _has_single(folder: Path, elsewhere: Mapping[str, StoredFile]) -> bool:
+    return (folder / SINGLE_NAME).exists() or SINGLE_NAME in elsewhere
 
 
 def read_checkpoint(folder: Path, elsewhere: Mapping[str, StoredFile] = NOTHING_ELSEWHERE) -> Checkpoint:
     """The checkpoint in a folder: headers are read, tensors are not.
 
     Args:
-        folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files that it names. Files may be
-            symbolic links, as in a download cache.
+        folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files that it names; of both the
+            first is read, as `from_pretrained` does. Files may be symbolic links, as in a download cache.
         elsewhere: files that are not in the folder, by name.
 
     Raises:
@@ -59,15 +69,33 @@ def read_checkpoint(folder: Path, elsewhere: Mapping[str, StoredFile] = NOTHING_
         DocumentError: the index is not JSON.
     """
     weight_map: dict[str, str] | None = None
-    if (folder / INDEX_NAME).exists():
-        weight_map = _weight_map(folder / INDEX_NAME)
-        names = sorted(set(weight_map.values()))
-    elif holds_tensors(folder, elsewhere):
+    if _has_single(folder, elsewhere):
         names = [SINGLE_NAME]
+    elif (folder / INDEX_NAME).exists():
+        weight_map = read_weight_map(folder / INDEX_NAME)
+        names = sorted(set(weight_map.values()))
     else:
-        raise CheckpointError(_no_weights(folder))
+        raise CheckpointError(no_weights(folder))
     with concurrent.futures.ThreadPoolExecutor(32 if elsewhere else 8) as pool:
         files = tuple(pool.map(lambda name: read_header(elsewhere.get(name) or folder / name), names))
+    return checkpoint_of(folder, files, None if weight_map is None else folder / INDEX_NAME, weight_map or {})
+
+
+def checkpoint_of(
+    folder: Path, files: tuple[SafetensorsFile, ...], index: File | None, weight_map: Mapping[str, str]
+) -> Checkpoint:
+    """The checkpoint that files make up.
+
+    Args:
+        folder: where they are; it may have a config.json.
+        files: in name order.
+        index: where `weight_map` is from; None for a single file.
+        weight_map: file names by tensor name.
+
+    Raises:
+        CheckpointError: a tensor is in two files, or not in the one that the index names.
+        DocumentError: config.json is not JSON.
+    """
     tensors: dict[str, TensorEntry] = {}
     faults: list[Fault] = []
     for file in files:
@@ -75,11 +103,11 @@ def read_checkpoint(folder: Path, elsewhere: Mapping[str, StoredFile] = NOTHING_
             if tensor.name in tensors:
                 faults.append(_index_fault(file.path, f"{tensor.name}, also in {tensors[tensor.name].file.name}"))
             tensors[tensor.name] = tensor
-    if weight_map is not None:
-        faults.extend(_index_faults(folder / INDEX_NAME, weight_map, tensors))
+    if index is not None:
+        faults.extend(_index_faults(index, weight_map, tensors))
     if faults:
         raise CheckpointError(faults)
-    return Checkpoint(folder=folder, files=files, tensors=tensors, config=read_config(folder))
+    return Checkpoint(folder=folder, files=files, tensors=tensors, config=read_config(folder), index=index)
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
@@ -121,8 +149,14 @@ def config_hash(config: dict[str, Any] | None) -> str | None:
     return None if config is None else documents.fingerprint(planned_config(config))
 
 
-def _weight_map(path: Path) -> dict[str, str]:
-    index = documents.read_json(path, "safetensors index", plain=True)
+def read_weight_map(path: Path) -> dict[str, str]:
+    """File names by tensor name, of an index.
+
+    Raises:
+        CheckpointError: it has none, or names files outside of the folder.
+        DocumentError: it is not JSON.
+    """
+    index = documents.read_json(path, "checkpoint index", plain=True)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
         raise CheckpointError(_index_fault(path, "no weight_map of file names by tensor name"))
@@ -134,7 +168,7 @@ def _weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _index_faults(index: Path, weight_map: dict[str, str], tensors: dict[str, TensorEntry]) -> Iterator[Fault]:
+def _index_faults(index: File, weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry]) -> Iterator[Fault]:
     for name, file_name in weight_map.items():
         if name not in tensors or tensors[name].file.name != file_name:
             yield _index_fault(index, f"{name}, which is not in {file_name}")
@@ -153,7 +187,8 @@ def _index_fault(where: File, got: str) -> Fault:
     )
 
 
-def _no_weights(folder: Path) -> Fault:
+def no_weights(folder: Path) -> Fault:
+    """The fault of a folder without weights that can be read."""
     if not folder.is_dir():
         got = "no such folder" if not folder.exists() else "a file"
     else:
@@ -164,6 +199,7 @@ def _no_weights(folder: Path) -> Fault:
         what="there is no safetensors checkpoint here",
         where=str(folder),
         got=got,
-        expected=f"{SINGLE_NAME}, or {INDEX_NAME} and the files it names",
-        next="give the folder that save_pretrained wrote; convert .bin files with safetensors first",
+        expected=f"{SINGLE_NAME}, or {INDEX_NAME} and the files it names; or pytorch_model.bin",
+        next="give the folder that save_pretrained wrote; a state dict that torch.save wrote under another name must "
+        "be called pytorch_model.bin",
     )

@@ -9,6 +9,7 @@ import itertools
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Protocol
@@ -46,7 +47,32 @@ class StoredFile(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class MadeFile:
+    """A file that is nowhere but in memory: `data` (a `StoredFile`)."""
+
+    name: str
+    data: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def read_into(self, target: memoryview, spans: Sequence[Span], reader: Reader) -> None:
+        for start, length in spans:
+            target[:length] = self.data[start : start + length]
+            target = target[length:]
+
+
 File = Path | StoredFile
+
+
+def file_size(file: File) -> int:
+    """Bytes. Raises OSError."""
+    return file.stat().st_size if isinstance(file, Path) else file.size
 
 
 def local_path(file: File) -> Path:

@@ -24,6 +24,9 @@ MAX_HEADER_BYTES = 100_000_000
 FIRST_READ_BYTES = 8192
 """What is read first of a file far away: the header of most files of large models is shorter."""
 
+CONVERTED_FROM = "converted_from"
+"""Where the metadata of a header says which file of `torch.save` the tensors were read from."""
+
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
