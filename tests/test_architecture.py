@@ -20,7 +20,7 @@ HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "safetensors", "num
 
 ROOMS = (
     "schemas", "schemas.plan", "schemas.storage", "schemas.shards",
-    "sources.torch_files", "sources",
+    "sources.transfer", "sources.torch_files", "sources.places", "sources",
     "probes",
     "huggingface",
     "factories",

@@ -227,7 +227,13 @@ def _compile(given: ModelInput, rules: RuleSet, options: _Options) -> Plan:
     resolution = resolve(model.inventory, rules, model.symbols, model.num_layers, options.tp_size, options.uneven)
     folded = fold_plan(model.inventory, resolution, options.tp_size)
     notes = (*rules.notes, *model.inventory.notes, *resolution.notes, *notes_on_gradients(resolution.undecided))
-    plan = dataclasses.replace(folded, ignored=model.ignored, runtime=_runtime_options(options.deepspeed), notes=notes)
+    plan = dataclasses.replace(
+        folded,
+        model=dataclasses.replace(folded.model, repository=given.repository),
+        ignored=model.ignored,
+        runtime=_runtime_options(options.deepspeed),
+        notes=notes,
+    )
     if options.deepspeed is not None and options.deepspeed.partition_config is not None and rules.preset is not None:
         added = notes_on_partition_config(plan, str(rules.preset.name))
         plan = dataclasses.replace(plan, notes=(*plan.notes, *added))

@@ -205,7 +205,8 @@ def describe(plan: Plan) -> list[str]:
     least, most = min(totals.per_rank), max(totals.per_rank)
     held = human_bytes(most) if least == most else f"{human_bytes(least)} to {human_bytes(most)}"
     copies = sum(totals.per_rank) - totals.total
-    lines = [
+    lines = [f"compiled from {plan.model.repository}"] if plan.model.repository else []
+    lines += [
         f"each rank holds {held} of {human_bytes(totals.total)} ({most / max(1, totals.total):.1%}; an even share of "
         f"everything is {1 / plan.tp_size:.1%}, {human_bytes(totals.total // plan.tp_size)})",
         f"replicated: {human_bytes(totals.replicated)} on every rank, {human_bytes(copies)} of copies over all ranks",

@@ -1,31 +1,25 @@
-"""A model's files: the small ones in a folder of this machine, the weights there or elsewhere."""
+"""From what a user gave to a model's files: the one place that decides what a string means."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from autotp_plan.schemas.storage.checkpoint import Checkpoint, read_config
-from autotp_plan.schemas.storage.files import StoredFile
+from autotp_plan.sources.places.bucket import bucket_folder
+from autotp_plan.sources.places.found_folder import FoundFolder
+from autotp_plan.sources.places.hub import hub_folder
+from autotp_plan.sources.places.location import HubLocation, parse_location
+from autotp_plan.sources.places.web_folder import web_folder
 from autotp_plan.sources.weight_files import EXPLICIT_KEY, holds_weights, read_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelFolder:
-    """Where a model is.
-
-    Attributes:
-        given: what the user gave: faults point to it.
-        folder: holds config.json, the index and the tokenizer; and the weights that `elsewhere` does not name.
-        elsewhere: files with weights that are not in `folder`, by name.
-    """
-
-    given: str
-    folder: Path
-    elsewhere: Mapping[str, StoredFile] = field(default_factory=dict)
+class ModelFolder(FoundFolder):
+    """Where a model is, and whether it has a config and weights."""
 
     def __str__(self) -> str:
         return self.given
@@ -46,14 +40,31 @@ class ModelFolder:
 
 
 Place = str | os.PathLike[str] | ModelFolder
-"""A model as it is given: a folder, or one that was found already."""
+"""A model as it is given: a path, an id of the hub, a URL; or one that was found already."""
 
 
 def model_folder(place: Place) -> ModelFolder:
-    """The folder that a user named."""
+    """Where the files of a model are that a user named.
+
+    Args:
+        place: a folder; `org/name`, `org/name@revision` or `hf://org/name@revision/sub/folder`, a repository of the
+            hub; or a URL of a folder with the files. Of the last two config.json and the index are fetched.
+
+    Raises:
+        OptionError: it names no model.
+        CheckpointError: a repository or folder far away cannot be read.
+        MissingDependencyError: the package that reads from there is not installed.
+    """
     if isinstance(place, ModelFolder):
         return place
-    return ModelFolder(given=str(place), folder=Path(place))
+    location = parse_location(place)
+    if isinstance(location, Path):
+        return ModelFolder(given=str(place), folder=location)
+    if isinstance(location, HubLocation):
+        found = hub_folder(location)
+    else:
+        found = web_folder(location) if location.is_web else bucket_folder(location)
+    return ModelFolder(**{entry.name: getattr(found, entry.name) for entry in dataclasses.fields(found)})
 
 
 def open_checkpoint(place: Place) -> Checkpoint:
@@ -61,7 +72,7 @@ def open_checkpoint(place: Place) -> Checkpoint:
 
     Raises:
         CheckpointError: a file is missing, broken or does not hold what the index says; or `from_pretrained` would read
-            other weights than those in the folder.
+            other weights than those in the folder; or as `model_folder`.
         DocumentError: the index or config.json is not JSON.
     """
     found = model_folder(place)

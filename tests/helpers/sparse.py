@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, INDEX_NAME
+from autotp_plan.schemas.storage.plan_fit import exchanged
 from autotp_plan.schemas.storage.safetensors_header import header_bytes, num_bytes
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -91,3 +93,17 @@ def write_sparse_checkpoint(folder: Path, config: Mapping[str, Any], tensors: Te
     (folder / INDEX_NAME).write_text(index_text)
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2))
     return total
+
+
+def planned_tensors(plan: Plan) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The tensors of the checkpoint that a plan is for. Those that are concatenated are of the same size each."""
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for parameter in plan.expanded():
+        shape, names = plan.shape_of(parameter), parameter.names_on_disk()
+        if parameter.sources is not None:
+            rows, *rest = shape[1:] if parameter.sources.stacked else shape
+            shape = (rows // len(parameter.sources.names), *rest)
+        elif parameter.transposed:
+            shape = exchanged(shape)
+        found.update(dict.fromkeys(names, (parameter.dtype, shape)))
+    return found

@@ -9,6 +9,7 @@ from typing import Any
 
 from autotp_plan.factories.module_factory import ModuleFactory
 from autotp_plan.huggingface.meta_model import build_model, parameters_and_buffers
+from autotp_plan.schemas.plan.entries import Repository
 from autotp_plan.schemas.storage.checkpoint import Checkpoint
 from autotp_plan.sources.model_folder import ModelFolder, open_checkpoint
 
@@ -33,6 +34,11 @@ class ModelInput:
         """The folder that was given, where it is one."""
         assert isinstance(self.given, ModelFolder), f"{self.where} is not a folder"
         return self.given
+
+    @property
+    def repository(self) -> Repository | None:
+        """Where on the hub the folder's files are from; None where they are not."""
+        return self.folder.repository if self.is_folder else None
 
     @property
     def where(self) -> str:

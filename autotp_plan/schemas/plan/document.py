@@ -26,6 +26,7 @@ from autotp_plan.schemas.plan.entries import (
     Parameter,
     PlanEntries,
     PlannedModule,
+    Repository,
     RuntimeOptions,
     Sources,
     Style,
@@ -44,6 +45,7 @@ __all__ = [
     "Parameter",
     "Plan",
     "PlannedModule",
+    "Repository",
     "RuntimeOptions",
     "Sources",
     "Style",
@@ -84,7 +86,8 @@ class Plan(PlanEntries):
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON value of the plan, fingerprint and stamp included."""
-        data = {**self._covered, "fingerprint": self.fingerprint}
+        data = {key: value for key, value in self._data.items() if key != "verified"}
+        data["fingerprint"] = self.fingerprint
         return data if self.verified is None else {**data, "verified": encode(self.verified)}
 
     def to_json(self) -> str:
@@ -93,14 +96,18 @@ class Plan(PlanEntries):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """`sha256:` and the hash over everything but the stamp."""
-        return documents.fingerprint(self._covered)
+        """`sha256:` and the hash over everything but the stamp and the repository."""
+        return documents.fingerprint(_covered(self._data))
 
     @property
-    def _covered(self) -> dict[str, Any]:
-        """What the fingerprint covers: all but itself and the stamp."""
-        data = {"format": FORMAT, "version": self.version, **encode(self)}
-        return {key: value for key, value in data.items() if key != "verified"}
+    def _data(self) -> dict[str, Any]:
+        return {"format": FORMAT, "version": self.version, **encode(self)}
+
+
+def _covered(data: dict[str, Any]) -> dict[str, Any]:
+    """What the fingerprint covers: what the plan says, and not where it was compiled or that it was proven."""
+    kept = {key: value for key, value in data.items() if key not in ("fingerprint", "verified")}
+    return {**kept, "model": {key: value for key, value in data["model"].items() if key != "repository"}}
 
 
 def _check_version(data: Any) -> None:
@@ -120,8 +127,7 @@ def _check_version(data: Any) -> None:
 
 
 def _fingerprint_faults(data: dict[str, Any]) -> list[Fault]:
-    covered = {key: value for key, value in data.items() if key not in ("fingerprint", "verified")}
-    actual = documents.fingerprint(covered)
+    actual = documents.fingerprint(_covered(data))
     proved = data.get("verified", {}).get("plan", actual)
     if actual == data["fingerprint"] == proved:
         return []

@@ -25,15 +25,31 @@ Operation = Literal["copy", "reduce", "split"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Repository:
+    """A commit of a repository of the hub, and the folder in it that holds the model; empty for the top."""
+
+    name: str
+    commit: str
+    folder: str = ""
+
+    def __str__(self) -> str:
+        return f"hf://{self.name}@{self.commit}" + (f"/{self.folder}" if self.folder else "")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelIdentity:
     """Which model a plan is for: names, its config (without the keys that no layout depends on), and a hash of its
     parameters.
+
+    `repository` says where on the hub it was compiled from. It does not tell plans apart: the same model in a folder,
+    or at another commit, has the same plan.
     """
 
     model_type: str | None
     architecture: str | None
     config: dict[str, Any] | None
     inventory: str
+    repository: Repository | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -100,10 +100,20 @@ def small_files(checkpoint: Checkpoint) -> Iterator[CopiedFile]:
     if checkpoint.index is not None:
         yield CopiedFile(INDEX_COPY_NAME, checkpoint.index, file_size(checkpoint.index))
     for path in sorted(checkpoint.folder.iterdir()):
-        left_out = path.suffix in _WEIGHTS or path.name.endswith(".index.json") or path.name in _OURS
-        hidden = path.name.startswith(".") or not path.name.isprintable() or "\\" in path.name
-        if not left_out and not hidden and path.is_file() and path.stat().st_size <= MAX_COPIED_BYTES:
+        if path.is_file() and is_copied(path.name, path.stat().st_size):
             yield CopiedFile(path.name, path, path.stat().st_size)
+
+
+def is_copied(name: str, size: int) -> bool:
+    """Whether a file of a checkpoint is copied as it is: it holds no weights, and is not large."""
+    left_out = Path(name).suffix in _WEIGHTS or name.endswith(".index.json") or name in _OURS
+    hidden = name.startswith(".") or not name.isprintable() or "\\" in name
+    return not left_out and not hidden and size <= MAX_COPIED_BYTES
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file holds weights, by its name."""
+    return Path(name).suffix in _WEIGHTS
 
 
 def source_of(checkpoint: Checkpoint) -> Source:

@@ -1,0 +1,93 @@
+"""Models in buckets: a real S3 server on loopback, read by s3fs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autotp_plan.planner import check_checkpoint, compile_plan, presplit
+from autotp_plan.schemas.errors import AutoTPError
+from autotp_plan.sources.model_folder import open_checkpoint
+from autotp_plan.sources.transfer import persistence
+from tests.helpers.checkpoints import write_llama
+
+pytest.importorskip("s3fs")
+moto_server = pytest.importorskip("moto.server")
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A bucket of the server, through s3fs, which finds it as users tell it to."""
+    import s3fs
+
+    for name, value in (
+        ("AWS_ENDPOINT_URL", endpoint),
+        ("AWS_ACCESS_KEY_ID", "testing"),
+        ("AWS_SECRET_ACCESS_KEY", "testing"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+        ("AWS_EC2_METADATA_DISABLED", "true"),
+    ):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(persistence, "FIRST_WAIT", 0.01)
+    s3fs.S3FileSystem.clear_instance_cache()
+    system = s3fs.S3FileSystem()
+    system.mkdir("models")
+    yield system
+    system.rm("models", recursive=True)
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_model_in_a_bucket(bucket: Any, tmp_path: Path) -> None:
+    folder = write_llama(tmp_path / "llama", num_files=3)
+    (folder / "tokenizer.json").write_text("{}")
+    for path in folder.iterdir():
+        bucket.put_file(str(path), f"models/org/llama/{path.name}")
+    local = compile_plan(folder, tp_size=2)
+    plan = compile_plan("s3://models/org/llama", tp_size=2)
+    assert plan == local
+    assert check_checkpoint(plan, "s3://models/org/llama/") == []
+    presplit(plan, "s3://models/org/llama", tmp_path / "shards")
+    presplit(plan, folder, tmp_path / "local")
+    for path in (tmp_path / "local").iterdir():
+        assert (tmp_path / "shards" / path.name).read_bytes() == path.read_bytes()
+    assert (tmp_path / "shards" / "tokenizer.json").exists()
+
+
+def test_what_a_bucket_refuses(bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    def code(place: str) -> str:
+        with pytest.raises(AutoTPError) as raised:
+            open_checkpoint(place)
+        (fault,) = raised.value.faults
+        assert fault.where.startswith(place)
+        return fault.code
+
+    assert code("s3://models/nothing") == "bucket-not-there"
+    assert code("s3://no-such-bucket/x") == "bucket-not-there"
+    assert code("nosuch://models/x") == "unknown-place"
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert code("s3://models/x") == "bucket-refused"
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert code("s3://models/x") == "bucket-unreadable"
