@@ -115,7 +115,9 @@ def dataset(
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(model_folder(shards).folder))
+        place = model_folder(shards)
+        place.complete()
+        tokenizer = AutoTokenizer.from_pretrained(str(place.folder))
     except (OSError, ValueError) as error:
         raise MismatchError(
             Fault(

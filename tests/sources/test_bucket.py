@@ -89,5 +89,8 @@ def test_what_a_bucket_refuses(bucket: Any, tmp_path: Path, monkeypatch: pytest.
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr("autotp_plan.sources.places.bucket.ATTEMPTS", 1)
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     s3fs.S3FileSystem.clear_instance_cache()
-    assert code("s3://models/x") == "bucket-unreadable"
+    assert code("s3://models/x") == "server-unreachable"

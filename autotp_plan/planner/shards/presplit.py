@@ -22,7 +22,7 @@ from autotp_plan.schemas.shards.parts import Part
 from autotp_plan.schemas.storage.byte_ranges import ByteRanges
 from autotp_plan.schemas.storage.checksum import Progress
 from autotp_plan.schemas.storage.plan_fit import checkpoint_faults
-from autotp_plan.sources.model_folder import Place, open_checkpoint
+from autotp_plan.sources.model_folder import Place, model_folder, open_checkpoint
 
 
 @overload
@@ -63,7 +63,8 @@ def presplit(
 
     Args:
         plan: the plan.
-        checkpoint_folder: the checkpoint that it was compiled for.
+        checkpoint_folder: the checkpoint that it was compiled for: a folder, an id of the hub or a URL. From far away
+            its weights are fetched once, and not stored.
         output: a new folder, or one that an earlier attempt with the same plan and checkpoint did not finish: then its
             complete files are verified and kept, and what is missing is written.
         max_file_bytes: a rank's tensors are spread over several files when they are more than this.
@@ -83,10 +84,12 @@ def presplit(
     """
     output = Path(output)
     checked = None if part is None else Part.checked(*part)
-    checkpoint = open_checkpoint(checkpoint_folder)
+    place = model_folder(checkpoint_folder)
+    checkpoint = open_checkpoint(place)
     faults = check_plan(plan) + checkpoint_faults(plan, checkpoint)
     if faults:
         raise MismatchError(faults)
+    place.complete()
     original = original_of_checkpoint(checkpoint, plan)
     sources = {
         parameter.name: (full_tensor(ByteRanges.of([checkpoint.tensors[name] for name in parameter.names_on_disk()])),)

@@ -94,6 +94,7 @@ def original_of(like: ModelFolder, plan: Plan) -> Original:
     """What is not sharded of the checkpoint or shards folder `like`."""
     if (like.folder / MANIFEST_NAME).exists():
         return original_of_shards(read_shards(like.folder))
+    like.complete()
     return original_of_checkpoint(open_checkpoint(like), plan)
 
 

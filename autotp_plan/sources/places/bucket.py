@@ -19,8 +19,8 @@ from autotp_plan.sources.transfer.persistence import Again, persist
 from autotp_plan.sources.transfer.temporary_folder import TemporaryFolder
 
 _T = TypeVar("_T")
-_ATTEMPTS = 4
-"""How often in a row a range may fail; the packages make requests again themselves."""
+ATTEMPTS = 2
+"""How often in a row a range may fail: the packages make requests again themselves."""
 _REFUSALS = ("NoCredentials", "CredentialRetrieval", "Auth", "Permission", "Forbidden", "AccessDenied")
 
 
@@ -116,7 +116,7 @@ def _asked(where: str, call: Callable[[], _T]) -> _T:
                 raise CheckpointError(_fault(where, error)) from None
             raise Again(_text(error)) from None
 
-    persist(attempt, where, attempts=_ATTEMPTS)
+    persist(attempt, where, attempts=ATTEMPTS)
     return found[0]
 
 
