@@ -1,7 +1,8 @@
 """Configs of public models of 2024 to 2026: each is planned, or refused in a true sentence; no traceback.
 
 `real_configs.json` holds what a config.json says of the model's architecture, where that was read, and what becomes of
-it without inference: `preset`, `tp_plan`, or the code of the fault.
+it without inference: `preset`, `tp_plan`, or the code of the fault. Of a quantised checkpoint it also holds what
+becomes of the same model `unquantised`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ INFERRED = (
     "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16",
     "nvidia/NVIDIA-Nemotron-3-Ultra-550B-A55B-BF16",
     "nvidia/Nemotron-H-56B-Base-8K",
+    "nvidia/Nemotron-H-8B-Base-8K",
+    "ibm-granite/granite-4.0-h-small",
+    "tiiuae/Falcon-H1-7B-Base",
     "zai-org/GLM-5",
     "zai-org/GLM-5.1",
     "zai-org/GLM-5.2",
@@ -34,6 +38,8 @@ INFERRED = (
 """Planned by rules that are inferred. Not planned are Qwen3-VL's experts, which lie transposed on disk, and Step-3.7,
 whose checkpoint holds weights in pieces that are permuted.
 """
+INFERRED_TYPES = {"deepseek_v32", "glm_moe_dsa", "nemotron_h"}
+"""Of quantised checkpoints, the architectures without a preset that are planned by inferred rules: docs/families.md."""
 TP_SIZE = 2
 
 
@@ -46,8 +52,8 @@ def outcome(folder: Path) -> tuple[str, Plan | None, str]:
     try:
         plan = compile_plan(folder, tp_size=TP_SIZE, prove=right)
     except AutoTPError as error:
-        (fault,) = error.faults
-        return str(fault.code), None, f"{fault.what}: {fault.got}"
+        codes = ", ".join(str(fault.code) for fault in error.faults)
+        return codes, None, "; ".join(f"{fault.what}: {fault.got}" for fault in error.faults)
     return "tp_plan" if any("tp_plan" in note for note in plan.notes) else "preset", plan, ""
 
 
@@ -62,6 +68,26 @@ def test_a_config_is_planned_or_refused_in_a_sentence(tmp_path: Path, name: str)
     if plan is None:
         assert "Traceback" not in sentence and "\n" not in sentence, sentence
         return
+    check(plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, entry in CONFIGS.items() if "unquantised" in entry])
+def test_the_architecture_of_a_quantised_checkpoint_is_planned_or_refused(tmp_path: Path, name: str) -> None:
+    config = {"dtype": "bfloat16", **CONFIGS[name]["config"]}
+    inner = {key: unquantised(value) for key, value in config.items() if isinstance(value, dict)}
+    (tmp_path / "config.json").write_text(json.dumps(unquantised({**config, **inner})))
+    found, plan, sentence = outcome(tmp_path)
+    assert found == CONFIGS[name]["unquantised"], sentence
+    if plan is not None:
+        check(plan)
+
+
+def unquantised(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "quantization_config"}
+
+
+def check(plan: Plan) -> None:
     assert check_plan(plan) == []
     totals = summary(plan)
     assert max(totals.per_rank) / totals.total < 0.65, "a small language model with a large tower is the most"
@@ -78,6 +104,11 @@ def test_there_are_enough_of_them_and_most_are_planned() -> None:
     assert len(planned) / len(weights) >= 0.7
     native = [one for one in weights if one["outcome"] != "remote-code"]
     assert (len(planned) + len(INFERRED)) / len(native) >= 0.9
+    quantised = [one for one in CONFIGS.values() if one.get("unquantised", "remote-code") != "remote-code"]
+    types = [one["config"]["model_type"] for one in quantised if one["unquantised"] == "no-preset"]
+    planned += [one for one in quantised if one["unquantised"] in PLANNED]
+    inferred = len(INFERRED) + sum(one in INFERRED_TYPES for one in types)
+    assert (len(planned) + inferred) / (len(native) + len(quantised)) >= 0.9
     assert len({one["config"]["model_type"] for one in CONFIGS.values()}) >= 30
 
 
