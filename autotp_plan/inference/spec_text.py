@@ -238,6 +238,8 @@ class SpecText:
                     return None
                 raise
             if self._original(shape[dim]) not in (whole, None):
+                if len(parts) == 1 and {segment.unit for segment in parts[0]} == {1}:
+                    return None  # features that are rounded up, each of which is a unit
                 raise Unexpressed(
                     f"no expressions of config keys make up the {whole} rows of {self.template(parameter)}"
                 )
