@@ -24,7 +24,7 @@ ROOMS = (
     "probes",
     "huggingface",
     "factories",
-    "inference",
+    "inference.regions", "inference.small", "inference.spec", "inference",
     "planner.model", "planner.deepspeed", "planner.wrappers", "planner.rules", "planner.fallback", "planner.shards",
     "runtime.deepspeed", "runtime.data", "runtime.parameters", "runtime.tensor_parallel", "runtime.loading",
     "runtime.optimizers", "runtime.checkpoint", "runtime.calls", "runtime.integrations", "runtime.verify",

@@ -12,15 +12,15 @@ from typing import Any
 from autotp_plan.factories.module_factory import ModuleFactory
 from autotp_plan.huggingface import scale_config
 from autotp_plan.huggingface.disk_names import unsupported
-from autotp_plan.inference import influence
-from autotp_plan.inference.experts import expert_regions
-from autotp_plan.inference.influence import Watch
-from autotp_plan.inference.layers import Layer, Region, inner_norms, lay_out, layers_of, place, regions_of
-from autotp_plan.inference.own_architecture import OwnArchitecture
-from autotp_plan.inference.small_model import Architecture, SmallModel
-from autotp_plan.inference.spec_text import SpecText
-from autotp_plan.inference.surroundings import add_surroundings, buffers_like_parameters
-from autotp_plan.inference.trial import find_attributes, in_blocks
+from autotp_plan.inference.regions import influence
+from autotp_plan.inference.regions.experts import expert_regions
+from autotp_plan.inference.regions.influence import Watch
+from autotp_plan.inference.regions.layers import Layer, Region, inner_norms, lay_out, layers_of, place, regions_of
+from autotp_plan.inference.regions.surroundings import add_surroundings, buffers_like_parameters
+from autotp_plan.inference.regions.trial import find_attributes, in_blocks
+from autotp_plan.inference.small.own_architecture import OwnArchitecture
+from autotp_plan.inference.small.small_model import Architecture, SmallModel
+from autotp_plan.inference.spec.spec_text import SpecText
 from autotp_plan.schemas.errors import CompileError, Fault
 from autotp_plan.schemas.names import starred
 from autotp_plan.schemas.spec import SpecFile
@@ -59,10 +59,10 @@ def infer_architecture(
     progress("asking two small models what depends on what")
     found = regions(first)
     text = SpecText(architecture, (first, second))
-    others = {_key(region, text.template): region for region in regions(second)}
+    others = {_key(region, text.numbers.template): region for region in regions(second)}
     tried: dict[tuple[str, str], Region | None] = {}
     for region in found:
-        key = _key(region, text.template)
+        key = _key(region, text.numbers.template)
         if key in tried or key not in others:
             continue
         progress(f"trying {key[0]} in pieces")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from autotp_plan.inference.expressions import Expressions, Values
+from autotp_plan.inference.spec.expressions import Expressions, Values
 
 MODELS = (
     {"hidden_size": 48, "num_heads": 8, "num_kv_heads": 2, "head_dim": 16, "intermediate_size": 20, "pad_token_id": 9},

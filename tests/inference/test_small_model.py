@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from autotp_plan.inference.small_model import CANDIDATES, Sizes, resized
+from autotp_plan.inference.small.resized import CANDIDATES, Sizes, resized
 
 FIRST, SECOND = CANDIDATES[0]
 LLAMA = {

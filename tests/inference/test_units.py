@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autotp_plan.inference.units import Segment, Units, blocks, components, divided, find_units, segments
+from autotp_plan.inference.regions.units import Segment, Units, blocks, components, divided, find_units, segments
 
 HEADS, GROUPS, HEAD_DIM = 6, 2, 4  # a head has not as many features as heads share something
 SIZE = HEADS * HEAD_DIM

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from autotp_plan.inference import influence
-from autotp_plan.inference.influence import Axis, Masks, Watch
-from autotp_plan.inference.units import Segment, Units, blocks, divided, find_units, segments
+from autotp_plan.inference.regions import influence
+from autotp_plan.inference.regions.influence import Axis, Masks, Watch
+from autotp_plan.inference.regions.units import Segment, Units, blocks, divided, find_units, segments
 from autotp_plan.probes.linear import is_linear, output_dim
 from autotp_plan.probes.norms import averages_by_mean
 from autotp_plan.schemas.names import is_index, starred

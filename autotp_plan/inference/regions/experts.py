@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from autotp_plan.inference import influence
-from autotp_plan.inference.influence import Axis, Masks, Watch
-from autotp_plan.inference.layers import Layer, Region, lay_out, place
-from autotp_plan.inference.units import Units, find_units
+from autotp_plan.inference.regions import influence
+from autotp_plan.inference.regions.influence import Axis, Masks, Watch
+from autotp_plan.inference.regions.layers import Layer, Region, lay_out, place
+from autotp_plan.inference.regions.units import Units, find_units
 from autotp_plan.probes.linear import is_linear
 
 

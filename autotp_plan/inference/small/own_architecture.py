@@ -14,7 +14,8 @@ from autotp_plan.factories.example_batch import Batch, batches_for, run, settle
 from autotp_plan.factories.module_factory import ModuleFactory
 from autotp_plan.factories.small_sizes import Changes, roles_of
 from autotp_plan.huggingface.disk_names import NamesOnDisk
-from autotp_plan.inference.small_model import SmallModel, numbers_of, randomise
+from autotp_plan.inference.small.resized import numbers_of
+from autotp_plan.inference.small.small_model import SmallModel, randomise
 from autotp_plan.probes.linear import is_linear
 from autotp_plan.schemas.errors import AutoTPError, CompileError, Fault, OptionError
 from autotp_plan.schemas.names import is_index

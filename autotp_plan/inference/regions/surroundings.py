@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from autotp_plan.inference.influence import Watch
-from autotp_plan.inference.layers import Layer, Region, Split, reach_of
-from autotp_plan.inference.units import Segment, segments
+from autotp_plan.inference.regions.influence import Watch
+from autotp_plan.inference.regions.layers import Layer, Region, Split, reach_of
+from autotp_plan.inference.regions.units import Segment, segments
 from autotp_plan.probes.linear import output_dim
 
 
