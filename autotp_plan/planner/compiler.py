@@ -20,6 +20,7 @@ from autotp_plan.planner.fold_plan import fold_plan
 from autotp_plan.planner.model.inventory import Inventory, take_inventory
 from autotp_plan.planner.model.model_input import ModelInput
 from autotp_plan.planner.plan_checks import check_plan
+from autotp_plan.planner.remembered_rules import remembered
 from autotp_plan.planner.rules.preset_checks import notes_on_gradients
 from autotp_plan.planner.rules.preset_files import AUTO, INFER
 from autotp_plan.planner.rules.resolution import resolve
@@ -89,10 +90,21 @@ def compile_plan(
     )
     rules = collect_rules(given, preset, specs, deepspeed, strict)
     if cut_vision:
-        return with_vision_tower(
+        plan = with_vision_tower(
             given, options.tp_size, prove, lambda tower: _planned(given, rules.with_tower(tower), options, prove, infer)
         )
-    return _planned(given, rules, options, prove, infer)
+    else:
+        plan = _planned(given, rules, options, prove, infer)
+    kept = remembered(
+        preset=preset,
+        specs=specs,
+        uneven=uneven,
+        deepspeed=deepspeed,
+        strict=strict,
+        cut_vision=cut_vision,
+        factory=factory,
+    )
+    return dataclasses.replace(plan, rules=kept)
 
 
 def _planned(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from autotp_plan.schemas import documents
-from autotp_plan.schemas.codec import decode
+from autotp_plan.schemas.codec import decode, encode
 from autotp_plan.schemas.errors import DocumentError, Fault
 
 Size = int | str
@@ -73,6 +73,12 @@ class CrossingSpec:
             start, stop = value["copy"]
             return cls(operation="copy", interval=(start, stop))
         return cls(operation="split", size=value["split"], dim=value.get("dim", 0), unit=value.get("unit", 1))
+
+    def to_value(self) -> Any:
+        """What a spec file writes."""
+        if self.operation == "split":
+            return {"split": self.size, "dim": self.dim, "unit": self.unit}
+        return self.operation if self.interval is None else {"copy": list(self.interval)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,6 +156,11 @@ class SpecFile:
         if faults:
             raise DocumentError(faults)
         return decode(cls, _normalised(data))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON value of the spec file, without what has its default."""
+        found: dict[str, Any] = encode(self)
+        return found
 
 
 def _normalised(data: dict[str, Any]) -> dict[str, Any]:

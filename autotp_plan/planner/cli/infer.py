@@ -1,11 +1,11 @@
-"""The command that writes a spec file for a model without a preset, and the limits under which it is inferred."""
+"""The command that writes a spec file for a model without a preset; how its plan is inferred, in limits, and proven."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,9 @@ from autotp_plan.factories.module_factory import ModuleFactory
 from autotp_plan.planner.cli.module_options import given_model, module_options
 from autotp_plan.planner.cli.output import not_written, reported
 from autotp_plan.schemas.errors import CompileError, Fault, MissingDependencyError, OutputError
+
+if TYPE_CHECKING:
+    from autotp_plan.schemas.plan.document import Plan
 
 MOST_MEMORY = 4 * 2**30
 """Bytes that inference may take."""
@@ -115,3 +118,11 @@ def infer_with_limits(model: Path | ModuleFactory, timeout: float) -> dict[str, 
         ) from None
     spec: dict[str, Any] = found
     return spec
+
+
+def prove_on_twin(plan: Plan, factory: ModuleFactory | None) -> Any:
+    """Try a plan that needs proof on a twin; takes torch, transformers and DeepSpeed."""
+    from autotp_plan.runtime.verify.run import try_plan
+
+    click.echo(f"trying a plan on a twin at TP={plan.tp_size}", err=True)
+    return try_plan(plan, factory)

@@ -11,12 +11,12 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from autotp_plan.planner.cli.export import export, presets
-from autotp_plan.planner.cli.infer import TIMEOUT, infer, infer_with_limits, time_limit
+from autotp_plan.planner.cli.infer import TIMEOUT, infer, infer_with_limits, prove_on_twin, time_limit
 from autotp_plan.planner.cli.module_options import given_model, module_options
 from autotp_plan.planner.cli.output import not_written, reported, table_width
 from autotp_plan.planner.cli.shards import check_shards, convert, merge, presplit, reshard
@@ -112,7 +112,7 @@ def compile(
         specs=files,
         uneven=uneven,
         deepspeed=section,
-        prove=lambda plan: _prove(plan, made_by),
+        prove=lambda plan: prove_on_twin(plan, made_by),
         strict=strict,
         cut_vision=cut_vision,
         infer=lambda given: SpecFile.from_dict(infer_with_limits(given, timeout)),
@@ -123,14 +123,6 @@ def compile(
     except OSError as error:
         raise OutputError(not_written(output, error)) from None
     _report_compiled(plan, output)
-
-
-def _prove(plan: Plan, factory: ModuleFactory | None) -> Any:
-    """Try a plan that needs proof on a twin; takes torch, transformers and DeepSpeed."""
-    from autotp_plan.runtime.verify.run import try_plan
-
-    click.echo(f"trying a plan on a twin at TP={plan.tp_size}", err=True)
-    return try_plan(plan, factory)
 
 
 def _report_compiled(plan: Plan, output: Path) -> None:

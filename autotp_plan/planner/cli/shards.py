@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from autotp_plan.planner.cli.infer import infer_with_limits, prove_on_twin, time_limit
+from autotp_plan.planner.cli.module_options import module_options
 from autotp_plan.planner.cli.output import progress, reported
 
 if TYPE_CHECKING:
+    from autotp_plan.factories.module_factory import ModuleFactory
     from autotp_plan.schemas.shards.manifest import Manifest
 
 _FILE = click.Path(path_type=Path)
@@ -95,28 +99,57 @@ def convert(checkpoint: str, output: Path, workers: int, quiet: bool) -> None:
 
 @click.command()
 @click.argument("shards", metavar="SHARDS", type=_FILE)
-@click.option("--tp", "tp_size", type=int, help="New number of ranks; the plan is made by the same preset.")
+@click.option("--tp", "tp_size", type=int, help="New number of ranks; the plan is made by the same rules.")
 @click.option(
-    "--plan", "plan_file", type=_FILE, help="Plan to shard by, where the old one was not made by a preset alone."
+    "--plan",
+    "plan_file",
+    type=_FILE,
+    help="Plan to shard by, where the rules of the old one are not known, or others are meant.",
 )
 @click.option("--uneven", is_flag=True, help="With --tp: ranks get shards of unequal size where it does not divide.")
 @click.option("-o", "--output", type=_FILE, required=True, help="New folder for the shards, or one to continue.")
+@module_options
+@time_limit
 @_WORKERS
 @_QUIET
 @reported
 def reshard(
-    shards: Path, tp_size: int | None, plan_file: Path | None, uneven: bool, output: Path, workers: int, quiet: bool
+    shards: Path,
+    tp_size: int | None,
+    plan_file: Path | None,
+    uneven: bool,
+    output: Path,
+    timeout: int,
+    workers: int,
+    quiet: bool,
+    factory: Callable[[], ModuleFactory | None],
 ) -> None:
-    """Write shards for another number of ranks: what presplit would write from the original checkpoint."""
+    """Write shards for another number of ranks: what presplit would write from the original checkpoint.
+
+    With --tp the plan is compiled by the rules of the old one, and proven where `compile` proves.
+    """
     from autotp_plan.planner.shards.reshard import check_target
     from autotp_plan.planner.shards.reshard import reshard as run
     from autotp_plan.schemas.plan.document import Plan
+    from autotp_plan.schemas.spec import SpecFile
 
     check_target(tp_size, plan_file)
+    made_by = factory()
     plan = None if plan_file is None else Plan.read(plan_file)
     started = time.monotonic()
     with progress("reshard", quiet) as shown:
-        manifest = run(shards, output, tp_size=tp_size, plan=plan, uneven=uneven, workers=workers, progress=shown)
+        manifest = run(
+            shards,
+            output,
+            tp_size=tp_size,
+            plan=plan,
+            uneven=uneven,
+            prove=lambda plan: prove_on_twin(plan, made_by),
+            infer=lambda given: SpecFile.from_dict(infer_with_limits(given, timeout)),
+            factory=made_by,
+            workers=workers,
+            progress=shown,
+        )
     _report(manifest, output, started, quiet)
 
 

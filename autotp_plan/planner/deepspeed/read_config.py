@@ -8,7 +8,8 @@ and never reads are noted, not obeyed.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ _IGNORED_PARTITION_KEYS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorParallelSection:
-    """What a `tensor_parallel` section asks for, in our words."""
+    """What a `tensor_parallel` section asks for, in our words; `written` is the section itself."""
 
     tp_size: int | None = None
     preset_model: str | None = None
@@ -49,6 +50,7 @@ class TensorParallelSection:
     strict_mode: bool = False
     head_names: tuple[str, ...] = ("lm_head", "embed_out")
     notes: tuple[str, ...] = ()
+    written: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_deepspeed_config(path: Path) -> TensorParallelSection:
@@ -120,6 +122,7 @@ def parse_section(section: Any) -> TensorParallelSection:
         strict_mode=bool(strict),
         head_names=_head_names(flags, faults),
         notes=tuple(notes),
+        written=section,
     )
     if faults:
         raise DocumentError(faults)

@@ -6,21 +6,23 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from autotp_plan.planner.compiler import compile_plan
+from autotp_plan.factories.module_factory import ModuleFactory
+from autotp_plan.planner.fallback.prove import Prover
 from autotp_plan.planner.plan_checks import check_plan
-from autotp_plan.planner.rules.preset_files import AUTO
 from autotp_plan.planner.shards.copy_plan import stored_shards
 from autotp_plan.planner.shards.folder_writer import write_shards
-from autotp_plan.schemas.errors import AutoTPError, Fault, MismatchError, OptionError
+from autotp_plan.planner.shards.recompile import Helpers, recompiled
+from autotp_plan.schemas.errors import Fault, MismatchError, OptionError
 from autotp_plan.schemas.plan.document import Parameter, Plan
-from autotp_plan.schemas.plan.rule_ref import Origin
 from autotp_plan.schemas.shards.file_layout import MAX_FILE_BYTES
 from autotp_plan.schemas.shards.folder import ShardsFolder, read_shards
 from autotp_plan.schemas.shards.manifest import INDEX_COPY_NAME, Manifest
 from autotp_plan.schemas.shards.origin import original_of_shards
+from autotp_plan.schemas.spec import SpecFile
 from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, INDEX_NAME
 from autotp_plan.schemas.storage.checksum import Progress
 from autotp_plan.schemas.storage.safetensors_header import parse_header, prefixed
@@ -34,6 +36,9 @@ def reshard(
     tp_size: int | None = None,
     plan: Plan | None = None,
     uneven: bool = False,
+    prove: Prover | None = None,
+    infer: Callable[[Any], SpecFile] | None = None,
+    factory: ModuleFactory | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
     workers: int = 4,
     progress: Progress | None = None,
@@ -43,16 +48,21 @@ def reshard(
     Args:
         shards_folder: the shards.
         output: a new folder, or one that an earlier attempt did not finish: that is resumed.
-        tp_size: compile the plan that a preset makes of the same checkpoint. Give either this or `plan`.
+        tp_size: compile the new plan, by the rules of the old one: those that it remembers, or its preset. Give either
+            this or `plan`.
         plan: the new plan, which must be for the same parameters.
-        uneven: as for `compile_plan`.
+        uneven: as for `compile_plan`; so are `prove`, `infer` and `factory`, which a model without a preset takes.
+        prove: tries a plan on a twin: the new one, and the old one, which must come out again.
+        infer: makes rules for a model.
+        factory: the function that makes a model that is not from transformers.
         max_file_bytes: a rank's tensors are spread over several files when they are more than this.
         workers: reads and writes at the same time.
         progress: called with the bytes read and the bytes in all, from worker threads.
 
     Raises:
-        MismatchError: the plan is for another model; or the old one was not made by a preset alone and none is given.
-        CompileError: no plan can be made for `tp_size`.
+        MismatchError: the plan is for another model; or none is given, and the rules of the old
+            one are not known or do not make it again.
+        CompileError: no plan can be made for `tp_size`, or none that is proven where that must be.
         ShardsError: the folder is not what its manifest and plan say.
         DocumentError: its manifest or plan cannot be read.
         OptionError: neither or both of `tp_size` and `plan` are given; `workers` or `max_file_bytes` is not positive.
@@ -63,7 +73,7 @@ def reshard(
     shards = read_shards(Path(shards_folder))
     with _headers_only(shards) as checkpoint:
         if plan is None:
-            plan = _recompiled(shards.plan, checkpoint, tp_size, uneven)
+            plan = recompiled(shards.plan, checkpoint, tp_size, uneven, Helpers(prove, infer, factory))
         faults = check_plan(plan) + check_checkpoint(plan, checkpoint)
     old = {parameter.name: parameter for parameter in shards.plan.expanded()}
     faults = faults or list(_parameter_faults(old, shards.plan, plan))
@@ -88,7 +98,7 @@ def check_target(tp_size: int | None, plan: Plan | Path | None) -> None:
                 where="--tp",
                 got="neither" if tp_size is None else "both",
                 expected="either --tp or --plan",
-                next="give --tp N for the plan of the same preset, or --plan FILE for another one",
+                next="give --tp N for a plan by the same rules, or --plan FILE for another one",
             )
         )
 
@@ -116,31 +126,6 @@ def _headers_only(shards: ShardsFolder) -> Iterator[Path]:
             if any(file.name == copied for file in shards.manifest.files):
                 shutil.copyfile(shards.path / copied, folder / original)
         yield folder
-
-
-def _recompiled(old: Plan, checkpoint: Path, tp_size: int | None, uneven: bool) -> Plan:
-    """The plan for `tp_size` by the rules that made the old one: those with which it comes out as it was."""
-    rules = {entry.rule for entry in old.parameters} | {tie.rule for tie in old.tied}
-    named = {rule.name for rule in rules if rule.origin is Origin.PRESET}
-    for preset in (AUTO, *sorted(named)):
-        for was_uneven in (False, True):
-            try:
-                again = compile_plan(checkpoint, tp_size=old.tp_size, preset=preset, uneven=was_uneven)
-            except AutoTPError:
-                continue
-            if again.fingerprint == old.fingerprint:
-                return compile_plan(checkpoint, tp_size=tp_size, preset=preset, uneven=uneven or was_uneven)
-    others = sorted(str(rule) for rule in rules if rule.origin not in (Origin.PRESET, Origin.DEFAULT))
-    raise MismatchError(
-        Fault(
-            code="plan-not-of-a-preset",
-            what="the plan of the shards cannot be made again for another TP size",
-            where="--tp",
-            got=", ".join(others[:3]) or "a plan that the preset of this version does not make",
-            expected="a plan that a preset made, and nothing else",
-            next=f"compile a plan with the same rules and --tp {tp_size}, and give it with --plan",
-        )
-    )
 
 
 def _parameter_faults(old: dict[str, Parameter], old_plan: Plan, plan: Plan) -> Iterator[Fault]:

@@ -53,6 +53,7 @@ __all__ = [
 ]
 
 FORMAT = "autotp-plan"
+_NOT_COVERED = ("fingerprint", "rules", "verified")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +86,11 @@ class Plan(PlanEntries):
         return plan
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON value of the plan, fingerprint and stamp included."""
-        data = {key: value for key, value in self._data.items() if key != "verified"}
+        """The JSON value of the plan, with what its fingerprint does not cover."""
+        data = {key: value for key, value in self._data.items() if key not in _NOT_COVERED}
         data["fingerprint"] = self.fingerprint
-        return data if self.verified is None else {**data, "verified": encode(self.verified)}
+        added = {"rules": self.rules, "verified": self.verified}
+        return {**data, **{key: encode(value) for key, value in added.items() if value is not None}}
 
     def to_json(self) -> str:
         """The text of a plan file: the same plan gives the same bytes."""
@@ -96,7 +98,7 @@ class Plan(PlanEntries):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """`sha256:` and the hash over everything but the stamp and the repository."""
+        """`sha256:` and the hash over everything but the repository, the rules and the stamp."""
         return documents.fingerprint(_covered(self._data))
 
     @property
@@ -105,8 +107,8 @@ class Plan(PlanEntries):
 
 
 def _covered(data: dict[str, Any]) -> dict[str, Any]:
-    """What the fingerprint covers: what the plan says, and not where it was compiled or that it was proven."""
-    kept = {key: value for key, value in data.items() if key not in ("fingerprint", "verified")}
+    """What the fingerprint covers: what the plan says, and not how it was compiled or that it was proven."""
+    kept = {key: value for key, value in data.items() if key not in _NOT_COVERED}
     return {**kept, "model": {key: value for key, value in data["model"].items() if key != "repository"}}
 
 

@@ -15,6 +15,7 @@ from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.layout import Layout
 from autotp_plan.schemas.names import expand
 from autotp_plan.schemas.plan.rule_ref import RuleRef
+from autotp_plan.schemas.plan.rules import Rules
 from autotp_plan.schemas.plan.stamp import Stamp
 
 VERSION = "1.0"
@@ -180,6 +181,7 @@ class PlanEntries:
     ignored: tuple[str, ...] = ()
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
     notes: tuple[str, ...] = ()
+    rules: Rules | None = None
     verified: Stamp | None = None
 
     def expanded(self) -> Iterator[Parameter]:
