@@ -26,15 +26,14 @@ def remembered(
     factory: ModuleFactory | None,
 ) -> Rules | None:
     """The rules to keep in a plan; None where its entries name them all, which are those of a preset."""
-    if preset not in (NONE, INFER) and not (specs or deepspeed or strict or cut_vision or factory):
+    written = {} if deepspeed is None else deepspeed.written
+    section = {key: value for key, value in written.items() if key != _TP_SIZE}
+    if preset not in (NONE, INFER) and not (specs or section or strict or cut_vision or factory):
         return None
-    section = None
-    if deepspeed is not None:
-        section = {key: value for key, value in deepspeed.written.items() if key != _TP_SIZE}
     return Rules(
         preset=preset,
         specs=tuple(dataclasses.replace(spec, description="").to_dict() for spec in specs),
-        deepspeed=section,
+        deepspeed=section or None,
         strict=strict,
         uneven=uneven,
         cut_vision=cut_vision,

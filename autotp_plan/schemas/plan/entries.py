@@ -181,7 +181,7 @@ class PlanEntries:
     ignored: tuple[str, ...] = ()
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
     notes: tuple[str, ...] = ()
-    rules: Rules | None = None
+    rules: Rules | None = field(default=None, compare=False)
     verified: Stamp | None = None
 
     def expanded(self) -> Iterator[Parameter]:

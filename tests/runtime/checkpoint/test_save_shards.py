@@ -33,6 +33,14 @@ TP_SIZES = (2, 4)
 TABLES = [f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(2)]
 
 
+def specs_of(name: str) -> list[Any]:
+    """The spec files of a job."""
+    from autotp_plan.schemas.spec import SpecFile
+
+    head = {"layer_specs": [{"patterns": ["lm_head\\.weight$"], "partition_type": "skip"}]}
+    return [SpecFile.from_dict(head)] if name == "experts" else []
+
+
 def store_the_head_too(folder: Path) -> None:
     """Add a head that is tied to the embedding, as some checkpoints on the hub have it; and a table nobody reads."""
     import json
@@ -91,7 +99,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, flo
         folder = save_checkpoint(work / name / "whole", variant, **changes)
         if name == "tied and stored":
             store_the_head_too(folder)
-        plan = compile_plan(folder, tp_size=tp_size, uneven="vocab_size" in changes)
+        plan = compile_plan(folder, tp_size=tp_size, uneven="vocab_size" in changes, specs=specs_of(name))
         (work / name / "plan.json").write_text(plan.to_json())
         presplit(plan, folder, work / name / "shards", max_file_bytes=50_000)
     losses: dict[str, float] = {}
@@ -140,6 +148,26 @@ def test_trained_shards_merge_to_the_trained_model(saved: tuple[Path, Any], name
         }
         assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
         assert all(torch.equal(tensors[name], torch.arange(77)) for name in TABLES)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_trained_shards_are_resharded_by_the_rules_of_their_plan(
+    saved: tuple[Path, Any], name: str, tmp_path: Path
+) -> None:
+    from autotp_plan.planner import compile_plan, merge, reshard
+    from autotp_plan.schemas.plan.document import Plan
+    from tests.helpers.random_shards import files_of
+
+    work, _ = saved
+    tp_size = 4 if JOBS[name][2] == 2 and name != "tied and stored" else 2
+    trained = work / name / "trained"
+    reshard(trained, tmp_path / "new", tp_size=tp_size)
+    plan = compile_plan(work / name / "whole", tp_size=tp_size, uneven=name == "tied and stored", specs=specs_of(name))
+    found = Plan.read(tmp_path / "new" / "autotp_plan.json")
+    assert (found, found.rules) == (plan, plan.rules)
+    for folder in (trained, tmp_path / "new"):
+        merge(folder, tmp_path / f"merged {folder.name}")
+    assert files_of(tmp_path / "merged new") == files_of(tmp_path / "merged trained")
 
 
 def dies_and_saves_again(work: Path) -> list[str]:
