@@ -214,6 +214,8 @@ def main(scenario: str, work: Path, seeds: int, planted: str = "") -> None:
     """Run a scenario; it ends in an AssertionError where the folder is not what it must be."""
     _plant(planted)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch:
+        warm = Folder(work, Path(scratch) / "0", count=3)
+        presplit(warm.plan, warm.original, warm.output)  # so that the processes have imported everything
         number = 0
 
         def new() -> Folder:
