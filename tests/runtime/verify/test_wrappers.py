@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 
 from autotp_plan.planner import compile_plan
+from autotp_plan.planner.fallback import vision_tower
 from autotp_plan.planner.shards.presplit import presplit
-from autotp_plan.runtime.verify.run import verify_plan
+from autotp_plan.runtime.verify.run import try_plan, verify_plan
+from autotp_plan.schemas.errors import CompileError
 from tests.helpers.launch import launch
 from tests.helpers.wrappers import INFERRED, OTHERS, WRAPPERS, save_wrapper
 from tests.planner.fallback.test_tp_plan import right
@@ -122,6 +125,60 @@ def test_a_tower_whose_gradient_is_summed_is_found(tmp_path: Path, variant: str)
     assert planted != list(plan.parameters)
     proof = verify_plan(dataclasses.replace(plan, parameters=tuple(planted)), attention=("eager",))
     assert not proof.proven and proof.wrong == wrong(variant)
+
+
+CUT = [
+    ("qwen2_5_vl", 2, {"model.visual.blocks.*.attn": 3, "model.visual.blocks.*.mlp": 3}),
+    pytest.param("mistral3", 2, {"model.vision_tower.transformer.layers.*.attention": 2,
+                                 "model.vision_tower.transformer.layers.*.feed_forward": 2}, marks=pytest.mark.slow),
+    pytest.param("gemma3", 4, {"model.vision_tower.encoder.layers.*.self_attn": 3,
+                               "model.vision_tower.encoder.layers.*.mlp": 3}, marks=pytest.mark.slow),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("variant", "tp_size", "modules"), CUT)
+def test_a_tower_is_sharded_with_proof(tmp_path: Path, variant: str, tp_size: int, modules: dict[str, int]) -> None:
+    """As `compile --cut-vision` does, with a proof that runs images through the tower."""
+    plan = compile_plan(save_wrapper(tmp_path, variant), tp_size=tp_size, prove=try_plan, cut_vision=True)
+    sharded = ", ".join(f"{name} ({count})" for name, count in modules.items())
+    assert {f"--cut-vision: sharded, and proven with images, are {text}." for text in permuted(sharded)} & {*plan.notes}
+
+
+def permuted(sharded: str) -> set[str]:
+    """The modules of a note in either order."""
+    return {sharded, ", ".join(reversed(sharded.split(", ")))}
+
+
+WRONG_RULES = [
+    ("qwen2_5_vl", "qkv", ((96,), -1), 24),  # all heads of q on one rank, and all of v on the other
+    pytest.param("gemma3", "self_attn.q_proj", ((16, 16), -1), 8, marks=pytest.mark.slow),  # every second head of q
+    pytest.param("gemma3", "mlp.fc2", (-1, (24, 24)), 1, marks=pytest.mark.slow),  # other features than those of fc1
+]
+
+
+@pytest.mark.parametrize(("variant", "layer", "shape", "unit"), WRONG_RULES)
+def test_a_wrong_rule_for_a_tower_is_found_by_the_proof(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str, layer: str, shape: Any, unit: int
+) -> None:
+    """Every row is on one rank and every sum is right; only a run with images shows what is wrong."""
+    from autotp_plan.planner.fallback import with_tower
+
+    changed: list[str] = []
+
+    def wrong_rules(*args: Any) -> Any:
+        tower = vision_tower.tower_rules(*args)
+        specs = []
+        for spec in tower.rules.layer_specs:
+            if spec.patterns[0].endswith(re.escape(f".{layer}.weight") + "$"):
+                changed.append(spec.patterns[0])
+                spec = dataclasses.replace(spec, shape=shape, unit=unit)
+            specs.append(spec)
+        return dataclasses.replace(tower, rules=dataclasses.replace(tower.rules, layer_specs=tuple(specs)))
+
+    monkeypatch.setattr(with_tower, "tower_rules", wrong_rules)
+    with pytest.raises(CompileError, match="the vision tower cannot be sharded") as refused:
+        compile_plan(save_wrapper(tmp_path, variant), tp_size=2, prove=try_plan, cut_vision=True)
+    assert changed and "differ from the unsharded model's" in refused.value.faults[0].got
 
 
 def test_a_published_size_gives_a_small_twin(tmp_path: Path) -> None:
