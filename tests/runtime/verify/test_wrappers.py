@@ -233,7 +233,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def losses_under_trainer(folder: Path, out: Path, plan: Any, data: ImageData) -> list[float]:
+def losses_under_trainer(folder: Path, out: Path, plan: Any, data: ImageData, rows: int) -> list[float]:
     import torch
     from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
@@ -243,7 +243,7 @@ def losses_under_trainer(folder: Path, out: Path, plan: Any, data: ImageData) ->
     deepspeed = {"zero_optimization": {"stage": 1}, "train_micro_batch_size_per_gpu": "auto"}
     arguments = TrainingArguments(
         str(out), deepspeed=None if sharded is None else deepspeed, max_steps=2, learning_rate=1e-3, use_cpu=True,
-        per_device_train_batch_size=2, report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=1,
+        per_device_train_batch_size=rows, report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=1,
         optim="adamw_torch", max_grad_norm=1.0, remove_unused_columns=False,
     )  # fmt: skip
     model = (
@@ -258,19 +258,20 @@ def losses_under_trainer(folder: Path, out: Path, plan: Any, data: ImageData) ->
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("variant", ["qwen2_5_vl"])
-def test_trainer_trains_with_images(tmp_path: Path, variant: str) -> None:
+@pytest.mark.parametrize("dp_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_trainer_trains_with_images(tmp_path: Path, dp_size: int) -> None:
+    """With data parallelism too, where the unsharded model takes the rows of all DP ranks at once."""
     import torch
     from transformers import AutoModelForImageTextToText
 
     from autotp_plan.runtime.verify.random_inputs import Batches, images_for
 
-    folder = save_wrapper(tmp_path / "model", variant, torch.float32)
+    folder = save_wrapper(tmp_path / "model", "qwen2_5_vl", torch.float32)
     images = images_for(AutoModelForImageTextToText.from_pretrained(folder))
-    data = ImageData(Batches(vocab_size=240, length=8, padding=0, images=images), 4)
-    (dense,) = launch(losses_under_trainer, 1, folder, tmp_path / "dense", None, data)
+    data = ImageData(Batches(vocab_size=240, length=8, padding=0, images=images), 4 * dp_size)
+    (dense,) = launch(losses_under_trainer, 1, folder, tmp_path / "dense", None, data, 2 * dp_size)
     plan = compile_plan(folder, tp_size=2)
-    for losses in launch(losses_under_trainer, 2, folder, tmp_path / "out", plan, data):
+    for losses in launch(losses_under_trainer, 2 * dp_size, folder, tmp_path / "out", plan, data, 2):
         assert len(losses) == 2 and losses == pytest.approx(dense, rel=1e-4)
 
 
