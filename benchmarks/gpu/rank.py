@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.gpu.checks import CHECKS, Check, Work
+from benchmarks.gpu.checks import CHECKS
+from benchmarks.gpu.work import Check, Work
 
 _COLLECTIVE_SECONDS = 100
 _MEETING_SECONDS = 300
