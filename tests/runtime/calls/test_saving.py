@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from autotp_plan.schemas.errors import MismatchError
 from tests.helpers.launch import launch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(270)]
@@ -133,3 +134,53 @@ def test_a_trained_model_is_saved_as_it_is(work: Path, name: str, tmp_path: Path
         state = torch.load(work / name / file, weights_only=True)
         assert equal(state, {key: trained[key] for key in state})
         assert set(trained) - set(state) == set()
+
+
+def save_transposed(work: Path) -> dict[str, Any]:
+    """Save a model whose experts are transposed on disk, from there and from shards; load what was saved."""
+    from autotp_plan.planner import compile_plan
+    from autotp_plan.runtime import TrainingPlan
+
+    plan = TrainingPlan(compile_plan(work / "published", tp_size=2))
+    model: Any = plan.load_model(work / "published")
+    model.save_pretrained(work / "saved", max_shard_size="60KB")
+    shards: Any = plan.load_model(work / "shards")
+    shards.save_pretrained(work / "from shards")
+    again = TrainingPlan(compile_plan(work / "saved", tp_size=2)).load_model(work / "saved")
+    return {"published": local(model), "shards": local(shards), "saved": local(again)}
+
+
+def local(model: Any) -> dict[str, Any]:
+    """This rank's parameters."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def test_tensors_that_are_transposed_on_disk(tmp_path: Path) -> None:
+    """Experts of Qwen3-VL-MoE are saved in the shapes of the modules, as transformers does, and planned from there."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForImageTextToText
+
+    from autotp_plan.planner import compile_plan, presplit
+    from autotp_plan.planner.shards.merge import merge
+    from tests.planner.wrappers.test_published_weights import published_experts, transposed
+
+    _, published = published_experts(tmp_path)
+    plan = compile_plan(published, tp_size=2)
+    assert len(transposed(plan)) == 4
+    presplit(plan, published, tmp_path / "shards")
+    for found in launch(save_transposed, 2, tmp_path):
+        assert equal(found["published"], found["saved"]) and equal(found["published"], found["shards"])
+    AutoModelForImageTextToText.from_pretrained(published).save_pretrained(tmp_path / "dense")
+    dense = load_file(tmp_path / "dense" / "model.safetensors")
+    files = sorted((tmp_path / "saved").glob("*.safetensors"))
+    assert len(files) > 3 and equal(dense, {key: one for path in files for key, one in load_file(path).items()})
+    assert equal(dense, load_file(tmp_path / "from shards" / "model.safetensors"))
+    again = compile_plan(tmp_path / "saved", tp_size=2)
+    assert not transposed(again) and again.layouts == plan.layouts
+    with pytest.raises(MismatchError, match="a tensor is not what the plan says"):
+        presplit(plan, tmp_path / "saved", tmp_path / "wrong")
+    # `merge` has no model to ask: it gives the bytes of the checkpoint back
+    merge(tmp_path / "shards", tmp_path / "merged")
+    source, merged = (load_file(folder / "model.safetensors") for folder in (published, tmp_path / "merged"))
+    assert equal(source, merged)
+    assert equal(dense, {name: one.mT if name in transposed(plan) else one for name, one in source.items()})
