@@ -124,7 +124,7 @@ def test_deepspeed_launcher_starts_the_basic_example(clone: Path) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.timeout(TIMEOUT + 30)
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.slow), "deepspeed"])
 def test_a_tp_group_may_span_two_nodes(clone: Path, launcher: str) -> None:
     """Two agents that meet on the loopback address, one process each: the TP group spans both nodes."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]

@@ -26,9 +26,8 @@ IN_FULL = [
     "llama_bias_tied", "qwen3", "phi3", "gpt_neox", "gemma2", "falcon_multi_query", "gpt2", "olmo2", "mixtral",
     "deepseek_v2", "gpt_oss", OWN,
 ]  # fmt: skip
-"""One of each kind of layer; these run under every ZeRO stage on every mesh, the others under one, without DP."""
-ZERO_STAGES = [0, 1, 2, 3]
-RUNS = [*(f"zero{stage}" for stage in ZERO_STAGES), "accumulation", "overlap"]
+"""One of each kind of layer; these run under every ZeRO stage, the others under one, without DP."""
+RUNS = ["zero0", "zero1", "zero2", "zero3", "accumulation", "overlap"]
 MESHES = {"tp2": (2, 1), "tp2 x dp2": (2, 2), "tp4": (4, 1)}
 FLOAT64_TOLERANCE = 1e-9
 FLOAT32_TOLERANCE = 1e-5
@@ -166,16 +165,35 @@ PLANTED = {
 }
 
 
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest) -> dict[str, dict[str, list[str]]]:
+    """By mesh and variant the runs of the engine that the selected tests look at."""
+    found: dict[str, dict[str, list[str]]] = {name: {} for name in MESHES}
+    for item in request.session.items:
+        if item.path == request.path and isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            parameters = item.callspec.params
+            if "run" in parameters:
+                variants = found[str(parameters["name"])]
+                variants.setdefault(str(parameters["variant"]), []).append(str(parameters["run"]))
+    return found
+
+
 def variants_on(tp_size: int, dp_size: int) -> list[str]:
     """The variants that a mesh runs."""
     return VARIANTS if dp_size == 1 else IN_FULL
 
 
-def in_ranks(work: Path, tp_size: int, dp_size: int, variants: list[str], planted: dict[str, str]) -> dict[str, Any]:
+def in_ranks(
+    work: Path, tp_size: int, variants: list[str], runs: dict[str, list[str]], planted: dict[str, str]
+) -> dict[str, Any]:
     """Everything that one mesh is asked for, by variant."""
     from autotp_plan.runtime import load_plan
     from tests.helpers import parity
 
+    settings: dict[str, dict[str, Any]] = {
+        "accumulation": {"zero_stage": 2, "accumulation": 2},
+        "overlap": {"zero_stage": 3, "tensor_parallel": {"autotp_size": tp_size, "tp_overlap_comm": True}},
+    }
     found: dict[str, Any] = {}
     for variant in variants:
         forward, build = forward_of(variant), builder_of(variant)
@@ -185,17 +203,11 @@ def in_ranks(work: Path, tp_size: int, dp_size: int, variants: list[str], plante
         dense = work / f"{variant}.dense"
         numbers["shards"] = parity.compare_sharded(plan_file, shards, dense, build, forward)
         numbers["checkpoint"] = parity.compare_sharded(plan_file, work / variant, dense, build, forward)
-        for stage in ZERO_STAGES if variant in IN_FULL else [2]:
+        for run in runs.get(variant, []):
             model = plan.load_model(shards, model=build).train()
-            numbers[f"zero{stage}"] = parity.engine_steps(plan, model, stage, forward)
+            options = settings.get(run) or {"zero_stage": int(run.removeprefix("zero"))}
+            numbers[run] = parity.engine_steps(plan, model, forward=forward, **options)
         found[variant] = numbers
-        if variant not in IN_FULL:
-            continue
-        model = plan.load_model(shards, model=build).train()
-        numbers["accumulation"] = parity.engine_steps(plan, model, 2, forward, accumulation=2)
-        model = plan.load_model(shards, model=build).train()
-        overlap: dict[str, Any] = {"tensor_parallel": {"autotp_size": tp_size, "tp_overlap_comm": True}}
-        numbers["overlap"] = parity.engine_steps(plan, model, 3, forward, **overlap)
     for name, variant in planted.items():
         plan_file = work / f"{name}.json"
         try:
@@ -206,28 +218,30 @@ def in_ranks(work: Path, tp_size: int, dp_size: int, variants: list[str], plante
     return found
 
 
-def on_mesh(name: str, work: Path, selected: set[str], planted: dict[str, str]) -> dict[str, Any]:
+def on_mesh(
+    name: str, work: Path, selected: set[str], runs: dict[str, dict[str, list[str]]], planted: dict[str, str]
+) -> dict[str, Any]:
     tp_size, dp_size = MESHES[name]
     variants = [variant for variant in variants_on(tp_size, dp_size) if variant in selected]
-    ranks = launch(in_ranks, tp_size * dp_size, work, tp_size, dp_size, variants, planted, timeout=800)
+    ranks = launch(in_ranks, tp_size * dp_size, work, tp_size, variants, runs[name], planted, timeout=800)
     found: dict[str, Any] = ranks[0]
     return found
 
 
 @pytest.fixture(scope="module")
-def tp2(work: Path, selected: set[str]) -> dict[str, Any]:
+def tp2(work: Path, selected: set[str], runs: dict[str, dict[str, list[str]]]) -> dict[str, Any]:
     planted = PLANTED if selected & PLANTED.keys() else {}
-    return on_mesh("tp2", work, selected, planted)
+    return on_mesh("tp2", work, selected, runs, planted)
 
 
 @pytest.fixture(scope="module")
-def tp2_dp2(work: Path, selected: set[str]) -> dict[str, Any]:
-    return on_mesh("tp2 x dp2", work, selected, {})
+def tp2_dp2(work: Path, selected: set[str], runs: dict[str, dict[str, list[str]]]) -> dict[str, Any]:
+    return on_mesh("tp2 x dp2", work, selected, runs, {})
 
 
 @pytest.fixture(scope="module")
-def tp4(work: Path, selected: set[str]) -> dict[str, Any]:
-    return on_mesh("tp4", work, selected, {})
+def tp4(work: Path, selected: set[str], runs: dict[str, dict[str, list[str]]]) -> dict[str, Any]:
+    return on_mesh("tp4", work, selected, runs, {})
 
 
 @pytest.fixture
@@ -255,9 +269,25 @@ def test_logits_loss_and_gradients_equal_the_dense_models(
     assert max(errors.values()) < FLOAT64_TOLERANCE, {n: e for n, e in errors.items() if e >= FLOAT64_TOLERANCE}
 
 
+def slow(name: str, variant: str, run: str) -> list[Any]:
+    """Without data parallelism each variant has two runs, each run in turn; on `tp2 x dp2` it has every one."""
+    at = 2 * IN_FULL.index(variant)
+    return (
+        [] if name == "tp2 x dp2" or run in [RUNS[(at + more) % len(RUNS)] for more in (0, 1)] else [pytest.mark.slow]
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "variant", "run"),
-    [pytest.param(n, v, run, marks=upstream(n)) for n, v in ON_MESHES for run in (RUNS if v in IN_FULL else ["zero2"])],
+    [
+        *(pytest.param(n, v, "zero2", marks=upstream(n)) for n, v in ON_MESHES if v not in IN_FULL),
+        *(
+            pytest.param(n, v, run, marks=[*upstream(n), *slow(n, v, run)])
+            for n, v in ON_MESHES
+            if v in IN_FULL
+            for run in RUNS
+        ),
+    ],
 )
 def test_losses_and_gradient_norms_of_the_engine_equal_the_dense_models(
     mesh: dict[str, Any], work: Path, name: str, variant: str, run: str

@@ -88,7 +88,9 @@ def test_four_ranks_that_share_kv_heads_train_like_the_dense_model(work: Path) -
             assert ours == pytest.approx(reference, rel=1e-5), variant
 
 
+@pytest.mark.slow
 def test_eight_ranks_that_share_kv_heads_train_like_the_dense_model(work: Path) -> None:
+    """Two groups of four that share a head; on four ranks there are two groups of two, and one of four."""
     check(work, launch(in_ranks, 8, work, 8, (1,), timeout=400)[0], (1,))
 
 
