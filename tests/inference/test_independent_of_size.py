@@ -24,7 +24,8 @@ FAMILIES = {
     "gpt_oss": "gpt_oss_20b",
 }
 """A small config, and a public model of the same family."""
-SLOW = {"qwen3", "gemma2", "gpt_oss"}
+SLOW = {"qwen3", "gemma2", "gpt_oss", "qwen3_moe"}
+"""Of experts, `test_inferred_rules_hold_for_other_sizes` has DeepSeek's."""
 
 
 @pytest.mark.parametrize(
