@@ -52,10 +52,31 @@ def infer_architecture(
     names = architecture.disk_names()
     if names.odd:
         raise CompileError(unsupported(names.odd, where))
-    try:
-        first, second = next(iter(architecture.pairs()))
-    except (ValueError, StopIteration) as error:
-        raise CompileError(_not_run(str(error), where)) from None
+    pairs = architecture.pairs()
+    texts: list[SpecText] = []
+    while True:
+        try:
+            first, second = next(pairs)
+        except (ValueError, StopIteration) as error:
+            if not texts:
+                raise CompileError(_not_run(str(error), where)) from None
+            break
+        texts.append(_text(architecture, first, second, progress))
+        if not first.tentative or (texts[-1].rules and not texts[-1].notes):
+            break
+    text = min(texts, key=lambda one: (not one.rules, len(one.notes)))
+    if not text.rules:
+        raise CompileError(_nothing(text.notes, where))
+    return text.document(names.renamed, names.assembled, names.transposed)
+
+
+def _text(
+    architecture: Architecture | OwnArchitecture,
+    first: SmallModel,
+    second: SmallModel,
+    progress: Callable[[str], None],
+) -> SpecText:
+    """The rules that two small models of an architecture give."""
     progress("asking two small models what depends on what")
     found = regions(first)
     text = SpecText(architecture, (first, second))
@@ -76,9 +97,7 @@ def infer_architecture(
         if right.num_blocks > 1 and right.experts:
             other = in_blocks(other, _experts(second, right.num_blocks, first))
         text.add((right, other))
-    if not text.rules:
-        raise CompileError(_nothing(text.notes, where))
-    return text.document(names.renamed, names.assembled, names.transposed)
+    return text
 
 
 def infer_module_spec(factory: ModuleFactory, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:

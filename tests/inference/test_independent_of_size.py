@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from autotp_plan.inference.infer import infer_rules
-from autotp_plan.schemas.errors import CompileError
+from autotp_plan.inference.infer import infer_rules, infer_spec
 from tests.helpers.paths import PLANS
 from tests.inference.test_infer import config_folder, facts, inferred
 
@@ -40,10 +40,23 @@ def test_rules_of_one_size_hold_for_the_other(tmp_path: Path, variant: str) -> N
             assert by_small == by_large
 
 
-def test_rules_of_shared_heads_hold_where_none_is_shared_and_not_the_reverse(tmp_path: Path) -> None:
-    """Phi-3-mini has as many key-value heads as heads; what is inferred from it says nothing of fewer."""
+def test_rules_of_shared_heads_hold_where_none_is_shared_and_the_reverse(tmp_path: Path) -> None:
+    """Phi-3-mini has as many key-value heads as heads; its small models have fewer, as other sizes do."""
     shared, alone = config_folder(tmp_path, "phi3"), PLANS / "phi_3_mini"
     rules = infer_rules(alone)
     assert facts(inferred(alone, 4, infer_rules(shared))) == facts(inferred(alone, 4, rules))
-    with pytest.raises(CompileError, match="shape does not fit"):
-        inferred(shared, 2, rules)
+    assert facts(inferred(shared, 2, rules)) == facts(inferred(shared, 2, infer_rules(shared)))
+
+
+def test_what_shared_heads_would_leave_whole_is_inferred_from_heads_that_share_none(tmp_path: Path) -> None:
+    """DiffLlama pairs up its heads of values, which small models with fewer key-value heads cannot be divided by."""
+    config = {
+        "architectures": ["DiffLlamaForCausalLM"], "model_type": "diffllama", "hidden_size": 128,
+        "intermediate_size": 192, "num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 2,
+        "vocab_size": 320,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    rules = infer_spec(tmp_path)
+    sharded = {pattern for rule in rules["layer_specs"] for pattern in rule["patterns"] if "skip" not in rule.values()}
+    assert any("o_proj" in pattern for pattern in sharded)
+    assert any("down_proj" in pattern for pattern in sharded)

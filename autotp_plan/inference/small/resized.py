@@ -87,6 +87,8 @@ class Sizes:
     """Whether widths that are equal in the original stay equal."""
     square: bool = False
     """Whether the hidden size is that of all heads, even where a head's width has a key of its own."""
+    shared: bool = False
+    """Whether heads share key-value heads, even where they do not in the original: another size's may."""
 
 
 _FIRST = Sizes(heads=8, kv_heads=2, head_dim=16, rotary=4, first_width=20, step=8, hidden=48,
@@ -164,7 +166,9 @@ def resized(config: Mapping[str, Any], sizes: Sizes, layers: int | None) -> dict
 
     def kv_heads(old: int, around: Mapping[str, Any]) -> int:
         own = _first({key: one for key, one in around.items() if type(one) is int}, HEADS) or heads
-        return sizes.heads if old == own else 1 if old == 1 else sizes.kv_heads
+        if old == own and not sizes.shared:
+            return sizes.heads
+        return 1 if old == 1 else sizes.kv_heads
 
     def changed(key: str, value: Any, around: Mapping[str, Any]) -> Any:
         key = key.removeprefix(_SLIDING)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,14 @@ class SmallModel:
         config: its config as transformers has it.
         numbers: every integer of the config by its key, with a dot for one inside another.
         tokens: what to run it on.
+        tentative: whether its heads share key-value heads and the original's do not.
     """
 
     model: Any
     config: dict[str, Any]
     numbers: dict[str, int]
     tokens: Tensor
+    tentative: bool = False
 
     def run(self) -> Any:
         """A forward pass."""
@@ -143,7 +145,17 @@ class Architecture:
         words = model.get_input_embeddings().weight.shape[0]
         tokens = torch.randint(3, max(4, words - 40), _TOKENS, generator=generator)
         full = as_json(model.config)
-        return SmallModel(model=model, config=full, numbers=dict(numbers_of(full)), tokens=tokens)
+        return SmallModel(
+            model=model, config=full, numbers=dict(numbers_of(full)), tokens=tokens, tentative=sizes.shared
+        )
+
+    def _sizes(self) -> Iterator[tuple[Sizes, Sizes]]:
+        """`CANDIDATES`, and before them those whose heads share key-value heads, where that makes a difference."""
+        for alone in CANDIDATES:
+            shared = replace(alone[0], shared=True), replace(alone[1], shared=True)
+            if resized(self.config, shared[0], self.layers) != resized(self.config, alone[0], self.layers):
+                yield shared
+        yield from CANDIDATES
 
     def pairs(self) -> Iterator[tuple[SmallModel, SmallModel]]:
         """Pairs of small models that run, in the order in which they should be tried.
@@ -152,7 +164,9 @@ class Architecture:
             ValueError: at the end, if there was none.
         """
         reason, found = "", False
-        for first, second in CANDIDATES:
+        for first, second in self._sizes():
+            if first.shared and found:
+                continue
             try:
                 one, other = self.small(first), self.small(second)
                 with torch.no_grad(), Smooth():
