@@ -40,6 +40,7 @@ _KNOWN = frozenset(
     | {f"torch.{name}" for name in (*_STORAGES, *_DTYPES, "ComplexDoubleStorage")}
 )
 
+_OTHER_TENSORS = re.compile(r"torch\._utils\._rebuild_\w+|torch\.(sparse_\w+|per_\w+_affine)")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LITERALS = frozenset({
     "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES",
@@ -176,7 +177,7 @@ class _Machine:
     def _named(self, name: str) -> _Name:
         if name in _KNOWN:
             return _Name(name)
-        if name.startswith("torch._utils._rebuild_") or name in ("torch.sparse_coo", "torch.per_tensor_affine"):
+        if _OTHER_TENSORS.fullmatch(name):
             raise not_plain(self._where, f"a tensor that {name} makes")
         raise _needs_code(self._where, name)
 
