@@ -22,13 +22,14 @@ from autotp_plan.schemas.storage.checkpoint import (
     no_weights,
     read_checkpoint,
 )
-from autotp_plan.schemas.storage.files import StoredFile
+from autotp_plan.schemas.storage.files import File, StoredFile
 from autotp_plan.sources.torch_files.torch_checkpoint import (
     TORCH_INDEX_NAME,
     TORCH_NAME,
     holds_torch_tensors,
     read_torch_checkpoint,
 )
+from autotp_plan.sources.torch_files.torch_file import TorchFile
 
 ADAPTER_NAME = "adapter_config.json"
 EXPLICIT_KEY = "transformers_weights"
@@ -64,18 +65,19 @@ def read_weights(folder: Path, elsewhere: Mapping[str, StoredFile], config: Mapp
     elif holds_torch_tensors(folder, elsewhere):
         checkpoint = read_torch_checkpoint(folder, elsewhere)
     else:
-        raise CheckpointError(_other_weights(folder) or no_weights(folder))
+        raise CheckpointError(_other_weights(folder, elsewhere) or no_weights(folder))
     chosen = _chosen(folder, elsewhere)
-    left = unread_weights(folder, {str(chosen), *(Path(str(file.path)).name for file in checkpoint.files)})
+    read = {str(chosen), *(_name_on_disk(file.path) for file in checkpoint.files)}
+    left = unread_weights(folder, elsewhere, read)
     if not left:
         return checkpoint
     note = f"The weights are read from {chosen}, as from_pretrained does. Not read: {left}."
     return dataclasses.replace(checkpoint, notes=(note,))
 
 
-def unread_weights(folder: Path, read: Collection[str] = ()) -> str:
-    """The names of the weights in a folder that are not among those `read`, the first of them; empty where all are."""
-    left = [name for name in _weights_in(folder) if name not in read] if folder.is_dir() else []
+def unread_weights(folder: Path, elsewhere: Mapping[str, StoredFile], read: Collection[str] = ()) -> str:
+    """The names of a folder's weights that are not among those `read`, the first of them; empty where all are."""
+    left = [name for name in _weights_in(folder, elsewhere) if name not in read]
     return ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
 
 
@@ -84,9 +86,14 @@ def _chosen(folder: Path, elsewhere: Mapping[str, StoredFile]) -> str | None:
     return next((name for name in names if name in elsewhere or (folder / name).exists()), None)
 
 
-def _weights_in(folder: Path) -> list[str]:
+def _name_on_disk(file: File) -> str:
+    return _name_on_disk(file.file) if isinstance(file, TorchFile) else file.name
+
+
+def _weights_in(folder: Path, elsewhere: Mapping[str, StoredFile]) -> list[str]:
     """The files of a folder that hold weights of a model, and their indices, in name order."""
-    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    here = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    names = sorted(name for name in {*here, *elsewhere} if not name.startswith("."))
     return [name for name in names if _WEIGHTS.fullmatch(name) and not _NO_MODEL.fullmatch(name)]
 
 
@@ -119,9 +126,9 @@ def _adapter(folder: Path) -> Fault:
     )
 
 
-def _other_weights(folder: Path) -> Fault | None:
+def _other_weights(folder: Path, elsewhere: Mapping[str, StoredFile]) -> Fault | None:
     """The fault of a folder with weights that `from_pretrained` reads only when it is asked to, or not at all."""
-    names = _weights_in(folder) if folder.is_dir() else []
+    names = _weights_in(folder, elsewhere)
     variants = [name for name in names if _VARIANT.fullmatch(name)]
     if variants:
         return Fault(

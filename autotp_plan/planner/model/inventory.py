@@ -108,7 +108,7 @@ def take_inventory(model: ModelInput, names: DiskNames) -> Inventory:
         return inventory_of_module(model.module, names)
     refuse_quantised(model.config, (), model.folder.folder)
     notes: tuple[str, ...] = () if names_a_dtype(model.config or {}) else (_NO_DTYPE,)
-    unread = unread_weights(model.folder.folder)
+    unread = unread_weights(model.folder.folder, model.folder.elsewhere)
     if unread:
         notes += (f"The plan is made from config.json alone. Not read: {unread}.",)
     return dataclasses.replace(inventory_of_module(model.module, names), config=model.config, notes=notes)
