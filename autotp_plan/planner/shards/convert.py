@@ -20,7 +20,7 @@ from autotp_plan.schemas.storage.checkpoint import INDEX_NAME, Checkpoint
 from autotp_plan.schemas.storage.checksum import Progress
 from autotp_plan.schemas.storage.files import ByteRange
 from autotp_plan.schemas.storage.safetensors_header import SafetensorsFile, prefixed
-from autotp_plan.sources.model_folder import Place, open_checkpoint
+from autotp_plan.sources.model_folder import Place, model_folder, open_checkpoint
 
 
 def convert(
@@ -36,7 +36,7 @@ def convert(
     their memory (a tied head) are written under each name. The small files next to the weights are copied.
 
     Args:
-        checkpoint_folder: the checkpoint.
+        checkpoint_folder: the checkpoint: a folder, an id of the hub or a URL.
         output: a new folder, or one that an earlier attempt did not finish: that is resumed.
         workers: reads and writes at the same time.
         progress: called with the bytes read and the bytes in all, from worker threads.
@@ -48,9 +48,11 @@ def convert(
     """
     check_options("convert", workers)
     output = Path(output)
-    checkpoint = open_checkpoint(checkpoint_folder)
+    place = model_folder(checkpoint_folder)
+    checkpoint = open_checkpoint(place)
     if all(isinstance(file.path, Path) for file in checkpoint.files):
         raise CheckpointError(_nothing_to_convert(checkpoint))
+    place.complete()
     original = original_of_checkpoint(checkpoint, None)
     copied = [
         CopiedFile(INDEX_NAME if file.name == INDEX_COPY_NAME else file.name, file.path, file.size)
