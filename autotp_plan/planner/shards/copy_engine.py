@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,7 +25,14 @@ MAX_OPEN = 32
 
 
 def write_groups(
-    groups: Iterable[FileGroup], folder: OutputFolder, *, total: int, workers: int, progress: Progress | None
+    groups: Iterable[FileGroup],
+    folder: OutputFolder,
+    *,
+    total: int,
+    workers: int,
+    progress: Progress | None,
+    chunk_bytes: int = CHUNK_BYTES,
+    completed: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the files that a folder does not have yet.
 
@@ -35,13 +42,15 @@ def write_groups(
         total: the bytes of all tensors, for `progress`.
         workers: threads that copy.
         progress: called with the bytes copied and `total`.
+        chunk_bytes: what is read at once, about.
+        completed: called when more files are complete.
 
     Raises:
         OSError: a read or write failed.
         EOFError: a file that is read ended early.
     """
     counter = _Counter(total, progress)
-    chunk = min(CHUNK_BYTES, BUFFER_BYTES // (2 * workers))
+    chunk = min(chunk_bytes, max(BUFFER_BYTES, 8 * chunk_bytes) // (2 * workers))
     staff = [_Worker(chunk, counter) for _ in range(workers)]
     finishing: deque[list[Future[None]]] = deque()
     with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(workers) as syncing:
@@ -59,13 +68,15 @@ def write_groups(
                 finishing.append([syncing.submit(folder.finish, output) for output in missing])
                 if len(finishing) > 1:
                     _wait(finishing.popleft())
+                    completed()
             while finishing:
                 _wait(finishing.popleft())
+                completed()
         finally:
             counter.stopped = True
             _settle([future for futures in finishing for future in futures])
             for worker in staff:
-                worker.reader.close()
+                worker.close()
 
 
 class _Counter:
@@ -107,34 +118,27 @@ class _Buffer:
         return memoryview(self._memory)[:size]
 
 
-class _Worker:
-    """One thread's buffers and open files."""
+class ChunkReader:
+    """Reads tensors, a chunk at a time. For one thread."""
 
-    def __init__(self, chunk_bytes: int, counter: _Counter) -> None:
-        self._counter = counter
+    def __init__(self, chunk_bytes: int) -> None:
         self._chunk, self._rows, self._turned = (_Buffer(chunk_bytes) for _ in range(3))
-        self.reader = Reader(max_open=MAX_OPEN)
+        self._reader = Reader(max_open=MAX_OPEN)
 
-    def work(self, chunks: _Chunks, outputs: dict[Path, OutputFile]) -> None:
-        """Copy chunks until there are none left."""
-        try:
-            while not self._counter.stopped and (found := chunks.next()) is not None:
-                tensor, start, stop = found
-                targets = [s for s in tensor.targets if any(part.file in outputs for part in s.ranges.ranges)]
-                if targets and (len(targets) == len(tensor.targets) or _hold(targets, start, stop)):
-                    chunk = self._chunk.take(stop - start)
-                    for shard in tensor.sources:
-                        self._read(shard, start, stop, chunk)
-                    if tensor.matrices is not None:
-                        turned = self._turned.take(stop - start)
-                        transpose(turned, chunk, *tensor.matrices)
-                        chunk = turned
-                    for shard in targets:
-                        self._write(shard, start, stop, chunk, outputs)
-                self._counter.add(stop - start)
-        except BaseException:
-            self._counter.stopped = True
-            raise
+    def close(self) -> None:
+        """Close the files that were read."""
+        self._reader.close()
+
+    def read(self, tensor: TensorCopy, start: int, stop: int) -> memoryview:
+        """Bytes `[start, stop)` of a tensor, its matrices transposed where it says so; until the next are read."""
+        chunk = self._chunk.take(stop - start)
+        for shard in tensor.sources:
+            self._read(shard, start, stop, chunk)
+        if tensor.matrices is None:
+            return chunk
+        turned = self._turned.take(stop - start)
+        transpose(turned, chunk, *tensor.matrices)
+        return turned
 
     def _read(self, shard: StoredShard, start: int, stop: int, chunk: memoryview) -> None:
         """Fill what a shard holds of `chunk`, which is bytes `[start, stop)` of the full tensor."""
@@ -143,13 +147,36 @@ class _Worker:
             ranges = shard.ranges.slice(first, last - first)
             if strided.is_contiguous:
                 at = strided.copies[0].source - start
-                self.reader.read_into(chunk[at : at + last - first], ranges)
+                self._reader.read_into(chunk[at : at + last - first], ranges)
                 continue
             rows = self._rows.take(last - first)
-            self.reader.read_into(rows, ranges)
+            self._reader.read_into(rows, ranges)
             for source, target, length in strided.copies:
                 in_chunk = Rows(chunk, source - start, strided.source_stride)
                 copy_rows(in_chunk, Rows(rows, target - first, strided.target_stride), length, strided.count)
+
+
+class _Worker(ChunkReader):
+    """One thread's buffers and open files."""
+
+    def __init__(self, chunk_bytes: int, counter: _Counter) -> None:
+        super().__init__(chunk_bytes)
+        self._counter = counter
+
+    def work(self, chunks: _Chunks, outputs: dict[Path, OutputFile]) -> None:
+        """Copy chunks until there are none left."""
+        try:
+            while not self._counter.stopped and (found := chunks.next()) is not None:
+                tensor, start, stop = found
+                targets = [s for s in tensor.targets if any(part.file in outputs for part in s.ranges.ranges)]
+                if targets and (len(targets) == len(tensor.targets) or _hold(targets, start, stop)):
+                    chunk = self.read(tensor, start, stop)
+                    for shard in targets:
+                        self._write(shard, start, stop, chunk, outputs)
+                self._counter.add(stop - start)
+        except BaseException:
+            self._counter.stopped = True
+            raise
 
     def _write(
         self, shard: StoredShard, start: int, stop: int, chunk: memoryview, outputs: dict[Path, OutputFile]

@@ -5,11 +5,12 @@ From the same plan and checkpoint the folder is the same, to the byte, wherever 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from autotp_plan.planner.shards.copy_engine import write_groups
+from autotp_plan.planner.shards.copy_engine import CHUNK_BYTES, write_groups
 from autotp_plan.planner.shards.copy_plan import FileGroup, Matrices, StoredShard, TensorCopy, file_copy, full_tensor
+from autotp_plan.planner.shards.source_check import Digests, SourceCheck
 from autotp_plan.schemas.errors import AutoTPError, Fault, OptionError, OutputError
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.file_layout import PlacedFile
@@ -28,6 +29,7 @@ from autotp_plan.schemas.storage.safetensors_header import item_size, num_bytes
 Sources = Mapping[str, tuple[StoredShard, ...]]
 """Where the bytes of each parameter are, every byte once, by the name of the parameter."""
 
+NOTHING_KNOWN = Digests(files=(), sha256={})
 NOTHING_TRANSPOSED: Mapping[str, Matrices] = {}
 
 
@@ -43,6 +45,8 @@ def write_shards(
     progress: Progress | None,
     matrices: Mapping[str, Matrices] = NOTHING_TRANSPOSED,
     part: Part | None = None,
+    digests: Digests | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> Manifest | None:
     """Write the shards of a plan, or what is missing of them; returns the manifest.
 
@@ -57,11 +61,14 @@ def write_shards(
         progress: called with the bytes copied and the bytes in all.
         matrices: what parameters are in `sources` that are transposed there.
         part: which part of the files to write; None for all.
+        digests: what the files of the checkpoint must be, which is compared before the manifest is written.
+        chunk_bytes: what is read at once, about.
 
     Returns:
         None when other parts are not complete: whoever completes the last one writes the manifest.
 
     Raises:
+        CheckpointError: a file is not what `digests` says.
         OptionError: `workers` or `max_file_bytes` is not positive.
         OutputError: `output` cannot be written.
     """
@@ -79,14 +86,26 @@ def write_shards(
         "file size": str(max_file_bytes),
     }
 
-    def write(folder: OutputFolder) -> None:
+    def check() -> SourceCheck:
+        return SourceCheck(new, digests or NOTHING_KNOWN, matrices, output, workers)
+
+    def write(folder: OutputFolder, completed: Callable[[], None] = lambda: None) -> None:
         groups = _groups(new, sources, matrices, output, share)
-        write_groups(groups, folder, total=_total(new, share), workers=workers, progress=progress)
+        write_groups(
+            groups,
+            folder,
+            total=_total(new, share),
+            workers=workers,
+            progress=progress,
+            chunk_bytes=chunk_bytes,
+            completed=completed,
+        )
 
     if part is None:
-        with OutputFolder(output, task, command) as folder:
+        with OutputFolder(output, task, command) as folder, check() as checked:
             folder.resume(new.all_sizes(), workers, progress)
-            write(folder)
+            write(folder, lambda: checked.advance(folder.finished))
+            checked.finish(folder.finished)
             return new.finish(folder, original.source)
     of_part = PartFolder(output, task, command, part, shares)
     try:
@@ -95,6 +114,8 @@ def write_shards(
             write(of_part)
             of_part.complete_part()
             if of_part.gather():
+                with check() as checked:
+                    checked.finish(of_part.finished)
                 return new.finish(of_part, original.source)
     except OutputError:
         finished = _finished(new, output, workers, share)
@@ -157,7 +178,8 @@ def _groups(
 ) -> Iterator[FileGroup]:
     """The files of `share`, and how they are filled."""
     unused = {tensor.name: full_tensor(ByteRanges.of([tensor])) for tensor in new.original.unused}
-    for files in new.layout.groups():
+    # what all ranks share first: something of every file of the checkpoint is in it
+    for files in sorted(new.layout.groups(), key=lambda files: isinstance(files[0].owner, int)):
         outputs = [
             OutputFile(folder / file.name, file.size, file.header(new.original.source.fingerprint))
             for file in files

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import overload
 
 from autotp_plan.planner.plan_checks import check_plan
+from autotp_plan.planner.shards.copy_engine import CHUNK_BYTES
 from autotp_plan.planner.shards.copy_plan import full_tensor, matrices_on_disk
 from autotp_plan.planner.shards.folder_writer import write_shards
+from autotp_plan.planner.shards.source_check import Digests
 from autotp_plan.schemas.errors import MismatchError
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.file_layout import MAX_FILE_BYTES
@@ -23,6 +25,9 @@ from autotp_plan.schemas.storage.byte_ranges import ByteRanges
 from autotp_plan.schemas.storage.checksum import Progress
 from autotp_plan.schemas.storage.plan_fit import checkpoint_faults
 from autotp_plan.sources.model_folder import Place, model_folder, open_checkpoint
+
+FAR_CHUNK_BYTES = 32 * 1024 * 1024
+"""What is read at once of files far away: several requests of some megabytes each."""
 
 
 @overload
@@ -107,4 +112,13 @@ def presplit(
         progress=progress,
         matrices={name: found for name, found in matrices.items() if found is not None},
         part=checked,
+        digests=Digests(
+            files=checkpoint.files,
+            sha256={
+                file.path.name: place.sha256[file.path.name]
+                for file in checkpoint.files
+                if file.path.name in place.sha256 and place.elsewhere[file.path.name] is file.path
+            },
+        ),
+        chunk_bytes=FAR_CHUNK_BYTES if place.elsewhere else CHUNK_BYTES,
     )
