@@ -31,7 +31,7 @@ def write_groups(
     total: int,
     workers: int,
     progress: Progress | None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     completed: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the files that a folder does not have yet.
@@ -42,7 +42,7 @@ def write_groups(
         total: the bytes of all tensors, for `progress`.
         workers: threads that copy.
         progress: called with the bytes copied and `total`.
-        chunk_bytes: what is read at once, about.
+        chunk_bytes: what is read at once, about; None for `CHUNK_BYTES`.
         completed: called when more files are complete.
 
     Raises:
@@ -50,6 +50,7 @@ def write_groups(
         EOFError: a file that is read ended early.
     """
     counter = _Counter(total, progress)
+    chunk_bytes = chunk_bytes or CHUNK_BYTES
     chunk = min(chunk_bytes, max(BUFFER_BYTES, 8 * chunk_bytes) // (2 * workers))
     staff = [_Worker(chunk, counter) for _ in range(workers)]
     finishing: deque[list[Future[None]]] = deque()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from autotp_plan.planner.shards.copy_engine import CHUNK_BYTES, write_groups
+from autotp_plan.planner.shards.copy_engine import write_groups
 from autotp_plan.planner.shards.copy_plan import FileGroup, Matrices, StoredShard, TensorCopy, file_copy, full_tensor
 from autotp_plan.planner.shards.source_check import Digests, SourceCheck
 from autotp_plan.schemas.errors import AutoTPError, Fault, OptionError, OutputError
@@ -46,7 +46,7 @@ def write_shards(
     matrices: Mapping[str, Matrices] = NOTHING_TRANSPOSED,
     part: Part | None = None,
     digests: Digests | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> Manifest | None:
     """Write the shards of a plan, or what is missing of them; returns the manifest.
 
@@ -62,7 +62,7 @@ def write_shards(
         matrices: what parameters are in `sources` that are transposed there.
         part: which part of the files to write; None for all.
         digests: what the files of the checkpoint must be, which is compared before the manifest is written.
-        chunk_bytes: what is read at once, about.
+        chunk_bytes: what is read at once, about; None for what is best of files of this machine.
 
     Returns:
         None when other parts are not complete: whoever completes the last one writes the manifest.

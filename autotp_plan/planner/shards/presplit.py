@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import overload
 
 from autotp_plan.planner.plan_checks import check_plan
-from autotp_plan.planner.shards.copy_engine import CHUNK_BYTES
 from autotp_plan.planner.shards.copy_plan import full_tensor, matrices_on_disk
 from autotp_plan.planner.shards.folder_writer import write_shards
 from autotp_plan.planner.shards.source_check import Digests
@@ -120,5 +119,5 @@ def presplit(
                 if file.path.name in place.sha256 and place.elsewhere[file.path.name] is file.path
             },
         ),
-        chunk_bytes=FAR_CHUNK_BYTES if place.elsewhere else CHUNK_BYTES,
+        chunk_bytes=FAR_CHUNK_BYTES if place.elsewhere else None,
     )

@@ -74,9 +74,9 @@ class HttpFile:
         wanted = {"Range": f"bytes={start + done}-{start + len(target) - 1}"}
         headers = {**self.headers, **wanted} if same_host(moved_to or self.url, self.url) else wanted
         with answer(moved_to or self.url, headers, timeout=self.timeout) as (response, url):
-            if moved_to and response.status in _EXPIRED:  # a signed link holds for an hour or so
+            if url != self.url and response.status in _EXPIRED:  # a signed link holds for an hour or so
                 self._moved_to = None
-                raise Again("a link that has expired", 0.0)
+                raise Again(f"{response.status} for a link that was given", 0.0 if moved_to else None)
             check_status(response.status, response.reason, response.headers)
             self._check_range(response, start + done, start + len(target))
             self._moved_to = url if url != self.url else None
