@@ -37,9 +37,9 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def plan_of(folder: Path, args: argparse.Namespace) -> TrainingPlan:
+def plan_of(folder: str, args: argparse.Namespace) -> TrainingPlan:
     """The plan to train by: compiled before, by `autotp-plan compile`, or here for a checkpoint that has none."""
-    file = args.plan or folder / "autotp_plan.json"
+    file = args.plan or Path(folder) / "autotp_plan.json"
     if Path(file).exists():
         return load_plan(file)
     return TrainingPlan(compile_plan(folder, tp_size=args.tp_size))

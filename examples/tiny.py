@@ -1,7 +1,8 @@
 """Small random checkpoints made on the spot, so that the examples need no hub: `--model_name tiny-llama`.
 
-A name of MODELS becomes a folder in `example-run/`, with a tokenizer of one token per byte; any other name is the
-folder that the user has. Every process that asks makes the same files, and the first to be done puts them in place.
+A name of MODELS becomes a folder in `example-run/`, with a tokenizer of one token per byte; any other name is a folder
+that the user has, or an id of the hub. Every process that asks makes the same files, and the first to be done puts them
+in place.
 """
 
 from __future__ import annotations
@@ -19,13 +20,18 @@ MODELS = {
     "tiny-llama": {"model_type": "llama", "intermediate_size": 176, "num_key_value_heads": 4},
     "tiny-gpt-neox": {"model_type": "gpt_neox", "intermediate_size": 256},
 }
-HELP = f"a checkpoint folder or a shards folder; {' and '.join(MODELS)} are made on the spot, small and random"
+HELP = (
+    "a checkpoint folder, a shards folder or an id of the hub (org/name); "
+    f"{' and '.join(MODELS)} are made on the spot, small and random"
+)
 
 
-def checkpoint(model_name: str) -> Path:
-    """The folder of the checkpoint `model_name`."""
-    folder = RUN / model_name if model_name in MODELS else Path(model_name)
-    if model_name in MODELS and not folder.exists():
+def checkpoint(model_name: str) -> str:
+    """Where the checkpoint `model_name` is."""
+    if model_name not in MODELS:
+        return model_name
+    folder = RUN / model_name
+    if not folder.exists():
         RUN.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=RUN) as work:
             made = Path(work, model_name)
@@ -35,7 +41,7 @@ def checkpoint(model_name: str) -> Path:
             except OSError:  # another process was first
                 if not folder.exists():
                     raise
-    return folder
+    return str(folder)
 
 
 def _save(folder: Path, config: dict[str, object]) -> None:

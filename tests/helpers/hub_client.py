@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from autotp_plan.sources.transfer import persistence
+from autotp_plan.sources.transfer.http_connections import close_kept
 from tests.helpers.hub_server import HubServer, hub_server
 
 
@@ -23,6 +24,7 @@ def loopback_hub(cache: Path, patch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         patch.setattr(persistence, "FIRST_WAIT", 0.01)
         yield server
         utils.close_session()
+        close_kept()
 
 
 def point_to(url: str, cache: Path, patch: pytest.MonkeyPatch, offline: bool = False) -> None:

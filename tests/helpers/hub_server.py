@@ -53,6 +53,7 @@ class Repository:
         gated: the token that may read it; empty for everybody.
         sha256: what the hub says where that is not what a file has.
         older: what there was at other commits.
+        has_checksums: whether the hub says what the SHA-256 of large files is.
     """
 
     files: dict[str, bytes | Path]
@@ -60,6 +61,7 @@ class Repository:
     gated: str = ""
     sha256: dict[str, str] = field(default_factory=dict)
     older: dict[str, Repository] = field(default_factory=dict)
+    has_checksums: bool = True
 
     def size(self, path: str) -> int:
         """Bytes of a file."""
@@ -176,7 +178,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         siblings = []
         for file in repository.files:
             entry: dict[str, Any] = {"rfilename": file, "size": repository.size(file), "blobId": "b" * 40}
-            if file.endswith(_LARGE):
+            if file.endswith(_LARGE) and repository.has_checksums:
                 entry["lfs"] = {"sha256": repository.digest(file), "size": entry["size"], "pointerSize": 135}
             siblings.append(entry)
         info = {"id": name, "modelId": name, "sha": repository.commit, "private": False, "siblings": siblings}
@@ -205,7 +207,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             link = (
                 f"http://localhost:{self.server.server_address[1]}/link/{self.server.links}/{name}/{file}?signature=1"
             )
-            linked = {"X-Linked-Etag": f'"{repository.digest(file)}"', "X-Linked-Size": str(repository.size(file))}
+            linked = {"X-Linked-Size": str(repository.size(file))}
+            if repository.has_checksums:
+                linked["X-Linked-Etag"] = f'"{repository.digest(file)}"'
             self._send(302, b"", {**headers, **linked, "Location": link})
         else:
             content = repository.files[file]
@@ -241,20 +245,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _body(self, status: int, content: bytes | Path, start: int, stop: int) -> None:
         cut = self.trouble.cut if self.trouble is not None else -1
         until = stop if cut < 0 else min(stop, start + cut)
-        sent = 0
-        if self.command == "GET":
-            if isinstance(content, bytes):
-                self.wfile.write(content[start:until])
-                sent = until - start
-            else:
-                with content.open("rb") as file:
-                    while start + sent < until:
-                        sent += os.sendfile(
-                            self.connection.fileno(), file.fileno(), start + sent, min(until - start - sent, 1 << 20)
-                        )
+        sent = until - start if self.command == "GET" else 0
         asked = (self.headers.get("Range") or "", self.headers.get("Authorization") or "")
-        with self.server.lock:
+        with self.server.lock:  # before the client may ask for what happened
             self.server.requests.append(Request(self.command, self.path, *asked, status, sent))
+        if self.command == "GET" and isinstance(content, bytes):
+            self.wfile.write(content[start:until])
+        elif self.command == "GET":
+            assert isinstance(content, Path)
+            with content.open("rb") as file:
+                while start < until:
+                    start += os.sendfile(self.connection.fileno(), file.fileno(), start, min(until - start, 1 << 20))
         if until < stop:
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)

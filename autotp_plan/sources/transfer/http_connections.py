@@ -63,6 +63,15 @@ def answer(
     raise http.client.HTTPException(f"more than {MOST_REDIRECTS} redirects")
 
 
+def close_kept() -> None:
+    """Close the connections that are kept."""
+    with _lock:
+        kept = [connection for of_one in _idle.values() for connection in of_one]
+        _idle.clear()
+    for connection in kept:
+        connection.close()
+
+
 def same_host(first: str, second: str) -> bool:
     """Whether two URLs are of the same host and port, and the same secrecy."""
     return _origin(first) == _origin(second)
