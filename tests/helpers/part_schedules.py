@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -181,6 +182,27 @@ def _interleave(folder: Folder, random: Random, live: dict[int, int], kills: flo
     return killed, anew
 
 
+def kill_at_any_moment(new: Callable[[], Folder], seeds: Sequence[int]) -> None:
+    """All parts at once, killed after some milliseconds, wherever they are then; again, with more time, to the end."""
+    killed = 0
+    for seed in seeds:
+        random, folder, longest = Random(seed), new(), 0.01
+        left = set(range(1, folder.count + 1))
+        while left:
+            live = {part: folder.start(part) for part in left}
+            for part in random.sample(sorted(left), len(left)):
+                time.sleep(random.uniform(0, longest))
+                os.kill(live[part], signal.SIGKILL)
+                code = os.waitstatus_to_exitcode(os.waitpid(live[part], 0)[1])
+                assert code in (0, -signal.SIGKILL), f"exit status {code}"
+                left -= {part} if code == 0 else set()
+                killed += code != 0
+                folder.check()
+            longest *= 1.2
+        folder.check_finished()
+    print(f"{len(seeds)} folders, {killed} killed")
+
+
 def _without_locks() -> None:
     fcntl.flock = lambda *_: None
 
@@ -225,6 +247,8 @@ def main(scenario: str, work: Path, seeds: int, planted: str = "") -> None:
 
         if scenario == "kill":
             kill_at_every_call(new)
+        elif scenario == "killed at any moment":
+            kill_at_any_moment(new, range(seeds))
         elif scenario == "at once":
             interleave(new, range(seeds), kills=0)
         elif scenario == "at once and killed":

@@ -77,7 +77,13 @@ def schedules(work: Path, scenario: str, seeds: int, planted: str = "") -> subpr
 
 
 @pytest.mark.parametrize(
-    ("scenario", "seeds"), [("kill", 0), ("at once and killed", 8), ("two writers of a part without locks", 12)]
+    ("scenario", "seeds"),
+    [
+        ("kill", 0),
+        ("killed at any moment", 5),
+        ("at once and killed", 8),
+        ("two writers of a part without locks", 12),
+    ],
 )
 def test_stopped_and_killed_at_any_call(work: Path, scenario: str, seeds: int) -> None:
     """At no moment there is a file that is not complete, or a manifest without a file; the end is the same folder."""
@@ -86,7 +92,9 @@ def test_stopped_and_killed_at_any_call(work: Path, scenario: str, seeds: int) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", ["at once", "at once and killed", "two writers of a part without locks"])
+@pytest.mark.parametrize(
+    "scenario", ["killed at any moment", "at once", "at once and killed", "two writers of a part without locks"]
+)
 def test_many_schedules(work: Path, scenario: str) -> None:
     done = schedules(work, scenario, 150)
     assert done.returncode == 0, done.stdout + done.stderr
