@@ -23,6 +23,11 @@ WIDTHS = frozenset(
 )
 """Keys that hold a number of features: all are divided by the same number, which keeps their ratios."""
 
+STATES = ("mamba_d_state", "ssm_state_size", "state_size")
+"""But a state stays as it is where a few features would be left: some mixers normalize what they write into it."""
+_DELTA_HEADS = ("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim")
+"""But the heads of gated delta nets stay wide: vectors of a few features are normalized, and may be near zero."""
+
 _HEAD_DIMS = ("head_dim", "kv_channels", "d_kv", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
               "global_head_dim")  # fmt: skip
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "dim", "emb_dim")
@@ -66,6 +71,8 @@ WINDOW = 8
 """Sliding windows and chunks of a twin, in tokens: shorter than its batch."""
 _MIN_VOCABULARY = 256
 _MIN_HEAD_DIM = 4
+_MIN_DELTA_HEAD = 16
+_MIN_STATE = 4
 
 
 def divisors(config: Mapping[str, Any], dims: Collection[int] = ()) -> list[int]:
@@ -143,6 +150,7 @@ def shrink(
     unused = (token for token in range(words - 2, 0, -1) if token not in taken)
     specials: dict[int, int] = {}
     hidden = _first(text, _HIDDEN)
+    of_delta_heads = _delta_divisor(text, divisor)
 
     def changed(key: str, value: Any) -> Any:
         if isinstance(value, dict):
@@ -158,8 +166,10 @@ def shrink(
             return type(value)(0) if type(value) in (int, float) else value
         if type(value) is not int:
             return value
+        if key in STATES and value // divisor < _MIN_STATE:
+            return value
         if key in WIDTHS:
-            return value // divisor
+            return value // (of_delta_heads if key in _DELTA_HEADS else divisor)
         if key in LAYERS and layers is not None:
             return layers
         if key in _EXPERTS and experts is not None:
@@ -320,6 +330,13 @@ def _heads_stay(config: Mapping[str, Any], divisor: int) -> bool:
         rotary.append(config["rotary_dim"] // divisor)
     heads_stay = all(size // divisor >= _MIN_HEAD_DIM and size // divisor % 2 == 0 for size in head_dims)
     return heads_stay and all(size >= 2 and size % 2 == 0 for size in rotary)
+
+
+def _delta_divisor(config: Mapping[str, Any], divisor: int) -> int:
+    """The largest number that divides `divisor` and leaves the heads of gated delta nets wide."""
+    widths = [value for key, value in entries(config) if key in _DELTA_HEADS and value]
+    fits = (k for k in range(divisor, 1, -1) if divisor % k == 0 and all(width % k == 0 for width in widths))
+    return next((k for k in fits if all(width // k >= _MIN_DELTA_HEAD for width in widths)), 1)
 
 
 def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:

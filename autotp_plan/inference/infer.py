@@ -135,13 +135,15 @@ def regions(small: SmallModel) -> list[Region]:
     layers = list(one_of_each_kind(layers_of(model), small.config))
     norms = inner_norms(model, layers)
     seen = influence.watch(model, small.run, norms=norms)
+    direct = influence.watch(model, small.run, norms=norms, apart=True)
     by_layer: dict[str, list[Region]] = {}
     for layer in layers:
+        layer.linears = [name for name in layer.linears if name in seen.outputs]  # of others only the weight is read
         known = {
             place(model, region.consumer, prefix): region for prefix, found in by_layer.items() for region in found
         }
         by_layer[layer.prefix] = [
-            *regions_of(model, layer, seen, known),
+            *regions_of(model, layer, seen, known, direct),
             *expert_regions(model, layer, seen, [*known]),
         ]
     modules = {region.module for found in by_layer.values() for region in found if not region.experts}
@@ -168,7 +170,7 @@ def one_of_each_kind(layers: Iterable[Layer], config: Mapping[str, Any]) -> Iter
 
 def _tried(small: SmallModel, region: Region, second: SmallModel, other: Region) -> Region | None:
     """The region with the attributes that make it right in pieces; None where nothing does."""
-    linears = {*region.columns, region.consumer.rpartition(".")[0]}
+    linears = {*region.columns, *(weight.rpartition(".")[0] for weight in (region.consumer, *region.inner))}
     region.reasons += [
         f"without gradients {name} is passed by, and its weight read" for name in sorted(linears & small.bypassed())
     ]

@@ -37,6 +37,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 48,
     },
     "qwen3_5_text": {**_ATTENTION, **_DELTA_NET},
+    "jamba": {
+        **_ATTENTION, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "mamba_d_state": 8,
+        "mamba_dt_rank": 6,
+    },
+    "falcon_mamba": {"hidden_size": 64, "state_size": 8, "time_step_rank": 6, "expand": 2},
     "lfm2": {**_ATTENTION, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "minicpm3": {**_ATTENTION, **_MLA},
 }  # fmt: skip

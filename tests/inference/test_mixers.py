@@ -61,6 +61,27 @@ def test_groups_of_a_state_space_mixer_are_sharded(tmp_path: Path) -> None:
     assert not plan.modules
 
 
+@pytest.mark.parametrize(
+    ("model_type", "module"),
+    [("falcon_mamba", "backbone.layers.0.mixer"), pytest.param("jamba", "model.layers.0.mamba", marks=SLOW)],
+)
+def test_a_mixer_with_a_row_parallel_layer_inside(tmp_path: Path, model_type: str, module: str) -> None:
+    """Mamba 1: channels are sharded; what `x_proj` makes of all of them is summed, and its gradient too."""
+    plan = inferred(mixer_folder(tmp_path, model_type), 2, infer_rules(tmp_path))
+    assert shards_of(plan, module) == {
+        "in_proj.weight": [(64, 128), (192, 256)],
+        **{name: [(64, 128)] for name in ("conv1d.weight", "conv1d.bias", "x_proj.weight", "out_proj.weight")},
+        **{name: [(64, 128)] for name in ("dt_proj.weight", "dt_proj.bias", "A_log", "D")},
+    }
+    styles = {entry.name.removeprefix(f"{module}."): entry.style for entry in plan.expanded()}
+    assert (styles["x_proj.weight"], styles["dt_proj.weight"]) == ("row", "shard"), "the code reads dt_proj.weight"
+    (crossing,) = (one for one in plan.modules if one.module.endswith("x_proj"))
+    assert crossing.output is not None and crossing.output.operation == "copy"
+    partial = {entry.name.rpartition(f"{module}.")[2] for entry in plan.expanded() if entry.partial_gradient}
+    norms = {f"{part}_layernorm.weight" for part in ("dt", "b", "c")} if model_type == "jamba" else set()
+    assert partial == norms
+
+
 def test_a_buffer_that_scales_a_fused_projection_follows_it(tmp_path: Path) -> None:
     spec = infer_spec(mixer_folder(tmp_path, "falcon_h1"))
     (module,) = (one for one in spec["modules"] if "buffers" in one)

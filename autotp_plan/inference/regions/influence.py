@@ -105,6 +105,12 @@ def masks(target: Tensor, sources: Mapping[str, Tensor]) -> Masks:
     return _gathered((target * weights.unsqueeze(-1)).flatten(0, -2).sum(0), sources)
 
 
+def reached(target: Tensor, sources: Mapping[str, Tensor]) -> set[str]:
+    """The names of the sources on which `target` depends at all."""
+    gradients = torch.autograd.grad(target.sum(), [*sources.values()], retain_graph=True, allow_unused=True)
+    return {name for name, gradient in zip(sources, gradients) if gradient is not None and bool(gradient.any())}
+
+
 def interactions(call: Call, parameters: Mapping[str, Tensor], name: str, dim: int) -> Masks:
     """Which indices of a module's parameters act together with each index of one dimension of one of them.
 

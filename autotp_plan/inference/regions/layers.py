@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from autotp_plan.inference.regions import influence
 from autotp_plan.inference.regions.influence import Axis, Masks, Watch
-from autotp_plan.inference.regions.units import Segment, Units, blocks, divided, find_units, segments
+from autotp_plan.inference.regions.units import Segment, Units, blocks, divided, find_units, labels_of, segments
 from autotp_plan.probes.linear import is_linear, output_dim
 from autotp_plan.probes.norms import averages_by_mean
 from autotp_plan.schemas.names import is_index, starred
@@ -45,6 +45,8 @@ class Region:
         buffers: buffers of `module` with a value for each output feature of a parameter, by which they are sharded.
         experts: whether `module` computes with its parameters itself.
         grouped: whether units that share something are kept together, on as many ranks as there are groups at most.
+        inner: the splits of weights like the consumer that run before it, and whose outputs every unit needs: Mamba's
+            `x_proj`.
         num_blocks: into how many blocks of units every weight is divided, each of which is sharded for itself.
         consumer_dim: the dimension of the consumer that counts its input features.
         reach: what depends on what.
@@ -66,6 +68,7 @@ class Region:
     buffers: dict[str, str] = field(default_factory=dict)
     experts: bool = False
     grouped: bool = False
+    inner: dict[str, Split] = field(default_factory=dict)
     num_blocks: int = 1
     consumer_dim: int = 1
     reach: Masks = field(default_factory=dict)
@@ -121,7 +124,7 @@ def place(model: nn.Module, name: str, layer: str) -> tuple[str, ...]:
 
 
 def regions_of(
-    model: nn.Module, layer: Layer, seen: Watch, known: Mapping[tuple[str, ...], Region] | None = None
+    model: nn.Module, layer: Layer, seen: Watch, known: Mapping[tuple[str, ...], Region], apart: Watch
 ) -> list[Region]:
     """The regions of a layer, those that run last first.
 
@@ -130,6 +133,7 @@ def regions_of(
         layer: the layer.
         seen: of a forward pass in which the means of inner norms were constants.
         known: regions of other layers by the place of their consumer, which are not sought again.
+        apart: of a forward pass with linear layers apart.
     """
     found: list[Region] = []
     taken: set[str] = set()
@@ -138,13 +142,15 @@ def regions_of(
         module = model.get_submodule(name)
         if f"{name}.weight" in taken or not seen.inputs[name].requires_grad:
             continue
-        same = (known or {}).get(place(model, f"{name}.weight", layer.prefix))
+        same = known.get(place(model, f"{name}.weight", layer.prefix))
         if same is not None:
             other = same.consumer.removesuffix(f"{name}.weight".removeprefix(layer.prefix))
             taken |= {parameter.replace(other, layer.prefix, 1) for parameter in same.splits}
             continue
-        reach = reach_of(model, layer, seen, name)
-        region = _region_of_linear(model, layer, name, output_dim(module), reach, taken)
+        out_dim = output_dim(module)
+        region = _region_with_inner(model, layer, name, out_dim, apart, taken) or _region_of_linear(
+            model, layer, name, out_dim, reach_of(model, layer, seen, name), taken
+        )
         if region is not None:
             found.append(region)
             taken |= set(region.splits)
@@ -198,6 +204,58 @@ def _region_of_linear(
     return region
 
 
+def _region_with_inner(
+    model: nn.Module, layer: Layer, name: str, out_dim: int, apart: Watch, taken: set[str]
+) -> Region | None:
+    """The region of a linear layer and of others before it that multiply the same units; None where none does."""
+    feeding = _feeding(layer, apart, name)
+    inner = [one for one in sorted(feeding) if feeding & _feeding(layer, apart, one)]
+    if not inner:
+        return None
+    reach = reach_of(model, layer, apart, name)
+    region = _region_of_linear(model, layer, name, out_dim, reach, taken)
+    if region is None or region.units.fine != region.units.coarse:
+        return None
+    for one in inner:
+        weight, rows = f"{one}.weight", output_dim(model.get_submodule(one))
+        to_all = reach.get((weight, rows), [])
+        parts = _same_units(region, reach_of(model, layer, apart, one), layer.parameters[weight].shape[1 - rows])
+        if parts is not None and to_all and all(mask == (1 << region.units.size) - 1 for mask in to_all):
+            region.inner[weight] = Split(dim=1 - rows, segments=parts)
+            region.copied_outputs[one] = (0, len(to_all), len(to_all))
+    if not region.inner:
+        return None
+    region.module = _common([*region.columns, region.consumer.rpartition(".")[0], *region.copied_outputs])
+    lay_out(region)
+    return region
+
+
+def _feeding(layer: Layer, apart: Watch, name: str) -> set[str]:
+    """The linear layers whose outputs go into the input of another past no third one."""
+    names = [one for one in layer.linears if one != name and one in apart.outputs]
+    if not apart.inputs[name].requires_grad:
+        return set()
+    return influence.reached(apart.inputs[name], {one: apart.outputs[one] for one in names})
+
+
+def _same_units(region: Region, reach: Masks, size: int) -> tuple[Segment, ...] | None:
+    """How a linear layer's inputs are made of a region's units, by what both depend on; None where they are not."""
+    unit_of: dict[int, int] = {}
+    everything = (1 << size) - 1
+    for axis in region.reach.keys() & reach.keys():
+        labels = labels_of(region.reach[axis], region.units.size, region.units.coarse) or []
+        for label, mask in zip(labels, reach[axis]):
+            features = [at for at in range(size) if mask >> at & 1]
+            if features and (label < 0 or mask == everything):
+                return None
+            if any(unit_of.setdefault(at, label) != label for at in features):
+                return None
+    if len(unit_of) < size:
+        return None
+    ones = tuple(1 << label for label in range(len(region.units.coarse)))
+    return segments([ones[unit_of[at]] for at in range(size)], Units(size=len(ones), coarse=ones, fine=ones))
+
+
 def lay_out(region: Region, grouped: bool = False) -> None:
     """Find how the indices of each parameter lie.
 
@@ -224,6 +282,7 @@ def lay_out(region: Region, grouped: bool = False) -> None:
     fine = counted.fine != counted.coarse
     own = Segment(unit=units.size // number, count=number, fine=fine)
     region.splits[region.consumer] = Split(dim=region.consumer_dim, segments=(own,))
+    region.splits |= region.inner
     if not fine:
         _into_blocks(region)
 

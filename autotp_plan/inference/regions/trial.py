@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -167,14 +167,14 @@ def _errors(
         for attribute, meaning in attributes.items():
             value = next(one.local for one in counts(region, share) if one.meaning == meaning)
             set_attribute(local, attribute, value)
-        given, output = _run(local, region, seen, share)
+        given, output = _run(model, local, region, seen, share)
         if region.experts:
             total = total + output
             continue
-        name = region.consumer.rpartition(".")[0]
-        whole = seen.inputs[name].detach()
-        expected = whole[..., share.indices(region.splits[region.consumer], region.units)]
-        yield _error(expected, given)
+        for weight in (region.consumer, *region.inner):
+            name = weight.rpartition(".")[0]
+            whole = seen.inputs[name].detach()
+            yield _error(whole[..., share.indices(region.splits[weight], region.units)], given.get(name))
     if region.experts:
         dense = first_tensor(seen.calls[region.module].output)
         assert dense is not None
@@ -202,7 +202,7 @@ def _cut(module: nn.Module, region: Region, share: Share) -> None:
             and getattr(inside, "bias", None) is not None
         ):
             inside.bias = nn.Parameter(inside.bias.detach().index_select(0, held))
-        if hasattr(inside, "nf") and parameter != region.consumer:
+        if hasattr(inside, "nf") and parameter not in (region.consumer, *region.inner):
             inside.nf = len(held)
     for buffer, parameter in region.buffers.items():
         held = torch.tensor(share.indices(region.splits[f"{prefix}{parameter}"], region.units))
@@ -213,8 +213,10 @@ def _cut(module: nn.Module, region: Region, share: Share) -> None:
             getattr(module.get_submodule(owner), leaf).data.zero_()
 
 
-def _run(module: nn.Module, region: Region, seen: Watch, share: Share) -> tuple[Tensor | None, Tensor | None]:
-    """What a module gives to the consumer, and its output."""
+def _run(
+    model: nn.Module, module: nn.Module, region: Region, seen: Watch, share: Share
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """What a rank's `module` gives to the consumer and to those like it inside, by their names, and its output."""
     call = seen.calls[region.module]
     bound = copy.copy(call.bound)
     bound.arguments = {name: _detached(value) for name, value in call.arguments.items()}
@@ -223,18 +225,34 @@ def _run(module: nn.Module, region: Region, seen: Watch, share: Share) -> tuple[
         if isinstance(value, Tensor) and value.shape[dim] > 1:
             held = share.indices(Split(dim=dim, segments=parts), region.units)
             bound.arguments[name] = value.index_select(dim, torch.tensor(held))
-    got: list[Tensor] = []
+    got: dict[str, Tensor] = {}
     prefix = f"{region.module}."
     with ExitStack() as stack, torch.no_grad():
         if not region.experts:
-            consumer = module.get_submodule(region.consumer.removeprefix(prefix).rpartition(".")[0])
-            stack.callback(consumer.register_forward_pre_hook(lambda _, args: got.append(args[0])).remove)
+            for weight in (region.consumer, *region.inner):
+                name = weight.rpartition(".")[0]
+                linear = module.get_submodule(name.removeprefix(prefix))
+                stack.callback(linear.register_forward_pre_hook(_keep(got, name)).remove)
+                if weight in region.inner:  # the sum over the ranks
+                    total = model.get_submodule(name)(seen.inputs[name].detach())
+                    stack.callback(linear.register_forward_hook(_instead(total)).remove)
         for norm in region.means:
             inside = module.get_submodule(norm.removeprefix(prefix))
             stack.enter_context(constant_means(inside, [], iter(seen.means[norm])))
         stack.enter_context(Smooth())
         output = module(*bound.args, **bound.kwargs)
-    return (got[0] if got else None), first_tensor(output)
+    return got, first_tensor(output)
+
+
+def _keep(got: dict[str, Tensor], name: str) -> Callable[..., None]:
+    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        got.setdefault(name, args[0])
+
+    return keep
+
+
+def _instead(output: Tensor) -> Callable[..., Tensor]:
+    return lambda *_: output
 
 
 def _detached(value: Any) -> Any:

@@ -83,6 +83,8 @@ class Sizes:
     """Of state-space mixers: widths of heads, the first of which that fits is taken."""
     heads_per_group: int
     """Of state-space mixers whose width is not that of the model."""
+    state: int
+    """Features of a state, by which the time of a pass grows: odd and few."""
     tied: bool = False
     """Whether widths that are equal in the original stay equal."""
     square: bool = False
@@ -92,10 +94,10 @@ class Sizes:
 
 
 _FIRST = Sizes(heads=8, kv_heads=2, head_dim=16, rotary=4, first_width=20, step=8, hidden=48,
-               delta_net=(4, 3, 6, 10), state_space=(6, 8, 16, 4, 2), heads_per_group=4)  # fmt: skip
+               delta_net=(4, 3, 6, 10), state_space=(6, 8, 16, 4, 2), heads_per_group=4, state=9)  # fmt: skip
 _SECOND = Sizes(heads=6, kv_heads=3, head_dim=24, rotary=8, first_width=34, step=10, hidden=96,
                 delta_net=(10, 2, 14, 22), state_space=(12, 6, 4, 18, 24, 3),
-                heads_per_group=3)  # fmt: skip
+                heads_per_group=3, state=11)  # fmt: skip
 _ROUND = (
     Sizes(
         heads=8,
@@ -108,6 +110,7 @@ _ROUND = (
         delta_net=(4, 3, 6, 10),
         state_space=(6, 8, 16, 4, 2),
         heads_per_group=4,
+        state=9,
     ),
     Sizes(
         heads=12,
@@ -120,6 +123,7 @@ _ROUND = (
         delta_net=(10, 2, 14, 22),
         state_space=(12, 6, 4, 18, 24, 3),
         heads_per_group=3,
+        state=11,
     ),
 )
 CANDIDATES: tuple[tuple[Sizes, Sizes], ...] = (
@@ -203,6 +207,8 @@ def resized(config: Mapping[str, Any], sizes: Sizes, layers: int | None) -> dict
             return 2 * hidden // sizes.heads
         if key in _HEAD_DIMS:
             return sizes.head_dim + (_NOPE if key == "qk_nope_head_dim" else max(0, 2 * (_HEAD_DIMS.index(key) - 6)))
+        if key in scale_config.STATES:
+            return sizes.state
         if key in _DELTA_NET:
             return _delta_net(key, sizes, shared=values.get(_DELTA_NET[0]) != values.get(_DELTA_NET[1]))
         unknown = value >= _LARGE and not any(word in key for word in _NO_WIDTHS)

@@ -89,7 +89,7 @@ class RegionRules:
         kind = "shard"
         if parameter.rpartition(".")[0] in first.columns:
             kind = "column"
-        elif parameter == first.consumer and not first.experts:
+        elif parameter in (first.consumer, *first.inner) and not first.experts:
             kind = "row"
         parts = list(zip(*(split.segments for split in splits)))
         rule: Rule = {"partition_type": kind}

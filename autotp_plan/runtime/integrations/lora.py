@@ -273,6 +273,8 @@ def _faults(adapted: Any, partial: set[str]) -> Iterator[Fault]:
                 got = "a partly replicated weight"
             elif base.transposed or layout.shape != base.shards.shapes["weight"]:
                 got = "a weight that is transposed, or sharded in another shape than it has"
+            elif isinstance(base, RowParallelLinear) and base.copy_output:
+                got = "a row-parallel layer whose output goes into sharded weights, past which the adapter would add"
         elif isinstance(base, WithCollectives):
             got = "a module with an all-reduce at its input or output, which the adapter would not go through"
         elif f"{name}.weight" in partial:

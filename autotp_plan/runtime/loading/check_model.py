@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from autotp_plan.probes.linear import is_linear, orientation
 from autotp_plan.probes.norms import averages_by_mean
+from autotp_plan.runtime.loading.replace_modules import COPY
 from autotp_plan.runtime.tensor_parallel.embedding import can_be_vocab_parallel
 from autotp_plan.runtime.tensor_parallel.module_boundary import unknown_inputs
 from autotp_plan.runtime.tensor_parallel.weight_reads import layers_read
@@ -37,9 +38,11 @@ def check_model(model: nn.Module, plan: Plan) -> None:
         if parameter.style != "replicated":
             faults.extend(_module_faults(parameter, modules, plan))
     faults.extend(_read_faults(modules, plan))
+    styles = {parameter.name: parameter.style for parameter in plan.expanded()}
     for entry in plan.modules:
         for name in expand(entry.module):
             faults.extend(_boundary_faults(name, modules.get(name), entry))
+            faults.extend(_parallel_layer_faults(name, styles.get(f"{name}.weight", ""), entry))
             faults.extend(_buffer_faults(name, modules.get(name), entry, plan))
     for attribute in plan.module_attributes:
         for name in expand(attribute.module):
@@ -88,7 +91,7 @@ def _module_faults(parameter: Parameter, modules: Mapping[str, nn.Module], plan:
     if module is None:
         return  # the missing parameter is a fault already
     if parameter.style == "shard":
-        yield from _own_forward_faults(parameter, module)
+        yield from _own_forward_faults(parameter, module, modules.get(name.rpartition(".")[0]))
     elif leaf == "weight":
         yield from _weight_faults(parameter, module, plan)
     elif leaf != "bias" or parameter.style != "column":
@@ -96,8 +99,11 @@ def _module_faults(parameter: Parameter, modules: Mapping[str, nn.Module], plan:
     yield from _replica_faults(parameter, plan)
 
 
-def _own_forward_faults(parameter: Parameter, module: nn.Module) -> Iterator[Fault]:
-    if isinstance(module, nn.Embedding) or (isinstance(module, (nn.Linear, Conv1D)) and is_linear(module)):
+def _own_forward_faults(parameter: Parameter, module: nn.Module, parent: nn.Module | None) -> Iterator[Fault]:
+    """A linear layer that is not called keeps what it holds: Mamba's mixers multiply by `dt_proj.weight` themselves."""
+    linear = isinstance(module, (nn.Linear, Conv1D)) and is_linear(module)
+    leaf = parameter.name.split(".")[-2]
+    if isinstance(module, nn.Embedding) or (linear and (parent is None or leaf not in layers_read(parent))):
         yield _fault(
             "a linear layer or embedding cannot keep its forward when its weight is sharded",
             parameter.name,
@@ -208,6 +214,18 @@ def _boundary_faults(name: str, module: nn.Module | None, planned: PlannedModule
             name,
             _class_name(module),
             "an RMS or layer norm written out, with a weight of its width",
+        )
+
+
+def _parallel_layer_faults(name: str, style: str, planned: PlannedModule) -> Iterator[Fault]:
+    """Collectives that a parallel layer, which has collectives of its kind, cannot be given."""
+    copied_row = style == "row" and planned == PlannedModule(module=planned.module, output=COPY)
+    if style in ("column", "row", "vocab") and not copied_row:
+        yield _fault(
+            "a parallel layer cannot be given collectives of its own",
+            name,
+            f"a {style}-parallel layer among the modules of the plan",
+            "at most a row-parallel layer whose whole output is copied",
         )
 
 

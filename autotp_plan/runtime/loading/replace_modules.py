@@ -19,7 +19,10 @@ from autotp_plan.runtime.tensor_parallel.weight_reads import (
     layers_fused,
 )
 from autotp_plan.schemas.names import expand
-from autotp_plan.schemas.plan.document import Parameter, Plan, PlannedModule
+from autotp_plan.schemas.plan.document import Crossing, Parameter, Plan, PlannedModule
+
+COPY = Crossing(operation="copy")
+"""An output whose gradient is all-reduced: the one collective that a row-parallel layer can be given."""
 
 
 def replace_layers(model: nn.Module, plan: Plan, ranks: Ranks) -> dict[str, ShardedParams]:
@@ -42,12 +45,15 @@ def replace_layers(model: nn.Module, plan: Plan, ranks: Ranks) -> dict[str, Shar
     for tie in plan.tied:
         module, _, leaf = tie.name.rpartition(".")
         tied[module][leaf] = by_name[tie.to]
+    copied = {name for entry in plan.modules if entry.output == COPY for name in expand(entry.module)}
     replaced: dict[str, ShardedParams] = {}
     for module, parameters in by_module.items():
         weight = parameters.get("weight")
         if weight is not None and weight.style not in ("replicated", "shard"):
             every = {**parameters, **tied[module]}
             layer = _replace(model, module, every, weight.style, weight.gather_output, plan, ranks)
+            if isinstance(layer, RowParallelLinear):
+                layer.copy_output = module in copied
             replaced[module] = layer.shards
     for tie in plan.tied:
         module, _, leaf = tie.name.rpartition(".")
@@ -90,6 +96,8 @@ def _replace(
 def add_boundaries(model: nn.Module, plan: Plan, ranks: Ranks) -> dict[str, ShardedParams]:
     """Add collectives at the inputs and outputs of modules that keep their forward, and shard their parameters.
 
+    Parallel layers do not: what a plan says of their outputs is theirs from `replace_layers`.
+
     Args:
         model: the model, on meta.
         plan: its plan.
@@ -110,6 +118,8 @@ def add_boundaries(model: nn.Module, plan: Plan, ranks: Ranks) -> dict[str, Shar
     sharded: dict[str, ShardedParams] = {}
     for name in dict.fromkeys([*inside, *planned, *added_once]):
         module = model.get_submodule(name)
+        if isinstance(module, PlannedLayer):
+            continue
         shards = ShardedParams(
             layouts={leaf: plan.layouts[parameter.layout] for leaf, parameter in inside[name].items()},
             shapes={leaf: plan.shape_of(parameter) for leaf, parameter in inside[name].items()},

@@ -201,7 +201,8 @@ class ColumnParallelLinear(_Linear):
 class RowParallelLinear(_Linear):
     """A linear layer sharded by input features; the bias is replicated and added once, after the all-reduce.
 
-    With `split_input` the input is replicated, and each rank takes its part of it.
+    With `split_input` the input is replicated, and each rank takes its part of it. With `copy_output` the output goes
+    into sharded weights again, so its gradient is all-reduced too.
     """
 
     partition_type = "row"
@@ -209,6 +210,7 @@ class RowParallelLinear(_Linear):
     def __init__(self, module: nn.Module, *, split_input: bool = False, **kwargs: Any) -> None:
         super().__init__(module, **kwargs)
         self.split_input = split_input
+        self.copy_output = False
 
     @eager
     def forward(self, input: Tensor) -> Tensor:
@@ -222,7 +224,10 @@ class RowParallelLinear(_Linear):
             output = sum_over_ranks(output, self.mp_group)
             if self.training:
                 leave_sharded_region()
-        return output if self.bias is None else output + self.bias
+        output = output if self.bias is None else output + self.bias
+        if self.copy_output and self.is_tp_parallel:
+            output = copy_to_ranks(output, self.mp_group, shared=self.share_input_gradients)
+        return output
 
 
 class _OverlappedColumn(torch.autograd.Function):

@@ -140,6 +140,29 @@ def test_ranks_that_share_only_some_indices_are_refused(work: Path) -> None:
         check_model(build_model(work / "llama", plan.model.architecture), wrong)
 
 
+def test_a_parallel_layer_has_the_collectives_of_its_kind(work: Path) -> None:
+    """A row-parallel layer's output may be copied, as that of Mamba's `x_proj` is; nothing else can be done."""
+    from autotp_plan.huggingface.meta_model import build_model
+    from autotp_plan.runtime.loading.check_model import check_model
+    from autotp_plan.schemas.plan.document import Crossing, Plan, PlannedModule
+
+    plan = Plan.read(work / "llama.tp2.json")
+    model = build_model(work / "llama", plan.model.architecture)
+
+    def check(module: PlannedModule) -> None:
+        check_model(model, dataclasses.replace(plan, modules=(module,)))
+
+    copied = Crossing(operation="copy")
+    check(PlannedModule(module="model.layers.0.mlp.down_proj", output=copied))
+    for wrong in (
+        PlannedModule(module="model.layers.0.mlp.up_proj", output=copied),
+        PlannedModule(module="model.layers.0.mlp.down_proj", output=Crossing(operation="copy", interval=(0, 4))),
+        PlannedModule(module="model.layers.0.mlp.down_proj", output=copied, inputs={"input": copied}),
+    ):
+        with pytest.raises(MismatchError, match="cannot be given collectives of its own"):
+            check(wrong)
+
+
 def test_a_deepspeed_config_of_another_tp_size_is_refused(work: Path) -> None:
     from autotp_plan.runtime.deepspeed.engine_config import engine_config
     from autotp_plan.schemas.plan.document import Plan

@@ -16,6 +16,7 @@ import pytest
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.spec import SpecFile
 from tests.helpers.launch import launch
+from tests.helpers.mixers import CONFIGS, mixer_folder
 from tests.inference.test_infer import config_folder, inferred
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(270), pytest.mark.filterwarnings("ignore")]
@@ -114,9 +115,12 @@ WRONG: dict[str, tuple[str, Change]] = {
         rule("kv_b_proj", unit=["qk_nope_head_dim", "v_head_dim"],
              shape=[["num_attention_heads * qk_nope_head_dim", "num_attention_heads * v_head_dim"], -1]),
     ),
+    "jamba: what x_proj gives not summed backward": ("jamba", without("modules")),
+    "jamba: norms of dt, B and C not summed": ("jamba", rule("dt_layernorm", grad_allreduce=False)),
 }  # fmt: skip
 RIGHT: dict[str, tuple[str, Change]] = {
     "llama": ("llama", lambda spec: None),
+    "jamba": ("jamba", lambda spec: None),
     "llama: the MLP whole": ("llama", whole("gate_proj", "up_proj", "down_proj")),
 }
 
@@ -132,7 +136,8 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = work / variant
         if variant not in specs:
             folder.mkdir()
-            specs[variant] = infer_spec(config_folder(folder, variant))
+            config = mixer_folder(folder, variant) if variant in CONFIGS else config_folder(folder, variant)
+            specs[variant] = infer_spec(config)
         spec = copy.deepcopy(specs[variant])
         change(spec)
         plan = inferred(folder, 2, SpecFile.from_dict(spec))

@@ -90,6 +90,14 @@ def test_a_twin_has_so_many_experts_that_routers_have_a_choice() -> None:
     assert scale_config.fewest_experts(LLAMA_8B) is None
 
 
+def test_what_a_mixer_normalizes_stays_wide() -> None:
+    """Norms of a vector of a few features are noise: heads of delta nets stay 16 wide, states 4."""
+    heads = {"linear_key_head_dim": 96, "linear_value_head_dim": 192, "linear_num_value_heads": 30}
+    small = shrink({**LLAMA_8B, **heads, "mamba_d_state": 16}, 2)
+    assert (small["linear_key_head_dim"], small["linear_value_head_dim"], small["mamba_d_state"]) == (24, 48, 16)
+    assert small["hidden_size"] == 128 and shrink({**LLAMA_8B, "mamba_d_state": 128}, 2)["mamba_d_state"] == 4
+
+
 def plan_of(layers: dict[str, str], **changes: Any) -> Plan:
     """A plan of parameters that are all 64 x 64 whole, `layers` being names and dtypes."""
     return Plan(
