@@ -44,6 +44,17 @@ SENTENCES = (
 )
 """What is said of a refusal in whose code or message these words are; the first counts. `{}` is the message."""
 
+WHOLE = (
+    ("no expression of config keys", "its attention, whose sizes no keys of the config add up to"),
+    ("indexer", "the indexer of its sparse attention, which chooses what the sharded attention reads"),
+    ("minimax:", "its lightning attention: decay buffers, a value for each head, are saved, and no rule shards those"),
+    ("at all sizes", "modules whose weights are divided in different ways at different sizes"),
+    ("relative_pos_embeddings", "self-attention: its table of positions holds a row of all heads for each distance"),
+    ("per_layer_projection", "the layer that mixes in the embeddings of each layer, whose input is not sharded"),
+    ("", "{}: it does not run with a part of its heads or channels"),
+)
+"""What every rank computes, by words in the family and what inference notes; `{}` is the module."""
+
 
 def page(outcomes: Sequence[Outcome], tp_size: int) -> str:
     """The text of docs/families.md."""
@@ -68,6 +79,9 @@ def page(outcomes: Sequence[Outcome], tp_size: int) -> str:
         "|---|---|---|---|---|---|",
         *(_right(one) for one in right),
     ]
+    partly = [one for one in right if one.reason and (one.compute or 0) > _EVENLY / tp_size]
+    if partly:
+        lines += ["", "| family | computed by every rank |", "|---|---|", *(_whole(one) for one in partly)]
     if others:
         lines += ["", "| family | outcome | why |", "|---|---|---|", *(_other(one) for one in others)]
     return "\n".join(lines) + "\n"
@@ -78,6 +92,16 @@ def _right(one: Outcome) -> str:
     compute = "" if one.compute is None else f"{one.compute:.2f}"
     error = "" if one.error is None else f"{one.error:.0e}"
     return f"| {one.family} | {one.rules} | {share} | {compute} | {error} | {brief(one.replicated)} |"
+
+
+_EVENLY = 1.05
+"""So many times its even share a rank computes where nothing is said."""
+
+
+def _whole(one: Outcome) -> str:
+    said = next(sentence for words, sentence in WHOLE if words in f"{one.family}: {one.reason}")
+    module = one.reason.partition(" stays whole")[0].rpartition("*.")[2].removesuffix(".weight")
+    return f"| {one.family} | {brief(said.format(module))} |"
 
 
 def _other(one: Outcome) -> str:

@@ -95,7 +95,11 @@ def _text(
         if right.grouped and not other.grouped:
             lay_out(other, grouped=True)
         if right.num_blocks > 1 and right.experts:
-            other = in_blocks(other, _experts(second, right.num_blocks, first))
+            number = _experts(second, right.num_blocks, first)
+            if number is None:
+                text.notes.append(f"{key[1]} stays whole: it holds {right.num_blocks} blocks, which no key counts")
+                continue
+            other = in_blocks(other, number)
         text.add((right, other))
     return text
 
@@ -215,10 +219,10 @@ def _right(small: SmallModel, region: Region, seen: Watch, second: SmallModel, o
     return None if found is None else replace(region, attributes=found)
 
 
-def _experts(second: SmallModel, number: int, first: SmallModel) -> int:
-    """The number in the second model of the key that is `number` in the first."""
-    key = next(key for key, value in first.numbers.items() if "expert" in key and value == number)
-    return second.numbers[key]
+def _experts(second: SmallModel, number: int, first: SmallModel) -> int | None:
+    """The number in the second model of the key that is `number` in the first; None where there is no such key."""
+    key = next((key for key, value in first.numbers.items() if "expert" in key and value == number), None)
+    return None if key is None else second.numbers[key]
 
 
 def _key(region: Region, template: Templates) -> tuple[str, str]:
