@@ -59,7 +59,9 @@ def infer_architecture(
             first, second = next(pairs)
         except (ValueError, StopIteration) as error:
             if not texts:
-                raise CompileError(_not_run(str(error), where)) from None
+                pair = architecture.config.get("is_encoder_decoder")
+                got = "an encoder-decoder, whose decoder reads a second sequence" if pair else str(error)
+                raise CompileError(_not_run(got, where)) from None
             break
         texts.append(_text(architecture, first, second, progress))
         if not first.tentative or (texts[-1].rules and not texts[-1].notes):

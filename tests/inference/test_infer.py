@@ -140,3 +140,16 @@ def test_public_models(name: str) -> None:
     """Configs as they are published: keys that are left out, or that have another name than in transformers."""
     folder = PLANS / name
     assert facts(inferred(folder, 2, infer_rules(folder))) == facts(compile_plan(folder, tp_size=2))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"), [("t5", "T5"), pytest.param("whisper", "Whisper", marks=pytest.mark.slow)]
+)
+def test_an_encoder_decoder_that_needs_a_second_sequence_is_refused(tmp_path: Path, model_type: str, name: str) -> None:
+    from transformers import AutoConfig
+
+    values = json.loads(AutoConfig.for_model(model_type).to_json_string(use_diff=False))
+    values["architectures"] = [f"{name}ForConditionalGeneration"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CompileError, match="an encoder-decoder, whose decoder reads a second sequence"):
+        infer_spec(tmp_path)
