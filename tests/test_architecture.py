@@ -15,11 +15,23 @@ import pytest
 from tests.helpers.checkpoints import write_llama
 from tests.helpers.paths import PACKAGE
 
-PARTS = ("schemas", "sources", "probes", "huggingface", "factories", "inference", "planner", "runtime", "plans")
+PARTS = (
+    "schemas",
+    "dequantize",
+    "sources",
+    "probes",
+    "huggingface",
+    "factories",
+    "inference",
+    "planner",
+    "runtime",
+    "plans",
+)
 HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "safetensors", "numpy", "ray", "peft"}
 
 ROOMS = (
     "schemas", "schemas.plan", "schemas.storage", "schemas.shards",
+    "dequantize",
     "sources.transfer", "sources.torch_files", "sources.places", "sources",
     "probes",
     "huggingface",
@@ -130,9 +142,10 @@ def test_a_circle_is_found() -> None:
         ("huggingface", {"schemas", "huggingface"}),
         ("factories", {"schemas", "factories"}),
         ("inference", {"schemas", "probes", "huggingface", "factories", "inference"}),
-        ("sources", {"schemas", "sources"}),
-        ("planner", {"schemas", "sources", "huggingface", "factories", "planner"}),
-        ("runtime", {"schemas", "sources", "probes", "huggingface", "factories", "runtime"}),
+        ("dequantize", {"schemas", "dequantize"}),
+        ("sources", {"schemas", "dequantize", "sources"}),
+        ("planner", {"schemas", "dequantize", "sources", "huggingface", "factories", "planner"}),
+        ("runtime", {"schemas", "dequantize", "sources", "probes", "huggingface", "factories", "runtime"}),
         ("plans", {"plans"}),
     ],
 )

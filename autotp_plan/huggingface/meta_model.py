@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from autotp_plan.huggingface.internals import compute_buffers, model_of_config, stays_float32, without_zero_init
 from autotp_plan.schemas.errors import AutoTPError, CheckpointError, Fault, MissingDependencyError
-from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, read_config
+from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, QUANTIZATION, read_config
 
 _LARGE = 2**27
 """Number of elements from which on a new tensor is a parameter, not a buffer."""
@@ -65,6 +65,7 @@ def build_model(
     }
     try:
         model_config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        _forget_quantization(model_config)
         options = {"dtype": _dtype(model_config) or torch.float32, **options}
         named = getattr(transformers, architecture or (config.get("architectures") or [""])[0], None)
         with places[on_meta], without_zero_init():
@@ -99,6 +100,13 @@ def build_model(
             )
         ) from None
     return model
+
+
+def _forget_quantization(model_config: Any) -> None:
+    """Make a config that of a model with plain weights, which it gets."""
+    for one in (model_config, getattr(model_config, "text_config", None)):
+        if hasattr(one, QUANTIZATION):
+            delattr(one, QUANTIZATION)
 
 
 def _part_for(architecture: type[Any], model_config: Any) -> Any:

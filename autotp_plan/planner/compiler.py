@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from autotp_plan.dequantize.plain_checkpoint import DTYPES
 from autotp_plan.factories.module_factory import ModuleFactory
 from autotp_plan.planner.deepspeed.notes import notes_on_partition_config, notes_on_the_rest
 from autotp_plan.planner.deepspeed.read_config import TensorParallelSection
@@ -48,6 +49,7 @@ def compile_plan(
     infer: Callable[[Any], SpecFile] | None = None,
     factory: ModuleFactory | None = None,
     cut_vision: bool = False,
+    dtype: str | None = None,
 ) -> Plan:
     """The plan for `model` at `tp_size`.
 
@@ -69,6 +71,7 @@ def compile_plan(
         factory: makes a model that is not from transformers
             (`autotp_plan.factories.module_factory.ModuleFactory`); what the specs leave open is inferred.
         cut_vision: shard the vision tower's attention and MLPs too, where that is proven with images.
+        dtype: what weights become that are quantised on disk: BF16, F16 or F32; None for BF16.
 
     Returns:
         a plan that passes `check_plan`.
@@ -80,7 +83,10 @@ def compile_plan(
         DocumentError: config.json or the index is not JSON.
         MissingDependencyError: a bare config.json needs transformers, and it is not installed.
     """
-    given = ModelInput(model_folder(model) if isinstance(model, str | os.PathLike | ModelFolder) else model, factory)
+    given = ModelInput(
+        model_folder(model) if isinstance(model, str | os.PathLike | ModelFolder) else model, factory, dtype
+    )
+    _check_dtype(given)
     options = _Options(
         tp_size=_tp_size(tp_size, deepspeed),
         uneven=uneven,
@@ -243,6 +249,7 @@ def _compile(given: ModelInput, rules: RuleSet, options: _Options) -> Plan:
         folded,
         model=dataclasses.replace(folded.model, repository=given.repository),
         ignored=model.ignored,
+        dequantize=given.dequantize,
         runtime=_runtime_options(options.deepspeed),
         notes=notes,
     )
@@ -264,6 +271,22 @@ def _describe(given: ModelInput, rules: RuleSet) -> _Description:
     tied_on_disk = sorted(disk for disk, name in names.renamed.items() if name in inventory.tied)
     return _Description(
         symbols=symbols, num_layers=num_layers, inventory=inventory, ignored=(*names.ignored, *tied_on_disk)
+    )
+
+
+def _check_dtype(given: ModelInput) -> None:
+    """Raise OptionError where a dtype is asked for, and no checkpoint has weights that would become it."""
+    if given.dtype is None or (given.dtype in DTYPES and given.is_folder and given.checkpoint and given.dequantize):
+        return
+    raise OptionError(
+        Fault(
+            code="dtype-of-nothing",
+            what="a dtype is given for weights that are quantised, and there are none",
+            where="--dtype",
+            got=f"{given.dtype}, and {given.where}",
+            expected=f"one of {', '.join(DTYPES)}, and a checkpoint with quantised weights: others keep their dtype",
+            next="leave out --dtype; a plan's model is converted when it is loaded: load_model(path, dtype=...)",
+        )
     )
 
 

@@ -222,5 +222,7 @@ def describe(plan: Plan) -> list[str]:
         value = attribute.values[0] if same else list(attribute.values)
         lines.append(f"set on each rank: {attribute.module}.{attribute.attribute} = {value}")
     lines += [f"{module.module}: {_collectives(module)}" for module in plan.modules]
+    if plan.dequantize is not None:
+        lines.append(f"dequantized while they are sharded or loaded: weights of {plan.dequantize}")
     lines += [f"note: {note}" for note in plan.notes]
     return [*lines, f"verified: {plan.verified}" if plan.verified else "not verified: run `autotp-plan verify`"]

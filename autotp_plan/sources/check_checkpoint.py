@@ -21,4 +21,4 @@ def check_checkpoint(plan: Plan, checkpoint: Place) -> list[Fault]:
     Raises:
         CheckpointError: the checkpoint cannot be read at all.
     """
-    return checkpoint_faults(plan, open_checkpoint(checkpoint))
+    return checkpoint_faults(plan, open_checkpoint(checkpoint, plan.dequantized_dtype))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autotp_plan.dequantize.plain_checkpoint import DEFAULT_DTYPE, plain_checkpoint
 from autotp_plan.schemas.storage.checkpoint import Checkpoint, read_config
 from autotp_plan.sources.places.bucket import bucket_folder
 from autotp_plan.sources.places.found_folder import FoundFolder
@@ -67,13 +68,20 @@ def model_folder(place: Place) -> ModelFolder:
     return ModelFolder(**{entry.name: getattr(found, entry.name) for entry in dataclasses.fields(found)})
 
 
-def open_checkpoint(place: Place) -> Checkpoint:
+def open_checkpoint(place: Place, dtype: str | None = None) -> Checkpoint:
     """The headers of a model's weights; no tensor is read.
 
+    Args:
+        place: where the model is.
+        dtype: what weights are that are quantised on disk: BF16, F16 or F32; None for BF16. They are computed when they
+            are read.
+
     Raises:
-        CheckpointError: a file is missing, broken or does not hold what the index says; or `from_pretrained` would read
-            other weights than those in the folder; or as `model_folder`.
+        CheckpointError: a file is missing, broken or does not hold what the index says; `from_pretrained` would read
+            other weights than those in the folder; weights are quantised in a way that is not understood; or as
+            `model_folder`.
         DocumentError: the index or config.json is not JSON.
     """
     found = model_folder(place)
-    return read_weights(found.folder, found.elsewhere, found.config())
+    checkpoint = read_weights(found.folder, found.elsewhere, found.config())
+    return plain_checkpoint(checkpoint, dtype or DEFAULT_DTYPE)

@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.paths import PACKAGE
 
-FOLDERS = ("planner", "schemas", "huggingface", "factories", "inference")
+FOLDERS = ("planner", "schemas", "dequantize", "sources", "huggingface", "factories", "inference")
 
 
 def faults_made(path: Path) -> Iterator[tuple[int, ast.expr | None, ast.expr | None]]:

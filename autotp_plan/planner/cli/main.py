@@ -62,6 +62,11 @@ def main() -> None:
 )
 @click.option("--cut-vision", is_flag=True, help="Shard the vision tower too, where that is proven with images.")
 @click.option("--uneven", is_flag=True, help="Give ranks shards of unequal size where the TP size does not divide.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["BF16", "F16", "F32"]),
+    help="What weights become that are quantised on disk; BF16 if not given.",
+)
 @click.option("--ds-config", type=_FILE, help="DeepSpeed config; its tensor_parallel section is applied.")
 @time_limit
 @click.option("--strict", is_flag=True, help="A DeepSpeed config must name every weight, and each pattern must match.")
@@ -77,6 +82,7 @@ def compile(
     strict: bool,
     factory: Callable[[], ModuleFactory | None],
     cut_vision: bool = False,
+    dtype: str | None = None,
     timeout: int = TIMEOUT,
 ) -> None:
     """Compile a plan: decide how every parameter of a model is sharded."""
@@ -117,6 +123,7 @@ def compile(
         cut_vision=cut_vision,
         infer=lambda given: SpecFile.from_dict(infer_with_limits(given, timeout)),
         factory=made_by,
+        dtype=dtype,
     )
     try:
         write_atomically(output, plan.to_json())

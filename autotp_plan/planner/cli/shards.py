@@ -59,7 +59,10 @@ def presplit(plan_file: Path, checkpoint: str, output: Path, part: str | None, w
 @_QUIET
 @reported
 def merge(shards: Path, output: Path, workers: int, quiet: bool) -> None:
-    """Write the checkpoint that shards were made from: the same files, to the byte; of .bin files their safetensors."""
+    """Write the checkpoint that shards were made from: the same files, to the byte; of .bin files their safetensors.
+
+    Of weights that were quantised, the checkpoint that has them in the dtype of the shards.
+    """
     from autotp_plan.planner.plan_table import human_bytes
     from autotp_plan.planner.shards.merge import converted_from
     from autotp_plan.planner.shards.merge import merge as run
@@ -69,8 +72,11 @@ def merge(shards: Path, output: Path, workers: int, quiet: bool) -> None:
     with progress("merge", quiet) as shown:
         size = run(shards, output, workers=workers, progress=shown)
     if not quiet:
+        folder = read_shards(shards)
+        quantized, torch_files = folder.plan.dequantize, converted_from(folder)
         click.echo(f"{output}: the checkpoint, {human_bytes(size)} in {time.monotonic() - started:.1f} s")
-        torch_files = converted_from(read_shards(shards))
+        if quantized is not None:
+            click.echo(f"{output}: written in {quantized.dtype}; the original's weights are {quantized.method}")
         if torch_files:
             click.echo(f"{output}: written as safetensors; the original was {_some(torch_files)}")
 

@@ -16,7 +16,6 @@ from typing import Any
 from autotp_plan.huggingface.meta_model import names_a_dtype, parameters_and_buffers
 from autotp_plan.planner.model.fused_tensors import fused_parameters
 from autotp_plan.planner.model.model_input import ModelInput
-from autotp_plan.planner.model.quantized import refuse_quantised
 from autotp_plan.planner.model.tensor_names import DiskNames, DiskTensor, ToDisk, ToMemory
 from autotp_plan.schemas import documents
 from autotp_plan.schemas.errors import CheckpointError, Fault
@@ -98,15 +97,14 @@ def take_inventory(model: ModelInput, names: DiskNames) -> Inventory:
         names: how its tensors on disk differ from its module parameters.
 
     Raises:
-        CheckpointError: a folder that is neither a checkpoint nor has a config.json, quantised weights, or tensors that
-            do not make up the parameters.
+        CheckpointError: a folder that is neither a checkpoint nor has a config.json, weights that are quantised in a
+            way that is not understood, or tensors that do not make up the parameters.
         MissingDependencyError: a bare config.json needs transformers, and it is not installed.
     """
     if model.checkpoint is not None:
         return _of_checkpoint(model.checkpoint, model.config, names)
     if not model.is_folder:
         return inventory_of_module(model.module, names)
-    refuse_quantised(model.config, (), model.folder.folder)
     notes: tuple[str, ...] = () if names_a_dtype(model.config or {}) else (_NO_DTYPE,)
     unread = unread_weights(model.folder.folder, model.folder.elsewhere)
     if unread:
@@ -180,7 +178,6 @@ def _untied_in_memory(module: Any, names: DiskNames) -> set[str]:
 
 
 def _of_checkpoint(checkpoint: Checkpoint, config: dict[str, Any] | None, names: DiskNames) -> Inventory:
-    refuse_quantised(config, checkpoint.tensors, checkpoint.folder)
     to_memory = ToMemory(names, checkpoint.tensors)
     parameters: dict[str, ParameterInfo] = {}
     several: list[tuple[DiskTensor, TensorEntry]] = []

@@ -7,9 +7,11 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from autotp_plan.dequantize.plain_checkpoint import DEFAULT_DTYPE
+from autotp_plan.dequantize.settings import settings_of
 from autotp_plan.factories.module_factory import ModuleFactory
 from autotp_plan.huggingface.meta_model import build_model, parameters_and_buffers
-from autotp_plan.schemas.plan.entries import Repository
+from autotp_plan.schemas.plan.entries import Dequantization, Repository
 from autotp_plan.schemas.storage.checkpoint import Checkpoint
 from autotp_plan.sources.model_folder import ModelFolder, open_checkpoint
 
@@ -19,10 +21,12 @@ class ModelInput:
     """`given` is a model's folder, of a checkpoint or a bare config.json, or a live `torch.nn.Module`.
 
     `factory` makes the module of a model that is not from transformers; then there may be nothing else (`given` None).
+    `dtype` is what weights become that are quantised on disk (BF16, F16 or F32; None for BF16).
     """
 
     given: ModelFolder | Any
     factory: ModuleFactory | None = None
+    dtype: str | None = None
 
     @property
     def is_folder(self) -> bool:
@@ -95,7 +99,19 @@ class ModelInput:
         """
         if not self.is_folder or (not self.folder.holds_tensors and self.config is not None):
             return None
-        return open_checkpoint(self.folder)
+        return open_checkpoint(self.folder, self.dtype)
+
+    @functools.cached_property
+    def dequantize(self) -> Dequantization | None:
+        """How the weights of the folder are quantised on disk; None where they are not.
+
+        Raises:
+            CheckpointError: as `checkpoint`; or they are quantised in a way that is not understood.
+        """
+        if self.checkpoint is not None:
+            return self.checkpoint.dequantize
+        settings = settings_of(self.config, self.folder.folder) if self.is_folder else None
+        return None if settings is None else settings.dequantization(self.dtype or DEFAULT_DTYPE)
 
     @functools.cached_property
     def module(self) -> Any:

@@ -89,7 +89,7 @@ def presplit(
     output = Path(output)
     checked = None if part is None else Part.checked(*part)
     place = model_folder(checkpoint_folder)
-    checkpoint = open_checkpoint(place)
+    checkpoint = open_checkpoint(place, plan.dequantized_dtype)
     faults = check_plan(plan) + checkpoint_faults(plan, checkpoint)
     if faults:
         raise MismatchError(faults)

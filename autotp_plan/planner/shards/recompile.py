@@ -52,10 +52,11 @@ def recompiled(old: Plan, checkpoint: Path, tp_size: int | None, uneven: bool, h
         except AutoTPError as error:
             refused += error.faults
             continue
-        if again.fingerprint == old.fingerprint:
+        if replace(again, dequantize=old.dequantize).fingerprint == old.fingerprint:
             options["uneven"] = uneven or options["uneven"]
             plan = compile_plan(checkpoint, tp_size=tp_size, **options)
-            return replace(plan, model=replace(plan.model, repository=old.model.repository))
+            model = replace(plan.model, repository=old.model.repository)
+            return replace(plan, model=model, dequantize=old.dequantize)
     unproven = next((fault for fault in refused if fault.code in _COULD_NOT_PROVE), None)
     if unproven is not None:
         raise CompileError(_not_proven(unproven))

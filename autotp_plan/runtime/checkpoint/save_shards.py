@@ -95,7 +95,7 @@ def original_of(like: ModelFolder, plan: Plan) -> Original:
     if (like.folder / MANIFEST_NAME).exists():
         return original_of_shards(read_shards(like.folder))
     like.complete()
-    return original_of_checkpoint(open_checkpoint(like), plan)
+    return original_of_checkpoint(open_checkpoint(like, plan.dequantized_dtype), plan)
 
 
 class _RankWriter:

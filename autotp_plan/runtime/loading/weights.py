@@ -126,7 +126,7 @@ def open_weights(place: Place, plan: Plan, *, verify_checksums: bool = False, ma
             mapped=map_shards,
             fingerprint=lambda: shards.manifest.source.fingerprint,
         )
-    checkpoint = open_checkpoint(found)
+    checkpoint = open_checkpoint(found, plan.dequantized_dtype)
     tensors = checkpoint.tensors
     faults = tensor_faults(plan, tensors) + dtype_faults
     if plan.model.config is not None:

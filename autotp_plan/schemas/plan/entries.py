@@ -159,6 +159,23 @@ class PlannedModule:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Dequantization:
+    """How the weights are quantised in the checkpoint, and the dtype that they have in the plan and in shards.
+
+    `method` is `quant_method` of the config; `block` are the rows and columns that have one scale, where the config
+    says so.
+    """
+
+    method: str
+    dtype: str
+    block: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        blocks = "" if self.block is None else " in blocks of {} x {}".format(*self.block)
+        return f"{self.method}{blocks}, which become {self.dtype}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RuntimeOptions:
     """What a DeepSpeed config asked of the runtime."""
 
@@ -179,6 +196,7 @@ class PlanEntries:
     modules: tuple[PlannedModule, ...] = ()
     tied: tuple[Tie, ...] = ()
     ignored: tuple[str, ...] = ()
+    dequantize: Dequantization | None = None
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
     notes: tuple[str, ...] = ()
     rules: Rules | None = field(default=None, compare=False)
@@ -191,6 +209,11 @@ class PlanEntries:
             many = itertools.repeat(None) if entry.sources is None else entry.sources.expanded()
             for name, source, sources in zip(expand(entry.name), one, many):
                 yield dataclasses.replace(entry, name=name, source=source, sources=sources)
+
+    @property
+    def dequantized_dtype(self) -> str | None:
+        """What weights become that are quantised in the checkpoint; None where none are."""
+        return None if self.dequantize is None else self.dequantize.dtype
 
     def shape_of(self, parameter: Parameter) -> tuple[int, ...]:
         """The full shape of a parameter of this plan."""

@@ -100,7 +100,9 @@ def small_files(checkpoint: Checkpoint) -> Iterator[CopiedFile]:
     if checkpoint.index is not None:
         yield CopiedFile(INDEX_COPY_NAME, checkpoint.index, file_size(checkpoint.index))
     for path in sorted(checkpoint.folder.iterdir()):
-        if path.is_file() and is_copied(path.name, path.stat().st_size):
+        if path.name == CONFIG_NAME and checkpoint.config_file is not None:
+            yield CopiedFile(CONFIG_NAME, checkpoint.config_file, file_size(checkpoint.config_file))
+        elif path.is_file() and is_copied(path.name, path.stat().st_size):
             yield CopiedFile(path.name, path, path.stat().st_size)
 
 

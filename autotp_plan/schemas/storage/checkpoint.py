@@ -14,6 +14,7 @@ from typing import Any
 
 from autotp_plan.schemas import documents
 from autotp_plan.schemas.errors import CheckpointError, Fault
+from autotp_plan.schemas.plan.entries import Dequantization
 from autotp_plan.schemas.storage.files import File, StoredFile
 from autotp_plan.schemas.storage.safetensors_header import SafetensorsFile, TensorEntry, read_header
 
@@ -27,13 +28,17 @@ _NOT_HASHED = frozenset(
 )
 """Keys of config.json that no layout depends on, and that differ between checkpoints of one architecture."""
 
+QUANTIZATION = "quantization_config"
+_TEXT = "text_config"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
     """The files of a checkpoint in name order, its tensors by name, and its config.json.
 
     `index` says which tensor is in which file; None where there is one file and no index. `notes` say what a user might
-    not expect of the files that were chosen.
+    not expect of the files that were chosen. `dequantize` says how weights are quantised on disk that are plain here;
+    then `config_file` is the config.json to copy, and not that of the folder.
     """
 
     folder: Path
@@ -42,6 +47,8 @@ class Checkpoint:
     config: dict[str, Any] | None
     index: File | None = None
     notes: tuple[str, ...] = ()
+    dequantize: Dequantization | None = None
+    config_file: File | None = None
 
 
 NOTHING_ELSEWHERE: Mapping[str, StoredFile] = {}
@@ -139,9 +146,24 @@ def planned_config(config: dict[str, Any] | None) -> dict[str, Any] | None:
     """A config without the keys that no layout depends on, keys in order, as a plan holds it; None for no config."""
     if config is None:
         return None
-    kept = {key: value for key, value in config.items() if key not in _NOT_HASHED}
+    kept = {key: value for key, value in without_quantization(config).items() if key not in _NOT_HASHED}
     ordered: dict[str, Any] = json.loads(json.dumps(kept, sort_keys=True))
     return ordered
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as that of a checkpoint whose weights are not quantised."""
+    plain = {key: value for key, value in config.items() if key != QUANTIZATION}
+    text = plain.get(_TEXT)
+    if isinstance(text, dict) and QUANTIZATION in text:
+        plain[_TEXT] = {key: value for key, value in text.items() if key != QUANTIZATION}
+    return plain
+
+
+def quantization_of(config: Mapping[str, Any] | None) -> Any:
+    """`quantization_config` of a config, or of its text model; None for neither."""
+    text = (config or {}).get(_TEXT)
+    return (config or {}).get(QUANTIZATION) or (text.get(QUANTIZATION) if isinstance(text, Mapping) else None)
 
 
 def config_hash(config: dict[str, Any] | None) -> str | None:

@@ -1,0 +1,90 @@
+"""A quantised checkpoint as it would be if it had been saved with plain weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from autotp_plan.dequantize.computed_file import ComputedFile, Piece, Weights
+from autotp_plan.dequantize.formats import SCALE_ENDINGS, Found, find_quantized
+from autotp_plan.dequantize.settings import refused, settings_of
+from autotp_plan.schemas.errors import CheckpointError
+from autotp_plan.schemas.fault_book import FaultBook
+from autotp_plan.schemas.names import starred
+from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, without_quantization
+from autotp_plan.schemas.storage.files import MadeFile
+from autotp_plan.schemas.storage.safetensors_header import SafetensorsFile, header_bytes, parse_header
+
+DTYPES = ("BF16", "F16", "F32")
+DEFAULT_DTYPE = "BF16"
+
+
+def plain_checkpoint(checkpoint: Checkpoint, dtype: str = DEFAULT_DTYPE) -> Checkpoint:
+    """A checkpoint whose weights are plain.
+
+    Args:
+        checkpoint: as it lies on disk.
+        dtype: what weights become that are quantised: one of `DTYPES`.
+
+    Returns:
+        Where nothing is quantised the checkpoint itself. Else one whose files have the weights in place of their codes,
+        computed when they are read, and no scales; its config.json and index say so.
+
+    Raises:
+        CheckpointError: it is quantised in a way that is not understood, or scales are missing or do not fit.
+    """
+    settings = settings_of(checkpoint.config, checkpoint.folder)
+    if settings is None:
+        scales = sorted({starred(name) for name in checkpoint.tensors if name.endswith(SCALE_ENDINGS)})
+        if scales:
+            raise refused(checkpoint.folder, f"tensors such as {scales[0]}, and no quantization_config in config.json")
+        return checkpoint
+    book = FaultBook()
+    found = find_quantized(checkpoint.tensors, settings, book)
+    book.raise_if_any(CheckpointError)
+    weights = Weights(dtype)
+    files = tuple(_computed(file, found, weights) for file in checkpoint.files) if found.weights else checkpoint.files
+    files = tuple(file for file in files if file.tensors)
+    return dataclasses.replace(
+        checkpoint,
+        files=files,
+        tensors={tensor.name: tensor for file in files for tensor in file.tensors},
+        config=without_quantization(checkpoint.config or {}),
+        index=None if checkpoint.index is None else _index(files),
+        dequantize=settings.dequantization(dtype) if found.weights else None,
+        config_file=_config(checkpoint.folder / CONFIG_NAME),
+    )
+
+
+def _computed(file: SafetensorsFile, found: Found, weights: Weights) -> SafetensorsFile:
+    """A file with weights in place of their codes, and without scales."""
+    kept = [tensor for tensor in file.tensors if tensor.name not in found.dropped]
+    if len(kept) == len(file.tensors) and not any(tensor.name in found.weights for tensor in kept):
+        return file
+    sources = [found.weights.get(tensor.name, tensor) for tensor in kept]
+    described = [
+        (source.name, weights.dtype if tensor.name in found.weights else tensor.dtype, source.shape)
+        for source, tensor in zip(sources, kept)
+    ]
+    header = header_bytes(described, file.metadata or {})
+    text = header[8:].decode()
+    made = parse_header(file.path, text)
+    pieces = [Piece(entry.start, entry.stop, source) for entry, source in zip(made.tensors, sources)]
+    return parse_header(ComputedFile(file.path, header, pieces, weights), text)
+
+
+def _config(path: Path) -> MadeFile:
+    """The config.json of the plain checkpoint."""
+    return _json_file(CONFIG_NAME, without_quantization(json.loads(path.read_text(encoding="utf-8"))))
+
+
+def _index(files: tuple[SafetensorsFile, ...]) -> MadeFile:
+    """The index of the plain checkpoint."""
+    weight_map = {tensor.name: file.path.name for file in files for tensor in file.tensors}
+    size = sum(tensor.stop - tensor.start for file in files for tensor in file.tensors)
+    return _json_file(INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _json_file(name: str, content: object) -> MadeFile:
+    return MadeFile(name, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())

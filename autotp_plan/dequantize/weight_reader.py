@@ -1,0 +1,203 @@
+"""Reading a quantised weight: the codes and scales of exactly the rows and columns that are asked for.
+
+Needs numpy, as `dequantize.decode`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from autotp_plan.dequantize.decode import BITS, STORED_AS, Array, decode, scales_of
+from autotp_plan.dequantize.quantized_tensor import QuantizedTensor
+from autotp_plan.dequantize.rectangles import Rectangle, rectangles
+from autotp_plan.schemas.errors import CheckpointError, Fault
+from autotp_plan.schemas.storage.files import ByteRange, Reader, Span
+from autotp_plan.schemas.storage.safetensors_header import TensorEntry, item_size
+
+_TILE = 512 * 1024
+"""Values that are computed at a time."""
+
+
+class WeightReader:
+    """Reads the weights of one checkpoint; from several threads.
+
+    Args:
+        dtype: what the values become: BF16, F16 or F32.
+        kept: how many matrices' scales are kept: what follows in a matrix needs them again.
+    """
+
+    def __init__(self, dtype: str, kept: int = 16) -> None:
+        self._dtype, self._kept = dtype, kept
+        self._item = np.dtype(STORED_AS[dtype]).itemsize
+        self._scales: OrderedDict[tuple[int, int], Array] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read_into(self, target: memoryview, tensor: QuantizedTensor, spans: Sequence[Span], reader: Reader) -> None:
+        """Fill `target` with the bytes of `spans` of a weight, one after the other. Raises as `StoredFile`."""
+        for elements, odd in _grouped(spans, self._item):
+            if odd is None:
+                size = sum(span.length for span in elements) * self._item
+                self._fill(target[:size], tensor, elements, reader)
+            else:  # it begins or ends inside of an element
+                size = odd.length
+                some = memoryview(bytearray(elements[0].length * self._item))
+                self._fill(some, tensor, elements, reader)
+                target[:size] = some[odd.start : odd.start + size]
+            target = target[size:]
+
+    def _fill(self, target: memoryview, tensor: QuantizedTensor, spans: Sequence[Span], reader: Reader) -> None:
+        """Fill `target` with elements."""
+        values = np.frombuffer(target, STORED_AS[self._dtype])
+        height, width = tensor.shape[-2:]
+        done = 0
+        for found in rectangles(spans, width):
+            out = values[done : done + found.size].reshape(found.rows, found.columns)
+            done += found.size
+            for matrix, top, rows in _per_matrix(found, height):
+                part = Rectangle(found.row + top - matrix * height, found.column, rows, found.columns)
+                inside = out[top : top + rows]
+                if tensor.transposed:
+                    part, inside = Rectangle(part.column, part.row, part.columns, part.rows), inside.T
+                self._fill_rectangle(inside, tensor, matrix, part, reader)
+
+    def _fill_rectangle(
+        self, out: Array, tensor: QuantizedTensor, matrix: int, part: Rectangle, reader: Reader
+    ) -> None:
+        """Fill `out` with the rows and columns `part` of one matrix of a weight."""
+        scales = self._scales_of(tensor, matrix, reader)
+        for tile in _tiles(part, tensor):
+            codes = _codes(tensor, matrix, tile, reader)
+            first = tile.column * BITS[tensor.coding] // 8
+            inside = out[tile.row - part.row :, tile.column - part.column :]
+            for found, top, left in tile.at_blocks(tensor.block):
+                _decode_part(
+                    inside[top : top + found.rows, left : left + found.columns],
+                    codes[top : top + found.rows],
+                    first,
+                    found,
+                    tensor,
+                    self._dtype,
+                    scales,
+                )
+
+    def _scales_of(self, tensor: QuantizedTensor, matrix: int, reader: Reader) -> Array:
+        """The scales of one matrix, `[block rows, block columns]` in float32."""
+        key = id(tensor), matrix
+        with self._lock:
+            found = self._scales.get(key)
+            if found is not None:
+                self._scales.move_to_end(key)
+                return found
+        if tensor.stated_shape is not None:
+            _check_shape(tensor, tensor.stated_shape, reader)
+        size = item_size(tensor.scale.dtype) * tensor.grid[0] * tensor.grid[1]
+        raw = _read(tensor.scale, [Span(matrix * size, size)], size, reader)
+        found = scales_of(tensor.scale.dtype, raw).reshape(tensor.grid)
+        with self._lock:
+            self._scales[key] = found
+            if len(self._scales) > self._kept:
+                self._scales.popitem(last=False)
+        return found
+
+
+def _decode_part(
+    out: Array, codes: Array, first: int, part: Rectangle, tensor: QuantizedTensor, dtype: str, scales: Array
+) -> None:
+    """Values of a part that begins with a block or lies in one; `codes` are those of its rows, from byte `first` on."""
+    bits = BITS[tensor.coding]
+    inside = scales[part.row // tensor.block[0] :, part.column // tensor.block[1] :]
+    start, stop = part.column * bits // 8, -(-(part.column + part.columns) * bits // 8)
+    inner = codes[:, start - first : stop - first]
+    before = part.column - start * 8 // bits
+    if before or (stop - start) * 8 // bits != part.columns:  # half of a byte is not asked for
+        wide = np.empty((part.rows, (stop - start) * 8 // bits), STORED_AS[dtype])
+        decode(wide, inner, tensor.coding, dtype, inside, tensor.block)
+        out[...] = wide[:, before : before + part.columns]
+    else:
+        decode(out, inner, tensor.coding, dtype, inside, tensor.block)
+
+
+def _codes(tensor: QuantizedTensor, matrix: int, part: Rectangle, reader: Reader) -> Array:
+    """The codes of some rows and columns, `[rows, bytes]`."""
+    bits, row_bytes = BITS[tensor.coding], tensor.row_bytes
+    start, stop = part.column * bits // 8, -(-(part.column + part.columns) * bits // 8)
+    first = (matrix * tensor.rows + part.row) * row_bytes
+    if stop - start == row_bytes:
+        spans = [Span(first, part.rows * row_bytes)]
+    else:
+        spans = [Span(first + row * row_bytes + start, stop - start) for row in range(part.rows)]
+    return _read(tensor.codes, spans, part.rows * (stop - start), reader).reshape(part.rows, stop - start)
+
+
+def _read(entry: TensorEntry, spans: Sequence[Span], size: int, reader: Reader) -> Array:
+    """`size` bytes of a tensor."""
+    found = np.empty(size, np.uint8)
+    reader.read_into(found.data, [ByteRange(entry.file, entry.start + at, length) for at, length in spans])
+    return found
+
+
+def _tiles(part: Rectangle, tensor: QuantizedTensor) -> Iterator[Rectangle]:
+    """A rectangle, some rows at a time: they end with blocks where that can be."""
+    most = max(_TILE // part.columns, 1)
+    height = tensor.block[0]
+    row, last = part.row, part.row + part.rows
+    while row < last:
+        stop = row + most
+        if most >= height:
+            stop -= stop % height
+        stop = min(stop, last)
+        yield Rectangle(row, part.column, stop - row, part.columns)
+        row = stop
+
+
+def _per_matrix(found: Rectangle, height: int) -> Iterator[tuple[int, int, int]]:
+    """The matrices of `height` rows that a rectangle reaches into: `(matrix, row of the rectangle, rows)`."""
+    top = 0
+    while top < found.rows:
+        matrix, inside = divmod(found.row + top, height)
+        rows = min(height - inside, found.rows - top)
+        yield matrix, top, rows
+        top += rows
+
+
+def _grouped(spans: Sequence[Span], item: int) -> Iterator[tuple[list[Span], Span | None]]:
+    """Spans of bytes as spans of elements; one that ends inside of an element comes alone.
+
+    Yields:
+        Elements, and which bytes of them are meant; None for all.
+    """
+    even: list[Span] = []
+    for span in spans:
+        if not (span.start % item or span.length % item):
+            even.append(Span(span.start // item, span.length // item))
+            continue
+        if even:
+            yield even, None
+            even = []
+        first, last = span.start // item, -(-(span.start + span.length) // item)
+        yield [Span(first, last - first)], Span(span.start - first * item, span.length)
+    if even:
+        yield even, None
+
+
+def _check_shape(tensor: QuantizedTensor, stated: TensorEntry, reader: Reader) -> None:
+    """Raise CheckpointError where the checkpoint says that a weight has another shape."""
+    raw = _read(stated, [Span(0, stated.stop - stated.start)], stated.stop - stated.start, reader)
+    kinds: dict[str, Any] = {"I32": np.int32, "I64": np.int64}
+    found = tuple(raw.view(kinds[stated.dtype]).tolist())
+    if found != tensor.shape:
+        raise CheckpointError(
+            Fault(
+                code="another-stated-shape",
+                what="a quantised weight is said to have another shape than its codes",
+                where=stated.name,
+                got=str(list(found)),
+                expected=str(list(tensor.shape)),
+                next="fetch the checkpoint again",
+            )
+        )
