@@ -65,8 +65,8 @@ def build_model(
     }
     try:
         model_config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        _forget_quantization(model_config)
-        options = {"dtype": _dtype(model_config) or torch.float32, **options}
+        assumed = torch.bfloat16 if _forget_quantization(model_config) else torch.float32
+        options = {"dtype": _dtype(model_config) or assumed, **options}
         named = getattr(transformers, architecture or (config.get("architectures") or [""])[0], None)
         with places[on_meta], without_zero_init():
             model: Any
@@ -102,11 +102,14 @@ def build_model(
     return model
 
 
-def _forget_quantization(model_config: Any) -> None:
-    """Make a config that of a model with plain weights, which it gets."""
-    for one in (model_config, getattr(model_config, "text_config", None)):
-        if hasattr(one, QUANTIZATION):
-            delattr(one, QUANTIZATION)
+def _forget_quantization(model_config: Any) -> bool:
+    """Make a config that of a model with plain weights, which it gets; returns whether it was not."""
+    quantized = [
+        one for one in (model_config, getattr(model_config, "text_config", None)) if hasattr(one, QUANTIZATION)
+    ]
+    for one in quantized:
+        delattr(one, QUANTIZATION)
+    return bool(quantized)
 
 
 def _part_for(architecture: type[Any], model_config: Any) -> Any:

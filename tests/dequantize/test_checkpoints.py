@@ -167,7 +167,7 @@ def test_what_the_commands_say(tmp_path: Path) -> None:
     assert "holds what it says" in run("check", plan, "--checkpoint", str(made.folder))
     run("presplit", plan, "--checkpoint", str(made.folder), "-o", shards)
     assert "sound" in run("check", shards)
-    assert "in BF16, not the files it was made from, which are fp8" in run("merge", shards, "-o", str(tmp_path / "m"))
+    assert "written in BF16; the original's weights are fp8" in run("merge", shards, "-o", str(tmp_path / "m"))
 
 
 def test_a_bare_config_is_planned_as_the_checkpoint(tmp_path: Path) -> None:

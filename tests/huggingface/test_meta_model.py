@@ -104,7 +104,8 @@ def test_the_dtype_is_the_configs_and_one_that_is_assumed_is_said(
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"quantization_config": {"quant_method": "fp8"}}, {"text_config": {"quantization_config": {"a": 1}}}]
+    "config",
+    [{}, {"quantization_config": {"quant_method": "gptq"}}, {"text_config": {"quantization_config": {"a": 1}}}],
 )
 def test_a_quantised_checkpoint_is_seen_wherever_it_says_so(tmp_path: Path, config: dict[str, Any]) -> None:
     write_config(tmp_path, {**LLAMA, **config})

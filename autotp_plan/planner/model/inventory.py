@@ -105,7 +105,8 @@ def take_inventory(model: ModelInput, names: DiskNames) -> Inventory:
         return _of_checkpoint(model.checkpoint, model.config, names)
     if not model.is_folder:
         return inventory_of_module(model.module, names)
-    notes: tuple[str, ...] = () if names_a_dtype(model.config or {}) else (_NO_DTYPE,)
+    quantized = model.dequantize is not None
+    notes: tuple[str, ...] = () if quantized or names_a_dtype(model.config or {}) else (_NO_DTYPE,)
     unread = unread_weights(model.folder.folder, model.folder.elsewhere)
     if unread:
         notes += (f"The plan is made from config.json alone. Not read: {unread}.",)
