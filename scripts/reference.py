@@ -22,7 +22,7 @@ from autotp_plan.planner.rules.preset_files import preset_names, read_preset
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "autotp_plan"
-ROOMS = ("schemas", "dequantize", "huggingface", "factories", "inference", "planner", "runtime")
+ROOMS = ("schemas", "dequantize", "sources", "huggingface", "factories", "inference", "planner", "runtime")
 OTHER_FOLDERS = {
     "autotp_plan/plans/": "compiled plans of public models, each with the config.json it was compiled from",
     "examples/": "training programs: a plain loop, custom patterns, Trainer, Ray Train, a model that is not from "
