@@ -6,12 +6,12 @@ import bisect
 import itertools
 import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from autotp_plan.dequantize.quantized_tensor import QuantizedTensor
 from autotp_plan.schemas.errors import Fault, MissingDependencyError
 from autotp_plan.schemas.storage.files import ByteRange, File, Reader, Span
-from autotp_plan.schemas.storage.safetensors_header import TensorEntry
+from autotp_plan.schemas.storage.safetensors_header import SafetensorsFile, TensorEntry, prefixed
 
 if TYPE_CHECKING:
     from autotp_plan.dequantize.weight_reader import WeightReader
@@ -45,36 +45,34 @@ class Weights:
             return self._reader
 
 
-class Piece(NamedTuple):
-    """Bytes `[start, stop)` of the file: those of a tensor that stays as it is, or of a weight that is computed."""
-
-    start: int
-    stop: int
-    source: TensorEntry | QuantizedTensor
+Source = TensorEntry | QuantizedTensor
+"""A tensor that stays as it is, or a weight that is computed."""
 
 
 class ComputedFile:
-    """A `StoredFile`.
+    """A `StoredFile`, once it is filled.
 
     Args:
         original: the file with the codes.
-        header: of the file, length prefix included.
-        pieces: its tensors, in the order of their bytes and without gaps.
-        weights: computes them.
+        weights: computes the weights.
     """
 
-    def __init__(self, original: File, header: bytes, pieces: Sequence[Piece], weights: Weights) -> None:
-        self._original, self._header, self._pieces, self._weights = original, header, pieces, weights
-        self._starts = [piece.start for piece in pieces]
-        self.size = pieces[-1].stop if pieces else len(header)
+    def __init__(self, original: File, weights: Weights) -> None:
+        self.name, self._original, self._weights = original.name, original, weights
+        self.size = 0
+        self._header = b""
+        self._tensors: tuple[TensorEntry, ...] = ()
+        self._sources: Sequence[Source] = ()
+        self._starts: list[int] = []
+
+    def fill(self, described: SafetensorsFile, sources: Sequence[Source]) -> None:
+        """Say what is in the file: its header and tensors, and for each where it comes from."""
+        self.size, self._header = described.size, prefixed(described.header.encode())
+        self._tensors, self._sources = described.tensors, sources
+        self._starts = [tensor.start for tensor in described.tensors]
 
     def __str__(self) -> str:
         return str(self._original)
-
-    @property
-    def name(self) -> str:
-        """Its name in its folder."""
-        return self._original.name
 
     def read_into(self, target: memoryview, spans: Sequence[Span], reader: Reader) -> None:
         """Fill `target` with the bytes of `spans`, one after the other. Raises as `StoredFile`, and as `Weights`."""
@@ -91,7 +89,7 @@ class ComputedFile:
                     part[:length] = self._header[at : at + length]
                     part = part[length:]
 
-    def _parts(self, spans: Sequence[Span]) -> Iterator[tuple[TensorEntry | QuantizedTensor | None, Span]]:
+    def _parts(self, spans: Sequence[Span]) -> Iterator[tuple[Source | None, Span]]:
         """Spans by tensor: which it is (None for the header), and which bytes of it."""
         for start, length in spans:
             if start < len(self._header) and length:
@@ -102,12 +100,12 @@ class ComputedFile:
                 continue
             index = bisect.bisect_right(self._starts, start) - 1
             while length:
-                if index >= len(self._pieces):
+                if index >= len(self._tensors):
                     raise EOFError(f"{self} ended {length} bytes early")
-                begin, stop, source = self._pieces[index]
-                count = min(length, stop - start)
+                tensor = self._tensors[index]
+                count = min(length, tensor.stop - start)
                 if count > 0:
-                    yield source, Span(start - begin, count)
+                    yield self._sources[index], Span(start - tensor.start, count)
                     start, length = start + count, length - count
                 index += 1
 

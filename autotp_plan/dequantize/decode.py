@@ -20,20 +20,24 @@ BITS = {"E4M3": 8, "FP4": 4, "INT4": 4}
 STORED_AS = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 """How an array holds values of a dtype; numpy has no bf16."""
 
-_TABLE_BLOCK = 1024
+_TABLE_BLOCK = 8192
 """Values with one scale from which on it pays to compute the 256 values that there can be, and to look them up."""
+
+_IN_CACHE = 64 * 1024
+"""Values that are computed at a time: what is computed for them on the way stays in the processor's cache."""
+_SIDE = 256
 _NAN = np.float32(np.nan)
 
 
 def scales_of(dtype: str, raw: Array) -> Array:
-    """Scales in float32.
+    """Scales in float32, or powers of two as the bytes that they are.
 
     Args:
         dtype: in safetensors' words; F8_E8M0 and U8 are powers of two.
         raw: the bytes, uint8.
     """
     if dtype in ("F8_E8M0", "U8"):
-        return _powers_of_two()[raw]
+        return raw
     if dtype == "BF16":
         found = (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     else:
@@ -50,20 +54,52 @@ def decode(out: Array, codes: Array, coding: Coding, dtype: str, scales: Array, 
         codes: `[rows, bytes]` in uint8, as many bytes as the columns have.
         coding: what a code means.
         dtype: of the values: BF16, F16 or F32.
-        scales: `[block rows, block columns]` in float32, of the blocks in which `out` lies; its first is that of
-            `out[0, 0]`, with whose block `out` begins.
+        scales: `[block rows, block columns]` as `scales_of` makes them, of the blocks in which `out` lies; its first is
+            that of `out[0, 0]`, with whose block `out` begins.
         block: rows and columns of a block.
     """
     rows, columns = out.shape
+    if (
+        out.strides[1] != out.itemsize and _SIDE % block[1] == 0 and columns > _SIDE
+    ):  # transposed: squares stay in cache
+        for left in range(0, columns, _SIDE):
+            part = slice(left * BITS[coding] // 8, (left + _SIDE) * BITS[coding] // 8)
+            decode(out[:, left : left + _SIDE], codes[:, part], coding, dtype, scales[:, left // block[1] :], block)
+        return
     factors = scales[: -(-rows // block[0]), : -(-columns // block[1])]
+    powers = factors.dtype == np.uint8
     if BITS[coding] == 8 and min(block[0], rows) * min(block[1], columns) >= _TABLE_BLOCK:
         for number, top in enumerate(range(0, rows, block[0])):
             part = slice(top, min(top + block[0], rows))
-            _look_up(out[part], codes[part], dtype, factors[number], block[1])
-    else:
-        if block[0] > 1:
-            factors = np.repeat(factors, min(block[0], rows), axis=0)[:rows]
-        _multiply(out, codes, coding, dtype, factors, block[1])
+            _look_up(out[part], codes[part], dtype, as_float32(factors[number]), block[1])
+        return
+    if block[0] > 1:
+        factors = np.repeat(factors, min(block[0], rows), axis=0)[:rows]
+    step = max(_IN_CACHE // max(columns, 1), 1)
+    for top in range(0, rows, step):
+        part = slice(top, top + step)
+        if powers and BITS[coding] == 4 and block[1] % 2 == 0:
+            _look_up_pairs(out[part], codes[part], coding, dtype, factors[part], block[1] // 2)
+        else:
+            _multiply(out[part], codes[part], coding, dtype, as_float32(factors[part]), block[1])
+
+
+def as_float32(scales: Array) -> Array:
+    """Scales, powers of two or not, as numbers."""
+    return _powers_of_two()[scales] if scales.dtype == np.uint8 else scales
+
+
+def _look_up_pairs(out: Array, codes: Array, coding: Coding, dtype: str, powers: Array, width: int) -> None:
+    """The values of 4-bit codes in which each `width` bytes of a row have one power of two."""
+    rows, size = codes.shape
+    numbers = codes.astype(np.uint16)
+    full = size // width
+    if full:
+        numbers[:, : full * width].reshape(rows, full, width)[...] |= (powers[:, :full, None].astype(np.uint16)) << 8
+    if full * width < size:
+        numbers[:, full * width :] |= powers[:, full:].astype(np.uint16) << 8
+    pairs = np.take(_pairs(coding, dtype), numbers, mode="clip")
+    out[...] = pairs.view(STORED_AS[dtype])
 
 
 def _look_up(out: Array, codes: Array, dtype: str, factors: Array, width: int) -> None:
@@ -128,6 +164,17 @@ def _values(coding: Coding) -> Array:
     byte = np.arange(256)
     pairs = np.stack([table[byte & 15], table[byte >> 4]], 1)
     found: Array = pairs.view(np.uint64)[:, 0]
+    return found
+
+
+@functools.cache
+def _pairs(coding: Coding, dtype: str) -> Array:
+    """The two values of each byte of 4-bit codes with each power of two, as one number: `[256 * power + byte]`."""
+    values = _values(coding).view(np.float32)
+    with np.errstate(all="ignore"):
+        table = rounded(_powers_of_two()[:, None] * values, dtype)
+    size = table.itemsize * 2
+    found: Array = np.ascontiguousarray(table).view(f"u{size}").reshape(-1)
     return found
 
 

@@ -7,8 +7,7 @@ and others in the formats of the package compressed-tensors.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from autotp_plan.dequantize.quantized_tensor import Coding, QuantizedTensor
@@ -177,8 +176,12 @@ def _with_scale(
 ) -> QuantizedTensor | None:
     """The weight, if its scale has a number for each block of one of the sizes `blocks`; None, and a fault, if not."""
     if scale.dtype in _SCALE_DTYPES or (scale.dtype == "U8" and coding != "INT4"):
-        for block in blocks:
-            made = QuantizedTensor(
+        *lead, rows, columns = shape
+        if transposed:
+            rows, columns = columns, rows
+        block = next((one for one in blocks if _is_grid(scale.shape, tuple(lead), rows, columns, one)), None)
+        if block is not None:
+            return QuantizedTensor(
                 name=name,
                 shape=tuple(shape),
                 codes=codes,
@@ -188,8 +191,6 @@ def _with_scale(
                 transposed=transposed,
                 stated_shape=stated_shape,
             )
-            if any(scale.shape == one for one in _grids(made)):
-                return made
     wanted = " or ".join(f"{rows} x {columns}" for rows, columns in dict.fromkeys(blocks))
     book.add(
         "scales-do-not-fit",
@@ -202,16 +203,14 @@ def _with_scale(
     return None
 
 
-def _grids(weight: QuantizedTensor) -> Iterator[tuple[int, ...]]:
-    """The shapes that the scale of a weight may have."""
-    lead, grid = weight.shape[:-2], weight.grid
-    yield (*lead, *grid)
-    if math.prod(grid) == 1:
-        yield lead
-        if not lead:
-            yield (1,)
-    elif grid[1] == 1:
-        yield (*lead, grid[0])
+def _is_grid(found: tuple[int, ...], lead: tuple[int, ...], rows: int, columns: int, block: tuple[int, int]) -> bool:
+    """Whether a scale of shape `found` has one number for each block; a dimension of 1 at the end may be left out."""
+    height, width = -(-rows // block[0]), -(-columns // block[1])
+    if found == (*lead, height, width):
+        return True
+    if width > 1:
+        return False
+    return found == (*lead, height) or (height == 1 and (found == lead or (not lead and found == (1,))))
 
 
 def _no_scale(book: FaultBook, name: str, codes: TensorEntry) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from autotp_plan.dequantize.computed_file import ComputedFile, Piece, Weights
+from autotp_plan.dequantize.computed_file import ComputedFile, Weights
 from autotp_plan.dequantize.formats import SCALE_ENDINGS, Found, find_quantized
 from autotp_plan.dequantize.settings import refused, settings_of
 from autotp_plan.schemas.errors import CheckpointError
@@ -14,7 +14,7 @@ from autotp_plan.schemas.fault_book import FaultBook
 from autotp_plan.schemas.names import starred
 from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, without_quantization
 from autotp_plan.schemas.storage.files import MadeFile
-from autotp_plan.schemas.storage.safetensors_header import SafetensorsFile, header_bytes, parse_header
+from autotp_plan.schemas.storage.safetensors_header import SafetensorsFile, described_file
 
 DTYPES = ("BF16", "F16", "F32")
 DEFAULT_DTYPE = "BF16"
@@ -67,11 +67,10 @@ def _computed(file: SafetensorsFile, found: Found, weights: Weights) -> Safetens
         (source.name, weights.dtype if tensor.name in found.weights else tensor.dtype, source.shape)
         for source, tensor in zip(sources, kept)
     ]
-    header = header_bytes(described, file.metadata or {})
-    text = header[8:].decode()
-    made = parse_header(file.path, text)
-    pieces = [Piece(entry.start, entry.stop, source) for entry, source in zip(made.tensors, sources)]
-    return parse_header(ComputedFile(file.path, header, pieces, weights), text)
+    computed = ComputedFile(file.path, weights)
+    made = described_file(computed, described, file.metadata or {})
+    computed.fill(made, sources)
+    return made
 
 
 def _config(path: Path) -> MadeFile:
@@ -81,7 +80,9 @@ def _config(path: Path) -> MadeFile:
 
 def _index(files: tuple[SafetensorsFile, ...]) -> MadeFile:
     """The index of the plain checkpoint."""
-    weight_map = {tensor.name: file.path.name for file in files for tensor in file.tensors}
+    weight_map: dict[str, str] = {}
+    for file in files:
+        weight_map.update(dict.fromkeys((tensor.name for tensor in file.tensors), file.path.name))
     size = sum(tensor.stop - tensor.start for file in files for tensor in file.tensors)
     return _json_file(INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))})
 

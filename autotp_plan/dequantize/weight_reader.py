@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -28,14 +29,13 @@ class WeightReader:
 
     Args:
         dtype: what the values become: BF16, F16 or F32.
-        kept: how many matrices' scales are kept: what follows in a matrix needs them again.
     """
 
-    def __init__(self, dtype: str, kept: int = 16) -> None:
-        self._dtype, self._kept = dtype, kept
+    def __init__(self, dtype: str) -> None:
+        self._dtype = dtype
         self._item = np.dtype(STORED_AS[dtype]).itemsize
-        self._scales: OrderedDict[tuple[int, int], Array] = OrderedDict()
-        self._lock = threading.Lock()
+        self._scales = _Kept(16)
+        self._codes = _Kept(3)
 
     def read_into(self, target: memoryview, tensor: QuantizedTensor, spans: Sequence[Span], reader: Reader) -> None:
         """Fill `target` with the bytes of `spans` of a weight, one after the other. Raises as `StoredFile`."""
@@ -71,8 +71,8 @@ class WeightReader:
         """Fill `out` with the rows and columns `part` of one matrix of a weight."""
         scales = self._scales_of(tensor, matrix, reader)
         for tile in _tiles(part, tensor):
-            codes = _codes(tensor, matrix, tile, reader)
-            first = tile.column * BITS[tensor.coding] // 8
+            codes = self._codes_of(tensor, matrix, tile, reader)
+            first, _ = _bytes_of(tensor, tile)
             inside = out[tile.row - part.row :, tile.column - part.column :]
             for found, top, left in tile.at_blocks(tensor.block):
                 _decode_part(
@@ -85,24 +85,59 @@ class WeightReader:
                     scales,
                 )
 
+    def _codes_of(self, tensor: QuantizedTensor, matrix: int, tile: Rectangle, reader: Reader) -> Array:
+        """The codes of some rows and columns, `[rows, bytes]`.
+
+        Rows of the weight are columns of codes that are transposed, a few bytes of each row: then all are read, and
+        kept for the rows that follow.
+        """
+        if not tensor.transposed or tile.columns == tensor.columns:
+            return _codes(tensor, matrix, tile, reader)
+        everything = Rectangle(0, 0, tensor.rows, tensor.columns)
+        found = self._codes.get((id(tensor), matrix), lambda: _codes(tensor, matrix, everything, reader))
+        start, stop = _bytes_of(tensor, tile)
+        return found[tile.row : tile.row + tile.rows, start:stop]
+
     def _scales_of(self, tensor: QuantizedTensor, matrix: int, reader: Reader) -> Array:
         """The scales of one matrix, `[block rows, block columns]` in float32."""
-        key = id(tensor), matrix
+
+        def read() -> Array:
+            if tensor.stated_shape is not None:
+                _check_shape(tensor, tensor.stated_shape, reader)
+            size = item_size(tensor.scale.dtype) * tensor.grid[0] * tensor.grid[1]
+            raw = _read(tensor.scale, [Span(matrix * size, size)], size, reader)
+            return scales_of(tensor.scale.dtype, raw).reshape(tensor.grid)
+
+        return self._scales.get((id(tensor), matrix), read)
+
+
+class _Kept:
+    """The last few arrays that were read. A thread that asks for one that another reads waits for it."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._found: OrderedDict[tuple[int, int], Future[Array]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[int, int], read: Callable[[], Array]) -> Array:
+        """What is kept under `key`, which `read` reads where it is not."""
         with self._lock:
-            found = self._scales.get(key)
-            if found is not None:
-                self._scales.move_to_end(key)
-                return found
-        if tensor.stated_shape is not None:
-            _check_shape(tensor, tensor.stated_shape, reader)
-        size = item_size(tensor.scale.dtype) * tensor.grid[0] * tensor.grid[1]
-        raw = _read(tensor.scale, [Span(matrix * size, size)], size, reader)
-        found = scales_of(tensor.scale.dtype, raw).reshape(tensor.grid)
-        with self._lock:
-            self._scales[key] = found
-            if len(self._scales) > self._kept:
-                self._scales.popitem(last=False)
-        return found
+            found = self._found.get(key)
+            mine = found is None
+            if found is None:
+                found = self._found[key] = Future()
+                if len(self._found) > self._most:
+                    self._found.popitem(last=False)
+            else:
+                self._found.move_to_end(key)
+        if mine:
+            try:
+                found.set_result(read())
+            except BaseException as error:
+                with self._lock:
+                    self._found.pop(key, None)
+                found.set_exception(error)
+        return found.result()
 
 
 def _decode_part(
@@ -111,7 +146,7 @@ def _decode_part(
     """Values of a part that begins with a block or lies in one; `codes` are those of its rows, from byte `first` on."""
     bits = BITS[tensor.coding]
     inside = scales[part.row // tensor.block[0] :, part.column // tensor.block[1] :]
-    start, stop = part.column * bits // 8, -(-(part.column + part.columns) * bits // 8)
+    start, stop = _bytes_of(tensor, part)
     inner = codes[:, start - first : stop - first]
     before = part.column - start * 8 // bits
     if before or (stop - start) * 8 // bits != part.columns:  # half of a byte is not asked for
@@ -124,14 +159,20 @@ def _decode_part(
 
 def _codes(tensor: QuantizedTensor, matrix: int, part: Rectangle, reader: Reader) -> Array:
     """The codes of some rows and columns, `[rows, bytes]`."""
-    bits, row_bytes = BITS[tensor.coding], tensor.row_bytes
-    start, stop = part.column * bits // 8, -(-(part.column + part.columns) * bits // 8)
+    row_bytes = tensor.row_bytes
+    start, stop = _bytes_of(tensor, part)
     first = (matrix * tensor.rows + part.row) * row_bytes
     if stop - start == row_bytes:
         spans = [Span(first, part.rows * row_bytes)]
     else:
         spans = [Span(first + row * row_bytes + start, stop - start) for row in range(part.rows)]
     return _read(tensor.codes, spans, part.rows * (stop - start), reader).reshape(part.rows, stop - start)
+
+
+def _bytes_of(tensor: QuantizedTensor, part: Rectangle) -> tuple[int, int]:
+    """Which bytes of a row of codes the columns of a part are in."""
+    bits = BITS[tensor.coding]
+    return part.column * bits // 8, -(-(part.column + part.columns) * bits // 8)
 
 
 def _read(entry: TensorEntry, spans: Sequence[Span], size: int, reader: Reader) -> Array:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
-from autotp_plan.schemas.names import NameSet, starred
+from autotp_plan.schemas.names import NameSet, is_index, starred
 from autotp_plan.schemas.plan.entries import Sources
 
 _T = TypeVar("_T")
@@ -154,22 +154,36 @@ class ToDisk:
         return disk + name.removeprefix(module)
 
 
+class _Pattern(NamedTuple, Generic[_T]):
+    """Which components of a name are which numbers, which may be any, and what the name means."""
+
+    numbers: list[tuple[int, str]]
+    stars: list[int]
+    value: _T
+
+
 class _Patterns(Generic[_T]):
     """What is meant by a name, by patterns in which `*` is any number. A pattern with fewer `*` comes first."""
 
     def __init__(self, entries: Iterable[tuple[str, _T]]) -> None:
-        self._by_template: dict[str, list[tuple[list[str], _T]]] = {}
+        self._by_template: dict[str, list[_Pattern[_T]]] = {}
         for pattern, value in sorted(entries, key=lambda entry: entry[0].count("*")):
-            self._by_template.setdefault(starred(pattern), []).append((pattern.split("."), value))
+            parts = pattern.split(".")
+            numbers = [(place, part) for place, part in enumerate(parts) if is_index(part)]
+            stars = [place for place, part in enumerate(parts) if part == "*"]
+            self._by_template.setdefault(starred(pattern), []).append(_Pattern(numbers, stars, value))
 
     def find(self, name: str) -> tuple[_T, list[str]] | None:
         """The value of the first pattern that `name` matches, and the numbers in place of its `*`."""
         if not self._by_template:
             return None
+        patterns = self._by_template.get(starred(name))
+        if patterns is None:
+            return None
         parts = name.split(".")
-        for pattern, value in self._by_template.get(starred(name), ()):
-            if all(wanted in ("*", part) for wanted, part in zip(pattern, parts)):
-                return value, [part for wanted, part in zip(pattern, parts) if wanted == "*"]
+        for numbers, stars, value in patterns:
+            if all(parts[place] == number for place, number in numbers):
+                return value, [parts[place] for place in stars]
         return None
 
 

@@ -154,6 +154,22 @@ def header_bytes(tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: Ma
     return prefixed(raw)
 
 
+def described_file(
+    path: File, tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> SafetensorsFile:
+    """The file with the header `header_bytes(tensors, metadata)`; the file `path` need not exist."""
+    header = header_bytes(tensors, metadata)
+    at = len(header)
+    entries = []
+    for name, dtype, shape in tensors:
+        stop = at + num_bytes(dtype, shape)
+        entries.append(TensorEntry(name=name, dtype=dtype, shape=shape, file=path, start=at, stop=stop))
+        at = stop
+    return SafetensorsFile(
+        path=path, tensors=tuple(entries), metadata=dict(metadata), size=at, header=header[8:].decode("utf-8")
+    )
+
+
 def prefixed(header: bytes) -> bytes:
     """A header with its length before it, as it stands at the beginning of a file."""
     return len(header).to_bytes(8, "little") + header
