@@ -6,6 +6,7 @@ torch and transformers are imported when it is called, never before: planning fr
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,9 @@ from typing import Any, Literal
 from autotp_plan.huggingface.internals import compute_buffers, model_of_config, stays_float32, without_zero_init
 from autotp_plan.schemas.errors import AutoTPError, CheckpointError, Fault, MissingDependencyError
 from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, QUANTIZATION, read_config
+
+SAME_ARCHITECTURE = {"kimi_k2": "deepseek_v3"}
+"""Model types that transformers does not have, and whose published code is that of one that it has."""
 
 _LARGE = 2**27
 """Number of elements from which on a new tensor is a parameter, not a buffer."""
@@ -64,7 +68,7 @@ def build_model(
         "nothing": contextlib.nullcontext(),
     }
     try:
-        model_config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        model_config = _config_of(transformers, folder, config.get("model_type"))
         assumed = torch.bfloat16 if _forget_quantization(model_config) else torch.float32
         options = {"dtype": _dtype(model_config) or assumed, **options}
         named = getattr(transformers, architecture or (config.get("architectures") or [""])[0], None)
@@ -100,6 +104,15 @@ def build_model(
             )
         ) from None
     return model
+
+
+def _config_of(transformers: Any, folder: Path, model_type: Any) -> Any:
+    """The transformers config in `folder`."""
+    known = SAME_ARCHITECTURE.get(model_type) if isinstance(model_type, str) else None
+    if known is None:
+        return transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    return transformers.CONFIG_MAPPING[known].from_dict({**values, "model_type": known})
 
 
 def _forget_quantization(model_config: Any) -> bool:

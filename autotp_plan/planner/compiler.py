@@ -28,6 +28,7 @@ from autotp_plan.planner.rules.resolution import resolve
 from autotp_plan.planner.rules.resolver import UNDECIDED
 from autotp_plan.planner.rules.rule_set import RuleSet, collect_rules
 from autotp_plan.planner.rules.symbols import Symbols
+from autotp_plan.schemas.collection import paused
 from autotp_plan.schemas.errors import CheckpointError, CompileError, Fault, MissingDependencyError, OptionError
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.plan.entries import MAX_TP_SIZE, RuntimeOptions
@@ -240,6 +241,7 @@ def _by_fallback(given: ModelInput, rules: RuleSet, options: _Options, prove: Pr
     )
 
 
+@paused()
 def _compile(given: ModelInput, rules: RuleSet, options: _Options) -> Plan:
     model = _describe(given, rules)
     resolution = resolve(model.inventory, rules, model.symbols, model.num_layers, options.tp_size, options.uneven)

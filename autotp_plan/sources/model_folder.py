@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from autotp_plan.dequantize.plain_checkpoint import DEFAULT_DTYPE, plain_checkpoint
+from autotp_plan.schemas.collection import paused
 from autotp_plan.schemas.storage.checkpoint import Checkpoint, read_config
 from autotp_plan.sources.places.bucket import bucket_folder
 from autotp_plan.sources.places.found_folder import FoundFolder
@@ -68,6 +69,7 @@ def model_folder(place: Place) -> ModelFolder:
     return ModelFolder(**{entry.name: getattr(found, entry.name) for entry in dataclasses.fields(found)})
 
 
+@paused()
 def open_checkpoint(place: Place, dtype: str | None = None) -> Checkpoint:
     """The headers of a model's weights; no tensor is read.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from autotp_plan.schemas.storage.safetensors_header import header_bytes
 
@@ -161,3 +162,51 @@ def write_file(path: Path, tensors: Weights) -> None:
     )
     raw = b"".join(bytes(one.contiguous().reshape(-1).view(torch.uint8).numpy()) for one in tensors.values())
     path.write_bytes(header + raw)
+
+
+def as_fp8(name: str, values: torch.Tensor, block: tuple[int, int]) -> Made:
+    """A weight in E4M3, with the scale of each block its largest magnitude over 448."""
+    rows, columns = values.shape
+    size = grid((rows, columns), block)
+    padded = torch.zeros(size[0] * block[0], size[1] * block[1])
+    padded[:rows, :columns] = values
+    largest = padded.view(size[0], block[0], size[1], block[1]).abs().amax((1, 3)).clamp(min=1e-6)
+    scale = largest / 448
+    wide = spread(scale, block, (rows, columns))
+    codes = (values / wide).to(torch.float8_e4m3fn)
+    return Made({name: codes, f"{name}_scale_inv": scale}, codes.float() * wide)
+
+
+def as_mxfp4(name: str, values: torch.Tensor) -> Made:
+    """Experts `[experts, in, out]` in MXFP4."""
+    groups = values.float().transpose(1, 2).contiguous().unflatten(-1, (-1, 32))
+    exponent = (groups.abs().amax(-1).clamp(min=1e-6) / 6).log2().ceil()
+    codes = (groups / torch.exp2(exponent)[..., None])[..., None].sub(FP4).abs().argmin(-1)
+    blocks = (codes[..., 0::2] | codes[..., 1::2] << 4).to(torch.uint8)
+    read = FP4[codes] * torch.exp2(exponent)[..., None]
+    scales = (exponent + 127).to(torch.uint8)
+    return Made({f"{name}_blocks": blocks, f"{name}_scales": scales}, read.flatten(-2).transpose(1, 2))
+
+
+Quantizer = Callable[[str, torch.Tensor], Made | None]
+
+
+def quantize(folder: Path, output: Path, settings: Mapping[str, Any], make: Quantizer) -> None:
+    """Quantise a checkpoint as its publishers did.
+
+    Args:
+        folder: a checkpoint.
+        output: a new folder for the quantised checkpoint; the one that has its values in bf16 is `output / "plain"`.
+        settings: quantization_config.
+        make: the tensors of a weight; None for one that stays as it is.
+    """
+    tensors: Weights = {}
+    plain: Weights = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, values in load_file(path).items():
+            one = make(name, values)
+            plain[name] = values if one is None else one.values.bfloat16()
+            tensors.update({name: values} if one is None else one.tensors)
+    config = json.loads((folder / "config.json").read_text())
+    write_tensors(output, tensors, {**config, "quantization_config": settings})
+    write_tensors(output / "plain", plain, config)
