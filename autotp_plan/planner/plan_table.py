@@ -206,6 +206,7 @@ def describe(plan: Plan) -> list[str]:
     held = human_bytes(most) if least == most else f"{human_bytes(least)} to {human_bytes(most)}"
     copies = sum(totals.per_rank) - totals.total
     lines = [f"compiled from {plan.model.repository}"] if plan.model.repository else []
+    lines += [f"compiled by {plan.rules}, which `reshard` applies again"] if plan.rules else []
     lines += [
         f"each rank holds {held} of {human_bytes(totals.total)} ({most / max(1, totals.total):.1%}; an even share of "
         f"everything is {1 / plan.tp_size:.1%}, {human_bytes(totals.total // plan.tp_size)})",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from autotp_plan.planner.cli.infer import infer_with_limits, prove_on_twin, time_limit
+from autotp_plan.planner.cli.infer import TIMEOUT, infer_with_limits, prove_on_twin, time_limit
 from autotp_plan.planner.cli.module_options import module_options
 from autotp_plan.planner.cli.output import progress, reported
 
@@ -125,10 +125,10 @@ def reshard(
     plan_file: Path | None,
     uneven: bool,
     output: Path,
-    timeout: int,
     workers: int,
     quiet: bool,
     factory: Callable[[], ModuleFactory | None],
+    timeout: int = TIMEOUT,
 ) -> None:
     """Write shards for another number of ranks: what presplit would write from the original checkpoint.
 

@@ -95,7 +95,7 @@ class SourceCheck:
         if not wrong:
             return
         for file in {file for name in wrong for _, placed in self._tensors[name] for file in placed.names}:
-            (self._folder / file).unlink()
+            (self._folder / file).unlink(missing_ok=True)  # two may finish a folder at once
         raise CheckpointError(_fault(name, digest, self._sha256[name]) for name, digest in wrong.items())
 
     def _digest(self, name: str) -> str:

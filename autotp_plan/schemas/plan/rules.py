@@ -24,3 +24,13 @@ class Rules:
     uneven: bool = False
     cut_vision: bool = False
     module: str | None = None
+
+    def __str__(self) -> str:
+        """`2 spec files, a DeepSpeed config, preset none, --strict`."""
+        num_specs = len(self.specs)
+        words = [f"{num_specs} spec file{'s' if num_specs > 1 else ''}"] if num_specs else []
+        words += ["a DeepSpeed config"] if self.deepspeed else []
+        words += [f"preset {self.preset}"] if self.preset != "auto" else []
+        words += [f"--module {self.module}"] if self.module else []
+        flags = {"--strict": self.strict, "--uneven": self.uneven, "--cut-vision": self.cut_vision}
+        return ", ".join([*words, *(flag for flag, given in flags.items() if given)])

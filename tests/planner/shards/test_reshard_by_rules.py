@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from autotp_plan.factories.module_factory import ModuleFactory
 from autotp_plan.planner import compile_plan, merge, presplit, reshard
 from autotp_plan.planner.cli.main import main
 from autotp_plan.planner.deepspeed.read_config import parse_section
+from autotp_plan.planner.plan_table import describe
 from autotp_plan.planner.rules.preset_files import preset_names, read_preset
 from autotp_plan.schemas.errors import CompileError, DocumentError, MismatchError
 from autotp_plan.schemas.plan.document import Plan
@@ -239,6 +241,24 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     assert {str(entry.rule) for entry in found.parameters} >= {"spec file #1", "ds-config #1"}
     merge(new, tmp_path / "merged")
     assert files_of(tmp_path / "merged") == files_of(original)
+
+
+def test_a_plan_shows_what_it_remembers(tmp_path: Path) -> None:
+    original = write_llama(tmp_path / "original")
+    plan = compile_plan(original, tp_size=2, uneven=True, **options_of("a strict DeepSpeed config and a spec file"))
+    assert "compiled by 1 spec file, a DeepSpeed config, --strict, --uneven, which `reshard` applies again" in describe(
+        plan
+    )
+    assert not any("compiled by" in line for line in describe(compile_plan(original, tp_size=2)))
+    assert str(Rules(specs=({}, {}), preset="none", module="a:b", cut_vision=True)) == (
+        "2 spec files, preset none, --module a:b, --cut-vision"
+    )
+
+
+def test_every_option_of_compile_is_remembered() -> None:
+    """A new one goes into `Rules`, unless the same plan is made without it."""
+    options = set(inspect.signature(compile_plan).parameters) - {"model", "tp_size", "prove", "infer"}
+    assert options == {field.name for field in dataclasses.fields(Rules)} - {"module"} | {"factory"}
 
 
 @pytest.mark.parametrize("name", preset_names())
