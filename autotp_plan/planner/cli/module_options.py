@@ -34,13 +34,7 @@ def module_options(function: _F) -> _F:
         help="Arguments that make a small model, where those that are tried do not; a second one for another.",
     )
     @functools.wraps(function)
-    def run(
-        *args: Any,
-        module: str | None = None,
-        module_args: str | None = None,
-        smalls: tuple[str, ...] = (),
-        **kwargs: Any,
-    ) -> None:
+    def run(*args: Any, module: str | None, module_args: str | None, smalls: tuple[str, ...], **kwargs: Any) -> None:
         function(*args, factory=lambda: _factory(module, module_args, smalls), **kwargs)
 
     return run  # type: ignore[return-value]

@@ -127,7 +127,7 @@ def reshard(
     output: Path,
     workers: int,
     quiet: bool,
-    factory: Callable[[], ModuleFactory | None],
+    factory: Callable[[], ModuleFactory | None] = lambda: None,
     timeout: int = TIMEOUT,
 ) -> None:
     """Write shards for another number of ranks: what presplit would write from the original checkpoint.
