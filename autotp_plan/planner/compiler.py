@@ -55,8 +55,8 @@ def compile_plan(
     """The plan for `model` at `tp_size`.
 
     Args:
-        model: a folder with safetensors files or a bare config.json, or a live `torch.nn.Module` (on meta is fine).
-            With a `factory` None will do.
+        model: a folder with safetensors files or a bare config.json, an id of the hub (`org/name`), a URL, or a live
+            `torch.nn.Module` (on meta is fine). With a `factory` None will do.
         tp_size: number of TP ranks; None takes `autotp_size` of `deepspeed`.
         preset: `auto` (by the config's model_type), `none`, `infer`, or the name of a preset.
         specs: spec files, the first has the highest precedence.

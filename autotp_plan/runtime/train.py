@@ -29,7 +29,9 @@ _PATH = click.Path(path_type=Path)
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--plan", "plan_file", type=_PATH, required=True, help="Plan file.")
-@click.option("--shards", required=True, help="Shards folder, or the original checkpoint.")
+@click.option(
+    "--shards", required=True, help="Shards folder, or the original checkpoint: a folder, an id of the hub or a URL."
+)
 @click.option("--dp-size", type=click.IntRange(1), help="Data-parallel size; processes / tp_size when left out.")
 @click.option("--zero-stage", type=click.IntRange(0, 3), help="ZeRO stage; 0 unless the DeepSpeed config says more.")
 @click.option(

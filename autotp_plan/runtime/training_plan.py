@@ -133,7 +133,8 @@ class TrainingPlan:
         were given different batches.
 
         Args:
-            path: a shards folder, or the original checkpoint (then only this rank's intervals are read).
+            path: a shards folder, or the original checkpoint (a folder, an id of the hub or a URL), of which only this
+                rank's intervals are read.
             model: your own module, built on meta, or a function that builds it; None builds the transformers model that
                 the folder's config.json describes.
             dtype: floating-point dtype to convert to; None takes what the plan says, else what the config says, as

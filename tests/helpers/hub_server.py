@@ -93,6 +93,7 @@ class HubServer(http.server.ThreadingHTTPServer):
         self.requests: list[Request] = []
         self.trouble: Callable[[str, str], Trouble | None] = lambda method, path: None
         self.links = 0
+        self.answers_ranges = True
         self.lock = threading.Lock()
 
     @property
@@ -144,6 +145,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._send(self.trouble.status, b"trouble", dict(self.trouble.headers))
         elif path.startswith("/api/models/"):
             self._info(path.removeprefix("/api/models/"))
+        elif path.startswith("/files/"):
+            self._file(path.removeprefix("/files/"))
         elif path.startswith("/link/"):
             self._link(path, url.query)
         elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/(refs/pr/\d+|[^/]+)/(.+)", path):
@@ -223,12 +226,24 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if int(number) != self.server.links or query != "signature=1" or self.headers.get("Authorization"):
             self._send(403, b"", {})  # a link that has expired; and a link gets no token
             return
-        found = _RANGE.fullmatch(self.headers.get("Range") or "")
+        self._part(repository, file)
+
+    def _file(self, path: str) -> None:
+        """A file of a plain web server."""
+        org, name, file = path.split("/", 2)
+        repository = self.server.repositories.get(f"{org}/{name}")
+        if repository is None or file not in repository.files:
+            self._send(404, b"", {})
+        else:
+            self._part(repository, file)
+
+    def _part(self, repository: Repository, file: str) -> None:
+        found = _RANGE.fullmatch(self.headers.get("Range") or "") if self.server.answers_ranges else None
         size = repository.size(file)
         start, stop = (int(found[1]), min(int(found[2]) + 1, size)) if found else (0, size)
         headers = {"Content-Range": f"bytes {start}-{stop - 1}/{size}"} if found else {}
         self._head(206 if found else 200, stop - start, headers)
-        self._body(206, repository.files[file], start, stop)
+        self._body(206 if found else 200, repository.files[file], start, stop)
 
     def _send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         self._head(status, len(body), headers)

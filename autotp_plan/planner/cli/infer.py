@@ -38,7 +38,7 @@ time_limit = click.option(
 @click.command()
 @click.option(
     "--model",
-    help="Checkpoint folder, or a folder with a bare config.json.",
+    help="Checkpoint folder, id of the hub (org/name) or URL; or a folder with a bare config.json.",
 )
 @module_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Spec file to write; else it is printed.")

@@ -52,7 +52,9 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--model", help="Checkpoint folder, or a folder with a bare config.json.")
+@click.option(
+    "--model", help="Checkpoint folder, id of the hub (org/name) or URL; or a folder with a bare config.json."
+)
 @module_options
 @click.option("--tp", "tp_size", type=int, help="Number of tensor-parallel ranks.")
 @click.option("-o", "--output", type=_FILE, required=True, help="Plan file to write.")
@@ -148,7 +150,9 @@ def _report_compiled(plan: Plan, output: Path) -> None:
 
 @main.command()
 @click.argument("plan_file", metavar="PLAN_OR_SHARDS", type=_FILE)
-@click.option("--checkpoint", help="Also check that this checkpoint holds what the plan says.")
+@click.option(
+    "--checkpoint", help="Also check that this checkpoint (folder, id of the hub or URL) holds what the plan says."
+)
 @reported
 def check(plan_file: Path, checkpoint: str | None) -> None:
     """Check a plan: schema, fingerprint, coverage, units, column-row pairing, ties, and the checkpoint.

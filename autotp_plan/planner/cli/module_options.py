@@ -53,7 +53,7 @@ def given_model(model: str | None, factory: ModuleFactory | None) -> None:
                 what="there is no model",
                 where="--model",
                 got="neither --model nor --module",
-                expected="a checkpoint folder, a folder with a config.json, or a function that makes the model",
+                expected="a checkpoint folder or an id of the hub, a folder with a config.json, or a function",
                 next="--model CHECKPOINT, or --module package.module:function",
             )
         )

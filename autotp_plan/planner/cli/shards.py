@@ -25,7 +25,9 @@ _QUIET = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 
 @click.command()
 @click.argument("plan_file", metavar="PLAN", type=_FILE)
-@click.option("--checkpoint", required=True, help="The checkpoint to shard.")
+@click.option(
+    "--checkpoint", required=True, help="The checkpoint to shard: a folder, an id of the hub (org/name) or a URL."
+)
 @click.option("-o", "--output", type=_FILE, required=True, help="New folder for the shards, or one to continue.")
 @click.option("--part", metavar="K/N", help="Write the K-th of N shares of the files; each may run on another machine.")
 @_WORKERS
