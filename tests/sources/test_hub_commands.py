@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from autotp_plan.planner.cli.main import main
 from tests.helpers.checkpoints import write_llama
-from tests.helpers.hub_client import loopback_hub
+from tests.helpers.hub_client import loopback_hub, point_to
 from tests.helpers.hub_server import HubServer, Repository, folder_files
 from tests.helpers.launch import launch
 
@@ -41,7 +41,7 @@ def test_the_commands(hub: HubServer, tmp_path: Path) -> None:
     assert "no such folder, and no such repository" in result.output
 
 
-def load_and_save(place: str, plan_file: str, output: str) -> dict[str, Any]:
+def load_and_save(url: str, cache: Path, place: str, plan_file: str, output: str) -> dict[str, Any]:
     """A rank's logits of the model in a place, the shards it saves, and its tokenizer's name for a token."""
     import torch
     from transformers import AutoTokenizer
@@ -49,6 +49,7 @@ def load_and_save(place: str, plan_file: str, output: str) -> dict[str, Any]:
     from autotp_plan.runtime import load_plan
     from autotp_plan.sources.model_folder import model_folder
 
+    point_to(url, cache, pytest.MonkeyPatch())
     plan = load_plan(plan_file)
     model = plan.load_model(place, dtype=torch.float64).eval()
     plan.save_shards(model, output)
@@ -82,7 +83,7 @@ def test_a_job_loads_from_the_hub(hub: HubServer, tmp_path: Path) -> None:
     plan = str(tmp_path / "plan.json")
     assert CliRunner().invoke(main, ["compile", "--model", "org/llama", "--tp", "2", "-o", plan]).exit_code == 0
     expected = dense(torch.arange(8)[None]).logits
-    for found in launch(load_and_save, 2, "org/llama", plan, str(tmp_path / "saved")):
+    for found in launch(load_and_save, 2, hub.url, tmp_path / "cache", "org/llama", plan, str(tmp_path / "saved")):
         assert torch.allclose(found["logits"], expected, rtol=0, atol=1e-12)
         assert found["token"] == "<0>"
     assert (tmp_path / "saved" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
