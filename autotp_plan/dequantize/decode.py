@@ -105,12 +105,15 @@ def _look_up_pairs(out: Array, codes: Array, coding: Coding, dtype: str, powers:
 def _look_up(out: Array, codes: Array, dtype: str, factors: Array, width: int) -> None:
     """The values of 8-bit codes in which each `width` columns have one factor."""
     tables = rounded(_values("E4M3") * factors[:, None], dtype)
+    step = max(_IN_CACHE // min(width, out.shape[1]), 1)
     for index, table in enumerate(tables):
         columns = slice(index * width, (index + 1) * width)
-        if out.strides[1] == out.itemsize:
-            np.take(table, codes[:, columns], out=out[:, columns], mode="clip")
-        else:
-            out[:, columns] = np.take(table, codes[:, columns], mode="clip")
+        for top in range(0, len(out), step):
+            rows = slice(top, top + step)
+            if out.strides[1] == out.itemsize:
+                np.take(table, codes[rows, columns], out=out[rows, columns], mode="clip")
+            else:
+                out[rows, columns] = np.take(table, codes[rows, columns], mode="clip")
 
 
 def _multiply(out: Array, codes: Array, coding: Coding, dtype: str, factors: Array, width: int) -> None:

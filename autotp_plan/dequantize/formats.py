@@ -27,6 +27,7 @@ _OF_ACTIVATIONS = ("activation_scale", "input_scale", "qscale_act")
 """Scales that only serving uses, next to a weight."""
 
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
+_POWERS = ("U8", "F8_E8M0")
 _MXFP4_GROUP = 32
 _INT4_IN_WORD = 8
 
@@ -105,7 +106,7 @@ def _fp8(
     rows, columns = codes.shape[-2:]
     blocks = [settings.block] if settings.block else []
     blocks.append((rows, columns))
-    blocks += [(1, columns), (1, _MXFP4_GROUP)] if settings.rows_have_scales or scale.dtype == "U8" else []
+    blocks += [(1, columns), (1, _MXFP4_GROUP)] if settings.rows_have_scales or scale.dtype in _POWERS else []
     return _with_scale(name, codes, codes.shape, scale, "E4M3", blocks, book)
 
 
@@ -113,7 +114,7 @@ def _fp4(name: str, codes: TensorEntry, tensors: Tensors, book: FaultBook) -> Qu
     """A weight of FP4, two in a byte, with a power of two for each 32 columns: experts of DeepSeek-V4."""
     scale = _scale_of(name, tensors)
     assert scale is not None
-    if scale.dtype not in ("F8_E8M0", "U8") or len(codes.shape) < 2:
+    if scale.dtype not in _POWERS or len(codes.shape) < 2:
         _odd(book, name, f"{codes.dtype}, with a scale of {scale.dtype}", "FP4 with scales of F8_E8M0")
         return None
     shape = (*codes.shape[:-1], codes.shape[-1] * 2)

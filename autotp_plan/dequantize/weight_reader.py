@@ -20,8 +20,8 @@ from autotp_plan.schemas.errors import CheckpointError, Fault
 from autotp_plan.schemas.storage.files import ByteRange, Reader, Span
 from autotp_plan.schemas.storage.safetensors_header import TensorEntry, item_size
 
-_TILE = 512 * 1024
-"""Values that are computed at a time."""
+_READ_BYTES = 4 * 1024 * 1024
+"""Codes that are read at a time: a request, where they lie far away."""
 
 
 class WeightReader:
@@ -70,7 +70,7 @@ class WeightReader:
     ) -> None:
         """Fill `out` with the rows and columns `part` of one matrix of a weight."""
         scales = self._scales_of(tensor, matrix, reader)
-        for tile in _tiles(part, tensor):
+        for tile in _tiles(part, tensor, _READ_BYTES * 8 // BITS[tensor.coding]):
             codes = self._codes_of(tensor, matrix, tile, reader)
             first, _ = _bytes_of(tensor, tile)
             inside = out[tile.row - part.row :, tile.column - part.column :]
@@ -84,6 +84,7 @@ class WeightReader:
                     self._dtype,
                     scales,
                 )
+            del codes, inside  # before the next are read
 
     def _codes_of(self, tensor: QuantizedTensor, matrix: int, tile: Rectangle, reader: Reader) -> Array:
         """The codes of some rows and columns, `[rows, bytes]`.
@@ -182,9 +183,9 @@ def _read(entry: TensorEntry, spans: Sequence[Span], size: int, reader: Reader) 
     return found
 
 
-def _tiles(part: Rectangle, tensor: QuantizedTensor) -> Iterator[Rectangle]:
-    """A rectangle, some rows at a time: they end with blocks where that can be."""
-    most = max(_TILE // part.columns, 1)
+def _tiles(part: Rectangle, tensor: QuantizedTensor, most: int) -> Iterator[Rectangle]:
+    """A rectangle, rows of about `most` values at a time: they end with blocks where that can be."""
+    most = max(most // part.columns, 1)
     height = tensor.block[0]
     row, last = part.row, part.row + part.rows
     while row < last:

@@ -296,13 +296,14 @@ def test_without_numpy_it_says_what_to_install(tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "shards").exists()
 
 
-def test_memory_does_not_grow_with_the_weight(tmp_path: Path) -> None:
+@pytest.mark.parametrize("one_scale", [False, True])
+def test_memory_does_not_grow_with_the_weight(tmp_path: Path, one_scale: bool) -> None:
     """A weight of 64 MB is computed in pieces."""
     import tracemalloc
 
     shape = (8192, 4096)
     codes = torch.zeros(shape, dtype=torch.float8_e4m3fn)
-    tensors = {"a.weight": codes, "a.weight_scale_inv": torch.ones(64, 32)}
+    tensors = {"a.weight": codes, "a.weight_scale_inv": torch.tensor(1.0) if one_scale else torch.ones(64, 32)}
     quantized.write_tensors(tmp_path, tensors, {"quantization_config": DEEPSEEK})
     from autotp_plan.schemas.storage.files import Reader, Span
     from autotp_plan.sources.model_folder import open_checkpoint

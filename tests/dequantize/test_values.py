@@ -55,6 +55,10 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[str], Made]]] = {
             name, (200, 300), 9, scale_name=name[:-6] + "scale", scale_dtype=torch.float8_e8m0fnu
         ),
     ),
+    "MXFP8": (
+        {"quant_method": "fp8", "weight_block_size": [1, 32], "scale_fmt": "ue8m0"},
+        lambda name: quantized.fp8(name, (24, 96), 15, (1, 32), scale_dtype=torch.float8_e8m0fnu),
+    ),
     "V4 experts": (DEEPSEEK, lambda name: quantized.fp4(name, (24, 96), 10)),
     "gpt-oss": (MXFP4, lambda name: quantized.mxfp4(name, (3, 96, 40), 11)),
     "Kimi-K2-Thinking": (INT4, lambda name: quantized.int4(name, (24, 96), 12)),
