@@ -21,10 +21,12 @@ from typing import Any
 import click
 import torch
 
-from autotp_plan.schemas.errors import AutoTPError, Fault, MismatchError, OutputError
+from autotp_plan.schemas.errors import AutoTPError, CheckpointError, Fault, MismatchError, OutputError
 from autotp_plan.schemas.shards.manifest import MANIFEST_NAME
 
 _PATH = click.Path(path_type=Path)
+STOPPED = 75
+"""The exit status of a job that a signal stopped and that saved: EX_TEMPFAIL of sysexits.h, "try again"."""
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -49,14 +51,24 @@ _PATH = click.Path(path_type=Path)
 )
 @click.option("--metrics", type=_PATH, help="File for one JSON line per step.")
 @click.option("--checkpoints", type=_PATH, help="Folder to save the job in, and to resume it from when it holds one.")
+@click.option(
+    "--resume",
+    default="latest",
+    show_default=True,
+    help="What of --checkpoints to resume from: latest, auto (the newest that is sound), or a tag.",
+)
+@click.option("--trust-checkpoint", is_flag=True, help="Resume also from files that hold more than data.")
 @click.option("--save-every", type=click.IntRange(1), help="Steps between saves; at the end only when left out.")
+@click.option("--take-over", is_flag=True, help="Write to --checkpoints although its lock names another job.")
+@click.option("--keep-last", type=click.IntRange(1), help="Checkpoints to keep; all when left out.")
 @click.option("--save-shards", type=_PATH, help="New folder for the trained weights, for `autotp-plan merge`.")
 @click.option("--local_rank", type=int, hidden=True, expose_value=False, help="The deepspeed launcher gives it.")
 def main(**options: Any) -> None:
     """Train a pre-split model under DeepSpeed, with the plan's tensor parallelism and ZeRO."""
     with _quiet():
         try:
-            _train(**options)
+            if not _train(**options):
+                sys.exit(STOPPED)
         except AutoTPError as error:
             click.echo("\n".join(f"error: {fault}" for fault in error.faults), err=True)
             sys.exit(2)
@@ -67,17 +79,24 @@ def main(**options: Any) -> None:
 
 def _train(
     plan_file: Path, shards: str, dp_size: int | None, seq_length: int, num_steps: int, data: Path | None, seed: int,
-    metrics: Path | None, checkpoints: Path | None, save_every: int | None, save_shards: Path | None, **options: Any,
-) -> None:  # fmt: skip
+    metrics: Path | None, checkpoints: Path | None, save_every: int | None, save_shards: Path | None,
+    keep_last: int | None = None, take_over: bool = False, resume: str = "latest", trust_checkpoint: bool = False,
+    **options: Any,
+) -> bool:  # fmt: skip
+    """Train; returns whether it came to its end, and was not asked to stop before."""
     from autotp_plan.runtime import load_plan
-    from autotp_plan.runtime.checkpoint.job import LATEST_NAME
     from autotp_plan.runtime.data.loader import training_loader
     from autotp_plan.runtime.data.sampler import endless
+    from autotp_plan.runtime.stop_signals import StopSignals
     from autotp_plan.runtime.train_report import Report
     from autotp_plan.runtime.train_setup import check_dp_size, dataset, deepspeed_config
+    from autotp_plan.schemas.jobs.job_folder import is_job
+    from autotp_plan.schemas.jobs.job_lock import claim
 
     if save_shards is not None:
         _check_is_new(save_shards)
+    if checkpoints is not None and _is_first():
+        claim(checkpoints, take_over=take_over)
     plan = load_plan(plan_file)
     check_dp_size(plan.tp_size, dp_size)
     config = deepspeed_config(plan.document, **options)
@@ -93,19 +112,23 @@ def _train(
     torch.manual_seed(seed + ranks.dp_rank)  # of dropout: the same on all TP ranks of a group
     engine, _, loader, _ = plan.initialize(model, config=config, training_data=windows, seed=seed)
     engine.train()
-    if checkpoints is not None and (checkpoints / LATEST_NAME).exists():
-        saved = plan.load_checkpoint(engine, checkpoints)
+    if checkpoints is not None and is_job(checkpoints):
+        tag = _tag(resume, checkpoints)
+        saved = plan.load_checkpoint(engine, checkpoints, tag, trust_checkpoint=trust_checkpoint)
         if saved.get("windows") != len(windows):  # begun with another --num-steps: go on with the data it had
             windows = dataset(data, shards, model, seq_length, saved.get("windows", 0) * seq_length, seed)
             _check_data(saved, windows, checkpoints)
             loader = training_loader(engine, windows, ranks, seed=seed)
-            plan.load_checkpoint(engine, checkpoints)  # which sets the position of the new loader
+            plan.load_checkpoint(
+                engine, checkpoints, tag, trust_checkpoint=trust_checkpoint
+            )  # the new loader's position
         _check_data(saved, windows, checkpoints)
         report.say(f"resumed after step {engine.global_steps} of {checkpoints}")
         if engine.global_steps >= num_steps:
             report.say(f"nothing to do: --num-steps {num_steps} are done")
     report.begin(engine.global_steps)
     batches = endless(loader)
+    stop = StopSignals(ranks.device) if checkpoints is not None else None
     for step in range(engine.global_steps + 1, num_steps + 1):
         began = time.monotonic()
         loss_sum, tokens = torch.zeros(()), 0
@@ -119,11 +142,39 @@ def _train(
         mean = loss_sum.to(ranks.device) / engine.gradient_accumulation_steps() / ranks.dp_size
         torch.distributed.all_reduce(mean, group=ranks.dp_group)
         report.step(step, num_steps, mean.item(), tokens / (time.monotonic() - began), ranks.device)
-        if checkpoints is not None and (step == num_steps or (save_every and step % save_every == 0)):
-            plan.save_checkpoint(engine, checkpoints, client_state=_data_of(windows))
+        stopping = stop is not None and stop.was_asked()
+        if checkpoints is not None and (stopping or step == num_steps or (save_every and step % save_every == 0)):
+            state = _data_of(windows)
+            plan.save_checkpoint(engine, checkpoints, None, state, keep_last=keep_last, take_over=take_over)
+        if stopping and step < num_steps:
+            report.say(f"asked to stop: saved after step {step}; the same command goes on")
+            return False
     if save_shards is not None:
         plan.save_shards(engine, save_shards)
         report.say(f"saved the weights in {save_shards}; `autotp-plan merge` makes a checkpoint of them")
+    return True
+
+
+def _tag(resume: str, checkpoints: Path) -> str | None:
+    """The checkpoint to resume from; None for what the file `latest` names. Every rank calls it."""
+    from autotp_plan.runtime.deepspeed.agreement import gathered
+    from autotp_plan.schemas.jobs.job_folder import newest_sound
+
+    if resume != "auto":
+        return None if resume == "latest" else resume
+    found = gathered(lambda: newest_sound(checkpoints) if _is_first() else None, "the checkpoints could not be read")[0]
+    if found is None:
+        raise CheckpointError(
+            Fault(
+                code="nothing-sound",
+                what="there is no sound checkpoint to resume from",
+                where=str(checkpoints),
+                got="none whose bytes are those that were saved",
+                expected="a folder that save_checkpoint wrote",
+                next="`autotp-plan check` of that folder says what is wrong; a new folder starts from the shards",
+            )
+        )
+    return found
 
 
 def _check_is_new(folder: Path) -> None:

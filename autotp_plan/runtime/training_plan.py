@@ -293,18 +293,28 @@ class TrainingPlan:
             adapt_optimizer(optimizer, sharded_weights(model), split_fused)
 
     def save_checkpoint(
-        self, engine: Any, folder: str | os.PathLike[str], tag: str | None = None, client_state: Any = None
+        self,
+        engine: Any,
+        folder: str | os.PathLike[str],
+        tag: str | None = None,
+        client_state: Any = None,
+        *,
+        keep_last: int | None = None,
+        take_over: bool = False,
     ) -> str:
         """Save a job to resume it. Every rank calls it, right after an optimizer step.
 
-        Saved are weights, optimizer, scheduler, random state and data position. A save that dies leaves the checkpoint
-        before it as the latest.
+        Saved are weights, optimizer, scheduler, random state and data position, each file with its checksum. The
+        checkpoint is named the latest when all of it is on disk; a save that dies leaves the one before it.
 
         Args:
             engine: the engine from `initialize`.
             folder: the folder of all checkpoints of the job.
             tag: the name of this one; None for the number of the step.
             client_state: a dict that `load_checkpoint` returns.
+            keep_last: remove older checkpoints than so many, when this one is the latest; None keeps all.
+            take_over: write although the lock of the folder names another job, which has ended on another host. Only
+                file systems without locks need it.
 
         Returns:
             The tag.
@@ -312,10 +322,16 @@ class TrainingPlan:
         Raises:
             MismatchError: gradients have been accumulated since the last optimizer step.
             CheckpointError: the tag is no name of a folder, or something would be overwritten.
+            OptionError: `keep_last` is less than 1.
+            OutputError: the folder cannot be written to, or another job writes to it.
         """
-        return save_checkpoint(engine, Path(folder), self.document, self.init_mesh(), tag, dict(client_state or {}))
+        return save_checkpoint(
+            engine, Path(folder), self.document, self.init_mesh(), tag, dict(client_state or {}), keep_last, take_over
+        )
 
-    def load_checkpoint(self, engine: Any, folder: str | os.PathLike[str], tag: str | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, engine: Any, folder: str | os.PathLike[str], tag: str | None = None, *, trust_checkpoint: bool = False
+    ) -> dict[str, Any]:
         """Resume a job. Every rank calls it, after `initialize`.
 
         On the plan, mesh and ZeRO stage it was saved with, a job continues exactly as it would have. It may also resume
@@ -326,17 +342,20 @@ class TrainingPlan:
             engine: the engine from `initialize`.
             folder: the folder of all checkpoints of the job.
             tag: which checkpoint; None for the latest.
+            trust_checkpoint: unpickle its files, whatever they hold. They are read as data otherwise: tensors, numbers,
+                text, lists, dicts, and DeepSpeed's own classes.
 
         Returns:
             The client state that was saved.
 
         Raises:
-            CheckpointError: there is no complete checkpoint, or it cannot be read.
+            CheckpointError: there is no complete checkpoint, or its bytes are not those that were saved; the error
+                names the newest checkpoint that is sound. Or it holds more than data.
             MismatchError: it is of another model, or can be resumed only on the mesh it was saved on.
 
         Both before anything is changed.
         """
-        return load_checkpoint(engine, Path(folder), self.document, self.init_mesh(), tag)
+        return load_checkpoint(engine, Path(folder), self.document, self.init_mesh(), tag, trust_checkpoint)
 
     def save_shards(
         self, engine: Any, folder: str | os.PathLike[str], *, like: str | os.PathLike[str] | None = None

@@ -23,6 +23,7 @@ STAGE_3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
 KEYS = "deepspeed.checkpoint.constants"
 MUON = "DeepSpeed's Muon on a sharded model"
 RESUMING = "resuming a job on a different mesh"
+AS_DATA = "reading a saved job without running code from it"
 FILES = "reading a saved job, to resume it on a different mesh"
 
 
@@ -105,6 +106,10 @@ def hooks_are_of_deepspeed(cls: Any) -> bool:
     )
 
 
+def holds_data_alone(cls: Any) -> bool:
+    return "__reduce__" not in vars(cls) and "__setstate__" not in vars(cls)
+
+
 def version_counts_changes(_: Any) -> bool:
     tensor = torch.zeros(2)
     before = tensor._version
@@ -149,6 +154,14 @@ CANARIES = [
            takes("data_sampler", "collate_fn", "pin_memory", "num_local_io_workers")),
     Canary(f"{ENGINE}.__init__", "the counters that a job resumes with",
            uses("global_steps", "global_samples", "skipped_steps", "micro_steps")),
+    Canary(f"{ENGINE}._load_checkpoint", "the files of a job: read by checkpoint_engine", uses("checkpoint_engine")),
+    Canary(f"{ENGINE}._save_checkpoint", "the files of a job: written by checkpoint_engine", uses("checkpoint_engine")),
+    Canary("deepspeed.runtime.checkpoint_engine.checkpoint_engine:CheckpointEngine.load",
+           AS_DATA, takes("path", "map_location")),
+    Canary("deepspeed.runtime.fp16.loss_scaler:LossScaler", AS_DATA, holds_data_alone),
+    Canary("deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler", AS_DATA, holds_data_alone),
+    Canary("deepspeed.runtime.zero.config:ZeroStageEnum", AS_DATA, lambda cls: cls(2).name == "gradients"),
+    Canary("deepspeed.utils.tensor_fragment:fragment_address", AS_DATA, lambda cls: cls(numel=1, start=2).start == 2),
     Canary("deepspeed.runtime.zero.parameter_offload:DeepSpeedZeRoOffload",
            "sharing input gradients between layers under ZeRO 3 (slower, in silence)", hooks_are_of_deepspeed),
     # tensor-parallel layers

@@ -17,6 +17,7 @@ import click
 
 from autotp_plan.planner.cli.export import export, presets
 from autotp_plan.planner.cli.infer import TIMEOUT, infer, infer_with_limits, prove_on_twin, time_limit
+from autotp_plan.planner.cli.job import check_job
 from autotp_plan.planner.cli.module_options import given_model, module_options
 from autotp_plan.planner.cli.output import not_written, reported, table_width
 from autotp_plan.planner.cli.shards import check_shards, convert, merge, presplit, reshard
@@ -149,7 +150,7 @@ def _report_compiled(plan: Plan, output: Path) -> None:
 
 
 @main.command()
-@click.argument("plan_file", metavar="PLAN_OR_SHARDS", type=_FILE)
+@click.argument("plan_file", metavar="PLAN_SHARDS_OR_JOB", type=_FILE)
 @click.option(
     "--checkpoint", help="Also check that this checkpoint (folder, id of the hub or URL) holds what the plan says."
 )
@@ -157,13 +158,18 @@ def _report_compiled(plan: Plan, output: Path) -> None:
 def check(plan_file: Path, checkpoint: str | None) -> None:
     """Check a plan: schema, fingerprint, coverage, units, column-row pairing, ties, and the checkpoint.
 
-    Or a folder of shards: that every byte is what was written, and that it all belongs together.
+    Or a folder of shards: that every byte is what was written, and that it all belongs together. Or a folder of a job's
+    checkpoints: which of them are complete and sound, the newest first.
     """
     from autotp_plan.planner.plan_checks import check_plan
+    from autotp_plan.schemas.jobs.job_folder import is_job
     from autotp_plan.schemas.plan.document import Plan
     from autotp_plan.schemas.shards.folder import is_unfinished
     from autotp_plan.sources.check_checkpoint import check_checkpoint
 
+    if is_job(plan_file):
+        check_job(plan_file)
+        return
     if is_unfinished(plan_file) or (plan_file / MANIFEST_NAME).exists():
         check_shards(plan_file)
         if checkpoint is None:

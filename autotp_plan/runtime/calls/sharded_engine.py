@@ -13,6 +13,7 @@ from deepspeed import DeepSpeedEngine
 from autotp_plan.runtime.checkpoint.full_tensors import full_state_dict
 from autotp_plan.runtime.deepspeed.agreement import together
 from autotp_plan.runtime.deepspeed.attendance import check_all_call
+from autotp_plan.runtime.deepspeed.job_files import loads_data_only
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.runtime.deepspeed.saving_internals import SavesFullTensors, check_saving_methods
 from autotp_plan.runtime.parameters.state_dicts import shards_in_state_dict
@@ -91,15 +92,19 @@ class ShardedEngine(SavesFullTensors, DeepSpeedEngine if TYPE_CHECKING else obje
                 exclude_frozen_parameters=exclude_frozen_parameters,
             )
 
-    def load_checkpoint(self, load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As DeepSpeed's: a checkpoint that was saved on as many TP ranks.
+    def load_checkpoint(
+        self, load_dir: str, tag: str | None = None, *args: Any, trust_checkpoint: bool = False, **kwargs: Any
+    ) -> Any:
+        """As DeepSpeed's: a checkpoint that was saved on as many TP ranks. Its files are read as data alone.
+
+        With `trust_checkpoint` they are unpickled, whatever they hold.
 
         Raises:
-            CheckpointError: it was saved on another number of TP ranks.
+            CheckpointError: it was saved on another number of TP ranks, or holds more than data.
         """
         check_all_call("engine.load_checkpoint")
         self._check_tp_size(Path(load_dir), tag)
-        with shards_in_state_dict():
+        with shards_in_state_dict(), loads_data_only(self, trust_checkpoint):
             return super().load_checkpoint(load_dir, tag, *args, **kwargs)
 
     def _check_tp_size(self, folder: Path, tag: str | None) -> None:

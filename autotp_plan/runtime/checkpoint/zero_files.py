@@ -2,8 +2,7 @@
 
 Every file of a job belongs to one TP rank and one DP rank: ZeRO gives each DP rank a range of the elements of what the
 TP rank holds (`partly_replicated`). The files are mapped into memory, and only the bytes that are asked for are read.
-They are pickles, as DeepSpeed writes them: a job's checkpoint is loaded by whoever trained it, unlike shards, which may
-come from strangers.
+They are pickles, as DeepSpeed writes them, of which only data is read (`job_files.read_saved`).
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autotp_plan.runtime.deepspeed.job_files import read_saved
 from autotp_plan.runtime.deepspeed.zero_internals import (
     SavedOptimizer,
     model_states_file,
@@ -54,9 +54,11 @@ class SavedJob:
         plan: the plan of the job that was saved.
         dp_size: its number of DP ranks.
         zero_stage: its ZeRO stage: 1, 2 or 3.
+        trust: unpickle its files, whatever they hold.
     """
 
-    def __init__(self, folder: Path, plan: Plan, dp_size: int, zero_stage: int) -> None:
+    def __init__(self, folder: Path, plan: Plan, dp_size: int, zero_stage: int, trust: bool = False) -> None:
+        self.trust = trust
         self.folder, self.plan, self.dp_size, self.zero_stage = folder, plan, dp_size, zero_stage
         self.parameters = {parameter.name: parameter for parameter in plan.expanded()}
 
@@ -250,7 +252,7 @@ class SavedJob:
     def _load(self, name: str) -> dict[str, Any]:
         path = self.folder / name
         try:
-            loaded: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+            loaded: dict[str, Any] = read_saved(path, trust=self.trust, mmap=True)
         except (OSError, RuntimeError, EOFError) as error:
             raise CheckpointError(
                 Fault(

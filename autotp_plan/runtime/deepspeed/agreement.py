@@ -39,14 +39,33 @@ def together(
     Raises:
         AutoTPError: what `work` raised on some rank; OutputError for an error of the operating system.
     """
-    found: Any = None
-    error: AutoTPError | None = None
+    found, error = _attempt(work, what, next_step)
+    for one in _of_all_ranks(error):
+        if one is not None:
+            raise one
+    result: _T = found
+    return result
+
+
+def gathered(
+    work: Callable[[], _T], what: str, next_step: str = "free space or correct what is wrong, and save again"
+) -> list[_T]:
+    """As `together`, and what `work` returned on each rank, by rank: something small that can be pickled."""
+    everyone = _of_all_ranks(_attempt(work, what, next_step))
+    for _, error in everyone:
+        if error is not None:
+            raise error
+    return [found for found, _ in everyone]
+
+
+def _attempt(work: Callable[[], _T], what: str, next_step: str) -> tuple[Any, AutoTPError | None]:
+    """What `work` returns, or the error that it ends in."""
     try:
-        found = work()
+        return work(), None
     except AutoTPError as raised:
-        error = raised
+        return None, raised
     except (OSError, EOFError) as raised:
-        error = OutputError(
+        return None, OutputError(
             Fault(
                 code="operating-system",
                 what=what,
@@ -56,11 +75,6 @@ def together(
                 next=next_step,
             )
         )
-    for one in _of_all_ranks(error):
-        if one is not None:
-            raise one
-    result: _T = found
-    return result
 
 
 def check_same(values: Mapping[str, str | None], *, what: str, where: str, next_step: str) -> None:

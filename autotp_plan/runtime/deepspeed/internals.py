@@ -117,27 +117,6 @@ def are_all_of_deepspeed(hooks: Iterable[Callable[..., Any]]) -> bool:
     return bool(found) and all(getattr(hook, "__module__", "").startswith("deepspeed.") for hook in found)
 
 
-@contextmanager
-def collected_save_errors(engine: Any) -> Iterator[list[tuple[str, Exception]]]:
-    """While active, `engine.save_checkpoint` collects what goes wrong in writing a file, and goes on to its barriers.
-
-    An error there would leave the other ranks waiting. Yields the list of `(path, error)`. Relies on the engine writing
-    every file by `engine.checkpoint_engine.save(state_dict, path)`.
-    """
-    errors: list[tuple[str, Exception]] = []
-    writer = private(engine, "checkpoint_engine", _PACKAGE, "telling all ranks that a save failed")
-    write = private(writer, "save", _PACKAGE, "telling all ranks that a save failed")
-
-    def save(state_dict: Any, path: str) -> None:
-        try:
-            write(state_dict, path)
-        except Exception as error:  # of the disk, of pickle, or torch's own when the disk is full
-            errors.append((str(path), error))
-
-    with replaced(writer, "save", save):
-        yield errors
-
-
 # tensor-parallel layers
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from autotp_plan.schemas.documents import sync_folder
 from autotp_plan.schemas.errors import Fault, OutputError
 from autotp_plan.schemas.shards.manifest import JOURNAL_NAME
 from autotp_plan.schemas.shards.output_file import OutputFile, temporary_path
@@ -153,11 +154,7 @@ class OutputFolder:
 
     def sync(self) -> None:
         """Bring the names of the files to disk."""
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_folder(self.path)
 
     def _take_name(self, output: OutputFile) -> None:
         output.take_name()
@@ -184,7 +181,9 @@ class OutputFolder:
         self._refuse_other_writers()
         if is_new:
             self._refuse_what_is_there()
-            self.path.mkdir(parents=True, exist_ok=True)
+            if not self.path.is_dir():
+                self.path.mkdir(parents=True, exist_ok=True)
+                sync_folder(self.path.parent)
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         self._journal = os.open(journal, flags, 0o666)
         try:

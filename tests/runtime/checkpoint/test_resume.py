@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from autotp_plan.runtime.verify.workers import RankError
+from autotp_plan.schemas.jobs.job_folder import newest_sound
 from tests.helpers.launch import launch
 from tests.helpers.programs import started
 
@@ -163,6 +164,14 @@ def test_a_training_program_killed_at_a_random_step_resumes(name: str, tmp_path:
             assert job.poll() is None, f"it ended before it was killed after {last} steps"
             time.sleep(0.02)
         time.sleep(kill.random() / 4)
+    with training(tmp_path, TRAINED[name], resumed, *saves) as job:  # what no `--save-every` saves, a signal does
+        while len(losses(resumed)) <= last + 1:
+            assert job.poll() is None, "it ended before it was asked to stop"
+            time.sleep(0.02)
+        job.terminate()  # torchrun passes it on
+        assert job.wait(120) != 0
+    done = len(losses(resumed))
+    assert newest_sound(tmp_path / "saved") == f"step{done}" and done < 12
     with training(tmp_path, TRAINED[name], resumed, *saves, "--save-shards", tmp_path / "trained") as job:
         assert job.wait(240) == 0
     assert len(losses(whole)) == 12

@@ -1,0 +1,121 @@
+"""How a DeepSpeed engine writes and reads the files of a job: which it wrote, and reading them as data.
+
+Each function states which of DeepSpeed's names it relies on, and `tests/runtime/test_canaries.py` asserts it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from autotp_plan.schemas.errors import CheckpointError, Fault
+from autotp_plan.schemas.upstream import private, replaced
+
+_PACKAGE = "deepspeed"
+_AS_DATA = "reading a saved job without running code from it"
+
+SAVED_CLASSES = (
+    "deepspeed.runtime.fp16.loss_scaler:LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler",
+    "deepspeed.runtime.zero.config:ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment:fragment_address",
+)
+"""What DeepSpeed's files of a job hold besides tensors, numbers, text, lists and dicts: classes with data alone."""
+
+
+@contextmanager
+def collected_saves(engine: Any) -> Iterator[list[tuple[str, Exception | None]]]:
+    """While active, `engine.save_checkpoint` collects what goes wrong in writing a file, and goes on to its barriers.
+
+    An error there would leave the other ranks waiting. Yields the list of `(path, error)` of the files that this rank
+    has written, or tried to. Relies on the engine writing every file by
+    `engine.checkpoint_engine.save(state_dict, path)`.
+    """
+    saves: list[tuple[str, Exception | None]] = []
+    writer = private(engine, "checkpoint_engine", _PACKAGE, "telling all ranks that a save failed")
+    write = private(writer, "save", _PACKAGE, "telling all ranks that a save failed")
+
+    def save(state_dict: Any, path: str) -> None:
+        error: Exception | None = None
+        try:
+            write(state_dict, path)
+        except Exception as raised:  # of the disk, of pickle, or torch's own when the disk is full
+            error = raised
+        saves.append((str(path), error))
+
+    with replaced(writer, "save", save):
+        yield saves
+
+
+@contextmanager
+def loads_data_only(engine: Any, trust: bool) -> Iterator[None]:
+    """While active, `engine.load_checkpoint` reads files by `read_saved`.
+
+    Relies on the engine reading every file by `engine.checkpoint_engine.load(path, map_location=None)`.
+    """
+    reader = private(engine, "checkpoint_engine", _PACKAGE, _AS_DATA)
+    private(reader, "load", _PACKAGE, _AS_DATA)
+
+    def load(path: str, map_location: Any = None) -> Any:
+        return read_saved(Path(path), trust=trust, map_location=map_location)
+
+    with replaced(reader, "load", load):
+        yield
+
+
+def read_saved(path: Path, *, trust: bool, map_location: Any = "cpu", mmap: bool = False) -> Any:
+    """What DeepSpeed saved in a file; nothing in it is run, unless it is trusted.
+
+    Args:
+        path: the file.
+        trust: unpickle it, whatever it holds.
+        map_location: as of `torch.load`.
+        mmap: map tensors, and read them when they are used.
+
+    Raises:
+        CheckpointError: it holds more than data.
+    """
+    if trust:
+        return torch.load(path, map_location=map_location, mmap=mmap, weights_only=False)
+    try:
+        with safe_globals(_saved_classes()):
+            return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(_needs_trust(path, str(error).partition("\n")[0])) from None
+
+
+def check_is_data(path: Path) -> None:
+    """Raise CheckpointError where `read_saved` would, without reading a tensor."""
+    with safe_globals(_saved_classes()):
+        try:
+            found = get_unsafe_globals_in_checkpoint(path)
+        except (RuntimeError, ValueError, pickle.UnpicklingError) as error:  # no zip file, or none of torch's
+            raise CheckpointError(_needs_trust(path, str(error).partition("\n")[0])) from None
+    if found:
+        raise CheckpointError(_needs_trust(path, ", ".join(sorted(found))))
+
+
+def _saved_classes() -> list[Any]:
+    found = []
+    for name in SAVED_CLASSES:
+        module, _, attribute = name.partition(":")
+        found.append(private(importlib.import_module(module), attribute, _PACKAGE, _AS_DATA))
+    return found
+
+
+def _needs_trust(path: Path, got: str) -> Fault:
+    return Fault(
+        code="job-holds-code",
+        what="a file of the saved job holds more than data",
+        where=str(path),
+        got=got,
+        expected="tensors, numbers, text, and the classes that DeepSpeed saves",
+        next="if you trust who wrote it, and what client_state held: load_checkpoint(..., trust_checkpoint=True)",
+    )
