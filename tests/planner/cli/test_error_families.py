@@ -45,7 +45,14 @@ def test_an_export_that_cannot_be_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("tp_size", "plan_file"), [(None, None), (2, Path("plan.json"))])
 def test_reshard_without_or_with_both_options(tmp_path: Path, tp_size: int | None, plan_file: Path | None) -> None:
-    options = {"uneven": False, "output": tmp_path / "new", "workers": 1, "quiet": True}
+    options = {
+        "uneven": False,
+        "output": tmp_path / "new",
+        "workers": 1,
+        "quiet": True,
+        "timeout": 600,
+        "factory": None,
+    }
     error = raised(reshard, shards=tmp_path, tp_size=tp_size, plan_file=plan_file, **options)
     assert type(error) is OptionError
     assert [fault.code for fault in error.faults] == ["tp-or-plan"]
