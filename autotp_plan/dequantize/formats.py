@@ -26,6 +26,9 @@ SCALE_ENDINGS = (
 _OF_ACTIVATIONS = ("activation_scale", "input_scale", "qscale_act")
 """Scales that only serving uses, next to a weight."""
 
+_OF_CACHE = (".q_scale", ".k_scale", ".v_scale", ".kv_scale")
+"""Scales of the cache of keys and values, one number each."""
+
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 _POWERS = ("U8", "F8_E8M0")
 _MXFP4_GROUP = 32
@@ -70,6 +73,10 @@ def find_quantized(tensors: Tensors, settings: Settings, book: FaultBook) -> Fou
             found.dropped.add(weight.stated_shape.name)
         stem = weight.name.removesuffix("weight")
         found.dropped.update(name for name in (stem + ending for ending in _OF_ACTIVATIONS) if name in tensors)
+    if found.weights:
+        found.dropped.update(
+            name for name, one in tensors.items() if name.endswith(_OF_CACHE) and one.shape in ((), (1,))
+        )
     for name in tensors:
         if name.endswith(SCALE_ENDINGS) and name not in found.dropped and name not in found.weights:
             book.add(

@@ -55,8 +55,10 @@ def prepare(work: Path, name: str, tp_size: int = 2) -> Plan:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_rank_of_every_size_has_its_share_of_the_plain_weights(tmp_path: Path, name: str) -> None:
-    """Presplit, and read straight from the quantised checkpoint: as from the checkpoint in bf16."""
-    for tp_size in (1, 2, 4, 8):
+    """Presplit, read straight from the quantised checkpoint, merged: as from the checkpoint in bf16."""
+    from tests.helpers.models import load_dense
+
+    for tp_size in (1, 2, 8):
         plan = prepare(tmp_path, name, tp_size)
         plain = compile_plan(tmp_path / name / "plain", tp_size=tp_size)
         assert (plan.parameters, plan.layouts, plan.model) == (plain.parameters, plain.layouts, plain.model)
@@ -81,20 +83,26 @@ def test_every_rank_of_every_size_has_its_share_of_the_plain_weights(tmp_path: P
     expected = {k: v for path in plain_files for k, v in load_file(path).items()}
     assert written.keys() == expected.keys()
     assert all(torch.equal(written[key], expected[key]) for key in expected)
+    model = load_dense(tmp_path / "merged", "auto")
+    assert not hasattr(model.config, "quantization_config")
+    dense = load_dense(tmp_path / name / "plain", "auto").state_dict()
+    assert all(torch.equal(value, dense[key]) for key, value in model.state_dict().items())
 
 
-def trained(work: Path) -> dict[tuple[str, str], Any]:
-    """Inside a rank: losses and gradient norms from shards, and straight from the quantised checkpoint."""
+FROM = {"deepseek_v3": "shards", "gpt_oss": "gpt_oss"}
+
+
+def trained(work: Path) -> dict[str, Any]:
+    """Inside a rank: losses and gradient norms; of one model from shards, of one straight from the checkpoint."""
     from autotp_plan.runtime import load_plan
     from tests.helpers import parity
 
     found = {}
     for name in MODELS:
         plan = load_plan(work / f"{name}.json")
-        for source in (work / f"{name}-shards", work / name):
-            model = plan.load_model(source, dtype=torch.float32)
-            assert not hasattr(model.config, "quantization_config")
-            found[name, source.name] = parity.engine_steps(plan, model, 1)
+        model = plan.load_model(work / FROM[name], dtype=torch.float32)
+        assert not hasattr(model.config, "quantization_config")
+        found[name] = parity.engine_steps(plan, model, 1)
     return found
 
 
@@ -107,11 +115,13 @@ def test_training_is_that_of_the_dense_model_with_the_plain_weights(tmp_path: Pa
 
     dense, before = {}, {}
     for name in MODELS:
-        presplit(prepare(tmp_path, name), tmp_path / name, tmp_path / f"{name}-shards")
+        plan = prepare(tmp_path, name)
+        if FROM[name] == "shards":
+            presplit(plan, tmp_path / name, tmp_path / "shards")
         dense[name] = torch.tensor(parity.dense_steps(load_dense(tmp_path / name / "plain")))
         before[name] = torch.tensor(parity.dense_steps(load_dense(tmp_path / f"{name}-before")))
     for found in launch(trained, 2, tmp_path):
-        for (name, _), steps in found.items():
+        for name, steps in found.items():
             relative = (torch.tensor(steps) / dense[name] - 1).abs().max()
             assert relative < TIGHT, (name, steps, dense[name])
             assert (torch.tensor(steps) / before[name] - 1).abs().max() > 10 * TIGHT
