@@ -66,6 +66,19 @@ def test_what_a_web_server_refuses(web: HubServer, tmp_path: Path, monkeypatch: 
     assert code(place) == "access-refused"
 
 
+def test_the_proxy_of_the_environment(web: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_llama(tmp_path / "llama")
+    web.repositories["org/llama"] = Repository(folder_files(folder))
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("http_proxy", web.url)
+    assert open_checkpoint("http://nowhere.invalid/files/org/llama").tensors
+    monkeypatch.setenv("no_proxy", "nowhere.invalid")
+    monkeypatch.setattr(persistence, "ATTEMPTS", 1)
+    close_kept()
+    with pytest.raises(CheckpointError):
+        open_checkpoint("http://nowhere.invalid/files/org/llama")
+
+
 def test_a_file_that_changes_meanwhile(web: HubServer, tmp_path: Path) -> None:
     folder = write_llama(tmp_path / "llama")
     files = folder_files(folder)
