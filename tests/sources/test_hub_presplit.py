@@ -205,3 +205,17 @@ def test_a_rank_reads_its_ranges(hub: HubServer, tmp_path: Path, original: tuple
     assert far.fingerprint() == open_weights(folder, plan).fingerprint()
     # of weights that are sharded by columns each rank fetches all rows: they are shorter than a request is worth
     assert hub.sent("/link") - before < 1.4 * size
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int4"])
+def test_quantised_weights_are_computed_while_they_arrive(hub: HubServer, tmp_path: Path, kind: str) -> None:
+    from tests.dequantize.test_checkpoints import written
+
+    folder = written(tmp_path / "model", kind).folder
+    publish(hub, folder)
+    plan = compile_plan("org/llama", tp_size=4)
+    assert plan.dequantize is not None
+    presplit(plan, "org/llama", tmp_path / "shards")
+    presplit(plan, folder, tmp_path / "local")
+    assert same_files(tmp_path / "shards", tmp_path / "local")
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))

@@ -42,12 +42,18 @@ def presplit(plan_file: Path, checkpoint: str, output: Path, part: str | None, w
     from autotp_plan.planner.shards.presplit import presplit as run
     from autotp_plan.schemas.plan.document import Plan
     from autotp_plan.schemas.shards.parts import Part, find_parts
+    from autotp_plan.sources.model_folder import model_folder
 
     plan = Plan.read(plan_file)
+    place = model_folder(checkpoint)
     share = None if part is None else dataclasses.astuple(Part.parse(part))
     started = time.monotonic()
     with progress("presplit", quiet) as shown:
-        manifest = run(plan, checkpoint, output, workers=workers, progress=shown, part=share)
+        manifest = run(plan, place, output, workers=workers, progress=shown, part=share)
+    if plan.dequantize is not None and place.sha256:
+        click.echo(
+            "note: the hub's SHA-256 was not compared: shards do not hold the bytes of quantised weights", err=True
+        )
     if manifest is not None:
         _report(manifest, output, started, quiet)
     elif not quiet:
