@@ -10,12 +10,15 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from autotp_plan.factories.module_factory import ModuleFactory
 from autotp_plan.planner import (
     Plan,
     SpecFile,
@@ -29,6 +32,7 @@ from autotp_plan.planner import (
 from autotp_plan.planner.cli.main import main
 from autotp_plan.planner.deepspeed.read_config import parse_section
 from autotp_plan.schemas.errors import AutoTPError, Fault
+from autotp_plan.schemas.plan.rules import Rules
 from autotp_plan.schemas.shards.folder import read_shards
 from tests.helpers.checkpoints import LLAMA_CONFIG, llama_shapes, write_checkpoint, write_llama
 
@@ -555,6 +559,33 @@ def links_in_a_shards_folder(work: Path) -> Case:
     check_shards(work / "copy")
 
 
+@hint("shards-differ", "run presplit again with --part 2/2")
+def shards_of_which_a_part_is_missing(work: Path) -> Case:
+    folder, shards = write_llama(work / "llama"), work / "shards"
+    presplit(plan_of(folder), folder, shards, part=(1, 2))
+    yield lambda: check_shards(shards)
+    presplit(plan_of(folder), folder, shards, part=(2, 2))
+    check_shards(shards)
+
+
+@hint("folder-not-writable", "finish it with --part 2/2, or remove the folder and start again")
+def presplit_of_a_folder_that_was_begun_in_parts(work: Path) -> Case:
+    folder, shards = write_llama(work / "llama"), work / "shards"
+    presplit(plan_of(folder), folder, shards, part=(1, 2))
+    yield lambda: presplit(plan_of(folder), folder, shards)
+    presplit(plan_of(folder), folder, shards, part=(2, 2))
+    check_shards(shards)
+
+
+@hint("no-such-part", "give --part 1/8 to --part 8/8, each once")
+def a_part_that_is_none(work: Path) -> Case:
+    folder, shards = write_llama(work / "llama"), work / "shards"
+    yield lambda: presplit(plan_of(folder), folder, shards, part=(0, 8))
+    for number in range(1, 9):
+        presplit(plan_of(folder), folder, shards, part=(number, 8))
+    check_shards(shards)
+
+
 @hint("tp-or-plan", "give --tp N for the plan of the same preset, or --plan FILE")
 def reshard_for_nothing(work: Path) -> Case:
     folder, shards, file = write_llama(work / "llama"), work / "shards", work / "four.json"
@@ -570,10 +601,35 @@ def reshard_of_a_plan_by_a_deepspeed_config(work: Path) -> Case:
     folder, shards = write_llama(work / "llama"), work / "shards"
     mlp = [rule(r".*(gate|up)_proj\.weight$"), rule(r".*down_proj\.weight$", "row")]
     section = parse_section({"partition_config": {"use_default_specs": False, "layer_specs": mlp}})
-    presplit(plan_of(folder, deepspeed=section), folder, shards)
+    presplit(replace(plan_of(folder, deepspeed=section), rules=None), folder, shards)  # as version 0.1.0 wrote it
     yield lambda: reshard(shards, work / "out", tp_size=4)
     reshard(shards, work / "out", plan=plan_of(folder, 4, deepspeed=section))
     check_shards(work / "out")
+
+
+@hint("plan-not-of-a-preset", "give --module tests.helpers.own_models:Nano as for `compile`")
+def reshard_of_a_model_of_a_function(work: Path) -> Case:
+    folder, shards = write_checkpoint(work / "own", PAIR, OWN), work / "shards"
+    factory = ModuleFactory(name="tests.helpers.own_models:Nano")
+    plan = plan_of(folder, specs=[spec(UP, DOWN)])
+    rules = Rules(preset="infer", module=factory.name)
+    presplit(replace(plan, rules=rules), folder, shards)
+    yield lambda: reshard(shards, work / "out", tp_size=4)
+    with pytest.raises(AutoTPError, match="a plan without a preset needs proof"):  # the function is taken
+        reshard(shards, work / "out", tp_size=4, factory=factory)
+
+
+@hint("reshard-without-proof", "reshard(..., prove=autotp_plan.runtime.try_plan, infer=...)")
+def reshard_of_inferred_rules(work: Path) -> Case:
+    folder, shards = write_checkpoint(work / "own", PAIR, OWN), work / "shards"
+    made: Any = {
+        "infer": lambda _: spec(UP, DOWN),
+        "prove": lambda _: SimpleNamespace(partial_gradients=(), problem=None),
+    }
+    factory = ModuleFactory(name="tests.helpers.own_models:Nano")
+    presplit(plan_of(folder, preset="infer", factory=factory, **made), folder, shards)
+    yield lambda: reshard(shards, work / "out", tp_size=4, factory=factory)
+    reshard(shards, work / "out", tp_size=4, factory=factory, **made)
 
 
 @hint("plan-of-other-parameters", "or `merge` the shards, and presplit the checkpoint")

@@ -58,7 +58,8 @@ def recompiled(old: Plan, checkpoint: Path, tp_size: int | None, uneven: bool, h
             model = replace(plan.model, repository=old.model.repository)
             return replace(plan, model=model, dequantize=old.dequantize)
     unproven = next((fault for fault in refused if fault.code in _COULD_NOT_PROVE), None)
-    if unproven is not None:
+    lacks_function = old.rules is not None and old.rules.module is not None and helpers.factory is None
+    if unproven is not None and not lacks_function:
         raise CompileError(_not_proven(unproven))
     raise MismatchError(_not_made_again(old, tp_size, helpers.factory))
 

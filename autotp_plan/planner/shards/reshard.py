@@ -98,7 +98,7 @@ def check_target(tp_size: int | None, plan: Plan | Path | None) -> None:
                 where="--tp",
                 got="neither" if tp_size is None else "both",
                 expected="either --tp or --plan",
-                next="give --tp N for a plan by the same rules, or --plan FILE for another one",
+                next="give --tp N for the plan of the same preset, or --plan FILE for another one",
             )
         )
 
