@@ -6,6 +6,8 @@ import bisect
 import itertools
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autotp_plan.dequantize.quantized_tensor import QuantizedTensor
@@ -49,6 +51,11 @@ Source = TensorEntry | QuantizedTensor
 """A tensor that stays as it is, or a weight that is computed."""
 
 
+_MANY = 8
+_AT_ONCE = 4
+"""Tensors of one file that are read at the same time, where they are at least so many and lie far away."""
+
+
 class ComputedFile:
     """A `StoredFile`, once it is filled.
 
@@ -76,18 +83,33 @@ class ComputedFile:
 
     def read_into(self, target: memoryview, spans: Sequence[Span], reader: Reader) -> None:
         """Fill `target` with the bytes of `spans`, one after the other. Raises as `StoredFile`, and as `Weights`."""
+        wanted = []
         for source, group in itertools.groupby(self._parts(spans), key=lambda part: part[0]):
             parts = [span for _, span in group]
             size = sum(span.length for span in parts)
-            part, target = target[:size], target[size:]
-            if isinstance(source, QuantizedTensor):
-                self._weights.reader().read_into(part, source, parts, reader)
-            elif isinstance(source, TensorEntry):
-                reader.read_into(part, [ByteRange(source.file, source.start + at, length) for at, length in parts])
-            else:
-                for at, length in parts:
-                    part[:length] = self._header[at : at + length]
-                    part = part[length:]
+            wanted.append((target[:size], source, parts))
+            target = target[size:]
+        if len(wanted) < _MANY or isinstance(self._original, Path):
+            for one in wanted:
+                self._read(*one, reader)
+            return
+        with ThreadPoolExecutor(_AT_ONCE) as pool:  # samples of many tensors far away
+            list(pool.map(lambda one: self._read_alone(*one), wanted))
+
+    def _read_alone(self, target: memoryview, source: Source | None, parts: Sequence[Span]) -> None:
+        with Reader() as reader:
+            self._read(target, source, parts, reader)
+
+    def _read(self, target: memoryview, source: Source | None, parts: Sequence[Span], reader: Reader) -> None:
+        """Fill `target` with bytes of one tensor, or of the header."""
+        if isinstance(source, QuantizedTensor):
+            self._weights.reader().read_into(target, source, parts, reader)
+        elif isinstance(source, TensorEntry):
+            reader.read_into(target, [ByteRange(source.file, source.start + at, length) for at, length in parts])
+        else:
+            for at, length in parts:
+                target[:length] = self._header[at : at + length]
+                target = target[length:]
 
     def _parts(self, spans: Sequence[Span]) -> Iterator[tuple[Source | None, Span]]:
         """Spans by tensor: which it is (None for the header), and which bytes of it."""

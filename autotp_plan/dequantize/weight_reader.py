@@ -8,7 +8,8 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,9 @@ from autotp_plan.schemas.storage.safetensors_header import TensorEntry, item_siz
 _READ_BYTES = 4 * 1024 * 1024
 """Codes that are read at a time: a request, where they lie far away."""
 
+_BESIDE = 8
+"""Threads that fetch scales from far away."""
+
 
 class WeightReader:
     """Reads the weights of one checkpoint; from several threads.
@@ -36,6 +40,7 @@ class WeightReader:
         self._item = np.dtype(STORED_AS[dtype]).itemsize
         self._scales = _Kept(16)
         self._codes = _Kept(3)
+        self._beside = ThreadPoolExecutor(_BESIDE, thread_name_prefix="scales")
 
     def read_into(self, target: memoryview, tensor: QuantizedTensor, spans: Sequence[Span], reader: Reader) -> None:
         """Fill `target` with the bytes of `spans` of a weight, one after the other. Raises as `StoredFile`."""
@@ -82,7 +87,7 @@ class WeightReader:
                     found,
                     tensor,
                     self._dtype,
-                    scales,
+                    scales.result(),
                 )
             del codes, inside  # before the next are read
 
@@ -95,21 +100,29 @@ class WeightReader:
         if not tensor.transposed or tile.columns == tensor.columns:
             return _codes(tensor, matrix, tile, reader)
         everything = Rectangle(0, 0, tensor.rows, tensor.columns)
-        found = self._codes.get((id(tensor), matrix), lambda: _codes(tensor, matrix, everything, reader))
+        key = id(tensor), matrix
+        found = self._codes.get(key, lambda: _codes(tensor, matrix, everything, reader)).result()
         start, stop = _bytes_of(tensor, tile)
         return found[tile.row : tile.row + tile.rows, start:stop]
 
-    def _scales_of(self, tensor: QuantizedTensor, matrix: int, reader: Reader) -> Array:
-        """The scales of one matrix, `[block rows, block columns]` in float32."""
+    def _scales_of(self, tensor: QuantizedTensor, matrix: int, reader: Reader) -> Future[Array]:
+        """The scales of one matrix, `[block rows, block columns]`. Those far away come while codes are read."""
 
-        def read() -> Array:
+        def read(reader: Reader) -> Array:
             if tensor.stated_shape is not None:
                 _check_shape(tensor, tensor.stated_shape, reader)
             size = item_size(tensor.scale.dtype) * tensor.grid[0] * tensor.grid[1]
             raw = _read(tensor.scale, [Span(matrix * size, size)], size, reader)
             return scales_of(tensor.scale.dtype, raw).reshape(tensor.grid)
 
-        return self._scales.get((id(tensor), matrix), read)
+        def read_beside() -> Array:
+            with Reader() as another:
+                return read(another)
+
+        key = id(tensor), matrix
+        if isinstance(tensor.scale.file, Path):
+            return self._scales.get(key, lambda: read(reader))
+        return self._scales.get(key, read_beside, self._beside)
 
 
 class _Kept:
@@ -120,25 +133,29 @@ class _Kept:
         self._found: OrderedDict[tuple[int, int], Future[Array]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: tuple[int, int], read: Callable[[], Array]) -> Array:
-        """What is kept under `key`, which `read` reads where it is not."""
+    def get(self, key: tuple[int, int], read: Callable[[], Array], executor: Executor | None = None) -> Future[Array]:
+        """What is kept under `key`, which `read` reads where it is not: at once, or by an executor."""
         with self._lock:
             found = self._found.get(key)
-            mine = found is None
-            if found is None:
-                found = self._found[key] = Future()
-                if len(self._found) > self._most:
-                    self._found.popitem(last=False)
-            else:
+            if found is not None:
                 self._found.move_to_end(key)
-        if mine:
-            try:
-                found.set_result(read())
-            except BaseException as error:
-                with self._lock:
-                    self._found.pop(key, None)
-                found.set_exception(error)
-        return found.result()
+                return found
+            found = self._found[key] = Future()
+            if len(self._found) > self._most:
+                self._found.popitem(last=False)
+        if executor is None:
+            self._complete(key, found, read)
+        else:
+            executor.submit(self._complete, key, found, read)
+        return found
+
+    def _complete(self, key: tuple[int, int], found: Future[Array], read: Callable[[], Array]) -> None:
+        try:
+            found.set_result(read())
+        except BaseException as error:
+            with self._lock:
+                self._found.pop(key, None)
+            found.set_exception(error)
 
 
 def _decode_part(
