@@ -224,6 +224,6 @@ def describe(plan: Plan) -> list[str]:
         lines.append(f"set on each rank: {attribute.module}.{attribute.attribute} = {value}")
     lines += [f"{module.module}: {_collectives(module)}" for module in plan.modules]
     if plan.dequantize is not None:
-        lines.append(f"dequantized while they are sharded or loaded: weights of {plan.dequantize}")
+        lines.append(f"the checkpoint has weights of {plan.dequantize} while they are sharded or loaded")
     lines += [f"note: {note}" for note in plan.notes]
     return [*lines, f"verified: {plan.verified}" if plan.verified else "not verified: run `autotp-plan verify`"]

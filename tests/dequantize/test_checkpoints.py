@@ -176,7 +176,8 @@ def test_what_the_commands_say(tmp_path: Path) -> None:
         assert done.exit_code == 0, done.output
         return done.output
 
-    run("compile", "--model", str(made.folder), "--tp", "2", "-o", plan, "--dtype", "BF16")
+    said = "weights of fp8 in blocks of 48 x 40, which become BF16"
+    assert said in run("compile", "--model", str(made.folder), "--tp", "2", "-o", plan, "--dtype", "BF16")
     assert "weights of fp8 in blocks of 48 x 40, which become BF16" in run("show", plan)
     assert "holds what it says" in run("check", plan, "--checkpoint", str(made.folder))
     run("presplit", plan, "--checkpoint", str(made.folder), "-o", shards)

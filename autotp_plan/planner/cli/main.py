@@ -140,6 +140,8 @@ def _report_compiled(plan: Plan, output: Path) -> None:
 
     for note in plan.notes:
         click.echo(f"note: {visible(note)}", err=True)
+    if plan.dequantize is not None:
+        click.echo(f"the checkpoint has weights of {plan.dequantize} while they are sharded or loaded", err=True)
     totals = summary(plan)
     largest = max(totals.per_rank)
     click.echo(
