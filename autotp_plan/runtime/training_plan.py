@@ -19,8 +19,9 @@ from torch import nn
 from autotp_plan.runtime.calls.loaded import Loaded, loaded_of
 from autotp_plan.runtime.calls.sharded_engine import become_sharded_engine
 from autotp_plan.runtime.calls.sharded_model import become_sharded
-from autotp_plan.runtime.checkpoint.job import load_checkpoint, save_checkpoint
+from autotp_plan.runtime.checkpoint.job import save_checkpoint
 from autotp_plan.runtime.checkpoint.mesh_change import why_this_mesh_only
+from autotp_plan.runtime.checkpoint.resume import load_checkpoint
 from autotp_plan.runtime.checkpoint.save_shards import save_shards
 from autotp_plan.runtime.data.batch_check import check_batches, check_interval
 from autotp_plan.runtime.data.loader import training_loader

@@ -195,11 +195,11 @@ def training(work: Path, stage: int, metrics: Path, *more: object) -> AbstractCo
 
 @pytest.mark.parametrize("tag", ["..", ".", "", "a/b", "/abs", "a\\b", "latest"])
 def test_a_tag_is_a_plain_name(tmp_path: Path, tag: str) -> None:
-    from autotp_plan.runtime.checkpoint.job import _check_tag
+    from autotp_plan.runtime.checkpoint.job_state import check_tag
     from autotp_plan.schemas.errors import CheckpointError
 
     with pytest.raises(CheckpointError, match="not the name of a folder"):
-        _check_tag(tag, tmp_path)
+        check_tag(tag, tmp_path)
 
 
 def saves_over(work: Path) -> list[str]:
