@@ -15,6 +15,9 @@ MODELOPT_CONFIG = "hf_quant_config.json"
 """Where NVIDIA's ModelOpt says how a checkpoint is quantised, if config.json does not."""
 
 _MX_BLOCK = (1, 32)
+_FORMATS = (None, "dense", "float-quantized", "naive-quantized", "pack-quantized", "mixed-precision")
+"""Of compressed-tensors: how codes are written. Others pack them in another order, or leave zeros out."""
+
 _UNDERSTOOD = "fp8 (DeepSeek, Mistral), mxfp4 (gpt-oss), compressed-tensors with fp8 or 4-bit integers"
 
 
@@ -82,8 +85,14 @@ def refused(folder: Path, got: str) -> CheckpointError:
 def _compressed_tensors(found: Mapping[str, Any], folder: Path) -> Settings:
     """The weights of all groups must be quantised alike; a group is what some modules have in common."""
     groups = found.get("config_groups")
+    groups = list(groups.values()) if isinstance(groups, Mapping) else []
+    sparsity = found.get("sparsity_config")
+    for described in (found, *groups, sparsity):
+        written = described.get("format") if isinstance(described, Mapping) else None
+        if written not in _FORMATS:
+            raise refused(folder, f"compressed-tensors in the format {written}")
     kinds = []
-    for group in groups.values() if isinstance(groups, Mapping) else ():
+    for group in groups:
         weights = group.get("weights") if isinstance(group, Mapping) else None
         if isinstance(weights, Mapping):
             kinds.append(weights)

@@ -245,7 +245,8 @@ def test_what_is_missing_or_does_not_fit_is_said(tmp_path: Path) -> None:
         (compressed(num_bits=4), "4-bit float"), (compressed(num_bits=8, type="int"), "8-bit int"),
         (compressed(num_bits=4, type="int", symmetric=False), "zero points"),
         (compressed(num_bits=4, type="int", actorder="group"), "actorder"),
-        ({"quant_method": "compressed-tensors"}, "no weights"),
+        ({"quant_method": "compressed-tensors"}, "no weights"), ({**INT4, "format": "marlin-24"}, "marlin-24"),
+        ({**INT4, "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
     ],
     ids=str,
 )  # fmt: skip
