@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -146,6 +147,12 @@ def refusals(plan: Any, work: Path) -> dict[str, Any]:
     found["crossing"] = refusal(lambda: latent.add_lora(with_experts, crossing))
     again = latent.add_lora(with_experts, lora_config(target_modules=["q_b_proj", "o_proj"]))  # as the refusal says
     found["of experts"] = again(input_ids=batch(9), labels=batch(9)).loss.item()
+    copied = TrainingPlan(with_copied_output(compile_plan(work / "head", tp_size=2), "model.layers.0.mlp.down_proj"))
+    in_the_middle = copied.load_model(work / "head")
+    found["copied output"] = refusal(lambda: copied.add_lora(in_the_middle, lora_config(target_modules=["down_proj"])))
+    others = lora_config(target_modules=r".*(layers\.1\.mlp\.down_proj|q_proj)")
+    again = copied.add_lora(in_the_middle, others)  # as the refusal says
+    found["without it"] = again(input_ids=batch(9), labels=batch(9)).loss.item()
     model = plan.load_adapter(plan.load_model(work / "head").train(), work / "head" / "adapter")
     engine, *_ = plan.initialize(model, config=engine_settings(3))
     found["merge_and_unload"] = refusal(model.merge_and_unload)
@@ -164,6 +171,13 @@ def refusals(plan: Any, work: Path) -> dict[str, Any]:
         two.set_adapter(way)
         found[way] = two(input_ids=batch(9), labels=batch(9)).loss.item()
     return found
+
+
+def with_copied_output(plan: Any, module: str) -> Any:
+    """A plan in which the output of a row-parallel layer is copied, as that of Mamba's `x_proj` is."""
+    from autotp_plan.schemas.plan.document import Crossing, PlannedModule
+
+    return dataclasses.replace(plan, modules=(PlannedModule(module=module, output=Crossing(operation="copy")),))
 
 
 def loss_of_dense(folder: Path) -> float:
@@ -199,6 +213,9 @@ def test_adapters_do_on_a_sharded_model_what_they_do_on_the_dense_one(tmp_path: 
             assert "ZeRO 3" in refused[way] and "plan.save_adapter" in refused[way]
         assert refused["of experts"] == pytest.approx(loss_of_dense(tmp_path / "latent attention"), rel=1e-5)
         assert "kv_a_proj_with_mqa" in refused["crossing"] and "an all-reduce at its" in refused["crossing"]
+        assert "layers.0.mlp.down_proj" in refused["copied output"] and "layers.1" not in refused["copied output"]
+        assert "output goes into sharded weights" in refused["copied output"]
+        assert refused["without it"] == pytest.approx(loss_of_dense(tmp_path / "head"), rel=1e-5)
         assert "q_proj" in refused["all-linear"] and "target_parameters" in refused["all-linear"]
         assert "plan.load_model" in refused["deepcopy"] and "'svd'" in refused["svd"]
         for way in ("merged", "cat"):
