@@ -1,8 +1,8 @@
 """python -m benchmarks.remote [--gigabytes 2.5] [--runs 3] [--folder FOLDER]
 
-How fast a model on the hub is pre-split, beside `curl` on the same bytes: a server on loopback that answers as the hub
-does and sends files as the kernel can (sendfile), in a process of its own; curl with as many connections, in ranges of
-the same size, to files that are then synced. Then the same to nowhere: what fetching alone takes.
+How fast a model on the hub is pre-split, compared with `curl` on the same bytes: a server on loopback that answers as
+the hub does and sends files as the kernel can (sendfile), in a process of its own; curl with as many connections, in
+ranges of the same size, to files that are then synced. Then the same to nowhere: what fetching alone takes.
 """
 
 from __future__ import annotations
