@@ -36,8 +36,8 @@ test: setup  ## every test, the distributed ones too
 test-all: setup  ## every test and the slow ones: every plan and preset proven, at TP 2, 4 and 8 (an hour)
 	$(PYTEST)
 
-quick: setup  ## the tests that start no ranks: under two minutes
-	$(PYTEST) -m "not distributed and not slow"
+quick: setup  ## the tests that start no ranks, but the sweeps: under two minutes
+	$(PYTEST) -m "not distributed and not slow and not sweep"
 
 check: setup  ## what to run before a commit: lint, types, the quick tests
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,6 +24,8 @@ from autotp_plan.schemas.errors import AutoTPError
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.storage.safetensors_header import read_header
 from tests.helpers.checkpoints import LLAMA_CONFIG, llama_shapes, write_checkpoint
+
+pytestmark = pytest.mark.sweep
 
 SETTINGS = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
 

@@ -18,7 +18,7 @@ from autotp_plan.schemas.spec import SpecFile
 from tests.helpers.models import PRESET_VARIANTS, make_config
 from tests.helpers.paths import PLANS
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.sweep, pytest.mark.filterwarnings("ignore")]
 
 
 class Unproven:

@@ -26,6 +26,8 @@ from autotp_plan.planner import Plan, SpecFile, check_checkpoint, check_plan, co
 from tests.helpers.paths import PLANS
 from tests.helpers.sparse import Tensors, llama_tensors, neox_tensors, write_sparse_checkpoint
 
+pytestmark = pytest.mark.sweep
+
 MODELS: dict[str, dict[str, Any]] = json.loads((PLANS / "models.json").read_text())
 CHECKPOINTS = {  # of these the tensors on the hub are written out here, and the number of their files
     "llama_3_1_8b": (llama_tensors, 4),

@@ -28,6 +28,8 @@ from tests.helpers.faults import SMALL_FILES, prepare
 from tests.helpers.paths import ROOT
 from tests.helpers.random_shards import files_of, random_model, random_plan, write_random
 
+pytestmark = pytest.mark.sweep
+
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 

@@ -22,7 +22,9 @@ from autotp_plan.schemas.spec import SpecFile
 from tests.helpers.checkpoints import LLAMA_CONFIG, llama_shapes, write_checkpoint, write_llama
 from tests.helpers.random_shards import files_of, random_model, random_plan, write_random
 
-SETTINGS = settings(deadline=None, max_examples=200, suppress_health_check=list(HealthCheck))
+pytestmark = pytest.mark.sweep
+
+SETTINGS = settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 

@@ -33,6 +33,8 @@ from tests.helpers.faults import (
 )
 from tests.helpers.random_shards import files_of
 
+pytestmark = pytest.mark.sweep
+
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -20,6 +20,8 @@ from tests.helpers.wrappers import OTHERS, WRAPPERS, make_wrapper_config, save_w
 from tests.planner.fallback.test_tp_plan import right
 from tests.planner.wrappers.test_wrapper import OLD_NAMES, PLAIN_TOWER, PUBLISHED, bare, renamed
 
+pytestmark = pytest.mark.sweep
+
 OLDER = {
     **PUBLISHED, "aya_vision": OLD_NAMES, "got_ocr2": PLAIN_TOWER, "vipllava": OLD_NAMES, "llava_next_video": OLD_NAMES,
 }  # fmt: skip

@@ -30,6 +30,8 @@ from autotp_plan.schemas.storage.safetensors_header import read_header
 from tests.helpers.checkpoints import write_llama
 from tests.helpers.random_shards import files_of
 
+pytestmark = pytest.mark.sweep
+
 ATTACKS = Path(__file__).parents[2] / "attacks"
 FILES = sorted(ATTACKS.glob("*.safetensors"))
 NAMES = json.loads((ATTACKS / "names.json").read_text())
