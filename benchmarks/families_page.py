@@ -17,7 +17,7 @@ SENTENCES = (
     ("axial_pos_embds", "its tables of positions fix the width and the length of its sequences"),
     ("converted to type float without overflow", "its mask of attention does not exist in float64"),
     ("'[2, 12, 48]' is invalid", "its first forward replaces its attention by another, which the plan does not know"),
-    ("unconsumed-column", "a check takes its language adapters for what its feed-forward layers feed"),
+    ("unconsumed-column", "an output is sharded for which the plan's check finds no row-parallel weight in its layer"),
     ("timm", "transformers needs the package timm for its vision tower"),
     ("layer types producing a cache", "transformers builds it from no config: its own check of shared layers fails"),
     ("'ModuleList' object has no attribute 'weight'", "it reads several codebooks at once, not one sequence of tokens"),
