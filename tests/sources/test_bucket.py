@@ -14,6 +14,7 @@ from autotp_plan.schemas.errors import AutoTPError
 from autotp_plan.sources.model_folder import open_checkpoint
 from autotp_plan.sources.transfer import persistence
 from tests.helpers.checkpoints import write_llama
+from tests.sources.test_folder_kinds import tensors_in, write_bin
 
 pytest.importorskip("s3fs")
 moto_server = pytest.importorskip("moto.server")
@@ -65,6 +66,23 @@ def test_a_model_in_a_bucket(bucket: Any, tmp_path: Path) -> None:
     for path in (tmp_path / "local").iterdir():
         assert (tmp_path / "shards" / path.name).read_bytes() == path.read_bytes()
     assert (tmp_path / "shards" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_bin_files_in_a_bucket(bucket: Any, tmp_path: Path, files: int) -> None:
+    folder = write_llama(tmp_path / "llama")
+    tensors = tensors_in(folder)
+    (folder / "model.safetensors").unlink()
+    write_bin(folder, tensors, files)
+    for path in folder.iterdir():
+        bucket.put_file(str(path), f"models/org/bins-{files}/{path.name}")
+    place = f"s3://models/org/bins-{files}"
+    plan = compile_plan(place, tp_size=2)
+    assert plan == compile_plan(folder, tp_size=2)
+    presplit(plan, place, tmp_path / "shards")
+    presplit(plan, folder, tmp_path / "local")
+    for path in (tmp_path / "local").iterdir():
+        assert (tmp_path / "shards" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_what_a_bucket_refuses(bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

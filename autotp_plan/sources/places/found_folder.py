@@ -9,13 +9,15 @@ from pathlib import Path
 from autotp_plan.schemas.plan.entries import Repository
 from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from autotp_plan.schemas.storage.files import StoredFile
-from autotp_plan.sources.torch_files.torch_checkpoint import TORCH_INDEX_NAME
+from autotp_plan.sources.torch_files.torch_checkpoint import TORCH_INDEX_NAME, TORCH_NAME
 
 
 def _nothing() -> None:
     """All small files are there already."""
 
 
+WEIGHTS = ((SINGLE_NAME, INDEX_NAME), (TORCH_NAME, TORCH_INDEX_NAME))
+"""The single file of weights, or the index of several: `from_pretrained` takes the first pair that is there."""
 DECISIVE = (CONFIG_NAME, "adapter_config.json", INDEX_NAME)
 """The small files that decide which weights are read; where there are no safetensors files, the index of others too."""
 

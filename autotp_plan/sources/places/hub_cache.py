@@ -9,10 +9,10 @@ from pathlib import Path
 from autotp_plan.schemas import documents
 from autotp_plan.schemas.errors import CheckpointError, DocumentError
 from autotp_plan.schemas.plan.entries import Repository
-from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, SINGLE_NAME
 from autotp_plan.schemas.storage.files import Reader, Span, StoredFile
 from autotp_plan.sources.places import hub_faults
-from autotp_plan.sources.places.found_folder import FoundFolder
+from autotp_plan.sources.places.found_folder import WEIGHTS, FoundFolder
 from autotp_plan.sources.places.location import HubLocation
 
 
@@ -32,7 +32,7 @@ class AbsentFile:
 
 def find_cached(location: HubLocation) -> Path | None:
     """The folder of a model in the cache, as far as it was downloaded; None where nothing was."""
-    for name in (CONFIG_NAME, INDEX_NAME, SINGLE_NAME):
+    for name in (CONFIG_NAME, *(name for pair in WEIGHTS for name in pair)):
         found = _cached(location, name)
         if isinstance(found, str):
             return Path(found).parent
@@ -66,15 +66,22 @@ def cached_folder(location: HubLocation, why: str) -> FoundFolder:
 
 def _weights(location: HubLocation, folder: Path) -> set[str]:
     """The files that hold the weights, as far as the cache says; what is wrong with the index is found by others."""
-    if (folder / INDEX_NAME).is_file():
-        try:
-            index = documents.read_json(folder / INDEX_NAME, "safetensors index", plain=True)
-        except DocumentError:
-            return set()
-        found = index.get("weight_map") if isinstance(index, dict) else None
-        return {name for name in found.values() if isinstance(name, str)} if isinstance(found, dict) else set()
+    for single, index in WEIGHTS:
+        if (folder / single).is_file():
+            return {single}
+        if (folder / index).is_file():
+            return _named(folder / index)
     known_not_to_exist = _cached(location, SINGLE_NAME) not in (None, str(folder / SINGLE_NAME))
     return set() if known_not_to_exist else {SINGLE_NAME}
+
+
+def _named(index: Path) -> set[str]:
+    try:
+        found = documents.read_json(index, "index of the weights", plain=True)
+    except DocumentError:
+        return set()
+    weight_map = found.get("weight_map") if isinstance(found, dict) else None
+    return {name for name in weight_map.values() if isinstance(name, str)} if isinstance(weight_map, dict) else set()
 
 
 def _cached(location: HubLocation, name: str) -> object:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from autotp_plan.schemas.errors import CheckpointError, Fault
 from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from autotp_plan.schemas.storage.files import StoredFile
-from autotp_plan.sources.places.found_folder import FoundFolder
+from autotp_plan.sources.places.found_folder import WEIGHTS, FoundFolder
 from autotp_plan.sources.places.location import RemoteLocation
+from autotp_plan.sources.torch_files.torch_checkpoint import TORCH_INDEX_NAME
 from autotp_plan.sources.transfer.http_connections import answer
 from autotp_plan.sources.transfer.http_file import TIMEOUT, HttpFile
 from autotp_plan.sources.transfer.in_flight import CONNECTIONS
@@ -36,28 +38,36 @@ def web_folder(location: RemoteLocation) -> FoundFolder:
     """
     folder = TemporaryFolder(lambda name: _content(_url(location, name)))
     folder.fetch((CONFIG_NAME, INDEX_NAME))
-    index = folder.path / INDEX_NAME
-    with ThreadPoolExecutor(CONNECTIONS) as pool:
-        urls = {name: _url(location, name) for name in _named(index.read_bytes() if index.exists() else b"")}
-        sizes = dict(zip(urls, pool.map(_size, urls.values())))
-    if not (index.exists() or (folder.path / CONFIG_NAME).exists() or any(size is not None for size in sizes.values())):
+    sizes: dict[str, int] = {}
+    for single, index in WEIGHTS:
+        folder.fetch((index,))
+        sizes = _sizes(location, [single, *_named(folder.path / index)])
+        if sizes or (folder.path / index).exists():
+            break
+    if not sizes and not any((folder.path / name).exists() for name in (CONFIG_NAME, INDEX_NAME, TORCH_INDEX_NAME)):
         raise CheckpointError(_nothing(location))
     elsewhere: dict[str, StoredFile] = {
-        name: HttpFile(name=name, size=size, url=urls[name], where=urls[name])
+        name: HttpFile(name=name, size=size, url=_url(location, name), where=_url(location, name))
         for name, size in sizes.items()
-        if size is not None
     }
     return FoundFolder(
         given=location.url, folder=folder.path, elsewhere=elsewhere, complete=lambda: folder.fetch(USUAL)
     )
 
 
-def _named(index: bytes) -> list[str]:
-    """The files with weights; what is wrong with the index is found by others."""
-    if not index:
-        return [SINGLE_NAME]
+def _sizes(location: RemoteLocation, names: list[str]) -> dict[str, int]:
+    """The bytes of those of the files that are there."""
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        found = zip(names, pool.map(lambda name: _size(_url(location, name)), names))
+        return {name: size for name, size in found if size is not None}
+
+
+def _named(index: Path) -> list[str]:
+    """The files with weights that an index names; what is wrong with it is found by others."""
+    if not index.exists():
+        return []
     try:
-        found = json.loads(index)["weight_map"].values()
+        found = json.loads(index.read_bytes())["weight_map"].values()
     except (ValueError, TypeError, KeyError, AttributeError):
         return []
     return sorted({name for name in found if isinstance(name, str) and "/" not in name})

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 
 from autotp_plan.planner import compile_plan, convert, presplit
 from autotp_plan.schemas.errors import CheckpointError
 from tests.helpers.checkpoints import write_llama
-from tests.helpers.hub_client import loopback_hub
+from tests.helpers.hub_client import loopback_hub, point_to
 from tests.helpers.hub_server import HubServer, Repository, folder_files
 from tests.sources.test_folder_kinds import tensors_in, write_bin
 from tests.sources.torch_files.test_torch_file import raw
@@ -26,8 +27,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 
 @pytest.mark.parametrize("files", [1, 3])
-def test_bin_files_on_the_hub_are_those_of_the_folder(hub: HubServer, tmp_path: Path, files: int) -> None:
-    """With matrices that are stored transposed."""
+def test_bin_files_far_away_are_those_of_the_folder(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int
+) -> None:
+    """With matrices that are stored transposed: on the hub, on a web server, and in the hub's cache."""
     folder = write_llama(tmp_path / "llama", hidden_size=256, intermediate_size=512)
     tensors = tensors_in(folder)
     tensors["lm_head.weight"] = tensors["lm_head.weight"].t().contiguous().t()
@@ -44,6 +47,10 @@ def test_bin_files_on_the_hub_are_those_of_the_folder(hub: HubServer, tmp_path: 
     convert("org/llama", tmp_path / "converted")
     found: Any = tensors_in(tmp_path / "converted")
     assert all(raw(found[name]) == raw(value) for name, value in tensors.items())
+    assert compile_plan(f"{hub.url}/files/org/llama", tp_size=2) == local, "a folder of a web server"
+    huggingface_hub.snapshot_download("org/llama")
+    point_to("http://127.0.0.1:9", tmp_path / "cache", monkeypatch, offline=True)
+    assert compile_plan("org/llama", tp_size=2).fingerprint == local.fingerprint, "the cache"
 
 
 def test_safetensors_are_preferred_there_too_and_the_others_named(hub: HubServer, tmp_path: Path) -> None:
