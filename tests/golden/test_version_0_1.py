@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from autotp_plan.planner import Plan, check_checkpoint, check_plan, check_shards, compile_plan, merge, presplit, reshard
+from autotp_plan.schemas.jobs.job_lock import LOCK_NAME
+from autotp_plan.schemas.jobs.job_manifest import ABOUT_NAME
 from tests.golden.make import SETTINGS, steps, windows
 from tests.helpers.launch import launch
 
@@ -115,11 +117,19 @@ def test_a_job_is_resumed_with_the_losses_it_would_have_had(work: Path, resumed:
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
 def test_a_job_is_saved_as_before(work: Path, resumed: list[dict[str, Any]]) -> None:
+    """With a lock, and a manifest that says the same and names every file."""
     assert resumed
     old, new = contents(OLD / "job"), contents(work / "again")
-    assert old.keys() == new.keys()
+    assert new.keys() - old.keys() == {LOCK_NAME} and not old.keys() - new.keys()
     for name in old:
-        if not name.endswith(".pt"):
+        if name.endswith(ABOUT_NAME):
+            before, after = json.loads(old[name]), json.loads(new[name])
+            added = {key: after.pop(key) for key in ("format", "version", "files", "fingerprint")}
+            assert after == before and added["version"] == "1.0"
+            folder = name.removesuffix(ABOUT_NAME)
+            inside = {one.removeprefix(folder) for one in new if one.startswith(folder) and one != name}
+            assert {file["name"] for file in added["files"]} == inside
+        elif not name.endswith(".pt"):
             assert old[name] == new[name], name
         else:
             assert equal(loaded(OLD / "job" / name), loaded(work / "again" / name)) == [], name
