@@ -6,6 +6,7 @@ structure: flags, kinds of layers, and whether query heads share key-value heads
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -99,32 +100,8 @@ _SECOND = Sizes(heads=6, kv_heads=3, head_dim=24, rotary=8, first_width=34, step
                 delta_net=(10, 2, 14, 22), state_space=(12, 6, 4, 18, 24, 3),
                 heads_per_group=3, state=11)  # fmt: skip
 _ROUND = (
-    Sizes(
-        heads=8,
-        kv_heads=2,
-        head_dim=16,
-        rotary=4,
-        first_width=48,
-        step=16,
-        hidden=80,
-        delta_net=(4, 3, 6, 10),
-        state_space=(6, 8, 16, 4, 2),
-        heads_per_group=4,
-        state=9,
-    ),
-    Sizes(
-        heads=12,
-        kv_heads=4,
-        head_dim=8,
-        rotary=8,
-        first_width=64,
-        step=24,
-        hidden=144,
-        delta_net=(10, 2, 14, 22),
-        state_space=(12, 6, 4, 18, 24, 3),
-        heads_per_group=3,
-        state=11,
-    ),
+    dataclasses.replace(_FIRST, first_width=48, step=16, hidden=80),
+    dataclasses.replace(_SECOND, heads=12, kv_heads=4, head_dim=8, first_width=64, step=24, hidden=144),
 )
 CANDIDATES: tuple[tuple[Sizes, Sizes], ...] = (
     (_FIRST, _SECOND),

@@ -178,7 +178,8 @@ def or_newest_sound(error: AutoTPError, folder: Path, besides: str | None) -> Au
             besides = latest(folder)
     sound = newest_sound(folder, besides)
     step = (
-        f'resume from "{sound}", the newest one that is sound: load_checkpoint(engine, folder, tag="{sound}")'
+        f'resume from "{sound}", the newest one that is sound: load_checkpoint(engine, folder, tag="{sound}"), '
+        f"or --resume {sound} of the training program"
         if sound is not None
         else "no checkpoint of this folder is sound: start from the shards"
     )

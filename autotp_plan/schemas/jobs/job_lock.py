@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from autotp_plan.schemas.errors import Fault, OutputError
+from autotp_plan.schemas.shards.manifest import JOURNAL_NAME, MANIFEST_NAME
 
 LOCK_NAME = "autotp_lock"
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
@@ -61,13 +62,15 @@ def claim(folder: Path, *, take_over: bool = False) -> None:
         take_over: take it although the owner that it names cannot be proven dead.
 
     Raises:
-        OutputError: another process has it.
+        OutputError: another process has it, or it is a folder of shards, which holds nothing else.
         OSError: the folder cannot be written to.
     """
     path = Path(os.path.realpath(folder)) / LOCK_NAME
     if path in _held and _is_file_of(_held[path], path):
         return
     release(folder)
+    if any((folder / name).exists() for name in (MANIFEST_NAME, JOURNAL_NAME)):
+        raise OutputError(_of_shards(folder))
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
@@ -124,9 +127,20 @@ def _began(pid: int) -> int:
         return 0
 
 
+def _of_shards(folder: Path) -> Fault:
+    return Fault(
+        code="job-in-shards",
+        what="checkpoints of a job would be written into a folder of shards",
+        where=str(folder),
+        got="a folder with a manifest of shards, which is refused when it holds anything else",
+        expected="a folder of its own for the job",
+        next="give another folder, such as one next to it",
+    )
+
+
 def _taken(folder: Path, owner: Owner | None, proven: bool = True) -> Fault:
     got = str(owner) if owner is not None else "another process"
-    other = "" if proven else "; or, if it has ended, save_checkpoint(..., take_over=True)"
+    other = "" if proven else "; or, if it has ended, save_checkpoint(..., take_over=True) or --take-over"
     return Fault(
         code="job-locked",
         what="another job writes to this folder",

@@ -18,6 +18,7 @@ import pytest
 
 from autotp_plan.schemas.errors import OutputError
 from autotp_plan.schemas.jobs.job_lock import LOCK_NAME, Owner, claim, owner_of, release
+from autotp_plan.schemas.shards.manifest import JOURNAL_NAME, MANIFEST_NAME
 
 HOLDER = """
 import sys, time
@@ -91,6 +92,14 @@ def test_without_locks_the_named_owner_decides(tmp_path: Path, monkeypatch: pyte
     lock.write_text(json.dumps({**living, "began": 5}))  # another process has its number now
     claim(tmp_path)
     release(tmp_path)
+
+
+@pytest.mark.parametrize("name", [MANIFEST_NAME, JOURNAL_NAME])
+def test_a_folder_of_shards_is_not_made_a_job(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(OutputError, match="into a folder of shards"):
+        claim(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 1}', "\x00"])
