@@ -92,7 +92,7 @@ class Folder:
 
     def check_finished(self) -> None:
         """It is what one process writes, to the byte, and nothing is left over."""
-        assert files_of(self.output) == self.expected
+        assert files_of(self.output) == self.expected, "the finished folder is not what one process writes"
         read_shards(self.output).verify()
 
 
@@ -152,25 +152,38 @@ def interleave(new: Callable[[], Folder], seeds: Sequence[int], *, kills: float,
 
 
 def _interleave(folder: Folder, random: Random, live: dict[int, int], kills: float, twice: bool) -> tuple[int, int]:
-    """One schedule; how many processes were killed, and how many found that another had begun their part anew."""
+    """One schedule; how many processes were killed, and how many found that another had begun their part anew.
+
+    One process runs at a time and all others are stopped, so that a schedule depends on its random numbers alone.
+    """
     killed = anew = 0
     eager = random.choice((0.1, 0.9))  # in starting processes
     waiting = [part for part in range(1, folder.count + 1) for _ in range(1 + twice)]
     random.shuffle(waiting)
+
+    def ended(process: int) -> bool:
+        """Wait until a process that runs stops before a call, or ends."""
+        nonlocal anew
+        _, status = os.waitpid(process, os.WUNTRACED)
+        if os.WIFSTOPPED(status):
+            return False
+        part, code = live.pop(process), os.waitstatus_to_exitcode(status)
+        assert code in ((0, _ANEW) if twice else (0,)), f"exit status {code}"
+        anew += code == _ANEW
+        waiting.extend([part] if code else [])
+        return True
+
     while waiting or live:
         if waiting and (not live or random.random() < eager):
             part = waiting.pop()
-            live[folder.start(part, lambda: os.kill(os.getpid(), signal.SIGSTOP), (*_CHANGES, *_LOOKS))] = part
+            process = folder.start(part, lambda: os.kill(os.getpid(), signal.SIGSTOP), (*_CHANGES, *_LOOKS))
+            live[process] = part
+            ended(process)
         folder.check()
+        if not live:
+            continue
         process = random.choice(list(live))
         for _ in range(random.choice((1, 1, 3, 30))):
-            _, status = os.waitpid(process, os.WUNTRACED)
-            if not os.WIFSTOPPED(status):
-                part, code = live.pop(process), os.waitstatus_to_exitcode(status)
-                assert code in ((0, _ANEW) if twice else (0,)), f"exit status {code}"
-                anew += code == _ANEW
-                waiting += [part] if code else []
-                break
             if random.random() < kills:
                 os.kill(process, signal.SIGKILL)
                 os.waitpid(process, 0)
@@ -178,6 +191,8 @@ def _interleave(folder: Folder, random: Random, live: dict[int, int], kills: flo
                 killed += 1
                 break
             os.kill(process, signal.SIGCONT)
+            if ended(process):
+                break
     folder.check_finished()
     return killed, anew
 

@@ -110,9 +110,9 @@ def test_many_schedules(work: Path, scenario: str) -> None:
     ],
 )
 def test_a_planted_error_is_found(work: Path, scenario: str, planted: str) -> None:
-    done = schedules(work, scenario, 60, planted)
+    done = schedules(work, scenario, 1000, planted)  # it ends with the first that shows it: one in 20 does
     assert done.returncode == 1 and re.search(
-        "AssertionError: .*(are not complete|a manifest without|exit status 2)", done.stderr
+        "AssertionError: .*(are not complete|a manifest without|not what one process|exit status 2)", done.stderr
     ), done.stderr
 
 
