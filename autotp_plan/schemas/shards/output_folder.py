@@ -250,7 +250,7 @@ class OutputFolder:
             if not self.path.is_dir():
                 raise OutputError(self._fault("a file", "a new folder", "give another folder"))
             names = sorted(path.name for path in self.path.iterdir())
-            if names:
+            if names and not any(map(self._is_bookkeeping, names)):  # else: begun by another at this moment
                 got = "a folder that is not empty: " + ", ".join(names[:3])
                 expected = "a new folder, or one that an earlier attempt did not finish"
                 raise OutputError(self._fault(got, expected, "give another folder, or remove this one"))

@@ -25,7 +25,7 @@ from autotp_plan.schemas.shards.output_folder import (
     read_journal,
     size_on_disk,
 )
-from autotp_plan.schemas.shards.parts import Part, find_parts, part_of, remove_part_files
+from autotp_plan.schemas.shards.parts import Part, part_of, remove_part_files
 
 _OPEN_ON_NFS = ".nfs"
 """How the names of files begin that were removed while a process had them open, until it closes them."""
@@ -110,10 +110,6 @@ class PartFolder(OutputFolder):
     def _read_journal(self, journal: Path) -> None:
         super()._read_journal(journal)
         self.finished.update(self._recorded(self.part) or {})
-
-    def _refuse_what_is_there(self) -> None:
-        if find_parts(self.path) is None:
-            super()._refuse_what_is_there()
 
     def _refuse_other_writers(self) -> None:
         """Refuse a folder that is finished, or is written by one process or in parts of another task."""
