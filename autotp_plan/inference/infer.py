@@ -146,18 +146,40 @@ def regions(small: SmallModel) -> list[Region]:
     for layer in layers:
         layer.linears = [name for name in layer.linears if name in seen.outputs]  # of others only the weight is read
         known = {
-            place(model, region.consumer, prefix): region for prefix, found in by_layer.items() for region in found
+            place(model, region.consumer, other.prefix): region
+            for other in layers
+            for region in by_layer.get(other.prefix, ())
+            if _module_parameters(region, other, other) == _module_parameters(region, other, layer)
         }
         by_layer[layer.prefix] = [
             *regions_of(model, layer, seen, known, direct),
             *expert_regions(model, layer, seen, [*known]),
         ]
+    for layer in layers:
+        by_layer[layer.prefix] = [r for r in by_layer[layer.prefix] if not _missing(r, layer, by_layer, layers)]
     modules = {region.module for found in by_layer.values() for region in found if not region.experts}
     leaves = {name: [*seen.calls[name].arguments] for name in modules if name in seen.calls}
     apart = influence.watch(model, small.run, norms=norms, apart=True, leaves=leaves)
     for layer in layers:
         add_surroundings(model, layer, by_layer[layer.prefix], apart, seen, norms)
     return [region for found in by_layer.values() for region in found]
+
+
+def _module_parameters(region: Region, of: Layer, in_layer: Layer) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters of a region's module, or of the module in its place in another layer."""
+    module = f"{in_layer.prefix}{region.module.removeprefix(of.prefix)}."
+    found = {name: tuple(p.shape) for name, p in in_layer.parameters.items() if name.startswith(module)}
+    return {name.removeprefix(module): shape for name, shape in found.items()}
+
+
+def _missing(region: Region, of: Layer, by_layer: Mapping[str, list[Region]], layers: Iterable[Layer]) -> bool:
+    """Whether a layer whose module has other parameters has the consumer of a region, and no such region."""
+    here, consumer = _module_parameters(region, of, of), region.consumer.removeprefix(of.prefix)
+    others = [layer for layer in layers if f"{layer.prefix}{consumer}" in layer.parameters]
+    others = [layer for layer in others if _module_parameters(region, of, layer).keys() != here.keys()]
+    return not all(
+        any(one.consumer == f"{layer.prefix}{consumer}" for one in by_layer[layer.prefix]) for layer in others
+    )
 
 
 def one_of_each_kind(layers: Iterable[Layer], config: Mapping[str, Any]) -> Iterator[Layer]:

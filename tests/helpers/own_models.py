@@ -98,6 +98,40 @@ def gated(vocab_size: int = 300, dim: int = 64, n_heads: int = 8, n_kv_heads: in
     return Gated(vocab_size, dim, n_heads, n_kv_heads, ffn_dim, depth)
 
 
+class Router(nn.Module):
+    """A feed-forward whose hidden features go on to that of the next layer, which scales and adds them."""
+
+    def __init__(self, dim: int, hidden: int, is_first: bool) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(dim, hidden, bias=False), nn.Linear(hidden, dim, bias=False)
+        if not is_first:
+            self.carry = nn.Parameter(torch.full((hidden,), 0.5))
+
+    def forward(self, x: Tensor, states: Tensor | None) -> tuple[Tensor, Tensor]:
+        hidden = self.down(x) if states is None else self.down(x) + states * self.carry
+        return self.up(F.silu(hidden)), hidden @ torch.ones_like(hidden[0, 0]).diag().roll(1, 0)
+
+
+class Carried(nn.Module):
+    """Layers of two kinds: of the first the hidden features are independent, of the others they are not."""
+
+    def __init__(
+        self, vocab_size: int = 300, dim: int = 64, n_heads: int = 8, hidden: int = 48, depth: int = 3
+    ) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocab_size, dim)
+        self.layers = nn.ModuleList(GatedLayer(dim, n_heads, n_heads, 4 * hidden) for _ in range(depth))
+        self.routers = nn.ModuleList(Router(dim, hidden, at == 0) for at in range(depth))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, states = self.table(tokens), None
+        for layer, router in zip(self.layers, self.routers):
+            x = layer(x)
+            found, states = router(x, states)
+            x = x + found
+        return x @ self.table.weight.T
+
+
 class Frames(nn.Module):
     """Frames of sound, which only the model itself can make up; its output is an object."""
 

@@ -55,6 +55,12 @@ def test_a_table_that_is_read_by_a_function_stays_whole_and_norms_of_heads_are_s
     assert [entry.name for entry in plan.parameters if entry.partial_gradient] == ["layers.{0..1}.q_norm.weight"]
 
 
+def test_what_holds_for_one_kind_of_layers_only_is_left_whole() -> None:
+    """Layers with further parameters are asked too, and a rule is for all that it names."""
+    found = styles(planned(ModuleFactory(name=f"{OWN}:Carried")))
+    assert found["layers.{0..2}.w1.weight"] == "column" and not any("routers" in name for name in found)
+
+
 def test_a_model_of_one_size_is_written_in_numbers() -> None:
     spec = infer_module_spec(ModuleFactory(name=f"{OWN}:frames"))
     assert spec["symbols"] == {"num_heads": 4, "head_dim": 12}
