@@ -158,6 +158,14 @@ def write_atomically(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, and bring their names to disk. Raises OSError."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Bring the names of the files of a folder to disk: without it a file that was renamed may be lost with the power.
 

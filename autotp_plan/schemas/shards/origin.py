@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from autotp_plan.schemas.errors import CheckpointError, Fault, MismatchError
 from autotp_plan.schemas.plan.document import Plan
@@ -163,14 +163,25 @@ def _sample(file: SafetensorsFile, every: int) -> bytes:
     digest = hashlib.sha256()
     if isinstance(file.path, Path):
         with open(file.path, "rb", buffering=0) as opened:
-            for start, length in spans:
-                digest.update(os.pread(opened.fileno(), length, start))
+            for span in spans:
+                _take(digest, opened.fileno(), span, file.path)
         return digest.digest()
     samples = bytearray(sum(length for _, length in spans))
     with Reader() as reader:
         file.path.read_into(memoryview(samples), spans, reader)
     digest.update(samples)
     return digest.digest()
+
+
+def _take(digest: Any, descriptor: int, span: Span, path: Path) -> None:
+    """Put bytes of a file into a hash, however few of them a read brings."""
+    start, left = span
+    while left:
+        data = os.pread(descriptor, left, start)
+        if not data:
+            raise EOFError(f"{path} ended {left} bytes early; it changed while it was read")
+        digest.update(data)
+        start, left = start + len(data), left - len(data)
 
 
 def _middle(tensor: TensorEntry) -> Span:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import threading
 from collections.abc import Iterable
@@ -11,11 +13,19 @@ from autotp_plan.schemas.storage import checksum
 from autotp_plan.schemas.storage.files import ByteRange, Reader
 
 COPY_BYTES = 16 * 1024 * 1024
+MAX_NAME_BYTES = 200
+"""A longer name, with what is added to it while the file is written, is one that file systems refuse (255 bytes)."""
+
+
+def short_name(name: str) -> str:
+    """A name to which more can be added: of a very long one its hash."""
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= MAX_NAME_BYTES else hashlib.sha256(encoded).hexdigest()
 
 
 def temporary_path(path: Path) -> Path:
     """The name of a file while it is written."""
-    return path.parent / f".{path.name}.tmp"
+    return path.parent / f".{short_name(path.name)}.tmp"
 
 
 class OutputFile:
@@ -63,6 +73,8 @@ class OutputFile:
         at = position
         while data:
             written = os.pwritev(self._descriptor, [data], at)
+            if written == 0:
+                raise OSError(errno.EIO, "the file system takes no more bytes and says no reason", str(self.path))
             data, at = data[written:], at + written
         if hasattr(os, "posix_fadvise"):  # Linux begins to write it to disk, so that the sync at the end finds little
             os.posix_fadvise(self._descriptor, position, block.length, os.POSIX_FADV_DONTNEED)

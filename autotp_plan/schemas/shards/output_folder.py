@@ -18,11 +18,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from autotp_plan.schemas.documents import sync_folder
+from autotp_plan.schemas.documents import make_folder, sync_folder
 from autotp_plan.schemas.errors import Fault, OutputError
 from autotp_plan.schemas.shards.manifest import JOURNAL_NAME
 from autotp_plan.schemas.shards.output_file import OutputFile, temporary_path
 from autotp_plan.schemas.shards.parts import find_parts
+from autotp_plan.schemas.shards.stopped import next_step
 from autotp_plan.schemas.storage import checksum
 from autotp_plan.schemas.storage.checksum import Progress
 
@@ -87,7 +88,7 @@ class OutputFolder:
                     where=str(self.path),
                     got=getattr(error, "strerror", None) or str(error),
                     expected="to read all of the input and write all of the output",
-                    next=f"free space or correct what is wrong, and run {self.command} again: it resumes",
+                    next=next_step(error, self.path, self.command),
                 )
             ) from error
 
@@ -151,6 +152,7 @@ class OutputFolder:
         self.sync()
         (self.path / self.journal_name).unlink()
         self.sync()
+        sync_folder(self.path.parent)  # an earlier attempt may have made the folder, and been killed before this
 
     def sync(self) -> None:
         """Bring the names of the files to disk."""
@@ -160,7 +162,7 @@ class OutputFolder:
         output.take_name()
 
     def _refuse_others(self, names: Iterable[str]) -> None:
-        ours = {known for name in names for known in (name, temporary_path(self.path / name).name)}
+        ours = {known for name in (*names, *self.finished) for known in (name, temporary_path(self.path / name).name)}
         others = sorted(path.name for path in self.path.iterdir() if path.name not in ours)
         others = [name for name in others if not self._is_bookkeeping(name)]
         if others:
@@ -182,8 +184,7 @@ class OutputFolder:
         if is_new:
             self._refuse_what_is_there()
             if not self.path.is_dir():
-                self.path.mkdir(parents=True, exist_ok=True)
-                sync_folder(self.path.parent)
+                make_folder(self.path)
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         self._journal = os.open(journal, flags, 0o666)
         try:

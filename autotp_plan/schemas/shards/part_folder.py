@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from autotp_plan.schemas.documents import sync_folder
 from autotp_plan.schemas.errors import OutputError
 from autotp_plan.schemas.shards.manifest import JOURNAL_NAME, MANIFEST_NAME, PLAN_NAME
 from autotp_plan.schemas.shards.output_file import OutputFile
@@ -95,6 +96,7 @@ class PartFolder(OutputFolder):
         self.sync()
         remove_part_files(self.path)
         self.sync()
+        sync_folder(self.path.parent)
 
     def _take_name(self, output: OutputFile) -> None:
         try:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from autotp_plan.schemas.errors import Fault, OptionError
 from autotp_plan.schemas.shards.manifest import JOURNAL_NAME
+from autotp_plan.schemas.shards.output_file import short_name
 
 MAX_PARTS = 10_000
 RECORD_NAME = ".autotp-complete"
@@ -55,7 +56,7 @@ class Part:
 
     def temporary_name(self, name: str, token: str) -> str:
         """The name of a file while a writer of the part writes it; `token` is 8 hexadecimal digits of the writer."""
-        return f".{name}.{self._suffix}.{token}.tmp"
+        return f".{short_name(name)}.{self._suffix}.{token}.tmp"
 
     @property
     def _suffix(self) -> str:
