@@ -216,3 +216,4 @@ print(*{name.split('.')[0] for name in sys.modules})
 """
     loaded = python(code, folder, tmp_path / "plan.json", tmp_path / "shards").splitlines()[-1].split()
     assert not (HEAVY - {"numpy"}) & set(loaded), "numpy, where it is, copies rows"
+    assert not {"jsonschema", "http", "pickletools"} & set(loaded), "it was right, and it lay here"

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from autotp_plan.schemas.errors import DocumentError, Fault
+from autotp_plan.schemas.schema_check import conforms, python_pattern
 
 if TYPE_CHECKING:
     from jsonschema import Draft202012Validator
@@ -113,7 +114,10 @@ def validate(data: Any, schema_name: str, kind: str) -> None:
     Raises:
         DocumentError: with every fault found.
     """
+    schema = _schema(schema_name)
     try:
+        if conforms(data, schema, schema):
+            return
         errors = list(_validator(schema_name).iter_errors(data))
         faults = [fault for error in errors for fault in _faults_of(error, kind, schema_name)]
     except RecursionError:
@@ -197,19 +201,25 @@ def dotted(path: Iterable[str | int]) -> str:
 
 
 @functools.cache
+def _schema(schema_name: str) -> dict[str, Any]:
+    text = resources.files(__package__).joinpath(f"{schema_name}.schema.json").read_text(encoding="utf-8")
+    schema: dict[str, Any] = json.loads(text)
+    return schema
+
+
+@functools.cache
 def _validator(schema_name: str) -> Draft202012Validator:
     """A validator to which 2.0 is no integer, and `$` in a pattern is the very end, not the place before a newline."""
     from jsonschema import Draft202012Validator, ValidationError
     from jsonschema.validators import extend
 
     def pattern(_: Any, wanted: str, instance: Any, schema: Any) -> Iterator[ValidationError]:
-        if isinstance(instance, str) and not re.search(re.sub(r"\$$", r"\\Z", wanted), instance):
+        if isinstance(instance, str) and not python_pattern(wanted).search(instance):
             yield ValidationError(f"{instance!r} does not match {wanted!r}")
 
     integer = Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
     strict = cast(Any, extend)(Draft202012Validator, validators={"pattern": pattern}, type_checker=integer)
-    text = resources.files(__package__).joinpath(f"{schema_name}.schema.json").read_text(encoding="utf-8")
-    validator: Draft202012Validator = strict(json.loads(text))
+    validator: Draft202012Validator = strict(_schema(schema_name))
     return validator
 
 

@@ -11,11 +11,8 @@ from typing import Any
 from autotp_plan.dequantize.plain_checkpoint import DEFAULT_DTYPE, plain_checkpoint
 from autotp_plan.schemas.collection import paused
 from autotp_plan.schemas.storage.checkpoint import Checkpoint, read_config
-from autotp_plan.sources.places.bucket import bucket_folder
 from autotp_plan.sources.places.found_folder import FoundFolder
-from autotp_plan.sources.places.hub import hub_folder
 from autotp_plan.sources.places.location import HubLocation, parse_location
-from autotp_plan.sources.places.web_folder import web_folder
 from autotp_plan.sources.weight_files import EXPLICIT_KEY, holds_weights, read_weights
 
 
@@ -62,10 +59,19 @@ def model_folder(place: Place) -> ModelFolder:
     location = parse_location(place)
     if isinstance(location, Path):
         return ModelFolder(given=str(place), folder=location)
+    # imported here: what reads from far away takes longer to import than all that reads a folder
     if isinstance(location, HubLocation):
+        from autotp_plan.sources.places.hub import hub_folder
+
         found = hub_folder(location)
+    elif location.is_web:
+        from autotp_plan.sources.places.web_folder import web_folder
+
+        found = web_folder(location)
     else:
-        found = web_folder(location) if location.is_web else bucket_folder(location)
+        from autotp_plan.sources.places.bucket import bucket_folder
+
+        found = bucket_folder(location)
     return ModelFolder(**{entry.name: getattr(found, entry.name) for entry in dataclasses.fields(found)})
 
 

@@ -29,7 +29,6 @@ from autotp_plan.sources.torch_files.torch_checkpoint import (
     holds_torch_tensors,
     read_torch_checkpoint,
 )
-from autotp_plan.sources.torch_files.torch_file import TorchFile
 
 ADAPTER_NAME = "adapter_config.json"
 EXPLICIT_KEY = "transformers_weights"
@@ -87,6 +86,10 @@ def _chosen(folder: Path, elsewhere: Mapping[str, StoredFile]) -> str | None:
 
 
 def _name_on_disk(file: File) -> str:
+    if isinstance(file, Path):
+        return file.name
+    from autotp_plan.sources.torch_files.torch_file import TorchFile
+
     return _name_on_disk(file.file) if isinstance(file, TorchFile) else file.name
 
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from autotp_plan.factories.module_factory import ModuleFactory
 from autotp_plan.planner.cli.module_options import given_model, module_options
 from autotp_plan.planner.cli.output import not_written, reported
 from autotp_plan.schemas.errors import CompileError, Fault, MissingDependencyError, OutputError
 
 if TYPE_CHECKING:
+    from autotp_plan.factories.module_factory import ModuleFactory
     from autotp_plan.schemas.plan.document import Plan
 
 MOST_MEMORY = 4 * 2**30

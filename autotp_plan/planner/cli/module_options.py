@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from autotp_plan.factories.module_factory import ModuleFactory, parse_arguments
 from autotp_plan.schemas.errors import Fault, OptionError
+
+if TYPE_CHECKING:
+    from autotp_plan.factories.module_factory import ModuleFactory
 
 _F = TypeVar("_F", bound=Callable[..., None])
 
@@ -73,6 +75,8 @@ def _factory(module: str | None, arguments: str | None, smalls: tuple[str, ...])
                 )
             )
         return None
+    from autotp_plan.factories.module_factory import ModuleFactory, parse_arguments
+
     return ModuleFactory(
         name=module,
         arguments={} if arguments is None else parse_arguments(arguments, "--module-args"),

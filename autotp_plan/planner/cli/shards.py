@@ -184,9 +184,9 @@ def _some(names: list[str]) -> str:
 
 
 def _report(manifest: Manifest, output: Path, started: float, quiet: bool) -> None:
-    from autotp_plan.planner.plan_table import human_bytes
-
     if not quiet:
+        from autotp_plan.planner.plan_table import human_bytes
+
         size = human_bytes(sum(file.size for file in manifest.files))
         seconds = f"{time.monotonic() - started:.1f} s"
         click.echo(f"{output}: {len(manifest.files)} files, {size} for {manifest.tp_size} ranks in {seconds}")

@@ -18,7 +18,6 @@ from autotp_plan.schemas.storage.checkpoint import (
     read_weight_map,
 )
 from autotp_plan.schemas.storage.files import MadeFile, StoredFile
-from autotp_plan.sources.torch_files.torch_file import read_torch_file
 
 TORCH_NAME = "pytorch_model.bin"
 TORCH_INDEX_NAME = "pytorch_model.bin.index.json"
@@ -41,6 +40,8 @@ def read_torch_checkpoint(folder: Path, elsewhere: Mapping[str, StoredFile] = NO
         CheckpointError: a file is missing, broken, holds other things than tensors or not what the index says.
         DocumentError: the index is not JSON.
     """
+    from autotp_plan.sources.torch_files.torch_file import read_torch_file  # a folder of safetensors does not need it
+
     if (folder / TORCH_NAME).exists() or TORCH_NAME in elsewhere:
         single = read_torch_file(elsewhere.get(TORCH_NAME) or folder / TORCH_NAME, SINGLE_NAME)
         return checkpoint_of(folder, (single,), None, {})
