@@ -230,18 +230,5 @@ def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _program() -> None:
-    """`main`, without tearing the interpreter down after it: a thread of gloo's may then abort a run that went well.
-
-    Seen once in some hundred runs as "terminate called without an active exception", after the last file was written.
-    """
-    try:
-        main()
-    except SystemExit as ending:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(ending.code if isinstance(ending.code, int) else ending.code is not None)
-
-
 if __name__ == "__main__":
-    _program()
+    main()

@@ -6,6 +6,7 @@ A new version of DeepSpeed fails here first, in a second, and says what would br
 from __future__ import annotations
 
 import importlib
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,6 +39,14 @@ def layer_has_what_layers_use(cls: Any) -> bool:
     return asked and (layer.mp_group, layer.tp_index, layer.tp_world_size, layer.is_tp_parallel, layer.name) == (
         None, 0, 1, False, "here",
     )  # fmt: skip
+
+
+def threads_have_a_name(gloo: Any) -> bool:
+    from autotp_plan.runtime.deepspeed.process_end import gloo_threads
+
+    before = gloo_threads().keys()
+    group = gloo(torch.distributed.HashStore(), 0, 1, timedelta(seconds=10))  # type: ignore[attr-defined]
+    return group.size() == 1 and len(gloo_threads().keys() - before) > 0
 
 
 def description_needs_the_world_size_alone(describe: Any) -> bool:
@@ -259,6 +268,8 @@ CANARIES = [
            "finding that an optimizer communicates"),
     Canary("torch.distributed.distributed_c10d:_get_default_store", "finding ranks that do not make a call",
            uses("_get_default_group")),
+    Canary("torch.distributed:ProcessGroupGloo", "waiting at the end of a process for gloo's threads",
+           threads_have_a_name),
     Canary("torch:Tensor._version", "sharing input gradients, after a tensor was changed in place",
            version_counts_changes),
     Canary("torch:_assert_async", "refusing labels that are not in the vocabulary", assertion_raises),

@@ -13,6 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups
 
 from autotp_plan.runtime.deepspeed.internals import make_tp_groups, without_inference_operator
+from autotp_plan.runtime.deepspeed.process_end import wait_for_gloo_at_exit
 from autotp_plan.schemas.errors import Fault, MismatchError
 
 _MPI = (
@@ -113,6 +114,7 @@ def init_ranks(tp_size: int) -> Ranks:
         accelerator.set_device(_own_device(int(os.environ.get("LOCAL_RANK", "0")), accelerator.device_count()))
     with without_inference_operator():
         init_distributed(dist_backend="gloo" if accelerator.device_name() == "cpu" else None, verbose=False)
+    wait_for_gloo_at_exit()
     make_tp_groups(tp_size)
     existing = groups.get_tensor_model_parallel_world_size()
     if existing != tp_size:
