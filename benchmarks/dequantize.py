@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from autotp_plan.planner.compiler import compile_plan
-from autotp_plan.planner.shards.copy_engine import CHUNK_BYTES
+from autotp_plan.planner.copying.copy_engine import CHUNK_BYTES
 from autotp_plan.planner.shards.presplit import presplit
 from autotp_plan.schemas.storage.files import ByteRange, Reader
 from autotp_plan.schemas.storage.safetensors_header import header_bytes

@@ -88,7 +88,7 @@ def _chosen(folder: Path, elsewhere: Mapping[str, StoredFile]) -> str | None:
 def _name_on_disk(file: File) -> str:
     if isinstance(file, Path):
         return file.name
-    from autotp_plan.sources.torch_files.torch_file import TorchFile
+    from autotp_plan.sources.torch_files.torch_view import TorchFile
 
     return _name_on_disk(file.file) if isinstance(file, TorchFile) else file.name
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_LARGE = (".safetensors", ".bin")
+_LARGE = (".safetensors", ".bin", "tokenizer.model")
 _RANGE = re.compile(r"bytes=(\d+)-(\d+)")
 
 

@@ -6,8 +6,8 @@ import itertools
 import os
 from pathlib import Path
 
-from autotp_plan.planner.shards.copy_engine import write_groups
-from autotp_plan.planner.shards.copy_plan import FileGroup, TensorCopy, file_copy, full_tensor
+from autotp_plan.planner.copying.copy_engine import write_groups
+from autotp_plan.planner.copying.copy_plan import FileGroup, TensorCopy, file_copy, full_tensor
 from autotp_plan.planner.shards.folder_writer import check_options
 from autotp_plan.planner.shards.merge import is_finished
 from autotp_plan.schemas.errors import CheckpointError, Fault

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from autotp_plan.planner.shards.copy_engine import write_groups
-from autotp_plan.planner.shards.copy_plan import FileGroup, Matrices, StoredShard, TensorCopy, file_copy, full_tensor
-from autotp_plan.planner.shards.source_check import Digests, SourceCheck
+from autotp_plan.planner.copying.copy_engine import write_groups
+from autotp_plan.planner.copying.copy_plan import FileGroup, Matrices, StoredShard, TensorCopy, file_copy, full_tensor
+from autotp_plan.planner.copying.source_check import Digests, SourceCheck
 from autotp_plan.schemas.errors import AutoTPError, Fault, OptionError, OutputError
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.file_layout import PlacedFile
@@ -29,7 +29,7 @@ from autotp_plan.schemas.storage.safetensors_header import item_size, num_bytes
 Sources = Mapping[str, tuple[StoredShard, ...]]
 """Where the bytes of each parameter are, every byte once, by the name of the parameter."""
 
-NOTHING_KNOWN = Digests(files=(), sha256={})
+NOTHING_KNOWN = Digests(files=(), expected=())
 NOTHING_TRANSPOSED: Mapping[str, Matrices] = {}
 
 

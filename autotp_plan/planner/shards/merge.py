@@ -13,8 +13,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from autotp_plan.planner.shards.copy_engine import write_groups
-from autotp_plan.planner.shards.copy_plan import (
+from autotp_plan.planner.copying.copy_engine import write_groups
+from autotp_plan.planner.copying.copy_plan import (
     FileGroup,
     TensorCopy,
     file_copy,

@@ -7,23 +7,27 @@ parameters) are kept apart, so that `merge` gives the checkpoint back to the byt
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import overload
 
+from autotp_plan.dequantize.computed_file import ComputedFile
+from autotp_plan.planner.copying.copy_plan import full_tensor, matrices_on_disk
+from autotp_plan.planner.copying.source_check import Digests, Expected
 from autotp_plan.planner.plan_checks import check_plan
-from autotp_plan.planner.shards.copy_plan import full_tensor, matrices_on_disk
 from autotp_plan.planner.shards.folder_writer import write_shards
-from autotp_plan.planner.shards.source_check import Digests
 from autotp_plan.schemas.errors import MismatchError
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.file_layout import MAX_FILE_BYTES
 from autotp_plan.schemas.shards.manifest import Manifest
-from autotp_plan.schemas.shards.origin import original_of_checkpoint
+from autotp_plan.schemas.shards.origin import Original, original_of_checkpoint
 from autotp_plan.schemas.shards.parts import Part
 from autotp_plan.schemas.storage.byte_ranges import ByteRanges
+from autotp_plan.schemas.storage.checkpoint import Checkpoint
 from autotp_plan.schemas.storage.checksum import Progress
 from autotp_plan.schemas.storage.plan_fit import checkpoint_faults
-from autotp_plan.sources.model_folder import Place, model_folder, open_checkpoint
+from autotp_plan.sources.model_folder import ModelFolder, Place, model_folder, open_checkpoint
+from autotp_plan.sources.torch_files.torch_view import TorchFile
 
 FAR_CHUNK_BYTES = 32 * 1024 * 1024
 """What is read at once of files far away: several requests of some megabytes each."""
@@ -111,13 +115,17 @@ def presplit(
         progress=progress,
         matrices={name: found for name, found in matrices.items() if found is not None},
         part=checked,
-        digests=Digests(
-            files=checkpoint.files,
-            sha256={
-                file.path.name: place.sha256[file.path.name]
-                for file in checkpoint.files
-                if file.path.name in place.sha256 and place.elsewhere[file.path.name] is file.path
-            },
-        ),
+        digests=Digests(files=checkpoint.files, expected=tuple(_expected(place, checkpoint, original))),
         chunk_bytes=FAR_CHUNK_BYTES if place.elsewhere else None,
     )
+
+
+def _expected(place: ModelFolder, checkpoint: Checkpoint, original: Original) -> Iterator[Expected]:
+    """What the hub says of the files that are read, where it says something."""
+    for file in checkpoint.files:
+        stored = file.path.file if isinstance(file.path, TorchFile) else file.path
+        if stored.name in place.sha256 and not isinstance(stored, ComputedFile):
+            yield Expected(name=stored.name, sha256=place.sha256[stored.name], stored=stored, described=file)
+    for name, path, _ in original.copied:
+        if path.name in place.sha256 and isinstance(path, Path):
+            yield Expected(name=name, sha256=place.sha256[path.name], stored=path)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from autotp_plan.factories.module_factory import ModuleFactory
+from autotp_plan.planner.copying.copy_plan import stored_shards
 from autotp_plan.planner.fallback.prove import Prover
 from autotp_plan.planner.plan_checks import check_plan
-from autotp_plan.planner.shards.copy_plan import stored_shards
 from autotp_plan.planner.shards.folder_writer import write_shards
 from autotp_plan.planner.shards.recompile import Helpers, recompiled
 from autotp_plan.schemas.errors import Fault, MismatchError, OptionError

@@ -38,7 +38,7 @@ class FoundFolder:
         elsewhere: files with weights that are not in `folder`, by name.
         repository: the repository and commit of the hub that the files are of; None where they are of none.
         complete: fetches the other small files (tokenizer, generation) into `folder`.
-        sha256: the SHA-256 of files of `elsewhere`, in hexadecimal digits, by name, as far as they are known.
+        sha256: the SHA-256 that files should have, in hexadecimal digits, by name, as far as the hub says it.
     """
 
     given: str

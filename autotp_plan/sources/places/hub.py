@@ -97,7 +97,7 @@ def _folder(location: HubLocation, listed: _Listed) -> FoundFolder:
         elsewhere=elsewhere,
         repository=Repository(name=location.repository, commit=listed.commit, folder=location.folder),
         complete=lambda: _complete(location, listed.commit, folder, small),
-        sha256={name: digest for name, digest in listed.sha256.items() if name in elsewhere},
+        sha256=listed.sha256,
     )
 
 

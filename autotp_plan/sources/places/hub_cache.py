@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from autotp_plan.schemas.storage.files import Reader, Span, StoredFile
 from autotp_plan.sources.places import hub_faults
 from autotp_plan.sources.places.found_folder import WEIGHTS, FoundFolder
 from autotp_plan.sources.places.location import HubLocation
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -61,7 +64,21 @@ def cached_folder(location: HubLocation, why: str) -> FoundFolder:
     repository = Repository(
         name=location.repository, commit=[folder, *folder.parents][depth].name, folder=location.folder
     )
-    return FoundFolder(given=location.given, folder=folder, elsewhere=elsewhere, repository=repository)
+    return FoundFolder(
+        given=location.given,
+        folder=folder,
+        elsewhere=elsewhere,
+        repository=repository,
+        sha256=dict(_known_digests(folder)),
+    )
+
+
+def _known_digests(folder: Path) -> Iterator[tuple[str, str]]:
+    """The SHA-256 of large files, by name: in the cache it is what their contents are called."""
+    for path in folder.iterdir():
+        contents = path.resolve().name
+        if path.is_symlink() and _SHA256.fullmatch(contents):
+            yield path.name, contents
 
 
 def _weights(location: HubLocation, folder: Path) -> set[str]:

@@ -6,18 +6,15 @@ sizes are checked before anything is allocated.
 
 from __future__ import annotations
 
-import bisect
-import mmap
 import os
 import stat
 import struct
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from autotp_plan.schemas.errors import CheckpointError, Fault
-from autotp_plan.schemas.storage.files import ByteRange, File, Reader, Span, file_size
+from autotp_plan.schemas.storage.files import ByteRange, File, Reader, file_size
 from autotp_plan.schemas.storage.safetensors_header import (
     CONVERTED_FROM,
     SafetensorsFile,
@@ -27,84 +24,14 @@ from autotp_plan.schemas.storage.safetensors_header import (
     parse_header,
 )
 from autotp_plan.sources.torch_files.pickled_tensors import PickledTensor, broken, last_byte, not_plain, read_pickle
-from autotp_plan.sources.torch_files.strided_bytes import copy_strided, is_contiguous
+from autotp_plan.sources.torch_files.strided_bytes import is_contiguous
+from autotp_plan.sources.torch_files.torch_view import Piece, TorchFile
 
 MAX_PICKLE_BYTES = 16 * 1024 * 1024
 MAX_DIRECTORY_BYTES = 32 * 1024 * 1024
 
 _LOCAL_HEADER = 30
 _ENCRYPTED = 1
-
-
-@dataclass(frozen=True, eq=False)
-class _Piece:
-    """A tensor: bytes `[start, stop)` of the view; its storage's bytes begin at byte `begin` of the file."""
-
-    start: int
-    stop: int
-    begin: int
-    item: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    plain: bool
-
-
-@dataclass(frozen=True, eq=False)
-class TorchFile:
-    """A safetensors file that is not there: `header`, then the tensors of `file` (a `StoredFile`)."""
-
-    name: str
-    file: File
-    header: bytes
-    size: int
-    pieces: tuple[_Piece, ...]
-    starts: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return str(self.file)
-
-    def read_into(self, target: memoryview, spans: Sequence[Span], reader: Reader) -> None:
-        """Fill `target` with the bytes of `spans`. Raises OSError, EOFError."""
-        waiting: list[ByteRange] = []
-        begin = done = 0
-        for start, length in spans:
-            stop = start + length
-            if start < len(self.header):
-                part = self.header[start:stop]
-                reader.read_into(target[begin:done], waiting)
-                target[done : done + len(part)] = part
-                begin = done = done + len(part)
-                start, waiting = start + len(part), []
-            index = bisect.bisect_right(self.starts, start) - 1
-            while start < stop:
-                piece = self.pieces[index]
-                count = min(piece.stop, stop) - start
-                if piece.plain:
-                    waiting.append(ByteRange(self.file, piece.begin + start - piece.start, count))
-                    done += count
-                else:
-                    reader.read_into(target[begin:done], waiting)
-                    self._read_strided(target[done : done + count], piece, start - piece.start, reader)
-                    begin = done = done + count
-                    waiting = []
-                start, index = start + count, index + 1
-        reader.read_into(target[begin:done], waiting)
-
-    def _read_strided(self, target: memoryview, piece: _Piece, start: int, reader: Reader) -> None:
-        elements = 1 + sum((size - 1) * step for size, step in zip(piece.shape, piece.stride))
-        length = elements * piece.item
-        if not isinstance(self.file, Path):
-            storage = memoryview(bytearray(length))
-            reader.read_into(storage, [ByteRange(self.file, piece.begin, length)])
-            copy_strided(target, storage, piece.item, piece.shape, piece.stride, start)
-            return
-        before = piece.begin % mmap.ALLOCATIONGRANULARITY
-        with self.file.open("rb") as opened:
-            if os.fstat(opened.fileno()).st_size < piece.begin + length:
-                raise EOFError(f"{self.file} ended early; it changed while it was read")
-            pages = mmap.mmap(opened.fileno(), before + length, access=mmap.ACCESS_READ, offset=piece.begin - before)
-        with pages, memoryview(pages) as memory, memory[before:] as storage:
-            copy_strided(target, storage, piece.item, piece.shape, piece.stride, start)
 
 
 def read_torch_file(file: File, name: str) -> SafetensorsFile:
@@ -151,7 +78,7 @@ def _view(file: File, name: str, tensors: Mapping[str, PickledTensor], begins: M
         if length:
             begin = begins[tensor.storage] + tensor.offset * item
             plain = is_contiguous(tensor.shape, tensor.stride)
-            pieces.append(_Piece(reached, reached + length, begin, item, tensor.shape, tensor.stride, plain))
+            pieces.append(Piece(reached, reached + length, begin, item, tensor.shape, tensor.stride, plain))
         reached += length
     starts = tuple(piece.start for piece in pieces)
     view = TorchFile(name=name, file=file, header=header, size=reached, pieces=tuple(pieces), starts=starts)

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from autotp_plan.planner import SpecFile, check_checkpoint, compile_plan, presplit
-from autotp_plan.planner.shards import copy_engine
+from autotp_plan.planner.copying import copy_engine
 from autotp_plan.runtime.loading import read_weights, weights
 from autotp_plan.schemas import documents
 from autotp_plan.schemas.errors import AutoTPError, CheckpointError, DocumentError, MismatchError, OutputError

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from autotp_plan.planner import check_shards, compile_plan, presplit
 from autotp_plan.planner.cli.main import main
-from autotp_plan.planner.shards import copy_engine
+from autotp_plan.planner.copying import copy_engine
 from autotp_plan.schemas.errors import OptionError, OutputError, ShardsError
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.manifest import JOURNAL_NAME, MANIFEST_NAME, Manifest

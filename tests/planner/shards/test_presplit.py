@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from autotp_plan.planner import SpecFile, compile_plan, presplit
-from autotp_plan.planner.shards import copy_engine
+from autotp_plan.planner.copying import copy_engine
 from autotp_plan.schemas.errors import AutoTPError, CheckpointError, MismatchError, OptionError, OutputError
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.manifest import (

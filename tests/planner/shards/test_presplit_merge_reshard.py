@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autotp_plan.planner import check_shards, compile_plan, merge, presplit, reshard
-from autotp_plan.planner.shards import copy_engine
+from autotp_plan.planner.copying import copy_engine
 from autotp_plan.schemas import documents
 from autotp_plan.schemas.errors import MismatchError, ShardsError
 from autotp_plan.schemas.shards.manifest import Owner

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autotp_plan.planner import compile_plan, presplit
-from autotp_plan.planner.shards import copy_engine, source_check
+from autotp_plan.planner.copying import bytes_in_order, copy_engine
 from autotp_plan.schemas.errors import CheckpointError, OutputError
 from autotp_plan.schemas.storage.files import ByteRange, Reader, Span
 from autotp_plan.sources.model_folder import ModelFolder
@@ -70,7 +70,7 @@ def test_any_layout(random: Random, tp_size: int, chunk: int, most: int) -> None
     plan = random_plan(model, tp_size, random)
     with tempfile.TemporaryDirectory(dir=MEMORY) as name, pytest.MonkeyPatch.context() as patch:
         patch.setattr(copy_engine, "CHUNK_BYTES", chunk)
-        patch.setattr(source_check, "CHUNK_BYTES", chunk)
+        patch.setattr(bytes_in_order, "CHUNK_BYTES", chunk)
         work = Path(name)
         original = write_random(model, work / "original", random)
         place = far(original, work / "small")

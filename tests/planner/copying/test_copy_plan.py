@@ -7,7 +7,7 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autotp_plan.planner.shards.copy_plan import StoredShard, TensorCopy
+from autotp_plan.planner.copying.copy_plan import StoredShard, TensorCopy
 from autotp_plan.schemas.layout import Layout
 from autotp_plan.schemas.storage.byte_ranges import ByteRanges
 

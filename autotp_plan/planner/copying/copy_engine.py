@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from autotp_plan.planner.shards.copy_plan import FileGroup, StoredShard, TensorCopy
-from autotp_plan.planner.shards.copy_rows import Rows, copy_rows, transpose
+from autotp_plan.planner.copying.copy_plan import FileGroup, StoredShard, TensorCopy
+from autotp_plan.planner.copying.copy_rows import Rows, copy_rows, transpose
 from autotp_plan.schemas.shards.output_file import OutputFile
 from autotp_plan.schemas.shards.output_folder import OutputFolder
 from autotp_plan.schemas.storage.checksum import Progress

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from autotp_plan.planner.shards import copy_rows
-from autotp_plan.planner.shards.copy_plan import Matrices, TensorCopy
-from autotp_plan.planner.shards.copy_rows import transpose
+from autotp_plan.planner.copying import copy_rows
+from autotp_plan.planner.copying.copy_plan import Matrices, TensorCopy
+from autotp_plan.planner.copying.copy_rows import transpose
 
 
 @pytest.mark.parametrize("item", [1, 2, 4, 8])

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autotp_plan.planner.shards import copy_rows
+from autotp_plan.planner.copying import copy_rows
 
 
 @given(
