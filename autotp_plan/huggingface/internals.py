@@ -333,6 +333,14 @@ def replace_adapter_injection(
     PeftModel.__init__ = checked
 
 
+# configs
+
+
+def attention_of(config: Any) -> str | None:
+    """Which implementation of attention a config names. Relies on `PretrainedConfig._attn_implementation`."""
+    return getattr(config, "_attn_implementation", None)
+
+
 # datasets
 
 

@@ -27,10 +27,20 @@ from autotp_plan.runtime.data.batch_check import check_batches, check_interval
 from autotp_plan.runtime.data.loader import training_loader
 from autotp_plan.runtime.data.sampler import ResumableSampler, tp_sampler
 from autotp_plan.runtime.deepspeed.agreement import are_several, check_same, together
+from autotp_plan.runtime.deepspeed.attendance import SECONDS_FOR_FIRST, check_all_call
 from autotp_plan.runtime.deepspeed.autotp_calls import check_autotp_calls
+from autotp_plan.runtime.parameters.compared import (
+    config_of,
+    dtypes_of,
+    flat,
+    lenient_versions,
+    optimizer_of,
+    settings_of,
+    versions,
+)
 from autotp_plan.runtime.deepspeed.engine_config import engine_config
 from autotp_plan.runtime.deepspeed.internals import skip_sums_over_one_rank
-from autotp_plan.runtime.deepspeed.mesh import Ranks, check_world_size, init_ranks
+from autotp_plan.runtime.deepspeed.mesh import Ranks, check_world_size, init_ranks, start_distributed
 from autotp_plan.runtime.loading.check_model import check_model
 from autotp_plan.runtime.loading.empty_model import empty_model
 from autotp_plan.runtime.loading.shard_model import shard_model
@@ -43,10 +53,14 @@ from autotp_plan.runtime.optimizers.choose import (
 )
 from autotp_plan.runtime.optimizers.grad_norm import use_global_norm
 from autotp_plan.runtime.optimizers.sharded_weights import sharded_weights
+from autotp_plan.runtime.tensor_parallel.dropout_rng import has_dropout, use_sharded_regions
 from autotp_plan.schemas.errors import Fault, MismatchError
 from autotp_plan.schemas.plan.document import Plan
-from autotp_plan.sources.model_folder import model_folder
+from autotp_plan.sources.model_folder import ModelFolder, model_folder
 
+_NO_MESH = "the process groups could not be made"
+_NOT_READ = "the weights could not be read"
+_NO_ENGINE = "the engine could not be made"
 _deepspeed_initialize = deepspeed.initialize  # which `adapt_trainer` replaces while a Trainer prepares its engine
 
 
@@ -168,35 +182,52 @@ class TrainingPlan:
 
         All of them before anything is loaded; where one rank raises, the others do, and none waits for it.
         """
-        check_interval(check_batches_every)
+        if are_several():  # first the means to tell the others what was found
+            start_distributed()
+            check_all_call("plan.load_model", seconds=SECONDS_FOR_FIRST)
+            together(self.init_mesh, _NO_MESH, "correct what is wrong")
         check_world_size(self.tp_size)
-        place = model_folder(path)
 
-        def found() -> tuple[WeightSource, nn.Module, dict[str, torch.dtype]]:
+        def found() -> tuple[ModelFolder, WeightSource, nn.Module, dict[str, torch.dtype], str]:
+            check_interval(check_batches_every)
+            place = model_folder(path)
             source = open_weights(place, self.document, verify_checksums=verify_checksums, map_shards=map_shards)
             built, dtypes = empty_model(place, self.document, model, dtype, options)
             check_model(built, self.document)
-            return source, built, dtypes
+            return place, source, built, dtypes, source.fingerprint() if are_several() else ""
 
-        if are_several():  # first the means to tell the others what was found
-            self.init_mesh()
-        source, built, dtypes = together(found, "the weights could not be read", "correct what is wrong")
+        place, source, built, dtypes, fingerprint = together(found, _NOT_READ, "correct what is wrong")
         ranks = self.init_mesh()
         check_same(
-            {"plan": self.document.fingerprint, "checkpoint": source.fingerprint() if are_several() else None},
+            {
+                "plan": self.document.fingerprint,
+                "checkpoint": fingerprint,
+                "config": config_of(built),
+                "dtypes": {name: str(dtype) for name, dtype in dtypes.items()},
+                "options": flat([share_input_gradients, vocab_parallel_loss, check_batches_every]),
+                "versions": versions(),
+            },
             what="the ranks would load parts of different models",
             where=f"load_model({str(path)!r})",
-            next_step="give every rank the same plan, and shards or a checkpoint of the same weights",
+            next_step="give every rank the same plan, arguments, and shards or a checkpoint of the same weights; "
+            "install the same versions on all hosts",
+            warn_of={"other versions": lenient_versions()},
         )
-        shard_model(
-            built,
-            self.document,
-            source,
-            ranks,
-            dtypes,
-            share_input_gradients=share_input_gradients,
-            vocab_parallel_loss=vocab_parallel_loss,
+        together(
+            lambda: shard_model(
+                built,
+                self.document,
+                source,
+                ranks,
+                dtypes,
+                share_input_gradients=share_input_gradients,
+                vocab_parallel_loss=vocab_parallel_loss,
+            ),
+            _NOT_READ,
+            "free memory or correct what is wrong on that rank, and load the model again",
         )
+        if self.tp_size > 1 and has_dropout(built):
+            use_sharded_regions(ranks.tp_group)
         if self.tp_size > 1:
             check_batches(built, ranks, check_batches_every)
             use_global_norm()
@@ -251,14 +282,32 @@ class TrainingPlan:
                 `training_data` is no dataset.
             DocumentError: the config file cannot be read.
         """
-        settings = engine_config(config, self.document)
         ranks = self.init_mesh()
-        check_autotp_calls(kwargs.pop("mpu", None), ranks)
-        if kwargs.get("model_parameters") is None:
-            kwargs["model_parameters"] = [p for p in model.parameters() if p.requires_grad]
+        check_all_call("plan.initialize", seconds=SECONDS_FOR_FIRST)
         steps_in_full = self.tp_size > 1 or split_fused
-        if steps_in_full:
-            kwargs["optimizer"] = check_optimizer(kwargs.get("optimizer"), settings, model)
+
+        def prepared() -> dict[str, Any]:
+            settings = engine_config(config, self.document)
+            check_autotp_calls(kwargs.pop("mpu", None), ranks)
+            if kwargs.get("model_parameters") is None:
+                kwargs["model_parameters"] = [p for p in model.parameters() if p.requires_grad]
+            if steps_in_full:
+                kwargs["optimizer"] = check_optimizer(kwargs.get("optimizer"), settings, model)
+            return settings
+
+        settings = together(prepared, _NO_ENGINE, "correct what is wrong")
+        check_same(
+            {
+                "plan": self.document.fingerprint,
+                "DeepSpeed config": settings_of(settings),
+                "parameters": dtypes_of(model),
+                "optimizer": optimizer_of(kwargs.get("optimizer")),
+                "options": flat([seed, data_is_sharded, skip_lone_sums, split_fused, training_data is None]),
+            },
+            what="the ranks would make engines that differ",
+            where="initialize",
+            next_step="give every rank the same plan and arguments",
+        )
         engine, optimizer, _, scheduler = _deepspeed_initialize(model=model, config=settings, mpu=groups, **kwargs)
         if steps_in_full:
             adapt_engine(engine, settings, model, split_fused)

@@ -9,6 +9,8 @@
     +-- DataError               training data that cannot be read, or is too little to train on
     +-- OptionError             an argument or option that makes no sense, whatever the files hold
     +-- OutputError             a file or folder that cannot be written
+    +-- FailedRankError         another rank of the job failed or ended in a call that all ranks make
+    +-- NonFiniteError          training has come to NaN or inf
     +-- MissingDependencyError  the operation needs a package that is not installed
 
 An error carries `Fault`s, because people fix ten mistakes faster when they see all ten. It does not print, exit or
@@ -99,6 +101,14 @@ class OptionError(AutoTPError):
 
 class OutputError(AutoTPError):
     """A file or folder that cannot be written."""
+
+
+class FailedRankError(AutoTPError):
+    """A rank failed or ended in a call that all ranks make."""
+
+
+class NonFiniteError(AutoTPError):
+    """Training has come to NaN or inf."""
 
 
 class MissingDependencyError(AutoTPError):

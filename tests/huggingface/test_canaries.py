@@ -165,6 +165,7 @@ CANARIES = [
                     "generation_batch_size"))
         for file in ("grpo", "rloo")
     ),
+    Canary("transformers:PretrainedConfig._attn_implementation", "comparing the attention of the ranks"),
     Canary("accelerate:Accelerator.process_index", "TRL's trainers that generate", lambda it: isinstance(it, property)),
     Canary("accelerate:Accelerator.num_processes", "TRL's trainers that generate", lambda it: isinstance(it, property)),
 ]  # fmt: skip

@@ -142,6 +142,7 @@ CANARIES = [
     Canary("deepspeed.comm.torch:TorchBackend.__init__", "the same: it must call build_shm_op", uses("build_shm_op")),
     Canary("deepspeed.utils.groups:_init_tp_mesh_device", "making the TP and DP groups",
            takes("tensor_model_parallel_size")),
+    Canary("deepspeed.utils.groups:_TENSOR_MODEL_PARALLEL_GROUP", "finding TP groups that are there"),
     Canary("deepspeed.utils.groups:get_tensor_model_parallel_group", "plan.ranks.tp_group"),
     Canary("deepspeed.utils.groups:get_tensor_model_parallel_rank", "plan.ranks.tp_rank"),
     Canary("deepspeed.utils.groups:get_tensor_model_parallel_world_size", "finding groups of another TP size"),

@@ -6,15 +6,22 @@ alone, and then tells the others.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import os
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed
+from deepspeed.utils import logger
 
-from autotp_plan.schemas.errors import AutoTPError, Fault, MismatchError, OutputError
+from autotp_plan.schemas.errors import AutoTPError, FailedRankError, Fault, MismatchError, OutputError
 
 _T = TypeVar("_T")
+Value = str | Mapping[str, str] | None
+_SHOWN = 8
+"""Entries of a document that differ, and are named."""
 
 
 def are_several() -> bool:
@@ -24,86 +31,151 @@ def are_several() -> bool:
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def together(
-    work: Callable[[], _T], what: str, next_step: str = "free space or correct what is wrong, and save again"
-) -> _T:
-    """What `work` returns; when it fails on any rank, the error of the first of them, on all. Every rank calls it.
+_AGAIN = "free space or correct what is wrong, and save again"
+
+
+def together(work: Callable[[], _T], what: str, next_step: str = _AGAIN) -> _T:
+    """What `work` returns; when it fails on any rank, one error on all of them. Every rank calls it.
 
     Where there are several ranks, `torch.distributed` is initialised.
 
     Args:
         work: what this rank does. It communicates with no other rank.
-        what: what could not be done, for errors of the operating system: "the checkpoint could not be written".
+        what: what could not be done, for errors that are not ours: "the checkpoint could not be written".
         next_step: what to do then.
 
     Raises:
-        AutoTPError: what `work` raised on some rank; OutputError for an error of the operating system.
+        AutoTPError: what `work` raised on the first rank on which it failed; OutputError for an error of the operating
+            system, FailedRankError for any other. Where every rank fails with an error of another kind, each raises
+            its own.
     """
-    found, error = _attempt(work, what, next_step)
-    for one in _of_all_ranks(error):
-        if one is not None:
-            raise one
+    found, error, cause = _attempt(work, what, next_step)
+    _raise_first(_of_all_ranks(error), cause)
     result: _T = found
     return result
 
 
-def gathered(
-    work: Callable[[], _T], what: str, next_step: str = "free space or correct what is wrong, and save again"
-) -> list[_T]:
+def gathered(work: Callable[[], _T], what: str, next_step: str = _AGAIN) -> list[_T]:
     """As `together`, and what `work` returned on each rank, by rank: something small that can be pickled."""
-    everyone = _of_all_ranks(_attempt(work, what, next_step))
-    for _, error in everyone:
-        if error is not None:
-            raise error
+    found, error, cause = _attempt(work, what, next_step)
+    everyone = _of_all_ranks((found, error))
+    _raise_first([error for _, error in everyone], cause)
     return [found for found, _ in everyone]
 
 
-def _attempt(work: Callable[[], _T], what: str, next_step: str) -> tuple[Any, AutoTPError | None]:
-    """What `work` returns, or the error that it ends in."""
+def _attempt(work: Callable[[], _T], what: str, next_step: str) -> tuple[Any, AutoTPError | None, Exception | None]:
+    """What `work` returns, or the error for all ranks and the exception that it stands for."""
     try:
-        return work(), None
+        return work(), None, None
     except AutoTPError as raised:
-        return None, raised
+        return None, raised, raised
     except (OSError, EOFError) as raised:
-        return None, OutputError(
-            Fault(
-                code="operating-system",
-                what=what,
-                where=str(getattr(raised, "filename", None) or "the folder"),
-                got=getattr(raised, "strerror", None) or str(raised),
-                expected="a folder that all ranks can write to",
-                next=next_step,
-            )
+        fault = Fault(
+            code="operating-system",
+            what=what,
+            where=str(getattr(raised, "filename", None) or "the folder"),
+            got=getattr(raised, "strerror", None) or str(raised),
+            expected="a folder that all ranks can write to",
+            next=next_step,
         )
+        return None, OutputError(fault), raised
+    except Exception as raised:  # memory that is full, or a mistake: whatever it is, the other ranks wait
+        if not are_several():
+            raise
+        return None, FailedRankError(_unexpected(raised, what, next_step)), raised
 
 
-def check_same(values: Mapping[str, str | None], *, what: str, where: str, next_step: str) -> None:
-    """Compare what each rank has found. Every rank calls it.
+def _unexpected(raised: Exception, what: str, next_step: str) -> Fault:
+    lines = traceback.extract_tb(raised.__traceback__)
+    return Fault(
+        code="rank-failed",
+        what=what,
+        where=f"{lines[-1].filename}:{lines[-1].lineno}",
+        got="".join(traceback.format_exception_only(raised)).strip(),
+        expected="no error on any rank",
+        next=next_step,
+    )
+
+
+def _raise_first(errors: Sequence[AutoTPError | None], cause: Exception | None) -> None:
+    """Raise the error of the first rank that failed, with the ranks that have it where others do not."""
+    first = next((error for error in errors if error is not None), None)
+    if first is None:
+        return
+    if cause is not None and all(isinstance(error, FailedRankError) for error in errors):
+        raise cause
+    failed = [rank for rank, error in enumerate(errors) if error is not None and error.faults == first.faults]
+    if len(failed) < len(errors):
+        ranks = f"{'ranks' if len(failed) > 1 else 'rank'} {', '.join(map(str, failed))}"
+        first = type(first)([dataclasses.replace(one, where=f"{one.where} ({ranks})") for one in first.faults])
+    raise first from cause if not isinstance(cause, AutoTPError) else None
+
+
+def check_same(
+    values: Mapping[str, Value], *, what: str, where: str, next_step: str, warn_of: Mapping[str, Value] | None = None
+) -> None:
+    """Compare what each rank has found, in one small collective. Every rank calls it.
 
     Args:
-        values: by a name for people, what this rank has found.
+        values: by a name for people, what this rank has found; of a mapping only a digest is sent, and its entries
+            where they differ.
         what: what is wrong when a value differs between ranks.
         where: in which call, or where the values come from.
         next_step: what to do then.
+        warn_of: values that may differ, of which the first rank then warns.
 
     Raises:
         MismatchError: a value differs between ranks. The same on every rank.
     """
-    found = _of_all_ranks(dict(values))
-    faults = [
-        Fault(
-            code="ranks-differ",
-            what=what,
-            where=f"{where}: {name}",
-            got=_by_rank([one[name] for one in found]),
-            expected=f"the same {name} on all ranks",
-            next=next_step,
-        )
-        for name in values
-        if len({one[name] for one in found}) > 1
-    ]
+    both = {**values, **(warn_of or {})}
+    mine = {name: _digest(value) for name, value in both.items()}
+    found = _of_all_ranks(mine)
+    different = [name for name in mine if len({one[name] for one in found}) > 1]
+    documents = {name: both[name] for name in different if isinstance(both[name], Mapping)}
+    in_full = _of_all_ranks(documents) if documents else []
+    faults = []
+    for name in different:
+        shown = _entries(name, found, in_full if name in documents else None)
+        found_here = [
+            Fault(
+                code="ranks-differ",
+                what=what,
+                where=f"{where}: {entry}",
+                got=_by_rank(of_ranks),
+                expected=f"the same {entry} on all ranks",
+                next=next_step,
+            )
+            for entry, of_ranks in shown
+        ]
+        if name in values:
+            faults += found_here
+        elif torch.distributed.get_rank() == 0:
+            for one in found_here:
+                logger.warning(f"{one.where} differs between ranks: {one.got}")
     if faults:
         raise MismatchError(faults)
+
+
+def _digest(value: Value) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    lines = "\n".join(f"{name} = {text}" for name, text in sorted(value.items()))
+    return hashlib.sha256(lines.encode(errors="surrogatepass")).hexdigest()
+
+
+def _entries(
+    name: str, found: Sequence[Mapping[str, str | None]], in_full: Sequence[Mapping[str, Any]] | None
+) -> list[tuple[str, list[str | None]]]:
+    """What differs of a value, with what each rank has."""
+    if in_full is None:
+        return [(name, [one[name] for one in found])]
+    documents = [one[name] for one in in_full]
+    entries = sorted({entry for document in documents for entry in document})
+    different = [entry for entry in entries if len({document.get(entry) for document in documents}) > 1]
+    shown = [(f"{name}: {entry}", [document.get(entry) for document in documents]) for entry in different[:_SHOWN]]
+    if len(different) > _SHOWN:
+        shown.append((f"{name}: {len(different) - _SHOWN} more", [f"as rank {rank}" for rank in range(len(found))]))
+    return shown
 
 
 def _of_all_ranks(value: Any) -> list[Any]:
@@ -111,11 +183,23 @@ def _of_all_ranks(value: Any) -> list[Any]:
     if not are_several():
         return [value]
     found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, value)
+    try:
+        torch.distributed.all_gather_object(found, value)
+    except RuntimeError as error:
+        raise FailedRankError(
+            Fault(
+                code="rank-ended",
+                what="a rank has ended, or cannot be reached any more",
+                where=f"the process group of all {len(found)} ranks",
+                got=str(error).strip().partition("\n")[0],
+                expected="every rank to make the same calls until the last one",
+                next="look at the output of the other ranks for the one that ended first, and start the job again",
+            )
+        ) from error
     return found
 
 
-def _by_rank(values: list[str | None]) -> str:
+def _by_rank(values: Sequence[str | None]) -> str:
     """`rank 0, 1, 2: step4; rank 3: step2`."""
     ranks: dict[str | None, list[str]] = {}
     for rank, value in enumerate(values):

@@ -31,16 +31,17 @@ _made: Counter[str] = Counter()
 """By group, how many calls all of its ranks have made."""
 
 
-def check_all_call(call: str, next_step: str = ON_EVERY_RANK, group: Any = None) -> None:
+def check_all_call(call: str, next_step: str = ON_EVERY_RANK, group: Any = None, seconds: float | None = None) -> None:
     """Check that every rank of the group makes this call. Nothing is sent from device to device.
 
     Args:
         call: what is called, as people write it: `model.save_pretrained`.
         next_step: what to write instead.
         group: a process group; None for all ranks.
+        seconds: how long a rank waits for the others; None for a minute.
 
     Raises:
-        MismatchError: a rank did not make the call in a minute, or the first rank in 15 minutes.
+        MismatchError: a rank did not make the call in that time, or the first rank in 15 minutes.
     """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size(group) == 1:
         return
@@ -50,11 +51,12 @@ def check_all_call(call: str, next_step: str = ON_EVERY_RANK, group: Any = None)
     store.set(f"{prefix}/{here}", call)
     if store.add(f"{prefix}/number of {call}", 1) == len(ranks):
         store.set(f"{prefix}/all", call)
-    if not _wait(store, f"{prefix}/all", SECONDS):
+    seconds = SECONDS if seconds is None else seconds
+    if not _wait(store, f"{prefix}/all", seconds):
         calls = _calls(store, prefix, ranks, call)
         if [rank for rank in ranks if not calls[rank]] == ranks[:1]:
             logger.warning(f"{call} waits for rank {ranks[0]}")
-            _wait(store, f"{prefix}/all", SECONDS_FOR_FIRST - SECONDS)
+            _wait(store, f"{prefix}/all", max(0.001, SECONDS_FOR_FIRST - seconds))
             calls = _calls(store, prefix, ranks, call)
         if not store.check([f"{prefix}/all"]):
             store.set(f"{prefix}/{here}", _GAVE_UP + call)

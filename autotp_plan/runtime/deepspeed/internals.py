@@ -56,6 +56,11 @@ def make_tp_groups(tp_size: int) -> None:
     private(groups, "_init_tp_mesh_device", _PACKAGE, "making the TP and DP groups")(tensor_model_parallel_size=tp_size)
 
 
+def has_tp_groups() -> bool:
+    """Whether this process has TP groups. Relies on `groups._TENSOR_MODEL_PARALLEL_GROUP`, None before."""
+    return private(groups, "_TENSOR_MODEL_PARALLEL_GROUP", _PACKAGE, "finding TP groups that are there") is not None
+
+
 def recorded_tp_model_init() -> dict[str, Any]:
     """What `deepspeed.tp_model_init` was called with: `tp_size`, `tp_group`, `dtype`; empty when it was not.
 

@@ -12,7 +12,8 @@ from deepspeed import init_distributed, set_autotp_mode
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups
 
-from autotp_plan.runtime.deepspeed.internals import make_tp_groups, without_inference_operator
+from autotp_plan.runtime.deepspeed.agreement import are_several, check_same
+from autotp_plan.runtime.deepspeed.internals import has_tp_groups, make_tp_groups, without_inference_operator
 from autotp_plan.runtime.deepspeed.process_end import wait_for_gloo_at_exit
 from autotp_plan.schemas.errors import Fault, MismatchError
 
@@ -90,6 +91,26 @@ def _take_ranks_of_mpi() -> None:
             return
 
 
+def start_distributed() -> None:
+    """Initialise torch.distributed, where the caller has not, and choose this rank's device.
+
+    A process without a launcher (no `RANK` in its environment) becomes a mesh of one.
+
+    Raises:
+        MismatchError: this machine has fewer devices than ranks.
+    """
+    _take_ranks_of_mpi()
+    accelerator = get_accelerator()
+    if not torch.distributed.is_initialized() and "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(_own_device(int(os.environ.get("LOCAL_RANK", "0")), accelerator.device_count()))
+    with without_inference_operator():
+        init_distributed(dist_backend="gloo" if accelerator.device_name() == "cpu" else None, verbose=False)
+    wait_for_gloo_at_exit()
+
+
 def init_ranks(tp_size: int) -> Ranks:
     """Initialise torch.distributed and the process groups, those that the caller has not made, and find this rank.
 
@@ -105,16 +126,16 @@ def init_ranks(tp_size: int) -> Ranks:
         MismatchError: the world size, or groups that exist already, do not fit `tp_size`; or this machine has fewer
             devices than ranks.
     """
+    start_distributed()
+    if are_several() and not has_tp_groups():
+        check_same(
+            {"tp_size": str(tp_size)},
+            what="the ranks would make other process groups",
+            where="the plan",
+            next_step="give every rank the same plan",
+        )
     check_world_size(tp_size)
     accelerator = get_accelerator()
-    if not torch.distributed.is_initialized() and "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "0")
-    if accelerator.device_name() != "cpu":
-        accelerator.set_device(_own_device(int(os.environ.get("LOCAL_RANK", "0")), accelerator.device_count()))
-    with without_inference_operator():
-        init_distributed(dist_backend="gloo" if accelerator.device_name() == "cpu" else None, verbose=False)
-    wait_for_gloo_at_exit()
     make_tp_groups(tp_size)
     existing = groups.get_tensor_model_parallel_world_size()
     if existing != tp_size:

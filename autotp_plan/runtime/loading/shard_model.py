@@ -21,7 +21,6 @@ from autotp_plan.runtime.loading.read_weights import read_weights
 from autotp_plan.runtime.loading.replace_modules import add_boundaries, replace_layers, skip_fused_kernels
 from autotp_plan.runtime.loading.weights import WeightSource
 from autotp_plan.runtime.tensor_parallel.collectives import take
-from autotp_plan.runtime.tensor_parallel.dropout_rng import has_dropout, use_sharded_regions
 from autotp_plan.runtime.tensor_parallel.linear import PlannedLayer
 from autotp_plan.runtime.tensor_parallel.module_boundary import WithCollectives
 from autotp_plan.runtime.tensor_parallel.sharded_params import ShardedParams
@@ -41,7 +40,7 @@ def shard_model(
     share_input_gradients: bool = True,
     vocab_parallel_loss: bool = True,
 ) -> None:
-    """Turn `model` into this rank's part of it, in place.
+    """Turn `model` into this rank's part of it, in place. No communication.
 
     Args:
         model: a model on meta that `check_model` found to fit the plan.
@@ -69,8 +68,6 @@ def shard_model(
         shards.finish(model.get_submodule(name))
     if ranks.tp_size > 1:
         sum_partial_gradients(model, plan, ranks.tp_group)
-        if has_dropout(model):
-            use_sharded_regions(ranks.tp_group)
     unloaded = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not unloaded, f"still on meta after loading: {unloaded}"
     mark_as_sharded(model)
