@@ -6,6 +6,7 @@ Versions, the model's config, its dtypes, the DeepSpeed config and the optimizer
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,10 +49,15 @@ def lenient_versions() -> dict[str, str]:
 
 def _installed(packages: Sequence[str]) -> Iterator[tuple[str, str]]:
     for package in packages:
-        try:
-            yield package, importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            yield package, "not installed"
+        yield package, _version(package)
+
+
+@functools.cache
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def config_of(model: nn.Module) -> dict[str, str]:
