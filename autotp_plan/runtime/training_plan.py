@@ -29,15 +29,6 @@ from autotp_plan.runtime.data.sampler import ResumableSampler, tp_sampler
 from autotp_plan.runtime.deepspeed.agreement import are_several, check_same, together
 from autotp_plan.runtime.deepspeed.attendance import SECONDS_FOR_FIRST, check_all_call
 from autotp_plan.runtime.deepspeed.autotp_calls import check_autotp_calls
-from autotp_plan.runtime.parameters.compared import (
-    config_of,
-    dtypes_of,
-    flat,
-    lenient_versions,
-    optimizer_of,
-    settings_of,
-    versions,
-)
 from autotp_plan.runtime.deepspeed.engine_config import engine_config
 from autotp_plan.runtime.deepspeed.internals import skip_sums_over_one_rank
 from autotp_plan.runtime.deepspeed.mesh import Ranks, check_world_size, init_ranks, start_distributed
@@ -53,6 +44,15 @@ from autotp_plan.runtime.optimizers.choose import (
 )
 from autotp_plan.runtime.optimizers.grad_norm import use_global_norm
 from autotp_plan.runtime.optimizers.sharded_weights import sharded_weights
+from autotp_plan.runtime.parameters.compared import (
+    config_of,
+    dtypes_of,
+    flat,
+    lenient_versions,
+    optimizer_of,
+    settings_of,
+    versions,
+)
 from autotp_plan.runtime.tensor_parallel.dropout_rng import has_dropout, use_sharded_regions
 from autotp_plan.schemas.errors import Fault, MismatchError
 from autotp_plan.schemas.plan.document import Plan

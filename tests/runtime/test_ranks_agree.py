@@ -44,8 +44,8 @@ def in_two_ranks(work: Path) -> dict[str, str]:
     import torch.distributed as dist
 
     from autotp_plan.runtime import load_plan, training_plan
-    from autotp_plan.runtime.parameters import compared
     from autotp_plan.runtime.loading import shard_model
+    from autotp_plan.runtime.parameters import compared
     from tests.helpers.parity import engine_settings
 
     me = dist.get_rank()
