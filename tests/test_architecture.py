@@ -30,7 +30,7 @@ PARTS = (
 HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "safetensors", "numpy", "ray", "peft"}
 
 ROOMS = (
-    "schemas", "schemas.plan", "schemas.storage", "schemas.shards", "schemas.jobs",
+    "schemas.untrusted", "schemas", "schemas.plan", "schemas.storage", "schemas.shards", "schemas.jobs",
     "dequantize",
     "sources.transfer", "sources.torch_files", "sources.places", "sources",
     "probes",

@@ -12,6 +12,7 @@ from autotp_plan.runtime.data.text import TokenDataset, synthetic_tokens, text_t
 from autotp_plan.schemas import documents
 from autotp_plan.schemas.errors import Fault, MismatchError, OptionError
 from autotp_plan.schemas.plan.document import Plan
+from autotp_plan.schemas.untrusted.plain_files import not_plain
 from autotp_plan.sources.model_folder import model_folder
 
 
@@ -117,6 +118,8 @@ def dataset(
     try:
         place = model_folder(shards)
         place.complete()
+        if others := not_plain(place.folder):
+            raise OSError(f"{', '.join(others)}: no plain file, and might be waited for without end")
         tokenizer = AutoTokenizer.from_pretrained(str(place.folder))
     except (OSError, ValueError) as error:
         raise MismatchError(

@@ -8,14 +8,10 @@ document is for.
 from __future__ import annotations
 
 import difflib
-import errno
 import functools
 import hashlib
 import json
-import os
 import re
-import secrets
-import stat
 from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
@@ -23,57 +19,69 @@ from typing import TYPE_CHECKING, Any, cast
 
 from autotp_plan.schemas.errors import DocumentError, Fault
 from autotp_plan.schemas.schema_check import conforms, python_pattern
+from autotp_plan.schemas.untrusted.plain_files import NO_PLAIN_FILE, TooLargeError, read_plain
+from autotp_plan.schemas.untrusted.plain_files import make_folder as make_folder
+from autotp_plan.schemas.untrusted.plain_files import sync_folder as sync_folder
+from autotp_plan.schemas.untrusted.plain_files import write_atomically as write_atomically
 
 if TYPE_CHECKING:
     from jsonschema import Draft202012Validator
     from jsonschema.exceptions import ValidationError
 
 MAX_DOCUMENT_BYTES = 64 * 1024 * 1024
+MAX_CONTAINERS = 3_000_000
+"""Objects and lists of a document: an empty one takes two bytes there, and 64 in memory."""
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_json(path: Path, kind: str, special_floats: bool = False, plain: bool = False) -> Any:
-    """The parsed JSON of a file.
+    """The parsed JSON of a file; a pipe that has a name, a socket or a device is refused.
 
     Args:
         path: the file.
         kind: what messages call it, such as `plan`.
         special_floats: as for `loads`.
-        plain: refuse a pipe or device, as no file of a folder is one; it might be waited for without end.
+        plain: refuse a shell's pipe too, of `--spec <(command)`: no file of a folder is one.
 
     Raises:
-        DocumentError: it is missing, too large, not UTF-8 or not JSON.
+        DocumentError: it is missing, no file, too large, not UTF-8 or not JSON.
     """
     try:
-        status = path.stat()
-        if plain and not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "no plain file", str(path))
-        if status.st_size > MAX_DOCUMENT_BYTES:
-            raise DocumentError(
-                Fault(
-                    code="document-too-large",
-                    what=f"the {kind} is too large to be one",
-                    where=str(path),
-                    got=f"{path.stat().st_size} bytes",
-                    expected=f"at most {MAX_DOCUMENT_BYTES} bytes",
-                    next="check that this is the file you meant",
-                )
-            )
-        text = path.read_text(encoding="utf-8")
+        text = read_plain(path, MAX_DOCUMENT_BYTES, shell_pipe=not plain).decode("utf-8")
+    except TooLargeError as error:
+        raise DocumentError(_too_large(path, kind, f"{error.size} bytes", f"{MAX_DOCUMENT_BYTES} bytes")) from None
     except OSError as error:
-        raise DocumentError(
-            Fault(
-                code="unreadable-document",
-                what=f"cannot read the {kind}",
-                where=str(path),
-                got=error.strerror or str(error),
-                expected="a readable JSON file",
-                next="check the path",
-            )
-        ) from None
+        raise DocumentError(_unreadable(path, kind, error)) from None
     except UnicodeDecodeError:
         raise DocumentError(_not_json(path, kind, "bytes that are not UTF-8 text")) from None
+    containers = text.count("{") + text.count("[")
+    if containers > MAX_CONTAINERS:
+        got, expected = f"{containers} brackets", f"{MAX_CONTAINERS} of {{ and ["
+        raise DocumentError(_too_large(path, kind, got, expected))
     return parse_json(text, kind, path, special_floats)
+
+
+def _too_large(path: Path, kind: str, got: str, expected: str) -> Fault:
+    return Fault(
+        code="document-too-large",
+        what=f"the {kind} is too large to be one",
+        where=str(path),
+        got=got,
+        expected=f"at most {expected}",
+        next="check that this is the file you meant",
+    )
+
+
+def _unreadable(path: Path, kind: str, error: OSError) -> Fault:
+    no_file = error.strerror == NO_PLAIN_FILE
+    return Fault(
+        code="unreadable-document",
+        what=f"cannot read the {kind}",
+        where=str(path),
+        got=error.strerror or str(error),
+        expected="a file, and not a pipe, a socket or a device" if no_file else "a readable JSON file",
+        next="write what it gives to a file, and give that" if no_file else "check the path",
+    )
 
 
 def parse_json(text: str, kind: str, path: Path | str, special_floats: bool = False) -> Any:
@@ -135,55 +143,6 @@ def fingerprint(data: Any) -> str:
     """`sha256:` and the SHA-256 of the canonical form (sorted keys, no spaces) of a JSON value."""
     canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return "sha256:" + hashlib.sha256(canonical.encode("utf-8")).hexdigest()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old text or all of the new, synced to disk.
-
-    A link stays, and what it points to is written.
-
-    Raises:
-        OSError: it cannot be written, or is no plain file but a device or pipe; what was there stays.
-    """
-    path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is there, and is no plain file", str(path))
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    with os.fdopen(os.open(temporary, flags, 0o666), "w", encoding="utf-8", newline="\n") as file:
-        try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    sync_folder(path.parent)
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it that are missing, and bring their names to disk. Raises OSError."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    for path in reversed(missing):
-        path.mkdir(exist_ok=True)
-        sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names of the files of a folder to disk: without it a file that was renamed may be lost with the power.
-
-    Raises:
-        OSError: the folder cannot be read.
-    """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):  # file systems whose folders know no sync
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -51,11 +51,24 @@ class Fault:
 
 
 def visible(text: str) -> str:
-    """`text` with control characters written out, `\\x1b` for ESC: names in files must not act on a terminal."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    """`text` with what acts on a terminal written out, `\\x1b` for ESC: names in files must not.
+
+    Control characters but newline and tab, what turns the direction of text, and half characters, which no terminal
+    can be sent.
+    """
+    return _ACTING.sub(lambda found: f"\\x{ord(found[0]):02x}" if found[0] < "\u0100" else _escaped(found), text)
 
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+def visible_json(text: str) -> str:
+    """A JSON text with the same written as JSON writes it: its value stays."""
+    return _ACTING.sub(_escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"
+
+
+_ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 class AutoTPError(Exception):

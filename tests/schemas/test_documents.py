@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import socket
 import stat
 from collections.abc import Iterator
 from importlib import resources
@@ -17,12 +18,13 @@ import pytest
 from autotp_plan.planner import compile_plan
 from autotp_plan.schemas import documents
 from autotp_plan.schemas.codec import decode, encode
-from autotp_plan.schemas.errors import AutoTPError, DocumentError, Fault
+from autotp_plan.schemas.errors import AutoTPError, DocumentError, Fault, visible, visible_json
 from autotp_plan.schemas.layout import Layout, SubParameter, group_view, parameter_shape
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.manifest import Manifest, Owner, ShardFile, Source, SourceFile, shard_file_name
 from autotp_plan.schemas.spec import SpecFile
 from autotp_plan.schemas.storage.safetensors_header import BITS
+from autotp_plan.schemas.untrusted import plain_files
 from tests.helpers.checkpoints import write_llama
 
 SCHEMAS = ["plan", "spec", "shards"]
@@ -444,3 +446,69 @@ def test_control_characters_of_names_are_written_out() -> None:
     text = str(fault)
     assert "\\x1b[31mred\\x07" in text and "\\x9b2J" in text and "two\nlines\tand a tab" in text
     assert not set(text) & set("\x1b\x07\x9b")
+
+
+def kinds_of_no_file(folder: Path) -> list[Path]:
+    """A pipe with a name, a socket, a device (where one may be made: the machine's), and links to them."""
+    pipe, link, zero = folder / "pipe", folder / "link", folder / "zero"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    zero.symlink_to("/dev/zero")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(folder / "socket"))
+    server.close()
+    return [pipe, link, zero, folder / "socket"]
+
+
+@pytest.mark.timeout(20)
+def test_what_is_no_file_is_not_read_wherever_a_document_is_given(tmp_path: Path) -> None:
+    """Without a writer a pipe would be waited for; /dev/zero never ends."""
+    for path in kinds_of_no_file(tmp_path):
+        for read in (Plan.read, SpecFile.read, lambda p: documents.read_json(p, "DeepSpeed config")):
+            with pytest.raises(DocumentError) as caught:
+                read(path)
+            (fault,) = caught.value.faults
+            assert fault.got in ("no plain file", "No such device or address"), fault
+    assert plain_files.not_plain(tmp_path) == ["link", "pipe", "socket", "zero"]
+
+
+@pytest.mark.timeout(20)
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    for path in kinds_of_no_file(tmp_path):
+        before = path.stat().st_mode, path.is_symlink()
+        with pytest.raises(OSError, match="no plain file"):
+            documents.write_atomically(path, "text")
+        assert (path.stat().st_mode, path.is_symlink()) == before
+    assert len(list(tmp_path.iterdir())) == 4, "no temporary file is left"
+
+
+def test_a_file_that_is_replaced_keeps_who_may_read_it(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text("old")
+    path.chmod(0o600)
+    documents.write_atomically(path, "new")
+    assert path.read_text() == "new" and path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_shells_pipe_that_gives_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plain_files, "PIPE_SECONDS", 0.1)
+    reader, writer = os.pipe()
+    with pytest.raises(DocumentError, match="gave nothing for"):
+        documents.read_json(Path(f"/dev/fd/{reader}"), "spec file")
+    os.close(writer)
+    os.close(reader)
+
+
+def test_a_document_of_nothing_but_brackets_is_too_large(tmp_path: Path) -> None:
+    """Two bytes each on disk, 64 in memory."""
+    path = tmp_path / "plan.json"
+    path.write_text("[" + "[]," * documents.MAX_CONTAINERS + "[]]")
+    with pytest.raises(DocumentError, match="too large"):
+        documents.read_json(path, "plan")
+
+
+def test_what_turns_the_direction_of_text_is_written_out() -> None:
+    text = "safe\u202egnp.exe\u2066\ud800\ufeff"
+    assert visible(text) == r"safe\u202egnp.exe\u2066\ud800\ufeff"
+    assert json.loads(visible_json(json.dumps("a\u202eb\x9b", ensure_ascii=False))) == "a\u202eb\x9b"
+    assert visible("ä 漢字 😀\n\tx") == "ä 漢字 😀\n\tx"

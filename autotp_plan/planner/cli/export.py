@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from autotp_plan.planner.cli.output import not_written, reported, table_width
-from autotp_plan.schemas.errors import OutputError
+from autotp_plan.planner.cli.output import is_stdout, reported, say, say_json, table_width, write_output
+from autotp_plan.schemas.errors import visible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,7 +40,7 @@ def export(plan_file: Path, target: str, output: Path | None, partial: bool, out
     rank. A config that would train wrongly is never written.
     """
     from autotp_plan.planner.deepspeed.export import export_to_deepspeed
-    from autotp_plan.schemas.documents import format_json, write_atomically
+    from autotp_plan.schemas.documents import format_json
     from autotp_plan.schemas.plan.document import Plan
 
     plan = Plan.read(plan_file)
@@ -48,17 +48,16 @@ def export(plan_file: Path, target: str, output: Path | None, partial: bool, out
     written = not exported.obstacles or (partial and exported.trains_rightly)
     section = {"tensor_parallel": {"autotp_size": plan.tp_size, "partition_config": exported.partition_config}}
     _report_differences(plan_file, plan, exported, written)
+    if output is not None and is_stdout(output):
+        output = None
     if written and output is not None:
-        try:
-            write_atomically(output, format_json(section))
-        except OSError as error:
-            raise OutputError(not_written(output, error)) from None
+        write_output(output, format_json(section))
     if output_format == "json":
-        click.echo(json.dumps(_as_json(exported, section if written else None), indent=1))
+        say_json(json.dumps(_as_json(exported, section if written else None), indent=1))
     elif written and output is not None:
-        click.echo(f"{output}: a tensor_parallel section for a DeepSpeed config")
+        say(f"{output}: a tensor_parallel section for a DeepSpeed config")
     elif written:
-        click.echo(format_json(section), nl=False)
+        say_json(format_json(section))
     if not written:
         sys.exit(1)
 
@@ -66,21 +65,21 @@ def export(plan_file: Path, target: str, output: Path | None, partial: bool, out
 def _report_differences(plan_file: Path, plan: Plan, exported: Export, written: bool) -> None:
     """On standard error, what DeepSpeed does differently from the plan."""
     for name in exported.replicated:
-        click.echo(f"note: DeepSpeed replicates {name} on every rank, which is right and takes more memory", err=True)
+        say(f"note: DeepSpeed replicates {name} on every rank, which is right and takes more memory", err=True)
     if exported.obstacles:
         outcome = "they are replicated there" if written else "nothing was written"
-        click.echo(f"{plan_file}: plain DeepSpeed cannot express these; {outcome}", err=True)
+        say(f"{plan_file}: plain DeepSpeed cannot express these; {outcome}", err=True)
         rows = _table("where", "why")
         for obstacle in exported.obstacles:
-            rows.add_row(obstacle.where, obstacle.reason)
+            rows.add_row(visible(obstacle.where), visible(obstacle.reason))
         _print(rows, err=True)
     if written:
-        click.echo(f"note: each rank holds {exported.share:.2f} of the model there", err=True)
+        say(f"note: each rank holds {exported.share:.2f} of the model there", err=True)
     elif exported.trains_rightly:
-        click.echo("with --partial they are replicated on every rank, which is right and takes more memory: "
+        say("with --partial they are replicated on every rank, which is right and takes more memory: "
                    f"{exported.share:.2f} of the model on each", err=True)  # fmt: skip
     if written and not exported.tried:
-        click.echo(
+        say(
             f"note: plain DeepSpeed was not tried with model_type {plan.model.model_type}. It also divides attributes "
             "that it takes for head counts by their names: compare some steps with the unsharded model first",
             err=True,
@@ -117,7 +116,7 @@ def list_presets(output_format: str) -> None:
             {"name": one.name, "model_types": one.model_types, "aliases": one.aliases, "description": one.description}
             for one in found
         ]
-        click.echo(json.dumps(rows, indent=1))
+        say_json(json.dumps(rows, indent=1))
         return
     table = _table("preset", "model_type", "what it covers")
     for one in found:
@@ -132,7 +131,7 @@ def show_preset(name: str) -> None:
     """Print a preset: a spec file, to read or to start another one from."""
     from autotp_plan.planner.rules.preset_files import preset_text
 
-    click.echo(preset_text(name), nl=False)
+    say_json(preset_text(name))
 
 
 def _table(*titles: str) -> Table:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from autotp_plan.planner.cli.module_options import given_model, module_options
-from autotp_plan.planner.cli.output import not_written, reported
-from autotp_plan.schemas.errors import CompileError, Fault, MissingDependencyError, OutputError
+from autotp_plan.planner.cli.output import is_stdout, reported, say, say_json, write_output
+from autotp_plan.schemas.errors import CompileError, Fault, MissingDependencyError
 
 if TYPE_CHECKING:
     from autotp_plan.factories.module_factory import ModuleFactory
@@ -49,24 +49,19 @@ def infer(model: str | None, output: Path | None, timeout: int, factory: Callabl
 
     The spec file is not proven: `compile --preset infer` proves the plan that it makes, and so does `verify`.
     """
-    from autotp_plan.schemas.documents import format_json, write_atomically
+    from autotp_plan.schemas.documents import format_json
     from autotp_plan.sources.model_folder import model_folder
 
     made_by = factory()
     given_model(model, made_by)
     spec = infer_with_limits(made_by or model_folder(model or "").folder, timeout)
     text = format_json(spec)
-    if output is None:
-        click.echo(text, nl=False)
+    if output is None or is_stdout(output):
+        say_json(text)
         return
-    try:
-        write_atomically(output, text)
-    except OSError as error:
-        raise OutputError(not_written(output, error)) from None
-    click.echo(
-        f"{output}: {len(spec['layer_specs'])} rules; prove them with `autotp-plan compile --preset infer`", err=True
-    )
-    click.echo(spec["description"], err=True)
+    write_output(output, text)
+    say(f"{output}: {len(spec['layer_specs'])} rules; prove them with `autotp-plan compile --preset infer`", err=True)
+    say(spec["description"], err=True)
 
 
 def infer_with_limits(model: Path | ModuleFactory, timeout: float) -> dict[str, Any]:
@@ -99,7 +94,7 @@ def infer_with_limits(model: Path | ModuleFactory, timeout: float) -> dict[str, 
     from autotp_plan.inference.worker import MEMORY_EXIT, infer_and_watch
     from autotp_plan.runtime.verify.workers import RankError, run_ranks
 
-    click.echo("inferring how the model is sharded, from small models of its architecture", err=True)
+    say("inferring how the model is sharded, from small models of its architecture", err=True)
     try:
         given = model.resolve() if isinstance(model, Path) else model
         (found,) = run_ranks(infer_and_watch, 1, given, MOST_MEMORY, timeout=timeout)
@@ -124,5 +119,5 @@ def prove_on_twin(plan: Plan, factory: ModuleFactory | None) -> Any:
     """Try a plan that needs proof on a twin; takes torch, transformers and DeepSpeed."""
     from autotp_plan.runtime.verify.run import try_plan
 
-    click.echo(f"trying a plan on a twin at TP={plan.tp_size}", err=True)
+    say(f"trying a plan on a twin at TP={plan.tp_size}", err=True)
     return try_plan(plan, factory)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click
-
-from autotp_plan.planner.cli.output import progress
-from autotp_plan.schemas.errors import AutoTPError, CheckpointError, Fault, visible
+from autotp_plan.planner.cli.output import progress, say
+from autotp_plan.schemas.errors import AutoTPError, CheckpointError, Fault
 
 
 def check_job(folder: Path) -> None:
@@ -35,7 +33,7 @@ def check_job(folder: Path) -> None:
             count = len(tag.manifest.files) if tag.manifest else 0
             state = f"sound, every checksum is right ({count} files, {human_bytes(tag.size)})"
         mark = " (latest)" if tag.name == named else ""
-        click.echo(visible(f"{tag.name}{mark}: {state}"))
+        say(f"{tag.name}{mark}: {state}")
     faults = [fault] if fault else [one for tag in found if tag.name == named for one in tag.faults]
     if named is not None and named not in {tag.name for tag in found}:
         faults = [_not_complete(folder / named)]

@@ -19,9 +19,9 @@ from autotp_plan.planner.cli.export import export, presets
 from autotp_plan.planner.cli.infer import TIMEOUT, infer, infer_with_limits, prove_on_twin, time_limit
 from autotp_plan.planner.cli.job import check_job
 from autotp_plan.planner.cli.module_options import given_model, module_options
-from autotp_plan.planner.cli.output import not_written, reported, table_width
+from autotp_plan.planner.cli.output import is_stdout, reported, say, say_json, table_width, write_output
 from autotp_plan.planner.cli.shards import check_shards, convert, merge, presplit, reshard
-from autotp_plan.schemas.errors import AutoTPError, Fault, OutputError, visible
+from autotp_plan.schemas.errors import AutoTPError, Fault, visible
 from autotp_plan.schemas.shards.manifest import MANIFEST_NAME, PLAN_NAME
 
 if TYPE_CHECKING:
@@ -91,7 +91,6 @@ def compile(
     """Compile a plan: decide how every parameter of a model is sharded."""
     from autotp_plan.planner.compiler import compile_plan
     from autotp_plan.planner.deepspeed.read_config import read_deepspeed_config
-    from autotp_plan.schemas.documents import write_atomically
     from autotp_plan.schemas.spec import SpecFile
 
     made_by = factory()
@@ -128,10 +127,7 @@ def compile(
         factory=made_by,
         dtype=dtype,
     )
-    try:
-        write_atomically(output, plan.to_json())
-    except OSError as error:
-        raise OutputError(not_written(output, error)) from None
+    write_output(output, plan.to_json())
     _report_compiled(plan, output)
 
 
@@ -139,15 +135,16 @@ def _report_compiled(plan: Plan, output: Path) -> None:
     from autotp_plan.planner.plan_table import human_bytes, summary
 
     for note in plan.notes:
-        click.echo(f"note: {visible(note)}", err=True)
+        say(f"note: {note}", err=True)
     if plan.dequantize is not None:
-        click.echo(f"the checkpoint has weights of {plan.dequantize} while they are sharded or loaded", err=True)
+        say(f"the checkpoint has weights of {plan.dequantize} while they are sharded or loaded", err=True)
     totals = summary(plan)
     largest = max(totals.per_rank)
-    click.echo(
+    say(
         f"{output}: {totals.num_parameters} parameters at TP={plan.tp_size}; "
         f"{human_bytes(largest)} of {human_bytes(totals.total)} on a rank, "
-        f"{human_bytes(totals.replicated)} of it replicated"
+        f"{human_bytes(totals.replicated)} of it replicated",
+        err=is_stdout(output),
     )
 
 
@@ -184,7 +181,7 @@ def check(plan_file: Path, checkpoint: str | None) -> None:
     if faults:
         raise AutoTPError(faults)
     against = f" and {checkpoint} holds what it says" if checkpoint else ""
-    click.echo(f"{plan_file}: the plan is sound{against}")
+    say(f"{plan_file}: the plan is sound{against}")
 
 
 @main.command()
@@ -198,7 +195,7 @@ def show(plan_file: Path, output_format: str) -> None:
 
     plan = Plan.read(plan_file)
     if output_format == "json":
-        click.echo(json.dumps(as_json(plan), indent=1))
+        say_json(json.dumps(as_json(plan), indent=1))
     else:
         _print_table(plan)
 
@@ -262,14 +259,12 @@ def verify(
     A plan that is proven gets a stamp, which `show` displays; the exit status is 1 when it is not. Errors are absolute,
     over the largest magnitude in a tensor where that is above 1.
     """
-    from autotp_plan.schemas.documents import write_atomically
     from autotp_plan.schemas.plan.document import Plan
-    from autotp_plan.schemas.shards.manifest import MANIFEST_NAME, PLAN_NAME
 
     plan = Plan.read(plan_file)
     proof = _verified(plan, tuple(dict.fromkeys(attention)), optimizer, factory())
     if output_format == "json":
-        click.echo(json.dumps(proof.to_dict(), indent=1, allow_nan=False))
+        say_json(json.dumps(proof.to_dict(), indent=1, allow_nan=False))
     else:
         _print_proof(proof)
     if not proof.proven:
@@ -277,12 +272,9 @@ def verify(
     if no_stamp or optimizer != "adamw":
         return
     if plan_file.name == PLAN_NAME and (plan_file.parent / MANIFEST_NAME).exists():
-        click.echo("not stamped: the plan is part of a shards folder, whose checksums hold it as it is", err=True)
+        say("not stamped: the plan is part of a shards folder, whose checksums hold it as it is", err=True)
     else:
-        try:
-            write_atomically(plan_file, dataclasses.replace(plan, verified=proof.stamp()).to_json())
-        except OSError as error:
-            raise OutputError(not_written(plan_file, error)) from None
+        write_output(plan_file, dataclasses.replace(plan, verified=proof.stamp()).to_json())
 
 
 def _verified(plan: Plan, attention: tuple[str, ...], optimizer: str, factory: ModuleFactory | None) -> Proof:
@@ -311,11 +303,11 @@ def _print_proof(proof: Proof) -> None:
     for row in proof.rows():
         errors = (row.gradient, row.accumulated, row.stepped)
         wrong = any(error is not None and error > FLOAT64_TOLERANCE for error in errors)
-        table.add_row(row.name, *map(error_text, errors), style="red" if wrong else None)
-    console.print(Text(proof.headline(), style="bold"))
+        table.add_row(visible(row.name), *map(error_text, errors), style="red" if wrong else None)
+    console.print(Text(visible(proof.headline()), style="bold"))
     console.print(table)
     for line in proof.conclusions():
-        console.print(line)
+        console.print(visible(line))
 
 
 main.add_command(export)

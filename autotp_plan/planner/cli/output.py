@@ -1,4 +1,7 @@
-"""How a command reports errors and exits, and what it shows of long work."""
+"""The one place that prints and exits: what a command says, shows of long work, writes, and reports of errors.
+
+What it prints may hold names from files of strangers: all of it is made visible first (`schemas.errors.visible`).
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,13 @@ from typing import Any, TextIO, TypeVar
 
 import click
 
-from autotp_plan.schemas.errors import AutoTPError, Fault
+from autotp_plan.schemas.documents import write_atomically
+from autotp_plan.schemas.errors import AutoTPError, Fault, OutputError, visible, visible_json
 
 _F = TypeVar("_F", bound=Callable[..., None])
 _LINE_SECONDS = 5.0
 _ANY_WIDTH = 10_000
+_STDOUT = frozenset({"-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"})
 
 
 def reported(function: _F) -> _F:
@@ -71,6 +76,36 @@ def table_width(stream: TextIO | None = None) -> int | None:
     return None if (stream or sys.stdout).isatty() else _ANY_WIDTH
 
 
+def say(text: str, err: bool = False) -> None:
+    """Print a line on standard output, or on standard error."""
+    click.echo(visible(text), err=err)
+
+
+def say_json(text: str) -> None:
+    """Print JSON that is complete, with the newline at its end or without."""
+    click.echo(visible_json(text), nl=not text.endswith("\n"))
+
+
+def is_stdout(output: Path) -> bool:
+    """Whether `-o` names standard output: `-`, or its device."""
+    return str(output) in _STDOUT
+
+
+def write_output(output: Path, text: str) -> None:
+    """Write what a command was asked for with `-o`: a file, or standard output.
+
+    Raises:
+        OutputError: it cannot be written, or something is there that is no plain file.
+    """
+    if is_stdout(output):
+        say_json(text)
+        return
+    try:
+        write_atomically(output, text)
+    except OSError as error:
+        raise OutputError(_not_written(output, error)) from None
+
+
 def _lines(what: str) -> Callable[[int, int], None]:
     from autotp_plan.planner.plan_table import human_bytes
 
@@ -86,7 +121,7 @@ def _lines(what: str) -> Callable[[int, int], None]:
         left = f"{(total - done) / rate:.0f} s left" if rate else ""
         percent = 100 * done // max(total, 1)
         line = f"{what}: {human_bytes(done)} of {human_bytes(total)} ({percent}%), {human_bytes(int(rate))}/s, {left}"
-        click.echo(line, err=True)
+        say(line, err=True)
 
     return show
 
@@ -95,7 +130,7 @@ def _fail(faults: Sequence[Fault]) -> None:
     for fault in faults:
         click.echo(click.style("error: ", fg="red", bold=True, reset=True) + str(fault), err=True)
     if len(faults) > 1:
-        click.echo(f"{len(faults)} errors; nothing was written", err=True)
+        say(f"{len(faults)} errors; nothing was written", err=True)
     sys.exit(2)
 
 
@@ -110,13 +145,12 @@ def _refused(error: OSError) -> Fault:
     )
 
 
-def not_written(path: Path, error: OSError) -> Fault:
-    """The fault of a file that cannot be written."""
+def _not_written(path: Path, error: OSError) -> Fault:
     return Fault(
         code="file-not-written",
         what="the file cannot be written",
         where=str(path),
         got=error.strerror or str(error),
         expected="a file in a folder that exists and can be written to",
-        next="make the folder, or give another path",
+        next="make the folder, or give another path; `-o -` prints it",
     )

@@ -12,7 +12,7 @@ import click
 
 from autotp_plan.planner.cli.infer import TIMEOUT, infer_with_limits, prove_on_twin, time_limit
 from autotp_plan.planner.cli.module_options import module_options
-from autotp_plan.planner.cli.output import progress, reported
+from autotp_plan.planner.cli.output import progress, reported, say
 
 if TYPE_CHECKING:
     from autotp_plan.factories.module_factory import ModuleFactory
@@ -51,13 +51,11 @@ def presplit(plan_file: Path, checkpoint: str, output: Path, part: str | None, w
     with progress("presplit", quiet) as shown:
         manifest = run(plan, place, output, workers=workers, progress=shown, part=share)
     if plan.dequantize is not None and place.sha256:
-        click.echo(
-            "note: the hub's SHA-256 was not compared: shards do not hold the bytes of quantised weights", err=True
-        )
+        say("note: the hub's SHA-256 was not compared: shards do not hold the bytes of quantised weights", err=True)
     if manifest is not None:
         _report(manifest, output, started, quiet)
     elif not quiet:
-        click.echo(f"{output}: part {part} in {time.monotonic() - started:.1f} s; {find_parts(output) or 'finished'}")
+        say(f"{output}: part {part} in {time.monotonic() - started:.1f} s; {find_parts(output) or 'finished'}")
 
 
 @click.command()
@@ -82,11 +80,11 @@ def merge(shards: Path, output: Path, workers: int, quiet: bool) -> None:
     if not quiet:
         folder = read_shards(shards)
         quantized, torch_files = folder.plan.dequantize, converted_from(folder)
-        click.echo(f"{output}: the checkpoint, {human_bytes(size)} in {time.monotonic() - started:.1f} s")
+        say(f"{output}: the checkpoint, {human_bytes(size)} in {time.monotonic() - started:.1f} s")
         if quantized is not None:
-            click.echo(f"{output}: written in {quantized.dtype}; the original's weights are {quantized.method}")
+            say(f"{output}: written in {quantized.dtype}; the original's weights are {quantized.method}")
         if torch_files:
-            click.echo(f"{output}: written as safetensors; the original was {_some(torch_files)}")
+            say(f"{output}: written as safetensors; the original was {_some(torch_files)}")
 
 
 @click.command()
@@ -108,7 +106,7 @@ def convert(checkpoint: str, output: Path, workers: int, quiet: bool) -> None:
     with progress("convert", quiet) as shown:
         size = run(checkpoint, output, workers=workers, progress=shown)
     if not quiet:
-        click.echo(f"{output}: safetensors, {human_bytes(size)} in {time.monotonic() - started:.1f} s")
+        say(f"{output}: safetensors, {human_bytes(size)} in {time.monotonic() - started:.1f} s")
 
 
 @click.command()
@@ -176,7 +174,7 @@ def check_shards(folder: Path) -> None:
         shards = run(folder, progress=shown)
     size = sum(file.size for file in shards.manifest.files)
     files = f"{len(shards.manifest.files)} files, {human_bytes(size)} for {shards.plan.tp_size} ranks"
-    click.echo(f"{folder}: sound, every checksum is right ({files})")
+    say(f"{folder}: sound, every checksum is right ({files})")
 
 
 def _some(names: list[str]) -> str:
@@ -189,4 +187,4 @@ def _report(manifest: Manifest, output: Path, started: float, quiet: bool) -> No
 
         size = human_bytes(sum(file.size for file in manifest.files))
         seconds = f"{time.monotonic() - started:.1f} s"
-        click.echo(f"{output}: {len(manifest.files)} files, {size} for {manifest.tp_size} ranks in {seconds}")
+        say(f"{output}: {len(manifest.files)} files, {size} for {manifest.tp_size} ranks in {seconds}")

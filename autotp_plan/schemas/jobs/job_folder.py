@@ -15,6 +15,9 @@ from autotp_plan.schemas.jobs.job_manifest import ABOUT_NAME, LATEST_NAME, UNFIN
 from autotp_plan.schemas.names import natural_key
 from autotp_plan.schemas.storage import checksum
 from autotp_plan.schemas.storage.checksum import Progress
+from autotp_plan.schemas.untrusted.plain_files import TooLargeError, read_plain
+
+_MOST_TAG_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,10 +53,10 @@ def latest(folder: Path) -> str | None:
     """
     path = folder / LATEST_NAME
     try:
-        found = path.read_text(encoding="utf-8").strip()
+        found = read_plain(path, _MOST_TAG_BYTES).decode("utf-8").strip()
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, TooLargeError) as error:
         raise CheckpointError(_not_a_tag(path, str(error))) from None
     if not found or Path(found).name != found or found in (".", "..") or not found.isprintable():
         raise CheckpointError(_not_a_tag(path, repr(found)))

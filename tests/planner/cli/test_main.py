@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from autotp_plan.planner import cli
 from autotp_plan.planner.cli.main import main
 from autotp_plan.schemas import documents
 from autotp_plan.schemas.plan.document import Plan
@@ -268,7 +270,7 @@ def test_a_closed_pipe_ends_the_command_in_silence(plan_file: Path) -> None:
 
 def test_an_interrupted_process_leaves_no_plan(llama: Path, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "m", {"w": (2,)}, LLAMA_CONFIG)
-    os.mkfifo(folder / "spec.json")
+    reader, writer = os.pipe()
     output = tmp_path / "plan.json"
     process = subprocess.Popen(
         [
@@ -283,16 +285,24 @@ def test_an_interrupted_process_leaves_no_plan(llama: Path, tmp_path: Path) -> N
             "-o",
             str(output),
             "--spec",
-            str(folder / "spec.json"),
+            f"/dev/fd/{reader}",
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        pass_fds=[reader],
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it for what it starts with &
     )
-    with open(folder / "spec.json", "w"):  # which waits for the process to open it, too
-        process.send_signal(2)
-        _, stderr = process.communicate(timeout=30)
+    pipe = Path(f"/proc/self/fd/{reader}").readlink()
+    opened = Path(f"/proc/{process.pid}/fd")
+    for _ in range(3000):  # until the process has opened the pipe too, and waits
+        if [link for link in opened.iterdir() if link.is_symlink() and link.readlink() == pipe][1:]:
+            break
+        time.sleep(0.01)
+    process.send_signal(2)
+    _, stderr = process.communicate(timeout=30)
+    os.close(reader)
+    os.close(writer)
     assert process.returncode == 1
     assert "Aborted!" in stderr
     assert not output.exists()
@@ -377,6 +387,50 @@ def test_a_file_of_a_checkpoint_that_is_a_pipe_is_not_waited_for(
     refused = run("compile", "--model", folder, "--tp", 2, "-o", tmp_path / "new.json", status=2).output
     assert name in refused
     assert name.endswith("safetensors") or "no plain file" in refused
+
+
+@pytest.mark.timeout(60)
+def test_a_document_that_is_a_pipe_is_not_waited_for(run: Run, llama: Path, plan_file: Path, tmp_path: Path) -> None:
+    pipe, new = tmp_path / "pipe", tmp_path / "new.json"
+    os.mkfifo(pipe)
+    given = ("compile", "--model", llama, "--tp", 2, "-o", new)
+    for arguments in (
+        ("show", pipe),
+        ("check", pipe),
+        ("export", pipe, "--to", "deepspeed"),
+        ("presplit", pipe, "--checkpoint", llama, "-o", tmp_path / "shards"),
+        (*given, "--spec", pipe),
+        (*given, "--ds-config", pipe),
+    ):
+        refused = run(*arguments, status=2).output
+        assert "no plain file" in refused and "write what it gives to a file" in refused
+    assert not new.exists()
+
+
+def test_a_plan_is_printed_where_standard_output_is_asked_for(run: Run, llama: Path, plan_file: Path) -> None:
+    for output in ("-", "/dev/stdout"):
+        result = run("compile", "--model", llama, "--tp", 2, "-o", output)
+        assert result.stdout == plan_file.read_text()
+        assert "21 parameters at TP=2" in result.stderr
+    printed = run("export", plan_file, "--to", "deepspeed").stdout
+    assert run("export", plan_file, "--to", "deepspeed", "-o", "-").stdout == printed
+
+
+def test_export_and_infer_do_not_replace_a_pipe(run: Run, plan_file: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    refused = run("export", plan_file, "--to", "deepspeed", "-o", pipe, status=2)
+    assert "no plain file" in refused.output and pipe.is_fifo() and "`-o -` prints it" in refused.output
+
+
+def test_one_file_of_the_command_prints() -> None:
+    """What is printed elsewhere would not be made visible first."""
+    folder = Path(cli.__path__[0])
+    printing = {path.name for path in folder.glob("*.py") if "click.echo" in path.read_text()}
+    assert printing == {"output.py"}
+    assert all(
+        "visible" in line for line in (folder / "main.py").read_text().splitlines() if "console.print(line" in line
+    )
 
 
 def test_names_of_a_checkpoint_do_not_act_on_the_terminal(run: Run, tmp_path: Path) -> None:
