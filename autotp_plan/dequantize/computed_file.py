@@ -81,6 +81,12 @@ class ComputedFile:
     def __str__(self) -> str:
         return str(self._original)
 
+    @property
+    def behind(self) -> tuple[File, ...]:
+        """The files with the codes and scales, and with what is not quantised."""
+        tensors = (tensor for source in self._sources for tensor in _tensors(source))
+        return tuple(dict.fromkeys([self._original, *(tensor.file for tensor in tensors)]))
+
     def read_into(self, target: memoryview, spans: Sequence[Span], reader: Reader) -> None:
         """Fill `target` with the bytes of `spans`, one after the other. Raises as `StoredFile`, and as `Weights`."""
         wanted = []
@@ -130,6 +136,11 @@ class ComputedFile:
                     yield self._sources[index], Span(start - tensor.start, count)
                     start, length = start + count, length - count
                 index += 1
+
+
+def _tensors(source: Source) -> tuple[TensorEntry, ...]:
+    """The tensors that a tensor is computed of, or the one that it is."""
+    return (source,) if isinstance(source, TensorEntry) else (source.codes, source.scale)
 
 
 def _no_numpy(missing: str) -> Fault:

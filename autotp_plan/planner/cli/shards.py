@@ -30,10 +30,23 @@ _QUIET = click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 )
 @click.option("-o", "--output", type=_FILE, required=True, help="New folder for the shards, or one to continue.")
 @click.option("--part", metavar="K/N", help="Write the K-th of N shares of the files; each may run on another machine.")
+@click.option(
+    "--checksum-source",
+    is_flag=True,
+    help="Notice by every byte that the checkpoint changed, and not by sizes, times and inodes alone.",
+)
 @_WORKERS
 @_QUIET
 @reported
-def presplit(plan_file: Path, checkpoint: str, output: Path, part: str | None, workers: int, quiet: bool) -> None:
+def presplit(
+    plan_file: Path,
+    checkpoint: str,
+    output: Path,
+    part: str | None,
+    workers: int,
+    quiet: bool,
+    checksum_source: bool = False,
+) -> None:
     """Write a checkpoint as a folder of per-rank shards that needs nothing else to train from.
 
     Stopped at any moment, the same command continues with the files that are missing. With --part several machines
@@ -49,7 +62,16 @@ def presplit(plan_file: Path, checkpoint: str, output: Path, part: str | None, w
     share = None if part is None else dataclasses.astuple(Part.parse(part))
     started = time.monotonic()
     with progress("presplit", quiet) as shown:
-        manifest = run(plan, place, output, workers=workers, progress=shown, part=share)
+        manifest = run(
+            plan,
+            place,
+            output,
+            workers=workers,
+            progress=shown,
+            part=share,
+            checksum_source=checksum_source,
+            notes=_noted(quiet),
+        )
     if plan.dequantize is not None and place.sha256:
         say("note: the hub's SHA-256 was not compared: shards do not hold the bytes of quantised weights", err=True)
     if manifest is not None:
@@ -161,6 +183,7 @@ def reshard(
             factory=made_by,
             workers=workers,
             progress=shown,
+            notes=_noted(quiet),
         )
     _report(manifest, output, started, quiet)
 
@@ -175,6 +198,11 @@ def check_shards(folder: Path) -> None:
     size = sum(file.size for file in shards.manifest.files)
     files = f"{len(shards.manifest.files)} files, {human_bytes(size)} for {shards.plan.tp_size} ranks"
     say(f"{folder}: sound, every checksum is right ({files})")
+
+
+def _noted(quiet: bool) -> Callable[[str], None]:
+    """Shows a note on stderr, unless `quiet`."""
+    return lambda note: None if quiet else say(f"note: {note}", err=True)
 
 
 def _some(names: list[str]) -> str:

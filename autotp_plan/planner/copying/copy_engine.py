@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 from autotp_plan.planner.copying.copy_plan import FileGroup, StoredShard, TensorCopy
 from autotp_plan.planner.copying.copy_rows import Rows, copy_rows, transpose
 from autotp_plan.schemas.shards.output_file import OutputFile
-from autotp_plan.schemas.shards.output_folder import OutputFolder
 from autotp_plan.schemas.storage.checksum import Progress
 from autotp_plan.schemas.storage.files import Reader
 
@@ -24,9 +24,23 @@ BUFFER_BYTES = 96 * 1024 * 1024
 MAX_OPEN = 32
 
 
+class Target(Protocol):
+    """What files are written into: an `OutputFolder`."""
+
+    @property
+    def finished(self) -> Container[str]:
+        """The files that are complete."""
+
+    def begin(self, output: OutputFile) -> None:
+        """Create a file."""
+
+    def finish(self, output: OutputFile) -> None:
+        """All of a file is written."""
+
+
 def write_groups(
     groups: Iterable[FileGroup],
-    folder: OutputFolder,
+    folder: Target,
     *,
     total: int,
     workers: int,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from autotp_plan.planner.copying.copy_engine import write_groups
 from autotp_plan.planner.copying.copy_plan import FileGroup, TensorCopy, file_copy, full_tensor
 from autotp_plan.planner.shards.folder_writer import check_options
 from autotp_plan.planner.shards.merge import is_finished
+from autotp_plan.planner.shards.watch import watch_checkpoint
 from autotp_plan.schemas.errors import CheckpointError, Fault
 from autotp_plan.schemas.shards.manifest import INDEX_COPY_NAME
 from autotp_plan.schemas.shards.origin import CopiedFile, original_of_checkpoint
@@ -20,6 +22,7 @@ from autotp_plan.schemas.storage.checkpoint import INDEX_NAME, Checkpoint
 from autotp_plan.schemas.storage.checksum import Progress
 from autotp_plan.schemas.storage.files import ByteRange
 from autotp_plan.schemas.storage.safetensors_header import SafetensorsFile, prefixed
+from autotp_plan.schemas.storage.stamps import stamps_in
 from autotp_plan.sources.model_folder import Place, model_folder, open_checkpoint
 
 
@@ -42,13 +45,14 @@ def convert(
         progress: called with the bytes read and the bytes in all, from worker threads.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, or is of safetensors files already.
+        CheckpointError: the checkpoint cannot be read, changed while it was read, or is of safetensors files already.
         OptionError: `workers` is not positive.
         OutputError: `output` cannot be written, or the operating system stopped the command.
     """
     check_options("convert", workers)
     output = Path(output)
     place = model_folder(checkpoint_folder)
+    before = stamps_in(place.folder)
     checkpoint = open_checkpoint(place)
     if all(isinstance(file.path, Path) for file in checkpoint.files):
         raise CheckpointError(_nothing_to_convert(checkpoint))
@@ -60,14 +64,21 @@ def convert(
     ]
     sizes = {file.path.name: file.size for file in checkpoint.files} | {file.name: file.size for file in copied}
     task = {"command": "convert", "source": original.source.fingerprint}
-    if is_finished(output, sizes, original.source):
+    watch = watch_checkpoint(place, checkpoint, original, before, "convert", workers=workers, progress=progress)
+
+    def groups() -> Iterator[FileGroup]:
+        weights = (_group(file, output / file.path.name) for file in checkpoint.files)
+        small = (file_copy(file.path, output / file.name, file.size) for file in copied)
+        return watch.with_modes(itertools.chain(weights, small))
+
+    if is_finished(output, sizes, original.source) and not watch.differing(groups, sizes):
         return sum(sizes.values())
     with OutputFolder(output, task, "convert") as folder:
         folder.resume(sizes, workers, progress)
-        weights = (_group(file, output / file.path.name) for file in checkpoint.files)
-        small = (file_copy(file.path, output / file.name, file.size) for file in copied)
+        watch.resume(folder, groups)
         total = sum(file.size - _data(file).start for file in checkpoint.files) + sum(file.size for file in copied)
-        write_groups(itertools.chain(weights, small), folder, total=total, workers=workers, progress=progress)
+        write_groups(groups(), folder, total=total, workers=workers, progress=progress)
+        watch.finish(folder, groups, sizes)
         folder.complete()
     return sum(sizes.values())
 

@@ -5,29 +5,40 @@ From the same plan and checkpoint the folder is the same, to the byte, wherever 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 
 from autotp_plan.planner.copying.copy_engine import write_groups
 from autotp_plan.planner.copying.copy_plan import FileGroup, Matrices, StoredShard, TensorCopy, file_copy, full_tensor
 from autotp_plan.planner.copying.source_check import Digests, SourceCheck
+from autotp_plan.planner.shards.watch import Watch, some
 from autotp_plan.schemas.errors import AutoTPError, Fault, OptionError, OutputError
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.file_layout import PlacedFile
 from autotp_plan.schemas.shards.folder import read_shards
 from autotp_plan.schemas.shards.manifest import JOURNAL_NAME, MANIFEST_NAME, PLAN_NAME, Manifest
 from autotp_plan.schemas.shards.new_shards import NewShards
-from autotp_plan.schemas.shards.origin import Original
+from autotp_plan.schemas.shards.origin import Original, is_weights
 from autotp_plan.schemas.shards.output_file import OutputFile
 from autotp_plan.schemas.shards.output_folder import OutputFolder
 from autotp_plan.schemas.shards.part_folder import PartFolder
 from autotp_plan.schemas.shards.parts import Part, remove_part_files
 from autotp_plan.schemas.storage.byte_ranges import ByteRanges
+from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME
 from autotp_plan.schemas.storage.checksum import Progress
 from autotp_plan.schemas.storage.safetensors_header import item_size, num_bytes
 
 Sources = Mapping[str, tuple[StoredShard, ...]]
 """Where the bytes of each parameter are, every byte once, by the name of the parameter."""
+
+Notes = Callable[[str], None]
+"""Is called with what a user should know, one sentence at a time."""
+
+
+def nobody(note: str) -> None:
+    """Nobody is told."""
+
 
 NOTHING_KNOWN = Digests(files=(), expected=())
 NOTHING_TRANSPOSED: Mapping[str, Matrices] = {}
@@ -43,6 +54,8 @@ def write_shards(
     max_file_bytes: int,
     workers: int,
     progress: Progress | None,
+    watch: Watch,
+    notes: Notes = nobody,
     matrices: Mapping[str, Matrices] = NOTHING_TRANSPOSED,
     part: Part | None = None,
     digests: Digests | None = None,
@@ -59,6 +72,8 @@ def write_shards(
         max_file_bytes: a file has at most as many bytes of tensors, or one tensor.
         workers: threads that copy.
         progress: called with the bytes copied and the bytes in all.
+        watch: watches what is read.
+        notes: called with what a user should know, one sentence at a time.
         matrices: what parameters are in `sources` that are transposed there.
         part: which part of the files to write; None for all.
         digests: what the files of the checkpoint must be, which is compared before the manifest is written.
@@ -68,16 +83,21 @@ def write_shards(
         None when other parts are not complete: whoever completes the last one writes the manifest.
 
     Raises:
-        CheckpointError: a file is not what `digests` says.
+        CheckpointError: a file is not what `digests` says, or the source changed while it was read.
         OptionError: `workers` or `max_file_bytes` is not positive.
-        OutputError: `output` cannot be written.
+        OutputError: `output` cannot be written, or holds finished shards of a source that has changed since.
     """
     check_options(command, workers, max_file_bytes)
     new = NewShards(plan, original, max_file_bytes)
     shares = new.shares(1 if part is None else part.count)
     share = shares[0 if part is None else part.number - 1]
+
+    def groups(names: Container[str] = share) -> Iterator[FileGroup]:
+        return watch.with_modes(_groups(new, sources, matrices, output, names))
+
     finished = _finished(new, output, workers, share)
     if finished is not None:
+        _refuse_if_source_changed(watch.differing(groups, share), output, command)
         return finished
     task = {
         "command": command,
@@ -90,9 +110,12 @@ def write_shards(
         return SourceCheck(new, digests or NOTHING_KNOWN, matrices, output, workers)
 
     def write(folder: OutputFolder, completed: Callable[[], None] = lambda: None) -> None:
-        groups = _groups(new, sources, matrices, output, share)
+        again = watch.resume(folder, groups)
+        if again:
+            notes(f"{len(again)} files in {output} are written again, as what they are made of has changed: {again[0]}")
+        folder.mode = watch.files.strictest_mode(filter(_describes, watch.files.stamps))
         write_groups(
-            groups,
+            groups(),
             folder,
             total=_total(new, share),
             workers=workers,
@@ -100,6 +123,7 @@ def write_shards(
             chunk_bytes=chunk_bytes,
             completed=completed,
         )
+        watch.finish(folder, groups, share)
 
     if part is None:
         with OutputFolder(output, task, command) as folder, check() as checked:
@@ -114,6 +138,7 @@ def write_shards(
             write(of_part)
             of_part.complete_part()
             if of_part.gather():
+                _compare_parts(of_part, watch, groups)
                 with check() as checked:
                     checked.finish(of_part.finished)
                 return new.finish(of_part, original.source)
@@ -123,6 +148,45 @@ def write_shards(
             raise
         return finished
     return _finished(new, output, workers, share)  # another process may have written the manifest meanwhile
+
+
+def _describes(name: str) -> bool:
+    """Whether a file of the source says what is in the plan and the manifest."""
+    return is_weights(name) or name in (CONFIG_NAME, PLAN_NAME, MANIFEST_NAME)
+
+
+def _compare_parts(folder: PartFolder, watch: Watch, groups: Callable[[Container[str]], Iterator[FileGroup]]) -> None:
+    """Raise OutputError unless all parts were made of what the source is now."""
+    for number, share in enumerate(folder.shares, start=1):
+        part = Part(number, folder.part.count)
+        changed = watch.files.differing(folder.read_by(part))
+        if changed and (wrong := watch.differing(functools.partial(groups, share), share, changed)):
+            raise OutputError(
+                Fault(
+                    code="part-of-another-source",
+                    what="a part was made of another state of the source",
+                    where=str(folder.path / wrong[0]),
+                    got=f"part {number}, with other bytes than the source has now",
+                    expected="all parts of one state of the source",
+                    next=f"run {folder.command} with --part {number}/{folder.part.count} again: it writes again what "
+                    "does not fit",
+                )
+            )
+
+
+def _refuse_if_source_changed(wrong: list[str], output: Path, command: str) -> None:
+    if wrong:
+        raise OutputError(
+            Fault(
+                code="source-changed-since",
+                what="the folder is finished, and its source has changed since",
+                where=str(output),
+                got=f"other bytes in {some(wrong)}",
+                expected="what the source holds now",
+                next=f"remove the folder, or give another, and run {command} again; or give the source that it was "
+                "made of",
+            )
+        )
 
 
 MAX_WORKERS = 1024
@@ -174,7 +238,7 @@ def _total(new: NewShards, share: Mapping[str, int]) -> int:
 
 
 def _groups(
-    new: NewShards, sources: Sources, matrices: Mapping[str, Matrices], folder: Path, share: Mapping[str, int]
+    new: NewShards, sources: Sources, matrices: Mapping[str, Matrices], folder: Path, share: Container[str]
 ) -> Iterator[FileGroup]:
     """The files of `share`, and how they are filled."""
     unused = {tensor.name: full_tensor(ByteRanges.of([tensor])) for tensor in new.original.unused}

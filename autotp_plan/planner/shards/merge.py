@@ -23,6 +23,7 @@ from autotp_plan.planner.copying.copy_plan import (
     stored_shards,
 )
 from autotp_plan.planner.shards.folder_writer import check_options
+from autotp_plan.planner.shards.watch import watch_shards
 from autotp_plan.schemas.errors import AutoTPError, Fault, ShardsError
 from autotp_plan.schemas.shards.folder import ShardsFolder, read_shards
 from autotp_plan.schemas.shards.manifest import INDEX_COPY_NAME, Source
@@ -41,6 +42,7 @@ from autotp_plan.schemas.storage.safetensors_header import (
     parse_header,
     prefixed,
 )
+from autotp_plan.schemas.storage.stamps import stamps_in
 
 _COPY_AGAIN = "copy the folder again, or pre-split again"
 
@@ -64,12 +66,14 @@ def merge(
         ShardsError: the folder is not what its manifest and plan say, or does not make up the checkpoint.
         DocumentError: its manifest or plan cannot be read.
         MismatchError: its shards are of another plan than the one in it.
-        CheckpointError: a header of the checkpoint in its manifest is broken.
+        CheckpointError: a header of the checkpoint in its manifest is broken, or the shards changed while they were
+            read.
         OptionError: `workers` is not positive.
         OutputError: `output` cannot be written, or the operating system stopped the command.
     """
     check_options("merge", workers)
     output = Path(output)
+    before = stamps_in(Path(shards_folder))
     shards = read_shards(Path(shards_folder))
     originals = [parse_header(output / file.name, file.header) for file in shards.manifest.source.files]
     copied = _copied(shards)
@@ -77,13 +81,20 @@ def merge(
     total = sum(tensor.size for tensor in tensors) + sum(file.size for file in copied)
     sizes = {file.path.name: file.size for file in originals} | {file.name: file.size for file in copied}
     task = {"command": "merge", "plan": shards.plan.fingerprint, "source": shards.manifest.source.fingerprint}
-    if not is_finished(output, sizes, shards.manifest.source):
-        with OutputFolder(output, task, "merge") as folder:
-            folder.resume(sizes, workers, progress)
-            small = (file_copy(file.path, output / file.name, file.size) for file in copied)
-            groups = itertools.chain(_groups(originals, tensors), small)
-            write_groups(groups, folder, total=total, workers=workers, progress=progress)
-            folder.complete()
+    watch = watch_shards(shards, before, "merge", workers, progress)
+
+    def groups() -> Iterator[FileGroup]:
+        small = (file_copy(file.path, output / file.name, file.size) for file in copied)
+        return watch.with_modes(itertools.chain(_groups(originals, tensors), small))
+
+    if is_finished(output, sizes, shards.manifest.source) and not watch.differing(groups, sizes):
+        return sum(sizes.values())
+    with OutputFolder(output, task, "merge") as folder:
+        folder.resume(sizes, workers, progress)
+        watch.resume(folder, groups)
+        write_groups(groups(), folder, total=total, workers=workers, progress=progress)
+        watch.finish(folder, groups, sizes)
+        folder.complete()
     return sum(sizes.values())
 
 

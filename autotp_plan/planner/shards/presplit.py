@@ -15,7 +15,8 @@ from autotp_plan.dequantize.computed_file import ComputedFile
 from autotp_plan.planner.copying.copy_plan import full_tensor, matrices_on_disk
 from autotp_plan.planner.copying.source_check import Digests, Expected
 from autotp_plan.planner.plan_checks import check_plan
-from autotp_plan.planner.shards.folder_writer import write_shards
+from autotp_plan.planner.shards.folder_writer import Notes, check_options, nobody, write_shards
+from autotp_plan.planner.shards.watch import watch_checkpoint
 from autotp_plan.schemas.errors import MismatchError
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.file_layout import MAX_FILE_BYTES
@@ -26,6 +27,7 @@ from autotp_plan.schemas.storage.byte_ranges import ByteRanges
 from autotp_plan.schemas.storage.checkpoint import Checkpoint
 from autotp_plan.schemas.storage.checksum import Progress
 from autotp_plan.schemas.storage.plan_fit import checkpoint_faults
+from autotp_plan.schemas.storage.stamps import stamps_in
 from autotp_plan.sources.model_folder import ModelFolder, Place, model_folder, open_checkpoint
 from autotp_plan.sources.torch_files.torch_view import TorchFile
 
@@ -43,6 +45,8 @@ def presplit(
     workers: int = 4,
     progress: Progress | None = None,
     part: None = None,
+    checksum_source: bool = False,
+    notes: Notes = nobody,
 ) -> Manifest: ...
 @overload
 def presplit(
@@ -54,6 +58,8 @@ def presplit(
     workers: int = 4,
     progress: Progress | None = None,
     part: tuple[int, int] | None = None,
+    checksum_source: bool = False,
+    notes: Notes = nobody,
 ) -> Manifest | None: ...
 
 
@@ -66,6 +72,8 @@ def presplit(
     workers: int = 4,
     progress: Progress | None = None,
     part: tuple[int, int] | None = None,
+    checksum_source: bool = False,
+    notes: Notes = nobody,
 ) -> Manifest | None:
     """Split a checkpoint by a plan into a shards folder; returns its manifest.
 
@@ -80,25 +88,42 @@ def presplit(
         progress: called with the bytes read and the bytes in all, from worker threads.
         part: `(3, 8)` writes the third of eight shares of the files, of about as many bytes each. Eight processes, on
             machines that share a file system, so fill one folder; in any order, or at the same time.
+        checksum_source: tell states of the checkpoint apart by every byte of its local files, and not by their sizes,
+            times and inodes alone: they are read twice more, before and after.
+        notes: called with what a user should know, one sentence at a time.
 
     Returns:
         the manifest; None when other parts are not complete yet. The process that completes the last part writes it.
 
     Raises:
         MismatchError: plan and checkpoint do not belong together.
-        CheckpointError: the checkpoint cannot be read.
+        CheckpointError: the checkpoint cannot be read, or changed while it was read.
         OptionError: `workers` or `max_file_bytes` is not positive, or there is no such part.
-        OutputError: `output` cannot be written, or the operating system stopped the command.
+        OutputError: `output` cannot be written, the operating system stopped the command, or `output` is finished and
+            the checkpoint has changed since.
     """
     output = Path(output)
     checked = None if part is None else Part.checked(*part)
+    check_options("presplit", workers, max_file_bytes)
     place = model_folder(checkpoint_folder)
+    before = stamps_in(place.folder)
     checkpoint = open_checkpoint(place, plan.dequantized_dtype)
     faults = check_plan(plan) + checkpoint_faults(plan, checkpoint)
     if faults:
         raise MismatchError(faults)
     place.complete()
     original = original_of_checkpoint(checkpoint, plan)
+    watch = watch_checkpoint(
+        place,
+        checkpoint,
+        original,
+        before,
+        "presplit",
+        plan=plan,
+        checksums=checksum_source,
+        workers=workers,
+        progress=progress,
+    )
     sources = {
         parameter.name: (full_tensor(ByteRanges.of([checkpoint.tensors[name] for name in parameter.names_on_disk()])),)
         for parameter in plan.expanded()
@@ -113,6 +138,8 @@ def presplit(
         max_file_bytes=max_file_bytes,
         workers=workers,
         progress=progress,
+        watch=watch,
+        notes=notes,
         matrices={name: found for name, found in matrices.items() if found is not None},
         part=checked,
         digests=Digests(files=checkpoint.files, expected=tuple(_expected(place, checkpoint, original))),

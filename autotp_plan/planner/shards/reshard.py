@@ -14,8 +14,9 @@ from autotp_plan.factories.module_factory import ModuleFactory
 from autotp_plan.planner.copying.copy_plan import stored_shards
 from autotp_plan.planner.fallback.prove import Prover
 from autotp_plan.planner.plan_checks import check_plan
-from autotp_plan.planner.shards.folder_writer import write_shards
+from autotp_plan.planner.shards.folder_writer import Notes, check_options, nobody, write_shards
 from autotp_plan.planner.shards.recompile import Helpers, recompiled
+from autotp_plan.planner.shards.watch import watch_shards
 from autotp_plan.schemas.errors import Fault, MismatchError, OptionError
 from autotp_plan.schemas.plan.document import Parameter, Plan
 from autotp_plan.schemas.shards.file_layout import MAX_FILE_BYTES
@@ -26,6 +27,7 @@ from autotp_plan.schemas.spec import SpecFile
 from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, INDEX_NAME
 from autotp_plan.schemas.storage.checksum import Progress
 from autotp_plan.schemas.storage.safetensors_header import parse_header, prefixed
+from autotp_plan.schemas.storage.stamps import stamps_in
 from autotp_plan.sources.check_checkpoint import check_checkpoint
 
 
@@ -42,6 +44,7 @@ def reshard(
     max_file_bytes: int = MAX_FILE_BYTES,
     workers: int = 4,
     progress: Progress | None = None,
+    notes: Notes = nobody,
 ) -> Manifest:
     """Shard again, for another plan or number of ranks, what a shards folder holds; returns the new manifest.
 
@@ -58,6 +61,7 @@ def reshard(
         max_file_bytes: a rank's tensors are spread over several files when they are more than this.
         workers: reads and writes at the same time.
         progress: called with the bytes read and the bytes in all, from worker threads.
+        notes: called with what a user should know, one sentence at a time.
 
     Raises:
         MismatchError: the plan is for another model; or none is given, and the rules of the old
@@ -66,10 +70,14 @@ def reshard(
         ShardsError: the folder is not what its manifest and plan say.
         DocumentError: its manifest or plan cannot be read.
         OptionError: neither or both of `tp_size` and `plan` are given; `workers` or `max_file_bytes` is not positive.
-        OutputError: `output` cannot be written, or the operating system stopped the command.
+        CheckpointError: the shards changed while they were read.
+        OutputError: `output` cannot be written, the operating system stopped the command, or `output` is finished and
+            the shards have changed since.
     """
     check_target(tp_size, plan)
+    check_options("reshard", workers, max_file_bytes)
     output = Path(output)
+    before = stamps_in(Path(shards_folder))
     shards = read_shards(Path(shards_folder))
     with _headers_only(shards) as checkpoint:
         if plan is None:
@@ -82,7 +90,16 @@ def reshard(
     sources = {parameter.name: stored_shards(old[parameter.name], shards) for parameter in plan.expanded()}
     original = original_of_shards(shards)
     manifest = write_shards(
-        plan, original, sources, output, "reshard", max_file_bytes=max_file_bytes, workers=workers, progress=progress
+        plan,
+        original,
+        sources,
+        output,
+        "reshard",
+        max_file_bytes=max_file_bytes,
+        workers=workers,
+        progress=progress,
+        watch=watch_shards(shards, before, "reshard", workers, progress),
+        notes=notes,
     )
     assert manifest is not None, "only a part has none"
     return manifest

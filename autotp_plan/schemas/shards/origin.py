@@ -63,16 +63,19 @@ def original_of_checkpoint(checkpoint: Checkpoint, plan: Plan | None) -> Origina
             copied=tuple(small_files(checkpoint)),
         )
     except (OSError, EOFError) as error:
-        raise CheckpointError(
-            Fault(
-                code="unreadable-checkpoint",
-                what="the checkpoint cannot be read",
-                where=str(getattr(error, "filename", None) or checkpoint.folder),
-                got=getattr(error, "strerror", None) or str(error),
-                expected="files that can be read",
-                next="correct what is wrong, and run the command again",
-            )
-        ) from error
+        raise CheckpointError(unreadable(error, checkpoint.folder)) from error
+
+
+def unreadable(error: OSError | EOFError, folder: Path) -> Fault:
+    """The fault of a checkpoint that cannot be read."""
+    return Fault(
+        code="unreadable-checkpoint",
+        what="the checkpoint cannot be read",
+        where=str(getattr(error, "filename", None) or folder),
+        got=getattr(error, "strerror", None) or str(error),
+        expected="files that can be read",
+        next="correct what is wrong, and run the command again",
+    )
 
 
 def original_of_shards(shards: ShardsFolder) -> Original:

@@ -12,6 +12,7 @@ from pathlib import Path
 from autotp_plan.schemas.storage import checksum
 from autotp_plan.schemas.storage.files import ByteRange, Reader
 
+FOR_ALL = 0o666
 COPY_BYTES = 16 * 1024 * 1024
 MAX_NAME_BYTES = 200
 """A longer name, with what is added to it while the file is written, is one that file systems refuse (255 bytes)."""
@@ -35,14 +36,15 @@ class OutputFile:
         path: the name that it will have.
         size: its bytes.
         header: what it begins with; written when it is created.
+        mode: who may read and write it, as far as the umask lets them.
 
     Attributes:
         blocks: the checksums of what was written.
         temporary: the name that it has until it is complete.
     """
 
-    def __init__(self, path: Path, size: int, header: bytes = b"") -> None:
-        self.path, self.size, self.header = path, size, header
+    def __init__(self, path: Path, size: int, header: bytes = b"", mode: int = FOR_ALL) -> None:
+        self.path, self.size, self.header, self.mode = path, size, header, mode
         self.temporary = temporary_path(path)
         self.blocks: list[checksum.Block] = []
         self._descriptor = -1
@@ -63,7 +65,7 @@ class OutputFile:
         """Open a file that this or another process has created."""
         self.close()
         flags |= os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._descriptor = os.open(self.temporary, flags, 0o666)
+        self._descriptor = os.open(self.temporary, flags, self.mode)
 
     def write(self, data: memoryview, position: int) -> None:
         """Write bytes from byte `position` on, and note their checksum."""

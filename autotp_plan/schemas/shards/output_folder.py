@@ -21,11 +21,14 @@ from typing import Any, NamedTuple
 from autotp_plan.schemas.documents import make_folder, sync_folder
 from autotp_plan.schemas.errors import Fault, OutputError
 from autotp_plan.schemas.shards.manifest import JOURNAL_NAME
-from autotp_plan.schemas.shards.output_file import OutputFile, temporary_path
+from autotp_plan.schemas.shards.output_file import FOR_ALL, OutputFile, temporary_path
 from autotp_plan.schemas.shards.parts import find_parts
 from autotp_plan.schemas.shards.stopped import next_step
 from autotp_plan.schemas.storage import checksum
 from autotp_plan.schemas.storage.checksum import Progress
+from autotp_plan.schemas.storage.stamps import Stamp, Stamps
+
+READ = "read"
 
 
 class FinishedFile(NamedTuple):
@@ -49,6 +52,8 @@ class OutputFolder:
 
     Attributes:
         finished: the files that are complete.
+        read: what earlier attempts have read, by name; None where that is not known.
+        mode: who may read and write what `write_small` writes.
 
     Raises:
         OutputError: on entering when the folder cannot be written to or holds anything else; on leaving when the
@@ -62,6 +67,8 @@ class OutputFolder:
     def __init__(self, path: Path, task: Mapping[str, str], command: str) -> None:
         self.path, self.task, self.command = path, dict(task), command
         self.finished: dict[str, FinishedFile] = {}
+        self.read: Stamps | None = None
+        self.mode = FOR_ALL
         self._lock = threading.Lock()
         self._begun: dict[str, OutputFile] = {}
         self._journal = -1
@@ -123,6 +130,19 @@ class OutputFolder:
         self._note(self.task)
         self._remove_unfinished()
 
+    def forget(self, names: Iterable[str]) -> None:
+        """Remove complete files, which are then written again."""
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+            del self.finished[name]
+        self.sync()
+
+    def note_read(self, stamps: Stamps) -> None:
+        """Note what is read from now on; all that is complete must have been made of it."""
+        if stamps != self.read:
+            self.read = dict(stamps)
+            self._note({READ: stamps})
+
     def begin(self, output: OutputFile) -> None:
         """Create a file of this folder under its temporary name."""
         self._begun[output.name] = output
@@ -143,7 +163,7 @@ class OutputFolder:
     def write_small(self, name: str, data: bytes) -> None:
         """Write a file at once, unless it is there already."""
         if name not in self.finished:
-            output = OutputFile(self.path / name, len(data), data)
+            output = OutputFile(self.path / name, len(data), data, self.mode)
             self.begin(output)
             self.finish(output)
 
@@ -215,6 +235,7 @@ class OutputFolder:
     def _read_journal(self, journal: Path) -> None:
         data = journal.read_bytes()
         task, self.finished = read_journal(data)
+        self.read = read_stamps(data)
         if data and not data.endswith(b"\n"):
             os.write(self._journal, b"\n")  # ends a line that was half written
         if task is None:
@@ -288,6 +309,16 @@ def read_journal(data: bytes) -> tuple[dict[str, Any] | None, dict[str, Finished
             with contextlib.suppress(KeyError, TypeError, ValueError):
                 finished[line["name"]] = FinishedFile(line["size"], int(line["crc32"], 16))
     return task, finished
+
+
+def read_stamps(data: bytes) -> Stamps | None:
+    """What a journal says of what was read last; None where it says nothing."""
+    found: Stamps | None = None
+    for line in map(_parsed, data.split(b"\n")[:-1]):
+        if isinstance(line, dict) and isinstance(line.get(READ), dict):
+            with contextlib.suppress(TypeError):
+                found = {name: Stamp(*stamp) for name, stamp in line[READ].items()}
+    return found
 
 
 def journal_line(entry: Mapping[str, Any]) -> bytes:

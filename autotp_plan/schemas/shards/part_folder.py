@@ -20,13 +20,16 @@ from autotp_plan.schemas.errors import OutputError
 from autotp_plan.schemas.shards.manifest import JOURNAL_NAME, MANIFEST_NAME, PLAN_NAME
 from autotp_plan.schemas.shards.output_file import OutputFile
 from autotp_plan.schemas.shards.output_folder import (
+    READ,
     FinishedFile,
     OutputFolder,
     journal_line,
     read_journal,
+    read_stamps,
     size_on_disk,
 )
 from autotp_plan.schemas.shards.parts import Part, part_of, remove_part_files
+from autotp_plan.schemas.storage.stamps import Stamps
 
 _OPEN_ON_NFS = ".nfs"
 """How the names of files begin that were removed while a process had them open, until it closes them."""
@@ -67,7 +70,8 @@ class PartFolder(OutputFolder):
         """Say that this part is complete. Others may finish the folder from then on."""
         self.sync()
         files = (self.finished[name].entry(name) for name in self.shares[self.part.number - 1])
-        self.write_small(self.part.record_name, b"".join(map(journal_line, (self.task, *files))))
+        read = () if self.read is None else ({READ: self.read},)
+        self.write_small(self.part.record_name, b"".join(map(journal_line, (self.task, *read, *files))))
         self.sync()
 
     def gather(self) -> bool:
@@ -91,6 +95,10 @@ class PartFolder(OutputFolder):
             self.finished.update(files)
         return True
 
+    def read_by(self, part: Part) -> Stamps | None:
+        """What a part that is complete was made of; None where that is not known."""
+        return self._stamps_of(part.record_name)
+
     def complete(self) -> None:
         """The folder is finished: remove what parts left behind, and sync."""
         self.sync()
@@ -111,7 +119,10 @@ class PartFolder(OutputFolder):
 
     def _read_journal(self, journal: Path) -> None:
         super()._read_journal(journal)
-        self.finished.update(self._recorded(self.part) or {})
+        recorded = self._recorded(self.part)
+        if recorded is not None:
+            self.finished.update(recorded)
+            self.read = self.read_by(self.part) if self.read is None else self.read
 
     def _refuse_other_writers(self) -> None:
         """Refuse a folder that is finished, or is written by one process or in parts of another task."""
@@ -153,6 +164,12 @@ class PartFolder(OutputFolder):
             return read_journal((self.path / name).read_bytes())
         except FileNotFoundError:
             return None, {}
+
+    def _stamps_of(self, name: str) -> Stamps | None:
+        try:
+            return read_stamps((self.path / name).read_bytes())
+        except FileNotFoundError:
+            return None
 
     def _names(self) -> set[str]:
         return set(os.listdir(self.path)) if self.path.is_dir() else set()  # noqa: PTH208

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 
 class Span(NamedTuple):
@@ -47,6 +47,15 @@ class StoredFile(Protocol):
         """
 
 
+@runtime_checkable
+class DerivedFile(Protocol):
+    """A `StoredFile` whose bytes are those of other files in another order, or computed of them."""
+
+    @property
+    def behind(self) -> Sequence[File]:
+        """The files that it reads."""
+
+
 @dataclass(frozen=True)
 class MadeFile:
     """A file that is nowhere but in memory: `data` (a `StoredFile`)."""
@@ -73,6 +82,22 @@ File = Path | StoredFile
 def file_size(file: File) -> int:
     """Bytes. Raises OSError."""
     return file.stat().st_size if isinstance(file, Path) else file.size
+
+
+def local_files(file: File) -> Iterator[Path]:
+    """The files of this machine that a file's bytes come from: none of one far away, or in memory."""
+    if isinstance(file, Path):
+        yield file
+    elif isinstance(file, DerivedFile):
+        for one in file.behind:
+            yield from local_files(one)
+
+
+def is_far(file: File) -> bool:
+    """Whether bytes of a file are fetched from another machine."""
+    if isinstance(file, DerivedFile):
+        return any(map(is_far, file.behind))
+    return not isinstance(file, (Path, MadeFile))
 
 
 def local_path(file: File) -> Path:

@@ -45,6 +45,11 @@ class TorchFile:
     def __str__(self) -> str:
         return str(self.file)
 
+    @property
+    def behind(self) -> tuple[File]:
+        """The file of `torch.save`."""
+        return (self.file,)
+
     def read_into(self, target: memoryview, spans: Sequence[Span], reader: Reader) -> None:
         """Fill `target` with the bytes of `spans`. Raises OSError, EOFError."""
         waiting: list[ByteRange] = []
