@@ -46,6 +46,7 @@ def write_groups(
     workers: int,
     progress: Progress | None,
     chunk_bytes: int | None = None,
+    once: bool = True,
     completed: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the files that a folder does not have yet.
@@ -57,6 +58,7 @@ def write_groups(
         workers: threads that copy.
         progress: called with the bytes copied and `total`.
         chunk_bytes: what is read at once, about; None for `CHUNK_BYTES`.
+        once: no other process reads the same: what is not in the page cache is read past it.
         completed: called when more files are complete.
 
     Raises:
@@ -66,7 +68,7 @@ def write_groups(
     counter = _Counter(total, progress)
     chunk_bytes = chunk_bytes or CHUNK_BYTES
     chunk = min(chunk_bytes, max(BUFFER_BYTES, 8 * chunk_bytes) // (2 * workers))
-    staff = [_Worker(chunk, counter) for _ in range(workers)]
+    staff = [_Worker(chunk, counter, once) for _ in range(workers)]
     finishing: deque[list[Future[None]]] = deque()
     with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(workers) as syncing:
         try:
@@ -134,11 +136,11 @@ class _Buffer:
 
 
 class ChunkReader:
-    """Reads tensors, a chunk at a time. For one thread."""
+    """Reads tensors, a chunk at a time. For one thread. `once` is as for `Reader.read_into`."""
 
-    def __init__(self, chunk_bytes: int) -> None:
+    def __init__(self, chunk_bytes: int, once: bool = False) -> None:
         self._chunk, self._rows, self._turned = (_Buffer(chunk_bytes) for _ in range(3))
-        self._reader = Reader(max_open=MAX_OPEN)
+        self._reader, self._once = Reader(max_open=MAX_OPEN), once
 
     def close(self) -> None:
         """Close the files that were read."""
@@ -162,10 +164,10 @@ class ChunkReader:
             ranges = shard.ranges.slice(first, last - first)
             if strided.is_contiguous:
                 at = strided.copies[0].source - start
-                self._reader.read_into(chunk[at : at + last - first], ranges)
+                self._reader.read_into(chunk[at : at + last - first], ranges, once=self._once)
                 continue
             rows = self._rows.take(last - first)
-            self._reader.read_into(rows, ranges)
+            self._reader.read_into(rows, ranges, once=self._once)
             for source, target, length in strided.copies:
                 in_chunk = Rows(chunk, source - start, strided.source_stride)
                 copy_rows(in_chunk, Rows(rows, target - first, strided.target_stride), length, strided.count)
@@ -174,8 +176,8 @@ class ChunkReader:
 class _Worker(ChunkReader):
     """One thread's buffers and open files."""
 
-    def __init__(self, chunk_bytes: int, counter: _Counter) -> None:
-        super().__init__(chunk_bytes)
+    def __init__(self, chunk_bytes: int, counter: _Counter, once: bool) -> None:
+        super().__init__(chunk_bytes, once)
         self._counter = counter
 
     def work(self, chunks: _Chunks, outputs: dict[Path, OutputFile]) -> None:

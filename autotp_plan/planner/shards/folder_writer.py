@@ -121,6 +121,7 @@ def write_shards(
             workers=workers,
             progress=progress,
             chunk_bytes=chunk_bytes,
+            once=part is None,
             completed=completed,
         )
         watch.finish(folder, groups, share)

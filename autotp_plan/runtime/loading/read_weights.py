@@ -7,12 +7,13 @@ rank never holds more than its shard and those buffers.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import mmap
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,16 +21,19 @@ from torch import Tensor
 from autotp_plan.runtime.loading.weights import DTYPES, Weight
 from autotp_plan.schemas.errors import CheckpointError, Fault
 from autotp_plan.schemas.storage.files import Reader, in_parts, local_path
+from autotp_plan.schemas.storage.uncached import BLOCK_BYTES, huge_pages
 
 CHUNK_BYTES = 8 * 1024 * 1024
 READERS = 4
-"""Weights that are read at the same time; each may use two buffers of `CHUNK_BYTES`."""
-HUGE_BYTES = 4 * 1024 * 1024
+"""Threads that read; each may use two buffers of `CHUNK_BYTES`."""
+BATCH_BYTES = 4 * 1024 * 1024
+"""Small weights of this machine's files are read by one thread one after the other, as many as have these bytes."""
+HUGE_BYTES = 2 * 1024 * 1024
 """From this size on, memory is asked for in huge pages: the kernel hands it out several times faster."""
 
 
 def read_weights(
-    weights: Iterable[Weight], device: torch.device, dtypes: Mapping[str, torch.dtype]
+    weights: Iterable[Weight], device: torch.device, dtypes: Mapping[str, torch.dtype], *, once: bool = False
 ) -> Iterator[tuple[Weight, Tensor]]:
     """Weights and their tensors, in order; while one is used, the next ones are read.
 
@@ -37,23 +41,62 @@ def read_weights(
         weights: of one rank.
         device: the device of the tensors.
         dtypes: what floating-point tensors are converted to, by name of the weight; others keep the dtype on disk.
+        once: one process reads each rank's shards: those of a file that is not in the page cache are read past it.
 
     Raises:
         CheckpointError: a file ended early.
     """
-    waiting: deque[tuple[Weight, Future[Tensor]]] = deque()
+
+    readers = _Readers()
+
+    def read(batch: list[Weight]) -> list[tuple[Weight, Tensor]]:
+        reader = readers.of_this_thread()
+        return [(one, _read(one, device, dtypes.get(one.name), reader, once and one.of_one_rank)) for one in batch]
+
+    waiting: deque[Future[list[tuple[Weight, Tensor]]]] = deque()
     pool = ThreadPoolExecutor(READERS)
     try:
-        for weight in weights:
-            waiting.append((weight, pool.submit(read_weight, weight, device, dtypes.get(weight.name))))
+        for batch in _batches(weights):
+            waiting.append(pool.submit(read, batch))
             if len(waiting) > READERS:
-                first, tensor = waiting.popleft()
-                yield first, tensor.result()
+                yield from waiting.popleft().result()
         while waiting:
-            first, tensor = waiting.popleft()
-            yield first, tensor.result()
+            yield from waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+        readers.close()
+
+
+class _Readers:
+    """A reader for each thread, and its open files."""
+
+    def __init__(self) -> None:
+        self._here, self._all = threading.local(), list[Reader]()
+
+    def of_this_thread(self) -> Reader:
+        reader: Reader | None = getattr(self._here, "reader", None)
+        if reader is None:
+            reader = self._here.reader = Reader()
+            self._all.append(reader)
+        return reader
+
+    def close(self) -> None:
+        for reader in self._all:
+            reader.close()
+
+
+def _batches(weights: Iterable[Weight]) -> Iterator[list[Weight]]:
+    """Weights in order, a large one or one that is far away alone."""
+    batch: list[Weight] = []
+    size = 0
+    for weight in weights:
+        batch.append(weight)
+        size += math.prod(weight.shape) * DTYPES[weight.dtype].itemsize
+        if size >= BATCH_BYTES or not all(isinstance(found.file, Path) for found in weight.stored.ranges):
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def read_weight(weight: Weight, device: torch.device, dtype: torch.dtype | None) -> Tensor:
@@ -70,33 +113,38 @@ def read_weight(weight: Weight, device: torch.device, dtype: torch.dtype | None)
     Raises:
         CheckpointError: a file ended early.
     """
+    with Reader() as reader:
+        return _read(weight, device, dtype, reader, False)
+
+
+def _read(weight: Weight, device: torch.device, dtype: torch.dtype | None, reader: Reader, once: bool) -> Tensor:
+    """As `read_weight`. `once` as for `Reader.read_into`."""
     stored = DTYPES[weight.dtype]
     wanted = dtype if dtype is not None and stored.is_floating_point else stored
     direct = wanted == stored and device.type == "cpu"
     if direct and weight.mapped and weight.stored.size:
         return _map(weight, stored)
     if weight.full_shape is not None:
-        return _read_transposed(weight, weight.full_shape, device, wanted)
-    tensor = _empty(weight.shape, wanted, device)
+        return _read_transposed(weight, weight.full_shape, device, wanted, reader)
+    tensor = _empty(weight.shape, wanted, device, weight.stored.ranges[0].start if once and direct else 0)
     try:
-        with Reader() as reader:
-            if direct:
-                reader.read_into(_memory(tensor), weight.byte_ranges())
-            elif device.type == "cuda":
-                _through_pinned_memory(tensor, weight, reader, stored)
-            else:
-                buffer = torch.empty(min(tensor.numel(), CHUNK_BYTES // stored.itemsize), dtype=stored)
-                done = 0
-                for data in reader.read_through(_memory(buffer), weight.byte_ranges()):
-                    count = len(data) // stored.itemsize
-                    tensor.view(-1)[done : done + count].copy_(buffer[:count])
-                    done += count
+        if direct:
+            reader.read_into(_memory(tensor), weight.byte_ranges(), once=once)
+        elif device.type == "cuda":
+            _through_pinned_memory(tensor, weight, reader, stored, once)
+        else:
+            buffer = torch.empty(min(tensor.numel(), CHUNK_BYTES // stored.itemsize), dtype=stored)
+            done = 0
+            for data in reader.read_through(_memory(buffer), weight.byte_ranges(), once=once):
+                count = len(data) // stored.itemsize
+                tensor.view(-1)[done : done + count].copy_(buffer[:count])
+                done += count
     except EOFError as error:
         raise CheckpointError(_short_read(weight, str(error))) from None
     return tensor
 
 
-def _through_pinned_memory(tensor: Tensor, weight: Weight, reader: Reader, stored: torch.dtype) -> None:
+def _through_pinned_memory(tensor: Tensor, weight: Weight, reader: Reader, stored: torch.dtype, once: bool) -> None:
     """Fill a tensor on a CUDA device: one buffer is copied to the device while the next is read."""
     side = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream(tensor.device))  # its memory may be in use until then
@@ -108,7 +156,7 @@ def _through_pinned_memory(tensor: Tensor, weight: Weight, reader: Reader, store
         buffer, event = buffers[number % 2], copied[number % 2]
         event.synchronize()
         count = sum(found.length for found in part) // stored.itemsize
-        reader.read_into(_memory(buffer[:count]), part)
+        reader.read_into(_memory(buffer[:count]), part, once=once)
         with torch.cuda.stream(side):
             tensor.view(-1)[done : done + count].copy_(buffer[:count], non_blocking=True)
             event.record(side)
@@ -116,15 +164,13 @@ def _through_pinned_memory(tensor: Tensor, weight: Weight, reader: Reader, store
     side.synchronize()
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor whose values are not set."""
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, position: int = 0) -> Tensor:
+    """A tensor whose values are not set; a large one begins in its page where byte `position` of a file does."""
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+    offset = position % BLOCK_BYTES if position % dtype.itemsize == 0 else 0
+    return torch.frombuffer(huge_pages(size, offset), dtype=dtype).view(shape)
 
 
 def _memory(tensor: Tensor) -> memoryview:
@@ -132,7 +178,9 @@ def _memory(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def _read_transposed(weight: Weight, full: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+def _read_transposed(
+    weight: Weight, full: tuple[int, ...], device: torch.device, dtype: torch.dtype, reader: Reader
+) -> Tensor:
     """A rank's shard of a parameter that is transposed on disk, a matrix at a time."""
     stored, layout = DTYPES[weight.dtype], weight.layout
     rows, columns = full[-2:]
@@ -144,13 +192,12 @@ def _read_transposed(weight: Weight, full: tuple[int, ...], device: torch.device
     tensor = _empty(weight.shape, dtype, device)
     parts = tensor.view(-1, *weight.shape[-2:])
     try:
-        with Reader() as reader:
-            for to, number in enumerate(numbers.flatten().tolist()):
-                reader.read_into(memory, weight.stored.slice(number * len(memory), len(memory)))
-                found = matrix.t()
-                if layout.dim is not None and layout.dim >= len(full) - 2:
-                    found = _share(found, layout.dim - (len(full) - 2), weight)
-                parts[to].copy_(found)
+        for to, number in enumerate(numbers.flatten().tolist()):
+            reader.read_into(memory, weight.stored.slice(number * len(memory), len(memory)))
+            found = matrix.t()
+            if layout.dim is not None and layout.dim >= len(full) - 2:
+                found = _share(found, layout.dim - (len(full) - 2), weight)
+            parts[to].copy_(found)
     except EOFError as error:
         raise CheckpointError(_short_read(weight, str(error))) from None
     return tensor

@@ -93,7 +93,8 @@ def _load_weights(
     ranks: Ranks,
     dtypes: Mapping[str, torch.dtype],
 ) -> None:
-    for weight, tensor in read_weights(source.of_rank(ranks.tp_rank), ranks.device, dtypes):
+    weights = source.of_rank(ranks.tp_rank)
+    for weight, tensor in read_weights(weights, ranks.device, dtypes, once=ranks.dp_size == 1):
         name, _, leaf = weight.name.rpartition(".")
         owner = model.get_submodule(name)
         if name in sharded and leaf in sharded[name].layouts:

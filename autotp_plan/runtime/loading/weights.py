@@ -40,6 +40,7 @@ class Weight:
         stored: the bytes of which the shard is some or all.
         layout: how the tensor of those bytes is sharded; replicated when they are the shard.
         tp_rank: the rank.
+        of_one_rank: whether no other rank needs some of these bytes.
         full_shape: the shape of the parameter, where `stored` has its last two dimensions exchanged; None where not.
         mapped: whether those bytes may be the shard's memory: they are the shard, and nobody writes to them any more.
     """
@@ -51,6 +52,7 @@ class Weight:
     layout: Layout
     tp_rank: int
     mapped: bool
+    of_one_rank: bool = False
     full_shape: tuple[int, ...] | None = None
 
     def byte_ranges(self) -> Iterator[ByteRange]:
@@ -91,6 +93,7 @@ class WeightSource:
                 layout=Layout(shape=shape) if self.presplit else layout,
                 tp_rank=tp_rank,
                 mapped=self.mapped,
+                of_one_rank=self.presplit and layout.dim is not None,
                 full_shape=layout.shape if parameter.transposed and not self.presplit else None,
             )
 

@@ -12,7 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from autotp_plan.schemas.storage.uncached import UncachedFiles
 
 
 class Span(NamedTuple):
@@ -126,6 +129,7 @@ class Reader:
         self._flags = os.O_RDONLY | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW | os.O_NONBLOCK)
         self._max_open = max_open
         self._open: OrderedDict[Path, int] = OrderedDict()
+        self._uncached: UncachedFiles | None = None
 
     def __enter__(self) -> Reader:
         return self
@@ -139,9 +143,17 @@ class Reader:
         """Close all files."""
         while self._open:
             os.close(self._open.popitem()[1])
+        if self._uncached is not None:
+            self._uncached.close()
 
-    def read_into(self, target: memoryview, ranges: Iterable[ByteRange]) -> None:
+    def read_into(self, target: memoryview, ranges: Iterable[ByteRange], *, once: bool = False) -> None:
         """Fill `target` with the bytes of `ranges`, which are as many.
+
+        Args:
+            target: where to.
+            ranges: what is read.
+            once: nobody else reads the same bytes soon: of a file on this machine, what is not in the page cache is
+                read past it.
 
         Raises:
             OSError: a file cannot be read.
@@ -152,25 +164,39 @@ class Reader:
             size = sum(span.length for span in spans)
             part, target = target[:size], target[size:]
             if isinstance(file, Path):
-                self._read_local(part, file, spans)
+                self._read_local(part, file, spans, once)
             else:
                 file.read_into(part, spans, self)
 
-    def _read_local(self, target: memoryview, file: Path, spans: Sequence[Span]) -> None:
-        descriptor = self._descriptor(file)
+    def _read_local(self, target: memoryview, file: Path, spans: Sequence[Span], once: bool) -> None:
         for position, length in spans:
-            left, target = target[:length], target[length:]
-            while left:
-                got = os.preadv(descriptor, [left], position)
-                if got == 0:
-                    raise EOFError(f"{file} ended {len(left)} bytes early; it changed while it was read")
-                left, position = left[got:], position + got
+            part, target = target[:length], target[length:]
+            start, stop = self._read_uncached(part, file, position) if once else (0, 0)
+            self._read_cached(part[:start], file, position)
+            self._read_cached(part[stop:], file, position + stop)
 
-    def read_through(self, buffer: memoryview, ranges: Iterable[ByteRange]) -> Iterator[memoryview]:
-        """The bytes of `ranges`, `buffer` by `buffer`; the last may be shorter. Raises as `read_into`."""
+    def _read_uncached(self, target: memoryview, file: Path, position: int) -> tuple[int, int]:
+        if self._uncached is None:
+            from autotp_plan.schemas.storage.uncached import UncachedFiles
+
+            self._uncached = UncachedFiles(self._max_open, self._flags)
+        return self._uncached.read_into(target, file, position)
+
+    def _read_cached(self, target: memoryview, file: Path, position: int) -> None:
+        descriptor = self._descriptor(file) if target else -1
+        while target:
+            got = os.preadv(descriptor, [target], position)
+            if got == 0:
+                raise EOFError(f"{file} ended {len(target)} bytes early; it changed while it was read")
+            target, position = target[got:], position + got
+
+    def read_through(
+        self, buffer: memoryview, ranges: Iterable[ByteRange], *, once: bool = False
+    ) -> Iterator[memoryview]:
+        """The bytes of `ranges`, `buffer` by `buffer`; the last may be shorter. The rest is as in `read_into`."""
         for part in in_parts(ranges, len(buffer)):
             filled = buffer[: sum(found.length for found in part)]
-            self.read_into(filled, part)
+            self.read_into(filled, part, once=once)
             yield filled
 
     def _descriptor(self, file: Path) -> int:

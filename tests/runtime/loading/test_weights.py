@@ -12,6 +12,7 @@ from autotp_plan.planner import SpecFile, compile_plan, presplit
 from autotp_plan.runtime.loading import read_weights, weights
 from autotp_plan.schemas.errors import CheckpointError
 from autotp_plan.schemas.plan.document import Plan
+from tests.helpers.page_cache import cold, is_cached
 
 TENSORS = {
     "a.q.weight": torch.randn(12, 10, generator=torch.Generator().manual_seed(0)),
@@ -159,8 +160,9 @@ def test_weights_are_read_in_order_while_the_next_ones_are_under_way(
     plan, folder = plan_and_folder
     source = weights.open_weights(folder, plan)
     one_by_one = {w.name: read_weights.read_weight(w, torch.device("cpu"), None) for w in source.of_rank(1)}
-    for readers in (1, 2, 16):
+    for readers, batch_bytes in ((1, 1), (2, 100), (16, 1 << 20)):
         monkeypatch.setattr(read_weights, "READERS", readers)
+        monkeypatch.setattr(read_weights, "BATCH_BYTES", batch_bytes)
         read = list(read_weights.read_weights(source.of_rank(1), torch.device("cpu"), {"a.q.weight": torch.float64}))
         assert [weight.name for weight, _ in read] == list(one_by_one)
         for weight, tensor in read:
@@ -182,3 +184,38 @@ def test_large_weights_are_read_into_huge_pages(tmp_path: Path, dtype: torch.dty
     assert tensor.nbytes > read_weights.HUGE_BYTES and torch.equal(tensor, full.to(tensor.dtype))
     tensor.add_(1)  # the memory is its own
     assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_what_is_not_in_the_page_cache_is_read_past_it_where_nobody_else_reads_it(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(4)
+    tensors = {
+        name: torch.randn(shape, generator=draw).to(torch.bfloat16)
+        for name, shape in (("a.q.weight", (3001, 1200)), ("a.o.weight", (1200, 3001)), ("a.k.weight", (2000, 1000)))
+    }
+    source, shards = tmp_path / "model.safetensors", tmp_path / "shards"
+    save_file(tensors, source)
+    spec = {
+        "layer_specs": [
+            {"patterns": [r"a\.q\.weight$"], "partition_type": "column", "indivisible": "uneven"},
+            {"patterns": [r"a\.o\.weight$"], "partition_type": "row", "indivisible": "uneven"},
+            {"patterns": [r"a\.k\.weight$"], "partition_type": "skip"},
+        ]
+    }
+    plan = compile_plan(tmp_path, tp_size=2, specs=[SpecFile.from_dict(spec)])
+    cold(source)
+    presplit(plan, tmp_path, shards)
+    assert not is_cached(source)
+    files = {name: next(shards.glob(f"{name}*.safetensors")) for name in ("tp-00", "tp-01", "shared")}
+    expected = {
+        0: {**tensors, "a.q.weight": tensors["a.q.weight"][:1501], "a.o.weight": tensors["a.o.weight"][:, :1501]},
+        1: {**tensors, "a.q.weight": tensors["a.q.weight"][1501:], "a.o.weight": tensors["a.o.weight"][:, 1501:]},
+    }
+    for rank, once, dtype in ((0, True, None), (1, True, torch.float32), (0, False, None)):
+        cold(*files.values())
+        of_rank = weights.open_weights(shards, plan, map_shards=False).of_rank(rank)
+        dtypes = {} if dtype is None else dict.fromkeys(tensors, dtype)
+        for weight, tensor in read_weights.read_weights(of_rank, torch.device("cpu"), dtypes, once=once):
+            assert torch.equal(tensor, expected[rank][weight.name].to(dtype or torch.bfloat16)), (rank, weight.name)
+            tensor.add_(1)  # the memory is its own
+        assert is_cached(files["shared"]), "the other rank reads it too"
+        assert is_cached(files[f"tp-0{rank}"]) == (not once)
