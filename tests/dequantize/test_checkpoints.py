@@ -182,6 +182,7 @@ def test_what_the_commands_say(tmp_path: Path) -> None:
     assert "holds what it says" in run("check", plan, "--checkpoint", str(made.folder))
     run("presplit", plan, "--checkpoint", str(made.folder), "-o", shards)
     assert "sound" in run("check", shards)
+    assert "every byte is that of" in run("check", shards, "--checkpoint", str(made.folder))
     assert "written in BF16; the original's weights are fp8" in run("merge", shards, "-o", str(tmp_path / "m"))
 
 

@@ -36,6 +36,7 @@ def test_the_commands(hub: HubServer, tmp_path: Path) -> None:
     assert "org/llama holds what it says" in run("check", plan, "--checkpoint", "org/llama")
     run("presplit", plan, "--checkpoint", "hf://org/llama@main", "-o", shards)
     run("check", shards)
+    assert "every byte is that of org/llama" in run("check", shards, "--checkpoint", "org/llama")
     result = CliRunner().invoke(main, ["compile", "--model", "org/lama", "--tp", "2", "-o", plan])
     assert result.exit_code == 2
     assert "no such folder, and no such repository" in result.output

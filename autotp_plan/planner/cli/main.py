@@ -20,7 +20,7 @@ from autotp_plan.planner.cli.infer import TIMEOUT, infer, infer_with_limits, pro
 from autotp_plan.planner.cli.job import check_job
 from autotp_plan.planner.cli.module_options import given_model, module_options
 from autotp_plan.planner.cli.output import is_stdout, reported, say, say_json, table_width, write_output
-from autotp_plan.planner.cli.shards import check_shards, convert, merge, presplit, reshard
+from autotp_plan.planner.cli.shards import check_against, check_shards, convert, merge, presplit, reshard
 from autotp_plan.schemas.errors import AutoTPError, Fault, visible
 from autotp_plan.schemas.shards.manifest import MANIFEST_NAME, PLAN_NAME
 
@@ -153,12 +153,14 @@ def _report_compiled(plan: Plan, output: Path) -> None:
 @click.option(
     "--checkpoint", help="Also check that this checkpoint (folder, id of the hub or URL) holds what the plan says."
 )
+@click.option("--quick", is_flag=True, help="Of shards and a checkpoint compare names, shapes and dtypes, no bytes.")
 @reported
-def check(plan_file: Path, checkpoint: str | None) -> None:
+def check(plan_file: Path, checkpoint: str | None, quick: bool = False) -> None:
     """Check a plan: schema, fingerprint, coverage, units, column-row pairing, ties, and the checkpoint.
 
-    Or a folder of shards: that every byte is what was written, and that it all belongs together. Or a folder of a job's
-    checkpoints: which of them are complete and sound, the newest first.
+    Or a folder of shards: that every byte is what was written, and that it all belongs together; with --checkpoint,
+    that it holds the bytes of the checkpoint as it is now. Or a folder of a job's checkpoints: which of them are
+    complete and sound, the newest first.
     """
     from autotp_plan.planner.plan_checks import check_plan
     from autotp_plan.schemas.jobs.job_folder import is_job
@@ -166,14 +168,16 @@ def check(plan_file: Path, checkpoint: str | None) -> None:
     from autotp_plan.schemas.shards.folder import is_unfinished
     from autotp_plan.sources.check_checkpoint import check_checkpoint
 
+    compare: Callable[[], None] | None = None
     if is_job(plan_file):
         check_job(plan_file)
         return
     if is_unfinished(plan_file) or (plan_file / MANIFEST_NAME).exists():
-        check_shards(plan_file)
+        shards = check_shards(plan_file)
         if checkpoint is None:
             return
         plan_file = plan_file / PLAN_NAME
+        compare = None if quick else lambda: check_against(shards, checkpoint)
     plan = Plan.read(plan_file)
     faults = check_plan(plan)
     if checkpoint is not None:
@@ -182,6 +186,10 @@ def check(plan_file: Path, checkpoint: str | None) -> None:
         raise AutoTPError(faults)
     against = f" and {checkpoint} holds what it says" if checkpoint else ""
     say(f"{plan_file}: the plan is sound{against}")
+    if compare is not None:
+        compare()
+    elif checkpoint is not None:
+        say("compared with the checkpoint: names, shapes, dtypes and config.json, and no bytes", err=True)
 
 
 @main.command()

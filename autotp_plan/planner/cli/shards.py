@@ -16,6 +16,7 @@ from autotp_plan.planner.cli.output import progress, reported, say
 
 if TYPE_CHECKING:
     from autotp_plan.factories.module_factory import ModuleFactory
+    from autotp_plan.schemas.shards.folder import ShardsFolder
     from autotp_plan.schemas.shards.manifest import Manifest
 
 _FILE = click.Path(path_type=Path)
@@ -188,7 +189,7 @@ def reshard(
     _report(manifest, output, started, quiet)
 
 
-def check_shards(folder: Path) -> None:
+def check_shards(folder: Path) -> ShardsFolder:
     """Verify every byte of a shards folder, and say so."""
     from autotp_plan.planner.plan_table import human_bytes
     from autotp_plan.planner.shards.merge import check_shards as run
@@ -198,6 +199,18 @@ def check_shards(folder: Path) -> None:
     size = sum(file.size for file in shards.manifest.files)
     files = f"{len(shards.manifest.files)} files, {human_bytes(size)} for {shards.plan.tp_size} ranks"
     say(f"{folder}: sound, every checksum is right ({files})")
+    return shards
+
+
+def check_against(shards: ShardsFolder, checkpoint: str) -> None:
+    """Compare shards with a checkpoint, byte by byte, and say so."""
+    from autotp_plan.planner.plan_table import human_bytes
+    from autotp_plan.planner.shards.same_checkpoint import check_same_checkpoint
+
+    with progress("compare", False) as shown:
+        found = check_same_checkpoint(shards, checkpoint, progress=shown)
+    compared = f"{found.tensors} tensors and {found.small_files} small files, {human_bytes(found.size)}"
+    say(f"{shards.path}: every byte is that of {checkpoint} ({compared})")
 
 
 def _noted(quiet: bool) -> Callable[[str], None]:

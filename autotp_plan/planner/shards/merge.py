@@ -23,6 +23,7 @@ from autotp_plan.planner.copying.copy_plan import (
     stored_shards,
 )
 from autotp_plan.planner.shards.folder_writer import check_options
+from autotp_plan.planner.shards.same_checkpoint import check_same_checkpoint
 from autotp_plan.planner.shards.watch import watch_shards
 from autotp_plan.schemas.errors import AutoTPError, Fault, ShardsError
 from autotp_plan.schemas.shards.folder import ShardsFolder, read_shards
@@ -43,6 +44,7 @@ from autotp_plan.schemas.storage.safetensors_header import (
     prefixed,
 )
 from autotp_plan.schemas.storage.stamps import stamps_in
+from autotp_plan.sources.model_folder import Place
 
 _COPY_AGAIN = "copy the folder again, or pre-split again"
 
@@ -115,25 +117,35 @@ def is_finished(output: Path, sizes: dict[str, int], source: Source) -> bool:
         return False
 
 
-def check_shards(folder: str | os.PathLike[str], *, workers: int = 4, progress: Progress | None = None) -> ShardsFolder:
+def check_shards(
+    folder: str | os.PathLike[str],
+    *,
+    checkpoint: Place | None = None,
+    workers: int = 4,
+    progress: Progress | None = None,
+) -> ShardsFolder:
     """Verify every byte of a shards folder, and that it makes up the checkpoint it was split from.
 
     Args:
         folder: the shards.
+        checkpoint: compare every byte with those of this checkpoint too, wherever it is.
         workers: threads that read.
-        progress: called with the bytes read and the bytes in all.
+        progress: called with the bytes read and the bytes in all; once more from the beginning for `checkpoint`.
 
     Raises:
-        ShardsError: the folder is not what its manifest and plan say, or does not make up the checkpoint.
+        ShardsError: the folder is not what its manifest and plan say, or does not make up the checkpoint; or it holds
+            other bytes than `checkpoint`.
         DocumentError: its manifest or plan cannot be read.
         MismatchError: its shards are of another plan than the one in it.
-        CheckpointError: a header of the checkpoint in its manifest is broken.
+        CheckpointError: a header of the checkpoint in its manifest is broken, or `checkpoint` cannot be read.
     """
     folder = Path(folder)
     shards = read_shards(folder)
     originals = [parse_header(folder / file.name, file.header) for file in shards.manifest.source.files]
     _tensors(shards, originals, _copied(shards))
     shards.verify(workers, progress)
+    if checkpoint is not None:
+        check_same_checkpoint(shards, checkpoint, workers=workers, progress=progress)
     return shards
 
 
