@@ -93,7 +93,7 @@ class SavesPretrained(PreTrainedModel if TYPE_CHECKING else object):  # type: ig
             index_name=f"model.safetensors.index{middle}.json",
             max_file_bytes=max_shard_size,
             original_names=save_original_format,
-            write_config=lambda: super(SavesPretrained, self).save_pretrained(save_directory, state_dict={}, **options),
+            write_config=lambda folder: super(SavesPretrained, self).save_pretrained(folder, state_dict={}, **options),
         )
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:

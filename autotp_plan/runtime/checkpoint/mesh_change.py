@@ -17,6 +17,7 @@ from torch import Tensor
 
 from autotp_plan.runtime.checkpoint.flat_groups import check_flat_groups
 from autotp_plan.runtime.checkpoint.zero_files import WEIGHTS, SavedJob
+from autotp_plan.runtime.deepspeed.agreement import together
 from autotp_plan.runtime.deepspeed.internals import is_deepspeed_muon
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.runtime.deepspeed.zero_internals import (
@@ -98,11 +99,15 @@ def load_from_other_mesh(engine: Any, saved: SavedJob, plan: Plan, ranks: Ranks)
     All of them before anything is changed.
     """
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
-    saved.check()
-    _check_param_groups(len(optimizer.param_groups), len(saved.optimizer_state.param_groups))
-    ranges = held_ranges(optimizer, engine.module, stage)
-    sizes = _planned_sizes(ranges, plan, ranks.tp_rank)
-    check_flat_groups(flat_groups(optimizer), ranges, sizes, ranks)
+
+    def checked() -> dict[str, list[FlatRange]]:
+        saved.check()
+        _check_param_groups(len(optimizer.param_groups), len(saved.optimizer_state.param_groups))
+        ranges = held_ranges(optimizer, engine.module, stage)
+        check_flat_groups(flat_groups(optimizer), ranges, _planned_sizes(ranges, plan, ranks.tp_rank), ranks)
+        return ranges
+
+    ranges = together(checked, "the checkpoint could not be read", "correct what is wrong, or resume from another tag")
     with full_parameters(engine):
         _load_unoptimized(engine, saved, plan, ranks)
         states = _fill_flat_groups(flat_groups(optimizer), ranges, saved, plan, ranks)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,7 @@ from autotp_plan.runtime.deepspeed.agreement import together
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.runtime.loading.read_weights import CHUNK_BYTES
 from autotp_plan.runtime.loading.weights import DTYPES
-from autotp_plan.schemas.documents import write_atomically
+from autotp_plan.schemas.documents import sync_folder, write_atomically
 from autotp_plan.schemas.errors import Fault, MismatchError
 from autotp_plan.schemas.plan.document import Parameter, Plan
 from autotp_plan.schemas.shards.output_file import OutputFile
@@ -34,6 +36,8 @@ from autotp_plan.schemas.storage.safetensors_header import header_bytes, num_byt
 from autotp_plan.sources.model_folder import ModelFolder
 
 ENDING = ".safetensors"
+_ASIDE = ".autotp_config"
+"""Inside the folder: where the small files are written, before they take the place of those of an earlier save."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -62,7 +66,7 @@ def save_plain_checkpoint(
     index_name: str = INDEX_NAME,
     max_file_bytes: int | str = "50GB",
     original_names: bool = True,
-    write_config: Callable[[], None] = lambda: None,
+    write_config: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write the weights of a sharded model under the names that transformers reads. Every rank calls it.
 
@@ -77,7 +81,7 @@ def save_plain_checkpoint(
         index_name: the name of the index where there are several.
         max_file_bytes: a file has at most as many bytes of tensors, or one tensor; a number, or as in "5GB".
         original_names: the names that the checkpoint has, not those of the modules.
-        write_config: writes what else belongs to the checkpoint; called on the first rank, when the weights are there.
+        write_config: writes what else belongs to the checkpoint into a folder; called on the first rank.
 
     Raises:
         OutputError: the first rank cannot write. As all errors, the same on every rank.
@@ -116,8 +120,7 @@ def save_plain_checkpoint(
             try:
                 if failed is not None:
                     raise failed
-                write_config()
-                writer.finish()
+                writer.finish(write_config)
             except BaseException:
                 writer.drop()
                 raise
@@ -177,14 +180,32 @@ class _Writer:
             finally:
                 output.close()
 
-    def finish(self) -> None:
-        """Sync the files and give them their names; remove those of an earlier save, and write the index."""
+    def finish(self, write_config: Callable[[Path], None]) -> None:
+        """Sync the files and give them their names; remove those of an earlier save, and write the index.
+
+        Whatever stops it, the folder holds the earlier checkpoint or this one, or no complete one: no index names files
+        of both.
+        """
         for output in self.files.values():
             output.open()
             output.sync()
             output.close()
+        aside = self.folder / _ASIDE
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        write_config(aside)
+        others = sorted(aside.iterdir())
+        for path in others:
+            _sync(path)
+        if {*self.files} != {self.weights_name}:
+            (self.folder / self.index_name).unlink(missing_ok=True)
+            sync_folder(self.folder)
+        for path in others:
+            path.replace(self.folder / path.name)
+        aside.rmdir()
         for output in self.files.values():
             output.take_name()
+        sync_folder(self.folder)
         names = {*self.files}
         if names != {self.weights_name}:
             total = sum(one.numel for found in self.stored.values() for one in found)
@@ -201,11 +222,23 @@ class _Writer:
         ) in self.folder.iterdir():  # of an earlier save: transformers might read it in the place of the new ones
             if earlier.fullmatch(path.name) and path.name not in names:
                 path.unlink()
+        sync_folder(self.folder)
+        sync_folder(self.folder.parent)
 
     def drop(self) -> None:
         """Remove what was not finished."""
+        shutil.rmtree(self.folder / _ASIDE, ignore_errors=True)
         for output in self.files.values():
             output.remove()
+
+
+def _sync(path: Path) -> None:
+    """Bring a file to disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _stored(

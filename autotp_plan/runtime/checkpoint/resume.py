@@ -21,13 +21,14 @@ from autotp_plan.runtime.checkpoint.job_state import (
     differences_of,
 )
 from autotp_plan.runtime.checkpoint.mesh_change import load_from_other_mesh, model_differences
-from autotp_plan.runtime.checkpoint.rng_state import load_rng_state, seed_from_rng_state
+from autotp_plan.runtime.checkpoint.rng_state import read_rng_state, restore_rng_state, seed_from_rng_state
 from autotp_plan.runtime.checkpoint.zero_files import SavedJob
 from autotp_plan.runtime.data.stream import StreamLoader
 from autotp_plan.runtime.deepspeed.agreement import check_same, gathered, together
 from autotp_plan.runtime.deepspeed.attendance import check_all_call
-from autotp_plan.runtime.deepspeed.job_files import check_is_data, loads_data_only
+from autotp_plan.runtime.deepspeed.job_files import check_is_data, loads_data_only, read_saved
 from autotp_plan.runtime.deepspeed.mesh import Ranks
+from autotp_plan.runtime.deepspeed.zero_internals import model_states_file, optimizer_states_files
 from autotp_plan.schemas.documents import fingerprint
 from autotp_plan.schemas.errors import AutoTPError, CheckpointError, DocumentError, Fault, MismatchError
 from autotp_plan.schemas.jobs.job_folder import file_faults, latest, missing_files, or_newest_sound
@@ -78,15 +79,16 @@ def load_checkpoint(
         raise _with_another(error, folder, asked) from None
     if not trust:
         together(lambda: _check_is_data(folder / tag), _NOT_READ, _READ_AGAIN)
+    differs = bool(differences_of(about, about_engine(engine, plan, ranks)))
+    streams = folder / tag / f"random-{0 if differs else dist.get_rank()}.safetensors"
+    state = together(lambda: read_rng_state(streams), _NOT_READ, _READ_AGAIN)
+    restore = partial(seed_from_rng_state, state, ranks.dp_rank) if differs else partial(restore_rng_state, state)
     if job is not None:
         client_state = load_from_other_mesh(engine, job, plan, ranks)
     else:  # without ZeRO, what DeepSpeed saves does not depend on the number of DP ranks
-        with loads_data_only(engine, trust):
+        held = together(lambda: _read_files(engine, folder / tag, ranks, trust), _NOT_READ, _READ_AGAIN)
+        with loads_data_only(engine, trust, held):
             _, client_state = engine.load_checkpoint(str(folder), tag=tag)
-    if differences_of(about, about_engine(engine, plan, ranks)):
-        restore = partial(seed_from_rng_state, folder / tag / "random-0.safetensors", ranks.dp_rank)
-    else:
-        restore = partial(load_rng_state, folder / tag / f"random-{dist.get_rank()}.safetensors")
     restore()
     _set_position(engine, about, ranks, restore)
     return {key: value for key, value in client_state.items() if key in about.client_state}
@@ -131,6 +133,19 @@ def _check_is_data(tag_folder: Path) -> None:
     """Look for code in this rank's share of the files."""
     for path in sorted(tag_folder.rglob("*.pt"))[dist.get_rank() :: dist.get_world_size()]:
         check_is_data(path)
+
+
+def _read_files(engine: Any, tag_folder: Path, ranks: Ranks, trust: bool) -> dict[Path, Any]:
+    """What the engine reads on this rank: a read that fails in its midst would leave the other ranks waiting.
+
+    Of the first TP rank's file it uses a number alone: that one is mapped.
+    """
+    stage = engine.zero_optimization_stage()
+    first = tag_folder / model_states_file(stage, 0, ranks.dp_rank)
+    own = model_states_file(stage, ranks.tp_rank, ranks.dp_rank)
+    paths = [tag_folder / name for name in (own, *optimizer_states_files(ranks.tp_rank, ranks.dp_rank))]
+    held = {path: read_saved(path, trust=trust) for path in paths if path.exists()}
+    return held if first in held else {first: read_saved(first, trust=trust, mmap=True), **held}
 
 
 def _with_another(error: AutoTPError, folder: Path, asked: str | None) -> AutoTPError:

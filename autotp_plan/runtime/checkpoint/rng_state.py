@@ -12,6 +12,10 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
+
+RandomState = tuple[dict[str, Tensor], dict[str, Any]]
+"""The state of a process's random number generators as it was read: torch's and numpy's, and what is not a tensor."""
 
 
 def save_rng_state(path: Path) -> None:
@@ -28,26 +32,31 @@ def save_rng_state(path: Path) -> None:
     save_file(tensors, path, {"streams": json.dumps(rest)})
 
 
-def load_rng_state(path: Path) -> None:
-    """Put this process's random number generators into the state that `save_rng_state` wrote to `path`."""
+def read_rng_state(path: Path) -> RandomState:
+    """The state that `save_rng_state` wrote to `path`."""
     with safe_open(path, "pt") as file:
         rest = json.loads(file.metadata()["streams"])
-        torch.set_rng_state(file.get_tensor("torch"))
-        if "accelerator" in file.keys():  # noqa: SIM118 - not a mapping
-            get_accelerator().set_rng_state(file.get_tensor("accelerator"))
-        position, has_gauss, gauss = rest["numpy"]
-        words = file.get_tensor("numpy").numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", words, position, has_gauss, gauss))
-    version, state, gauss_next = rest["python"]
-    random.setstate((version, tuple(state), gauss_next))
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, rest  # noqa: SIM118 - not a mapping
 
 
-def seed_from_rng_state(path: Path, dp_rank: int) -> None:
+def restore_rng_state(state: RandomState) -> None:
+    """Put this process's random number generators into a state that was read."""
+    tensors, rest = state
+    torch.set_rng_state(tensors["torch"])
+    if "accelerator" in tensors:
+        get_accelerator().set_rng_state(tensors["accelerator"])
+    position, has_gauss, gauss = rest["numpy"]
+    np.random.set_state(("MT19937", tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, of_python, gauss_next = rest["python"]
+    random.setstate((version, tuple(of_python), gauss_next))
+
+
+def seed_from_rng_state(state: RandomState, dp_rank: int) -> None:
     """Seed this process's random number generators with a number that follows from a saved state and the DP rank.
 
     For a job that resumes on a different mesh: all TP ranks of a DP rank get the same seed.
     """
-    load_rng_state(path)
+    restore_rng_state(state)
     seed = int(torch.randint(2**31, ())) + dp_rank
     torch.manual_seed(seed)
     np.random.seed(seed)

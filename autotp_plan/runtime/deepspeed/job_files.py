@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from autotp_plan.runtime.deepspeed.saving_internals import collected_scripts
 from autotp_plan.schemas.errors import CheckpointError, Fault
 from autotp_plan.schemas.upstream import private, replaced
 
@@ -36,7 +37,7 @@ def collected_saves(engine: Any) -> Iterator[list[tuple[str, Exception | None]]]
 
     An error there would leave the other ranks waiting. Yields the list of `(path, error)` of the files that this rank
     has written, or tried to. Relies on the engine writing every file by
-    `engine.checkpoint_engine.save(state_dict, path)`.
+    `engine.checkpoint_engine.save(state_dict, path)`, but for its scripts.
     """
     saves: list[tuple[str, Exception | None]] = []
     writer = private(engine, "checkpoint_engine", _PACKAGE, "telling all ranks that a save failed")
@@ -50,21 +51,25 @@ def collected_saves(engine: Any) -> Iterator[list[tuple[str, Exception | None]]]
             error = raised
         saves.append((str(path), error))
 
-    with replaced(writer, "save", save):
+    with replaced(writer, "save", save), collected_scripts(engine, saves):
         yield saves
 
 
 @contextmanager
-def loads_data_only(engine: Any, trust: bool) -> Iterator[None]:
-    """While active, `engine.load_checkpoint` reads files by `read_saved`.
+def loads_data_only(engine: Any, trust: bool, held: Mapping[Path, Any] | None = None) -> Iterator[None]:
+    """While active, `engine.load_checkpoint` reads files by `read_saved`; `held` are those that have been read already.
 
     Relies on the engine reading every file by `engine.checkpoint_engine.load(path, map_location=None)`.
     """
     reader = private(engine, "checkpoint_engine", _PACKAGE, _AS_DATA)
     private(reader, "load", _PACKAGE, _AS_DATA)
+    if "load" in vars(reader):  # plan.load_checkpoint calls the engine's, which comes here again
+        yield
+        return
 
     def load(path: str, map_location: Any = None) -> Any:
-        return read_saved(Path(path), trust=trust, map_location=map_location)
+        found = (held or {}).get(Path(path))
+        return read_saved(Path(path), trust=trust, map_location=map_location) if found is None else found
 
     with replaced(reader, "load", load):
         yield
@@ -80,15 +85,17 @@ def read_saved(path: Path, *, trust: bool, map_location: Any = "cpu", mmap: bool
         mmap: map tensors, and read them when they are used.
 
     Raises:
-        CheckpointError: it holds more than data.
+        CheckpointError: it holds more than data, or cannot be read.
     """
-    if trust:
-        return torch.load(path, map_location=map_location, mmap=mmap, weights_only=False)
     try:
         with safe_globals(_saved_classes()):
-            return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
+            return torch.load(path, map_location=map_location, mmap=mmap, weights_only=not trust)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(_needs_trust(path, str(error).partition("\n")[0])) from None
+        if not trust:
+            raise CheckpointError(_needs_trust(path, str(error).partition("\n")[0])) from None
+        raise CheckpointError(_unreadable(path, error)) from None
+    except (OSError, RuntimeError, EOFError) as error:
+        raise CheckpointError(_unreadable(path, error)) from None
 
 
 def check_is_data(path: Path) -> None:
@@ -108,6 +115,17 @@ def _saved_classes() -> list[Any]:
         module, _, attribute = name.partition(":")
         found.append(private(importlib.import_module(module), attribute, _PACKAGE, _AS_DATA))
     return found
+
+
+def _unreadable(path: Path, error: Exception) -> Fault:
+    return Fault(
+        code="job-unreadable",
+        what="a file of the saved job cannot be read",
+        where=str(path),
+        got=(str(error) or type(error).__name__).splitlines()[0],
+        expected="what DeepSpeed wrote there",
+        next="resume from another tag",
+    )
 
 
 def _needs_trust(path: Path, got: str) -> Fault:

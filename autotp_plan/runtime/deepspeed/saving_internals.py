@@ -7,10 +7,12 @@ asserts that they are there in a second.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from autotp_plan.schemas.upstream import private
+from autotp_plan.schemas.upstream import private, replaced
 
 _PACKAGE = "deepspeed"
 
@@ -31,6 +33,24 @@ def check_saving_methods(engine: Any) -> None:
     private(engine, "_consolidated_16bit_state_dict", _PACKAGE, used_for)
     private(engine, "_zero3_consolidated_16bit_state_dict", _PACKAGE, used_for)
     private(engine, "_replace_module_consolidated_state_dict", _PACKAGE, used_for)
+
+
+@contextmanager
+def collected_scripts(engine: Any, saves: list[tuple[str, Exception | None]]) -> Iterator[None]:
+    """While active, an error in copying DeepSpeed's scripts is added to `saves` as `(path, error)`, and not raised.
+
+    Relies on `_copy_recovery_script(save_path)`.
+    """
+    copy = private(engine, "_copy_recovery_script", _PACKAGE, "telling all ranks that a save failed")
+
+    def collect(save_path: str) -> None:
+        try:
+            copy(save_path)
+        except OSError as error:
+            saves.append((str(error.filename or save_path), error))
+
+    with replaced(engine, "_copy_recovery_script", collect):
+        yield
 
 
 class SavesFullTensors:

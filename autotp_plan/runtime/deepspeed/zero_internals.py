@@ -219,10 +219,10 @@ def wrap_flat_partition(optimizer: Any, around: Callable[[Callable[[], Any], Seq
 # what it saves
 
 
-def model_states_file(stage: int, tp_rank: int) -> str:
-    """The file with the module's state of a TP rank; at stage 3 that of its first DP rank."""
-    first = f"{ZERO_FILE_PREFIX}0_" if stage == 3 else ""
-    return f"{first}{MODEL_FILE_PREFIX}{tp_rank:02d}{MODEL_FILE_SUFFIX}"
+def model_states_file(stage: int, tp_rank: int, dp_rank: int = 0) -> str:
+    """The file with the module's state of a TP rank; at stage 3 that of one of its DP ranks."""
+    of_dp_rank = f"{ZERO_FILE_PREFIX}{dp_rank}_" if stage == 3 else ""
+    return f"{of_dp_rank}{MODEL_FILE_PREFIX}{tp_rank:02d}{MODEL_FILE_SUFFIX}"
 
 
 def optimizer_states_files(tp_rank: int, dp_rank: int) -> tuple[str, str]:
