@@ -73,6 +73,7 @@ def run(
     hang: float = 60,
     say: Callable[[str], None] = print,
     until_found: bool = False,
+    server: Server | None = None,
 ) -> Table:
     """Make `count` faults, divided over the settings.
 
@@ -87,9 +88,11 @@ def run(
         hang: seconds after which a rank hangs.
         say: called with what is worth saying meanwhile.
         until_found: stop at the first that is lost, silent or hung.
+        server: what starts ranks; None for a new one.
     """
     table, started = Table(settings), time.monotonic()
-    with Server(work) as server:
+    with contextlib.ExitStack() as stack:
+        server = server or stack.enter_context(Server(work))
         model = server.prepare(work / "model")
         for number, (ranks, stage) in enumerate(settings):
             share = count * (number + 1) // len(settings) - count * number // len(settings)

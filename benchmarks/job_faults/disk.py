@@ -14,7 +14,7 @@ from pathlib import Path
 from random import Random
 
 _HEAD = struct.Struct("5q")
-_OPEN, _WRITE, _SYNC, _RENAME, _UNLINK, _MKDIR, _RMDIR, _TRUNCATE, _READ, MARK = range(1, 11)
+OPEN, WRITE, SYNC, RENAME, UNLINK, MKDIR, RMDIR, TRUNCATE, READ, MARK = range(1, 11)
 PAGE = 4096
 
 
@@ -73,15 +73,15 @@ class Disk:
 
     def apply(self, event: Event) -> None:
         """Make a change that was logged."""
-        if event.kind == _MKDIR:
+        if event.kind == MKDIR:
             self._name(event.path, _Folder(states=[{}])).changed()
-        elif event.kind == _OPEN:
+        elif event.kind == OPEN:
             self._open(event)
-        elif event.kind in (_WRITE, _TRUNCATE, _SYNC):
+        elif event.kind in (WRITE, TRUNCATE, SYNC):
             self._change(event)
-        elif event.kind in (_UNLINK, _RMDIR):
+        elif event.kind in (UNLINK, RMDIR):
             self._name(event.path, None).changed()
-        elif event.kind == _RENAME:
+        elif event.kind == RENAME:
             moved = self._find(event.path)
             before, after = self._name(event.path, None), self._name(event.other, moved)
             after.changed()
@@ -100,18 +100,18 @@ class Disk:
 
     def _change(self, event: Event) -> None:
         found = self._find(event.path)
-        if found is None and event.kind == _SYNC and event.at in self.numbers:  # renamed by a call that is not seen
+        if found is None and event.kind == SYNC and event.at in self.numbers:  # renamed by a call that is not seen
             before, found = self.numbers[event.at]
             self._name(before, None)
             self._name(event.path, found).changed()
         if isinstance(found, _Folder):
             found.states = [dict(found.names)]
-        elif found is not None and event.kind == _SYNC:
+        elif found is not None and event.kind == SYNC:
             found.synced = bytes(found.data)
         elif found is not None:
             end = event.at + len(event.data)
             found.data.extend(bytes(max(0, end - len(found.data))))
-            if event.kind == _TRUNCATE:
+            if event.kind == TRUNCATE:
                 del found.data[event.at :]
             else:
                 found.data[event.at : end] = event.data

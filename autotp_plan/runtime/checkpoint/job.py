@@ -15,7 +15,7 @@ from typing import Any
 
 from deepspeed import comm as dist
 
-from autotp_plan.runtime.checkpoint.job_state import about_engine, check_tag
+from autotp_plan.runtime.checkpoint.job_state import about_engine, check_client_state, check_tag
 from autotp_plan.runtime.checkpoint.rng_state import save_rng_state
 from autotp_plan.runtime.deepspeed.agreement import check_same, gathered, together
 from autotp_plan.runtime.deepspeed.attendance import check_all_call
@@ -65,7 +65,8 @@ def save_checkpoint(
 
     Raises:
         MismatchError: gradients have been accumulated since the last optimizer step; or not every rank calls it.
-        CheckpointError: the tag is not the name of a folder, or names anything but what an unfinished save has left.
+        CheckpointError: the tag is not the name of a folder, or names anything but what an unfinished save has left;
+            or `client_state` cannot be saved.
     """
     tag = tag if tag is not None else f"step{engine.global_steps}"
     check_all_call("plan.save_checkpoint")
@@ -90,6 +91,8 @@ def _about_a_save(
     engine: Any, folder: Path, plan: Plan, ranks: Ranks, tag: str, client_state: dict[str, Any], keep_last: int | None
 ) -> JobManifest:
     """What is written about a checkpoint, when it may be made."""
+    check_tag(tag, folder)
+    check_client_state(client_state, folder)
     about = dataclasses.replace(about_engine(engine, plan, ranks), client_state=tuple(sorted(client_state)))
     if engine.micro_steps % engine.gradient_accumulation_steps():
         raise MismatchError(
@@ -101,7 +104,6 @@ def _about_a_save(
                 next="save where engine.is_gradient_accumulation_boundary() was true",
             )
         )
-    check_tag(tag, folder)
     if keep_last is not None and keep_last < 1:
         raise OptionError(
             Fault(

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import io
+import pickle
+import re
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from autotp_plan.runtime.checkpoint.mesh_change import why_this_mesh_only
 from autotp_plan.runtime.data.sampler import ResumableSampler
 from autotp_plan.runtime.data.stream import StreamLoader
+from autotp_plan.runtime.deepspeed.job_files import ENGINE_KEYS
 from autotp_plan.runtime.deepspeed.mesh import Ranks
+from autotp_plan.runtime.deepspeed.saving_internals import SCRIPTS
 from autotp_plan.schemas.errors import CheckpointError, Fault
+from autotp_plan.schemas.jobs.job_lock import LOCK_NAME
 from autotp_plan.schemas.jobs.job_manifest import LATEST_NAME, JobManifest
 from autotp_plan.schemas.plan.document import Plan
+
+MAX_TAG_BYTES = 200
+"""Of a tag's name: file systems have 255, and temporary names are longer than what they stand for."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def position_of(engine: Any, ranks: Ranks) -> tuple[int, int] | None:
@@ -38,17 +51,53 @@ def data_source(engine: Any) -> ResumableSampler | StreamLoader | None:
 
 
 def check_tag(tag: str, folder: Path) -> None:
-    """A tag names a folder inside `folder`, and nothing else."""
-    if tag in ("", ".", "..") or "/" in tag or "\\" in tag or "\0" in tag or tag == LATEST_NAME:
+    """A tag names a folder inside `folder`, and nothing else; `latest` can name it in a line of text."""
+    is_name = tag not in ("", ".", "..", LATEST_NAME, LOCK_NAME, *SCRIPTS) and "/" not in tag and "\\" not in tag
+    is_line = tag == tag.strip() and tag.isprintable() and len(tag.encode(errors="replace")) <= MAX_TAG_BYTES
+    if not is_name or not is_line:
         raise CheckpointError(
             Fault(
                 what="a tag is not the name of a folder",
                 where=str(folder),
-                got=repr(tag),
-                expected="a plain name, such as step100",
+                got=ascii(tag) if len(tag) < 100 else f"{len(tag)} characters: {tag[:40]!a}...",
+                expected=f"a plain name of at most {MAX_TAG_BYTES} bytes, such as step100",
                 next="leave out the tag: it is then the number of the step",
             )
         )
+
+
+def check_client_state(client_state: dict[str, Any], folder: Path) -> None:
+    """What the caller wants back can be saved, and takes the place of nothing that DeepSpeed saves."""
+    faults = []
+    for key, value in client_state.items():
+        if not isinstance(key, str) or key in ENGINE_KEYS or _SURROGATE.search(key):
+            faults.append(_unsavable(folder, f"the key {key!a}", "text that DeepSpeed does not use itself"))
+            continue
+        try:
+            _DryPickler(io.BytesIO()).dump(value)
+        except Exception as error:  # whatever the value's own methods raise
+            got = f"{key!r}: {type(error).__name__}: {error}"
+            faults.append(_unsavable(folder, got, "values that can be pickled: numbers, text, tensors, lists, dicts"))
+    if faults:
+        raise CheckpointError(faults)
+
+
+class _DryPickler(pickle.Pickler):
+    """Pickles all but the elements of tensors."""
+
+    def persistent_id(self, value: Any) -> Any:
+        return "tensor" if isinstance(value, torch.Tensor) else None
+
+
+def _unsavable(folder: Path, got: str, expected: str) -> Fault:
+    return Fault(
+        code="client-state",
+        what="client_state cannot be saved",
+        where=f"save_checkpoint to {folder}",
+        got=got,
+        expected=expected,
+        next="leave it out of client_state, or give another key or value",
+    )
 
 
 def about_engine(engine: Any, plan: Plan, ranks: Ranks) -> JobManifest:

@@ -30,6 +30,15 @@ SAVED_CLASSES = (
 )
 """What DeepSpeed's files of a job hold besides tensors, numbers, text, lists and dicts: classes with data alone."""
 
+ENGINE_KEYS = frozenset({
+    "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "frozen_param_fragments",
+    "shared_params", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names", "skipped_steps",
+    "global_steps", "global_samples", "dp_world_size", "mp_world_size", "ds_config", "ds_version",
+    "checkpoint_parallel_dimensions", "universal_checkpoint_info", "num_experts", "ds_autoep_layers",
+    "autoep_layers", "folding",
+})  # fmt: skip
+"""What DeepSpeed saves next to the caller's own state, in the same dict."""
+
 
 @contextmanager
 def collected_saves(engine: Any) -> Iterator[list[tuple[str, Exception | None]]]:

@@ -19,6 +19,8 @@ from autotp_plan.schemas.untrusted.plain_files import TooLargeError, read_plain
 
 _MOST_TAG_BYTES = 4096
 
+_MAX_NAME_BYTES = 255
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobTag:
@@ -58,8 +60,9 @@ def latest(folder: Path) -> str | None:
         return None
     except (OSError, UnicodeDecodeError, TooLargeError) as error:
         raise CheckpointError(_not_a_tag(path, str(error))) from None
-    if not found or Path(found).name != found or found in (".", "..") or not found.isprintable():
-        raise CheckpointError(_not_a_tag(path, repr(found)))
+    is_name = found not in ("", ".", "..") and Path(found).name == found and len(os.fsencode(found)) <= _MAX_NAME_BYTES
+    if not is_name or not found.isprintable():
+        raise CheckpointError(_not_a_tag(path, repr(found[:80])))
     return found
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from autotp_plan.schemas.errors import AutoTPError, OutputError
+from autotp_plan.schemas.errors import AutoTPError, CheckpointError, OutputError
 from autotp_plan.schemas.jobs.job_folder import checked_tag, latest, newest_sound, sealed, tags
 from autotp_plan.schemas.jobs.job_manifest import ABOUT_NAME, LATEST_NAME
 from autotp_plan.schemas.shards.folder import is_unfinished, read_shards
@@ -121,6 +121,11 @@ def attacked(work: Path) -> dict[str, tuple[str, str]]:
     assert plan.load_checkpoint(engine, work / "flipped weights", "first") == {"seen": 0}
     assert plan.load_checkpoint(engine, job) == {"seen": 1}
     plan.load_checkpoint(engine, job, trust_checkpoint=True)
+    refused_saves(plan, engine, job)
+    plan.save_checkpoint(engine, work / "odd", "one", client_state={"a path": Path("a")})
+    with pytest.raises(CheckpointError, match="holds more than data"):
+        plan.load_checkpoint(engine, work / "odd")
+    assert plan.load_checkpoint(engine, work / "odd", trust_checkpoint=True) == {"a path": Path("a")}
     plan.save_checkpoint(engine, job, "third", keep_last=2)
     assert sorted(tags(job)) == ["second", "third"], "the oldest is removed"
     with another_job(work / "taken") if dist.get_rank() == 0 else contextlib.nullcontext():
@@ -129,6 +134,26 @@ def attacked(work: Path) -> dict[str, tuple[str, str]]:
             plan.save_checkpoint(engine, work / "taken")
     plan.save_checkpoint(engine, work / "taken")  # its owner is dead
     return found
+
+
+def refused_saves(plan: Any, engine: Any, job: Path) -> None:
+    """Inside a rank: what cannot be saved is refused on all ranks before anything is written."""
+    from deepspeed import comm as dist
+
+    from autotp_plan.runtime.deepspeed.job_files import ENGINE_KEYS
+
+    before = sorted(job.rglob("*"))
+    for tag in (" lead", "trail\n", "a" * 300, "half \udc80", "two\nlines", "autotp_lock", "zero_to_fp32.py", "latest"):
+        with pytest.raises(CheckpointError, match="a tag is not the name of a folder"):
+            plan.save_checkpoint(engine, job, tag)
+    on_one_rank: dict[Any, Any] = {"module": {}} if dist.get_rank() == 1 else {"fine": 1}
+    states: list[dict[Any, Any]] = [{"f": lambda: 0}, {"module": {}}, {3: 0}, {"half \udc80": 0}, on_one_rank]
+    for state in states:
+        with pytest.raises(CheckpointError, match="client_state cannot be saved"):
+            plan.save_checkpoint(engine, job, client_state=state)
+    assert sorted(job.rglob("*")) == before
+    saved = torch.load(next((job / "first").glob("*model_states.pt")), weights_only=False)
+    assert saved.keys() - {"seen"} <= ENGINE_KEYS
 
 
 @pytest.mark.distributed
