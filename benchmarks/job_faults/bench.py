@@ -79,7 +79,7 @@ class Bench:
         return contents(folder)
 
     def _start(self) -> None:
-        self.ranks = self.server.start(replace(self.setting, store=new_store(self.work)))
+        self.ranks = self.server.start(replace(self.setting, store=new_store(self.server.work)))
         self.state = ""
 
     def restart(self, answers: Sequence[Answer]) -> bool:

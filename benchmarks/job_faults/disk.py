@@ -22,6 +22,7 @@ PAGE = 4096
 class _File:
     data: bytearray = field(default_factory=bytearray)
     synced: bytes = b""
+    number: int = 0
 
 
 @dataclass(slots=True)
@@ -90,10 +91,11 @@ class Disk:
 
     def _open(self, event: Event) -> None:
         found = self._find(event.path)
-        if found is None:
-            found = _File()
+        if found is None or (isinstance(found, _File) and found.number not in (0, event.at)):
+            found = _File()  # or the name of a file that has another name by now
             self._name(event.path, found).changed()
         if isinstance(found, _File):
+            found.number = event.at
             self.numbers[event.at] = (event.path, found)
             if event.other:
                 del found.data[:]
@@ -102,7 +104,8 @@ class Disk:
         found = self._find(event.path)
         if found is None and event.kind == SYNC and event.at in self.numbers:  # renamed by a call that is not seen
             before, found = self.numbers[event.at]
-            self._name(before, None)
+            if self._find(before) is found:
+                self._name(before, None)
             self._name(event.path, found).changed()
         if isinstance(found, _Folder):
             found.states = [dict(found.names)]

@@ -28,8 +28,8 @@ def plant(name: str) -> None:
 
         def named_first(folder: Path) -> None:
             begin(folder)
-            for path in folder.glob(f"*/{UNFINISHED_NAME}"):
-                (folder / LATEST_NAME).write_text(path.parent.name)
+            if (folder / UNFINISHED_NAME).exists():
+                (folder.parent / LATEST_NAME).write_text(folder.name)
 
         job.sync_folder = named_first
     else:
