@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from autotp_plan.schemas.jobs.job_manifest import LATEST_NAME, UNFINISHED_NAME
+from autotp_plan.schemas.jobs.job_manifest import LATEST_NAME
 from benchmarks.job_faults import calls
 
 PLANTED = ("no sync", "no checksum", "no lock", "latest first")
@@ -24,14 +24,13 @@ def plant(name: str) -> None:
         resume.file_faults = lambda *arguments: ()
     elif name == "latest first":
         job: Any = importlib.import_module("autotp_plan.runtime.checkpoint.job")
-        begin = job.sync_folder
+        begin = job._begin
 
-        def named_first(folder: Path) -> None:
-            begin(folder)
-            if (folder / UNFINISHED_NAME).exists():
-                (folder.parent / LATEST_NAME).write_text(folder.name)
+        def begin_and_name(target: Path, take_over: bool) -> None:
+            begin(target, take_over)
+            (target.parent / LATEST_NAME).write_text(target.name)
 
-        job.sync_folder = named_first
+        job._begin = begin_and_name
     else:
         assert not name, name
     assert "LD_PRELOAD" in os.environ
