@@ -66,8 +66,9 @@ def run(setting: Setting, rank: int, orders: Connection) -> None:
         try:
             orders.send(("done", getattr(rank_of_job, name)(*arguments)))
         except AutoTPError as error:
-            orders.send(("refused", str(error)))
-            if type(error).__name__ == "FailedRankError":
+            ended = error.faults[0].code == "rank-ended"
+            orders.send(("raised" if ended else "refused", str(error)))
+            if ended:
                 return
         except Exception as error:
             orders.send(("raised", f"{type(error).__name__}: {error}"))
