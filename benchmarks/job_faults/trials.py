@@ -43,14 +43,19 @@ def _said(answers: Sequence[Answer]) -> str:
     return "; ".join(f"rank {rank} {answer.kind} {str(answer.value)[:300]}" for rank, answer in enumerate(answers))
 
 
+def _a_call(bench: Bench, random: Random, how: str) -> tuple[int, int]:
+    """A random rank that calls anything, and the number of one of its calls."""
+    rank = random.choice([rank for rank, count in enumerate(bench.calls[how]) if count])
+    return rank, random.randint(1, bench.calls[how][rank])
+
+
 # while a job is saved
 
 
 def while_saving(bench: Bench, random: Random, action: str, error: int = 0) -> Outcome:
     """A save of some kind is disturbed at a random call of a random rank."""
     how = random.choice(WRITES)
-    rank = random.randrange(len(bench.ranks.ids))
-    number = random.randint(1, bench.calls[how][rank])
+    rank, number = _a_call(bench, random, how)
     what = Disturbance(action=action, number=number, error=error)
     folder = _folder_to_write(bench, how)
     bench.go_to("three")
@@ -213,8 +218,7 @@ def _logged(bench: Bench, how: str, first: bool) -> tuple[Path, Path, list[disk.
 
 def while_loading(bench: Bench, random: Random, action: str, error: int = 0) -> Outcome:
     """Loading is disturbed at a random call of a random rank that reads; then it is loaded again."""
-    rank = random.randrange(len(bench.ranks.ids))
-    number = random.randint(1, bench.calls["load"][rank])
+    rank, number = _a_call(bench, random, "load")
     what = Disturbance(action=action, number=number, error=error, reads=True)
     folder = bench.copy_of(bench.base)
     bench.go_to("one")
@@ -348,8 +352,7 @@ def two_jobs(bench: Bench, random: Random, other: Bench) -> Outcome:
     """A job stops at a random call of its save; another one saves to the same folder; the first one goes on."""
     how = random.choice(("save", "save", "save_shards"))
     folder = _folder_to_write(bench, how)
-    rank = random.choice((0, 0, random.randrange(len(bench.ranks.ids))))
-    number = random.randint(1, bench.calls[how][rank])
+    rank, number = _a_call(bench, random, how)
     bench.go_to("three")
     other.go_to("three")
     stop = Disturbance(action="stop", number=number)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -27,12 +26,12 @@ from autotp_plan.runtime.deepspeed.agreement import together
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.runtime.loading.read_weights import CHUNK_BYTES
 from autotp_plan.runtime.loading.weights import DTYPES
-from autotp_plan.schemas.documents import sync_folder, write_atomically
 from autotp_plan.schemas.errors import Fault, MismatchError
 from autotp_plan.schemas.plan.document import Parameter, Plan
 from autotp_plan.schemas.shards.output_file import OutputFile
 from autotp_plan.schemas.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from autotp_plan.schemas.storage.safetensors_header import header_bytes, num_bytes, parse_header
+from autotp_plan.schemas.untrusted.plain_files import sync_file, sync_folder, write_atomically
 from autotp_plan.sources.model_folder import ModelFolder
 
 ENDING = ".safetensors"
@@ -196,7 +195,7 @@ class _Writer:
         write_config(aside)
         others = sorted(aside.iterdir())
         for path in others:
-            _sync(path)
+            sync_file(path)
         if {*self.files} != {self.weights_name}:
             (self.folder / self.index_name).unlink(missing_ok=True)
             sync_folder(self.folder)
@@ -230,15 +229,6 @@ class _Writer:
         shutil.rmtree(self.folder / _ASIDE, ignore_errors=True)
         for output in self.files.values():
             output.remove()
-
-
-def _sync(path: Path) -> None:
-    """Bring a file to disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _stored(

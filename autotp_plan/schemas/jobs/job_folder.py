@@ -7,6 +7,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from autotp_plan.schemas.jobs.job_manifest import ABOUT_NAME, LATEST_NAME, UNFIN
 from autotp_plan.schemas.names import natural_key
 from autotp_plan.schemas.storage import checksum
 from autotp_plan.schemas.storage.checksum import Progress
-from autotp_plan.schemas.untrusted.plain_files import TooLargeError, read_plain
+from autotp_plan.schemas.untrusted.plain_files import TooLargeError, read_plain, sync_file
 
 _MOST_TAG_BYTES = 4096
 
@@ -154,16 +155,14 @@ def sealed(tag_folder: Path, paths: Iterable[Path], rank: int) -> list[JobFile]:
         OSError: a file cannot be synced or read.
         EOFError: a file became shorter meanwhile.
     """
-    sizes = {}
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-            sizes[path] = os.fstat(descriptor).st_size
-        finally:
-            os.close(descriptor)
+    sizes = {path: path.stat().st_size for path in paths}
+    with ThreadPoolExecutor(1) as pool:  # the disk writes while the checksums are computed
+        synced = [pool.submit(sync_file, path) for path in sizes]
+        found = checksum.of_files(sizes)
+    for one in synced:
+        one.result()
     entries = []
-    for path, crc in checksum.of_files(sizes).items():
+    for path, crc in found.items():
         if not isinstance(crc, int):
             raise crc
         name = path.relative_to(tag_folder).as_posix()
