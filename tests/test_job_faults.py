@@ -45,6 +45,7 @@ def test_each_kind_of_fault_once(server: Server) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.timeout(270)
 @pytest.mark.parametrize("planted", PLANTED)
 def test_what_is_planted_is_found(server: Server, planted: str) -> None:
