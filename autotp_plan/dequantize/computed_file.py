@@ -8,12 +8,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from autotp_plan.dequantize.quantized_tensor import QuantizedTensor
 from autotp_plan.schemas.errors import Fault, MissingDependencyError
 from autotp_plan.schemas.storage.files import ByteRange, File, Reader, Span
-from autotp_plan.schemas.storage.safetensors_header import SafetensorsFile, TensorEntry, prefixed
+from autotp_plan.schemas.storage.safetensors_header import SafetensorsFile, TensorEntry, item_size, prefixed
 
 if TYPE_CHECKING:
     from autotp_plan.dequantize.weight_reader import WeightReader
@@ -46,9 +46,28 @@ class Weights:
                 self._reader = WeightReader(self.dtype)
             return self._reader
 
+    def forget(self) -> None:
+        """Read again what was kept of scales and codes."""
+        with self._lock:
+            self._reader = None
+
 
 Source = TensorEntry | QuantizedTensor
 """A tensor that stays as it is, or a weight that is computed."""
+
+
+class Step(NamedTuple):
+    """Bytes of a `ComputedFile` that are read at once.
+
+    Attributes:
+        length: bytes.
+        position: the byte of the original where what they are computed from begins.
+        entries: the tensors of the original that are read for them: the codes first.
+    """
+
+    length: int
+    position: int
+    entries: tuple[TensorEntry, ...]
 
 
 _MANY = 8
@@ -100,10 +119,10 @@ class ComputedFile:
                 self._read(*one, reader)
             return
         with ThreadPoolExecutor(_AT_ONCE) as pool:  # samples of many tensors far away
-            list(pool.map(lambda one: self._read_alone(*one), wanted))
+            list(pool.map(lambda one: self._read_alone(reader, *one), wanted))
 
-    def _read_alone(self, target: memoryview, source: Source | None, parts: Sequence[Span]) -> None:
-        with Reader() as reader:
+    def _read_alone(self, beside: Reader, target: memoryview, source: Source | None, parts: Sequence[Span]) -> None:
+        with beside.another() as reader:
             self._read(target, source, parts, reader)
 
     def _read(self, target: memoryview, source: Source | None, parts: Sequence[Span], reader: Reader) -> None:
@@ -116,6 +135,31 @@ class ComputedFile:
             for at, length in parts:
                 target[:length] = self._header[at : at + length]
                 target = target[length:]
+
+    def forget(self) -> None:
+        """Read again what was kept of scales and codes, of all files of the checkpoint."""
+        self._weights.forget()
+
+    def steps(self, span: Span, most: int, unit: int = 1) -> Iterator[Step]:
+        """A span of full tensors in steps of about `most` bytes, each of full rows of one tensor.
+
+        Args:
+            span: bytes of this file.
+            most: bytes of a step; or one row, or `unit`, where that is more.
+            unit: bytes that are not separated: full rows.
+        """
+        for source, (start, length) in self._parts((span,)):
+            if isinstance(source, QuantizedTensor):
+                row = source.shape[-1] * item_size(self._weights.dtype)
+                entries = source.entries
+            else:
+                assert source is not None, "the header is not written to shards"
+                row, entries = 1, (source,)
+            codes, size = entries[0], max(unit, row)
+            size = max(most // size, 1) * size
+            for at in range(start, start + length, size):
+                position = codes.start + at * (codes.stop - codes.start) // length
+                yield Step(min(size, start + length - at), position, entries)
 
     def _parts(self, spans: Sequence[Span]) -> Iterator[tuple[Source | None, Span]]:
         """Spans by tensor: which it is (None for the header), and which bytes of it."""

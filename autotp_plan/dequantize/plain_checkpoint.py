@@ -54,6 +54,7 @@ def plain_checkpoint(checkpoint: Checkpoint, dtype: str = DEFAULT_DTYPE) -> Chec
         index=None if checkpoint.index is None else _index(files),
         dequantize=settings.dequantization(dtype) if found.weights else None,
         config_file=_config(checkpoint.folder / CONFIG_NAME),
+        files_on_disk=checkpoint.files,
     )
 
 

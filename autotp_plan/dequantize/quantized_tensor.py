@@ -61,3 +61,9 @@ class QuantizedTensor:
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the scales of a matrix."""
         return -(-self.rows // self.block[0]), -(-self.columns // self.block[1])
+
+    @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """What is read for it, the codes first."""
+        stated = () if self.stated_shape is None else (self.stated_shape,)
+        return self.codes, self.scale, *stated

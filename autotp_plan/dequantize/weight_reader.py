@@ -116,7 +116,7 @@ class WeightReader:
             return scales_of(tensor.scale.dtype, raw).reshape(tensor.grid)
 
         def read_beside() -> Array:
-            with Reader() as another:
+            with reader.another() as another:
                 return read(another)
 
         key = id(tensor), matrix

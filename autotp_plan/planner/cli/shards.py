@@ -53,6 +53,7 @@ def presplit(
     Stopped at any moment, the same command continues with the files that are missing. With --part several machines
     write one folder; the one that completes the last part finishes it.
     """
+    from autotp_plan.planner.shards.presplit import compares_all
     from autotp_plan.planner.shards.presplit import presplit as run
     from autotp_plan.schemas.plan.document import Plan
     from autotp_plan.schemas.shards.parts import Part, find_parts
@@ -73,8 +74,11 @@ def presplit(
             checksum_source=checksum_source,
             notes=_noted(quiet),
         )
-    if plan.dequantize is not None and place.sha256:
-        say("note: the hub's SHA-256 was not compared: shards do not hold the bytes of quantised weights", err=True)
+    if place.sha256 and not compares_all(plan, place, share):
+        say(
+            "note: quantised weights were not compared with the hub's SHA-256 (without --part they are; .bin never)",
+            err=True,
+        )
     if manifest is not None:
         _report(manifest, output, started, quiet)
     elif not quiet:

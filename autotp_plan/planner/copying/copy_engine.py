@@ -65,10 +65,10 @@ def write_groups(
         OSError: a read or write failed.
         EOFError: a file that is read ended early.
     """
-    counter = _Counter(total, progress)
+    counter = Counter(total, progress)
     chunk_bytes = chunk_bytes or CHUNK_BYTES
     chunk = min(chunk_bytes, max(BUFFER_BYTES, 8 * chunk_bytes) // (2 * workers))
-    staff = [_Worker(chunk, counter, once) for _ in range(workers)]
+    staff = [Copier(chunk, once) for _ in range(workers)]
     finishing: deque[list[Future[None]]] = deque()
     with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(workers) as syncing:
         try:
@@ -81,22 +81,22 @@ def write_groups(
                     folder.begin(output)
                 chunks = _Chunks(group.tensors, chunk)
                 by_path = {output.path: output for output in missing}
-                _wait([pool.submit(worker.work, chunks, by_path) for worker in staff])
+                wait([pool.submit(worker.work, chunks, by_path, counter) for worker in staff])
                 finishing.append([syncing.submit(folder.finish, output) for output in missing])
                 if len(finishing) > 1:
-                    _wait(finishing.popleft())
+                    wait(finishing.popleft())
                     completed()
             while finishing:
-                _wait(finishing.popleft())
+                wait(finishing.popleft())
                 completed()
         finally:
             counter.stopped = True
-            _settle([future for futures in finishing for future in futures])
+            settle([future for futures in finishing for future in futures])
             for worker in staff:
                 worker.close()
 
 
-class _Counter:
+class Counter:
     """Bytes done so far, over all threads; `stopped` tells them to give up."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
@@ -105,6 +105,7 @@ class _Counter:
         self._lock = threading.Lock()
 
     def add(self, count: int) -> None:
+        """Count `count` bytes more."""
         with self._lock:
             self.done += count
             if self.progress and count:
@@ -138,9 +139,9 @@ class _Buffer:
 class ChunkReader:
     """Reads tensors, a chunk at a time. For one thread. `once` is as for `Reader.read_into`."""
 
-    def __init__(self, chunk_bytes: int, once: bool = False) -> None:
+    def __init__(self, chunk_bytes: int, once: bool = False, reader: Reader | None = None) -> None:
         self._chunk, self._rows, self._turned = (_Buffer(chunk_bytes) for _ in range(3))
-        self._reader, self._once = Reader(max_open=MAX_OPEN), once
+        self._reader, self._once = reader or Reader(max_open=MAX_OPEN), once
 
     def close(self) -> None:
         """Close the files that were read."""
@@ -173,26 +174,26 @@ class ChunkReader:
                 copy_rows(in_chunk, Rows(rows, target - first, strided.target_stride), length, strided.count)
 
 
-class _Worker(ChunkReader):
+class Copier(ChunkReader):
     """One thread's buffers and open files."""
 
-    def __init__(self, chunk_bytes: int, counter: _Counter, once: bool) -> None:
-        super().__init__(chunk_bytes, once)
-        self._counter = counter
+    def copy(self, tensor: TensorCopy, start: int, stop: int, outputs: dict[Path, OutputFile]) -> None:
+        """Read bytes `[start, stop)` of a tensor, and write them where they belong in `outputs`."""
+        chunk = self.read(tensor, start, stop)
+        for shard in _targets_in(tensor, outputs):
+            self._write(shard, start, stop, chunk, outputs)
 
-    def work(self, chunks: _Chunks, outputs: dict[Path, OutputFile]) -> None:
-        """Copy chunks until there are none left."""
+    def work(self, chunks: _Chunks, outputs: dict[Path, OutputFile], counter: Counter) -> None:
+        """Copy chunks until there are none left, where `outputs` have something of them."""
         try:
-            while not self._counter.stopped and (found := chunks.next()) is not None:
+            while not counter.stopped and (found := chunks.next()) is not None:
                 tensor, start, stop = found
-                targets = [s for s in tensor.targets if any(part.file in outputs for part in s.ranges.ranges)]
+                targets = _targets_in(tensor, outputs)
                 if targets and (len(targets) == len(tensor.targets) or _hold(targets, start, stop)):
-                    chunk = self.read(tensor, start, stop)
-                    for shard in targets:
-                        self._write(shard, start, stop, chunk, outputs)
-                self._counter.add(stop - start)
+                    self.copy(tensor, start, stop, outputs)
+                counter.add(stop - start)
         except BaseException:
-            self._counter.stopped = True
+            counter.stopped = True
             raise
 
     def _write(
@@ -215,19 +216,25 @@ class _Worker(ChunkReader):
                 rows = rows[length:]
 
 
+def _targets_in(tensor: TensorCopy, outputs: dict[Path, OutputFile]) -> list[StoredShard]:
+    """Where a tensor is written in `outputs`."""
+    return [shard for shard in tensor.targets if any(part.file in outputs for part in shard.ranges.ranges)]
+
+
 def _hold(shards: Iterable[StoredShard], start: int, stop: int) -> bool:
     """Whether shards hold something of bytes `[start, stop)` of their tensor."""
     return any(next(shard.copies.within(start, stop), None) is not None for shard in shards)
 
 
-def _wait(futures: Iterable[Future[None]]) -> None:
+def wait(futures: Iterable[Future[None]]) -> None:
     """Wait for all, and raise what the first that failed raised."""
     waiting = list(futures)
-    _settle(waiting)
+    settle(waiting)
     for future in waiting:
         future.result()
 
 
-def _settle(futures: Iterable[Future[None]]) -> None:
+def settle(futures: Iterable[Future[None]]) -> None:
+    """Wait for all."""
     for future in futures:
         future.exception()

@@ -46,10 +46,17 @@ class Expected:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Digests:
-    """All files of a checkpoint; and what some of them, or of those that are copied, must be."""
+    """What files must be.
+
+    Attributes:
+        files: all files of the checkpoint.
+        expected: those of them, and of those that are copied, that are compared.
+        computed_from: files that weights are computed from, and that are compared while they are read.
+    """
 
     files: Sequence[SafetensorsFile]
     expected: Sequence[Expected]
+    computed_from: Sequence[Expected] = ()
 
 
 class SourceCheck:

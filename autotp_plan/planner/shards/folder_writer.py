@@ -11,7 +11,9 @@ from pathlib import Path
 
 from autotp_plan.planner.copying.copy_engine import write_groups
 from autotp_plan.planner.copying.copy_plan import FileGroup, Matrices, StoredShard, TensorCopy, file_copy, full_tensor
+from autotp_plan.planner.copying.in_source_order import InSourceOrder
 from autotp_plan.planner.copying.source_check import Digests, SourceCheck
+from autotp_plan.planner.copying.source_hash import source_hashes
 from autotp_plan.planner.shards.watch import Watch, some
 from autotp_plan.schemas.errors import AutoTPError, Fault, OptionError, OutputError
 from autotp_plan.schemas.plan.document import Plan
@@ -114,16 +116,21 @@ def write_shards(
         if again:
             notes(f"{len(again)} files in {output} are written again, as what they are made of has changed: {again[0]}")
         folder.mode = watch.files.strictest_mode(filter(_describes, watch.files.stamps))
-        write_groups(
-            groups(),
-            folder,
-            total=_total(new, share),
-            workers=workers,
-            progress=progress,
-            chunk_bytes=chunk_bytes,
-            once=part is None,
-            completed=completed,
-        )
+        total = _total(new, share)
+        if digests is not None and digests.computed_from:
+            hashes = source_hashes(digests.computed_from, folder.remembered)
+            InSourceOrder(folder, hashes, workers=workers, total=total, progress=progress).write(groups())
+        else:
+            write_groups(
+                groups(),
+                folder,
+                total=total,
+                workers=workers,
+                progress=progress,
+                chunk_bytes=chunk_bytes,
+                once=part is None,
+                completed=completed,
+            )
         watch.finish(folder, groups, share)
 
     if part is None:

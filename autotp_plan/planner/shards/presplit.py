@@ -24,7 +24,7 @@ from autotp_plan.schemas.shards.manifest import Manifest
 from autotp_plan.schemas.shards.origin import Original, original_of_checkpoint
 from autotp_plan.schemas.shards.parts import Part
 from autotp_plan.schemas.storage.byte_ranges import ByteRanges
-from autotp_plan.schemas.storage.checkpoint import Checkpoint
+from autotp_plan.schemas.storage.checkpoint import Checkpoint, holds_tensors
 from autotp_plan.schemas.storage.checksum import Progress
 from autotp_plan.schemas.storage.plan_fit import checkpoint_faults
 from autotp_plan.schemas.storage.stamps import stamps_in
@@ -142,9 +142,18 @@ def presplit(
         notes=notes,
         matrices={name: found for name, found in matrices.items() if found is not None},
         part=checked,
-        digests=Digests(files=checkpoint.files, expected=tuple(_expected(place, checkpoint, original))),
+        digests=Digests(
+            files=checkpoint.files,
+            expected=tuple(_expected(place, checkpoint, original)),
+            computed_from=tuple(_computed_from(place, checkpoint)) if checked is None else (),
+        ),
         chunk_bytes=FAR_CHUNK_BYTES if place.elsewhere else None,
     )
+
+
+def compares_all(plan: Plan, place: ModelFolder, part: tuple[int, int] | None) -> bool:
+    """Whether `presplit` compares every file of `place` that the hub has a SHA-256 of."""
+    return plan.dequantize is None or (part is None and holds_tensors(place.folder, place.elsewhere))
 
 
 def _expected(place: ModelFolder, checkpoint: Checkpoint, original: Original) -> Iterator[Expected]:
@@ -156,3 +165,11 @@ def _expected(place: ModelFolder, checkpoint: Checkpoint, original: Original) ->
     for name, path, _ in original.copied:
         if path.name in place.sha256 and isinstance(path, Path):
             yield Expected(name=name, sha256=place.sha256[path.name], stored=path)
+
+
+def _computed_from(place: ModelFolder, checkpoint: Checkpoint) -> Iterator[Expected]:
+    """What the hub says of the files with quantised weights."""
+    plain = {id(file) for file in checkpoint.files}
+    for file in checkpoint.files_on_disk:
+        if file.path.name in place.sha256 and id(file) not in plain:
+            yield Expected(name=file.path.name, sha256=place.sha256[file.path.name], stored=file.path, described=file)

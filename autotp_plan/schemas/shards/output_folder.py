@@ -54,6 +54,7 @@ class OutputFolder:
         finished: the files that are complete.
         read: what earlier attempts have read, by name; None where that is not known.
         mode: who may read and write what `write_small` writes.
+        remembered: what an earlier attempt had to `remember`.
 
     Raises:
         OutputError: on entering when the folder cannot be written to or holds anything else; on leaving when the
@@ -71,6 +72,7 @@ class OutputFolder:
         self.mode = FOR_ALL
         self._lock = threading.Lock()
         self._begun: dict[str, OutputFile] = {}
+        self.remembered: list[dict[str, Any]] = []
         self._journal = -1
 
     def __enter__(self) -> OutputFolder:
@@ -125,7 +127,7 @@ class OutputFolder:
     def restart(self, names: Iterable[str]) -> None:
         """Remove all files that an earlier attempt wrote. `names` are those that there will be. Raises as `resume`."""
         self._refuse_others(names)
-        self.finished = {}
+        self.finished, self.remembered = {}, []
         os.truncate(self._journal, 0)
         self._note(self.task)
         self._remove_unfinished()
@@ -166,6 +168,10 @@ class OutputFolder:
             output = OutputFile(self.path / name, len(data), data, self.mode)
             self.begin(output)
             self.finish(output)
+
+    def remember(self, entry: Mapping[str, Any]) -> None:
+        """Note something for an attempt that resumes, of the file that is read and `entry` calls `hashed`."""
+        self._note(entry)
 
     def complete(self) -> None:
         """The folder is finished: remove the journal, and sync."""
@@ -236,6 +242,8 @@ class OutputFolder:
         data = journal.read_bytes()
         task, self.finished = read_journal(data)
         self.read = read_stamps(data)
+        lines = map(_parsed, data.split(b"\n")[:-1])
+        self.remembered = [line for line in lines if isinstance(line, dict) and "hashed" in line]
         if data and not data.endswith(b"\n"):
             os.write(self._journal, b"\n")  # ends a line that was half written
         if task is None:

@@ -38,7 +38,8 @@ class Checkpoint:
 
     `index` says which tensor is in which file; None where there is one file and no index. `notes` say what a user might
     not expect of the files that were chosen. `dequantize` says how weights are quantised on disk that are plain here;
-    then `config_file` is the config.json to copy, and not that of the folder.
+    then `config_file` is the config.json to copy, and not that of the folder, and `files_on_disk` are the files as they
+    lie.
     """
 
     folder: Path
@@ -49,6 +50,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     dequantize: Dequantization | None = None
     config_file: File | None = None
+    files_on_disk: tuple[SafetensorsFile, ...] = ()
 
 
 NOTHING_ELSEWHERE: Mapping[str, StoredFile] = {}

@@ -139,6 +139,10 @@ class Reader:
     ) -> None:
         self.close()
 
+    def another(self) -> Reader:
+        """A reader of the same kind, for another thread."""
+        return Reader()
+
     def close(self) -> None:
         """Close all files."""
         while self._open:
