@@ -131,7 +131,7 @@ def convert(checkpoint: str, output: Path, workers: int, quiet: bool) -> None:
 
     started = time.monotonic()
     with progress("convert", quiet) as shown:
-        size = run(checkpoint, output, workers=workers, progress=shown)
+        size = run(checkpoint, output, workers=workers, progress=shown, notes=_noted(quiet))
     if not quiet:
         say(f"{output}: safetensors, {human_bytes(size)} in {time.monotonic() - started:.1f} s")
 

@@ -9,14 +9,15 @@ from pathlib import Path
 
 from autotp_plan.planner.copying.copy_engine import write_groups
 from autotp_plan.planner.copying.copy_plan import FileGroup, TensorCopy, file_copy, full_tensor
-from autotp_plan.planner.shards.folder_writer import check_options
+from autotp_plan.planner.shards.folder_writer import Notes, check_options, nobody
 from autotp_plan.planner.shards.merge import is_finished
 from autotp_plan.planner.shards.watch import watch_checkpoint
 from autotp_plan.schemas.errors import CheckpointError, Fault
 from autotp_plan.schemas.shards.manifest import INDEX_COPY_NAME
-from autotp_plan.schemas.shards.origin import CopiedFile, original_of_checkpoint
+from autotp_plan.schemas.shards.origin import original_of_checkpoint
 from autotp_plan.schemas.shards.output_file import OutputFile
 from autotp_plan.schemas.shards.output_folder import OutputFolder
+from autotp_plan.schemas.shards.small_files import CopiedFile
 from autotp_plan.schemas.storage.byte_ranges import ByteRanges
 from autotp_plan.schemas.storage.checkpoint import INDEX_NAME, Checkpoint
 from autotp_plan.schemas.storage.checksum import Progress
@@ -32,6 +33,7 @@ def convert(
     *,
     workers: int = 4,
     progress: Progress | None = None,
+    notes: Notes = nobody,
 ) -> int:
     """Write a checkpoint of `.bin` files as safetensors files; returns the size of the new folder in bytes.
 
@@ -43,6 +45,7 @@ def convert(
         output: a new folder, or one that an earlier attempt did not finish: that is resumed.
         workers: reads and writes at the same time.
         progress: called with the bytes read and the bytes in all, from worker threads.
+        notes: called with what a user should know, one sentence at a time.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, changed while it was read, or is of safetensors files already.
@@ -58,6 +61,8 @@ def convert(
         raise CheckpointError(_nothing_to_convert(checkpoint))
     place.complete()
     original = original_of_checkpoint(checkpoint, None)
+    for note in original.notes:
+        notes(note)
     copied = [
         CopiedFile(INDEX_NAME if file.name == INDEX_COPY_NAME else file.name, file.path, file.size)
         for file in original.copied

@@ -21,11 +21,12 @@ from autotp_plan.schemas.shards.file_layout import PlacedFile
 from autotp_plan.schemas.shards.folder import read_shards
 from autotp_plan.schemas.shards.manifest import JOURNAL_NAME, MANIFEST_NAME, PLAN_NAME, Manifest
 from autotp_plan.schemas.shards.new_shards import NewShards
-from autotp_plan.schemas.shards.origin import Original, is_weights
+from autotp_plan.schemas.shards.origin import Original
 from autotp_plan.schemas.shards.output_file import OutputFile
 from autotp_plan.schemas.shards.output_folder import OutputFolder
 from autotp_plan.schemas.shards.part_folder import PartFolder
 from autotp_plan.schemas.shards.parts import Part, remove_part_files
+from autotp_plan.schemas.shards.small_files import is_weights
 from autotp_plan.schemas.storage.byte_ranges import ByteRanges
 from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME
 from autotp_plan.schemas.storage.checksum import Progress

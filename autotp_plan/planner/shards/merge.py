@@ -28,9 +28,10 @@ from autotp_plan.planner.shards.watch import watch_shards
 from autotp_plan.schemas.errors import AutoTPError, Fault, ShardsError
 from autotp_plan.schemas.shards.folder import ShardsFolder, read_shards
 from autotp_plan.schemas.shards.manifest import INDEX_COPY_NAME, Source
-from autotp_plan.schemas.shards.origin import CopiedFile, copied_files, source_of
+from autotp_plan.schemas.shards.origin import copied_files, source_of
 from autotp_plan.schemas.shards.output_file import OutputFile
 from autotp_plan.schemas.shards.output_folder import OutputFolder
+from autotp_plan.schemas.shards.small_files import CopiedFile
 from autotp_plan.schemas.storage.byte_ranges import ByteRanges
 from autotp_plan.schemas.storage.checkpoint import INDEX_NAME, read_checkpoint
 from autotp_plan.schemas.storage.checksum import Progress

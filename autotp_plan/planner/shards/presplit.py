@@ -113,6 +113,8 @@ def presplit(
         raise MismatchError(faults)
     place.complete()
     original = original_of_checkpoint(checkpoint, plan)
+    for note in original.notes:
+        notes(note)
     watch = watch_checkpoint(
         place,
         checkpoint,

@@ -38,6 +38,8 @@ from autotp_plan.schemas.shards.output_file import OutputFile
 from autotp_plan.schemas.shards.output_folder import OutputFolder
 from autotp_plan.schemas.storage import checksum
 from autotp_plan.schemas.storage.byte_ranges import ByteRanges
+from autotp_plan.schemas.storage.files import local_files
+from autotp_plan.schemas.storage.stamps import strictest_mode
 from autotp_plan.sources.model_folder import ModelFolder, open_checkpoint
 
 CHUNK_BYTES = 16 * 1024 * 1024
@@ -198,7 +200,8 @@ class _FirstRank:
             output.write(memoryview(file.header(source.fingerprint)), 0)
             self.folder.finish(output)
         for name, path, size in self.new.original.copied:
-            output = OutputFile(self.folder.path / name, size)
+            modes = (one.stat().st_mode for one in local_files(path))
+            output = OutputFile(self.folder.path / name, size, mode=strictest_mode(modes))
             self.folder.begin(output)
             output.copy(ByteRanges.of_file(path, size).ranges, 0)
             self.folder.finish(output)

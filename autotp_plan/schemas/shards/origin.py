@@ -8,44 +8,36 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from autotp_plan.schemas.errors import CheckpointError, Fault, MismatchError
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.folder import ShardsFolder
-from autotp_plan.schemas.shards.manifest import INDEX_COPY_NAME, MANIFEST_NAME, PLAN_NAME, ShardFile, Source, SourceFile
+from autotp_plan.schemas.shards.manifest import INDEX_COPY_NAME, PLAN_NAME, ShardFile, Source, SourceFile
+from autotp_plan.schemas.shards.small_files import CopiedFile, small_files
 from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, Checkpoint
-from autotp_plan.schemas.storage.files import File, Reader, Span, file_size
+from autotp_plan.schemas.storage.files import Reader, Span
 from autotp_plan.schemas.storage.safetensors_header import SafetensorsFile, TensorEntry, parse_header
 
-MAX_COPIED_BYTES = 256 * 1024 * 1024
 SAMPLE_BYTES = 4096
 MAX_SAMPLES = 4096
 """Of a checkpoint, spread over its files: each sample of a file far away is a request."""
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt", ".pkl", ".pickle", ".joblib")
-_OURS = (MANIFEST_NAME, PLAN_NAME, INDEX_COPY_NAME)
-
-
-class CopiedFile(NamedTuple):
-    """A file that is copied as it is: its name in a shards folder, where it lies now, and its size in bytes."""
-
-    name: str
-    path: File
-    size: int
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Original:
-    """What is not sharded of a checkpoint: headers and fingerprint, tensors that no rank reads, and small files."""
+    """What is not sharded of a checkpoint: headers and fingerprint, tensors that no rank reads, and small files.
+
+    `notes` are sentences on files that are not copied, and on links that were followed.
+    """
 
     source: Source
     unused: tuple[TensorEntry, ...]
     copied: tuple[CopiedFile, ...]
+    notes: tuple[str, ...] = ()
 
 
 def original_of_checkpoint(checkpoint: Checkpoint, plan: Plan | None) -> Original:
@@ -57,10 +49,12 @@ def original_of_checkpoint(checkpoint: Checkpoint, plan: Plan | None) -> Origina
     """
     used = set() if plan is None else {name for one in plan.expanded() for name in one.names_on_disk()}
     try:
+        small = small_files(checkpoint)
         return Original(
             source=source_of(checkpoint),
             unused=tuple(tensor for file in checkpoint.files for tensor in file.tensors if tensor.name not in used),
-            copied=tuple(small_files(checkpoint)),
+            copied=small.copied,
+            notes=tuple(small.notes()),
         )
     except (OSError, EOFError) as error:
         raise CheckpointError(unreadable(error, checkpoint.folder)) from error
@@ -96,29 +90,6 @@ def copied_files(shards: ShardsFolder) -> list[ShardFile]:
     """The files of the original that were copied as they are, config.json and the index last."""
     files = [file for file in shards.manifest.files if file.owner is None and file.name != PLAN_NAME]
     return sorted(files, key=lambda file: (file.name in (CONFIG_NAME, INDEX_COPY_NAME), file.name))
-
-
-def small_files(checkpoint: Checkpoint) -> Iterator[CopiedFile]:
-    """The index, and all small files that hold no weights (config, tokenizer, generation), in name order."""
-    if checkpoint.index is not None:
-        yield CopiedFile(INDEX_COPY_NAME, checkpoint.index, file_size(checkpoint.index))
-    for path in sorted(checkpoint.folder.iterdir()):
-        if path.name == CONFIG_NAME and checkpoint.config_file is not None:
-            yield CopiedFile(CONFIG_NAME, checkpoint.config_file, file_size(checkpoint.config_file))
-        elif path.is_file() and is_copied(path.name, path.stat().st_size):
-            yield CopiedFile(path.name, path, path.stat().st_size)
-
-
-def is_copied(name: str, size: int) -> bool:
-    """Whether a file of a checkpoint is copied as it is: it holds no weights, and is not large."""
-    left_out = Path(name).suffix in _WEIGHTS or name.endswith(".index.json") or name in _OURS
-    hidden = name.startswith(".") or not name.isprintable() or "\\" in name
-    return not left_out and not hidden and size <= MAX_COPIED_BYTES
-
-
-def is_weights(name: str) -> bool:
-    """Whether a file holds weights, by its name."""
-    return Path(name).suffix in _WEIGHTS
 
 
 def source_of(checkpoint: Checkpoint) -> Source:

@@ -89,10 +89,7 @@ class WatchedFiles:
 
     def strictest_mode(self, names: Iterable[str]) -> int:
         """Who may read and write what is made of all of these files: who may each; and the owner."""
-        mode = 0o066
-        for name in names:
-            mode &= self._modes.get(name, mode)
-        return 0o600 | mode
+        return strictest_mode(self._modes[name] for name in names if name in self._modes)
 
     def _with_checksums(self, stamps: Stamps) -> Stamps:
         if not self._checksums:
@@ -107,6 +104,14 @@ class WatchedFiles:
                 raise crc
             with_checksums[name] = stamps[name]._replace(crc32=checksum.text(crc))
         return with_checksums
+
+
+def strictest_mode(modes: Iterable[int]) -> int:
+    """Who may read and write what is made of files of these modes: the owner, and others who may each of them."""
+    mode = 0o066
+    for one in modes:
+        mode &= one
+    return 0o600 | mode
 
 
 def _stamp(path: Path) -> Stamp | None:

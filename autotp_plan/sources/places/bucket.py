@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from autotp_plan.schemas.errors import CheckpointError, Fault, MissingDependencyError, OptionError
-from autotp_plan.schemas.shards.origin import is_copied
+from autotp_plan.schemas.shards.small_files import is_copied
 from autotp_plan.schemas.storage.files import Reader, Span, StoredFile
 from autotp_plan.sources.places.found_folder import FoundFolder, decisive
 from autotp_plan.sources.places.location import RemoteLocation

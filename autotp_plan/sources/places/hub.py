@@ -14,7 +14,7 @@ from typing import NoReturn, TypeVar
 
 from autotp_plan.schemas.errors import CheckpointError
 from autotp_plan.schemas.plan.entries import Repository
-from autotp_plan.schemas.shards.origin import is_copied
+from autotp_plan.schemas.shards.small_files import is_copied
 from autotp_plan.schemas.storage.files import StoredFile
 from autotp_plan.sources.places import hub_faults
 from autotp_plan.sources.places.found_folder import FoundFolder, decisive
