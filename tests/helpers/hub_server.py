@@ -145,6 +145,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._send(self.trouble.status, b"trouble", dict(self.trouble.headers))
         elif path.startswith("/api/models/"):
             self._info(path.removeprefix("/api/models/"))
+        elif path == "/sent":
+            self._send(200, str(self.server.sent("/link")).encode(), {})
         elif path.startswith("/files/"):
             self._file(path.removeprefix("/files/"))
         elif path.startswith("/link/"):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ import pytest
 from autotp_plan.planner import check_checkpoint, compile_plan, presplit
 from autotp_plan.schemas.errors import AutoTPError
 from autotp_plan.sources.model_folder import open_checkpoint
+from autotp_plan.sources.places.bucket import BucketFile
 from autotp_plan.sources.transfer import persistence
 from tests.helpers.checkpoints import write_llama
 from tests.sources.test_folder_kinds import tensors_in, write_bin
@@ -83,6 +88,44 @@ def test_bin_files_in_a_bucket(bucket: Any, tmp_path: Path, files: int) -> None:
     presplit(plan, folder, tmp_path / "local")
     for path in (tmp_path / "local").iterdir():
         assert (tmp_path / "shards" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_killed_it_goes_on_from_complete_files(bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Complete files are kept, the others written again, and of the bucket only what these need is fetched."""
+    folder = write_llama(tmp_path / "llama", num_files=3, hidden_size=512, intermediate_size=1024, vocab_size=512)
+    for path in folder.iterdir():
+        bucket.put_file(str(path), f"models/org/killed/{path.name}")
+    place, output = "s3://models/org/killed", tmp_path / "shards"
+    plan = compile_plan(folder, tp_size=2)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    presplit(plan, folder, tmp_path / "local", max_file_bytes=1_500_000)
+    command = (
+        "import sys, time; from autotp_plan.planner import Plan, presplit;"
+        "from autotp_plan.sources.places import bucket;"
+        "fetch = bucket.BucketFile._fetch;"
+        "bucket.BucketFile._fetch = lambda *arguments: (time.sleep(0.03), fetch(*arguments));"
+        f"presplit(Plan.read(sys.argv[1]), {place!r}, sys.argv[2], max_file_bytes=1_500_000, workers=1)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", command, str(tmp_path / "plan.json"), str(output)])
+    while process.poll() is None and len(list(output.glob("tp-*"))) < 4:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    complete = {path.name: path.stat().st_mtime_ns for path in output.glob("tp-*")}
+    assert 4 <= len(complete) < len(list((tmp_path / "local").glob("tp-*")))
+    assert not (output / "autotp_shards.json").exists()
+    fetched, fetch = [0], BucketFile._fetch
+
+    def counted(file: BucketFile, start: int, target: memoryview) -> None:
+        fetched[0] += len(target)
+        fetch(file, start, target)
+
+    monkeypatch.setattr(BucketFile, "_fetch", counted)
+    presplit(plan, place, output, max_file_bytes=1_500_000)
+    assert all((output / name).stat().st_mtime_ns == time for name, time in complete.items())
+    for path in (tmp_path / "local").iterdir():
+        assert (output / path.name).read_bytes() == path.read_bytes()
+    assert fetched[0] < 0.9 * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def test_what_a_bucket_refuses(bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
