@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.job_faults.calls import Disturbance
-from benchmarks.job_faults.rank import STATES, Setting
-from benchmarks.job_faults.ranks import Answer, Ranks, Server, new_store
+from benchmarks.job_faults.ranks import STATES, Answer, Ranks, Server, Setting, new_store
 
 UNDISTURBED = Disturbance()
 

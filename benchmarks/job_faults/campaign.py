@@ -12,8 +12,7 @@ from pathlib import Path
 from random import Random
 
 from benchmarks.job_faults.bench import Bench, Outcome
-from benchmarks.job_faults.rank import Setting
-from benchmarks.job_faults.ranks import Server
+from benchmarks.job_faults.ranks import Server, Setting
 from benchmarks.job_faults.trials import TRIALS, WEIGHTS, Trial, two_jobs
 
 TWO_JOBS = "two jobs, one folder"

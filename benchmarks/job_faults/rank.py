@@ -10,7 +10,6 @@ import hashlib
 import os
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,24 +23,10 @@ from autotp_plan.runtime import load_plan
 from autotp_plan.schemas.errors import AutoTPError
 from benchmarks.job_faults import calls, planted
 from benchmarks.job_faults.calls import Disturbance
-
-STATES = ("one", "two", "three")
-"""The states of a job: after its first step, its second, its third."""
+from benchmarks.job_faults.ranks import Setting
 
 HANG_SECONDS = 600
 """A collective of ours waits longer than any order is waited for, so that no hang ends by itself."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Setting:
-    """How a job is set up: ranks, ZeRO stage, the folder of its checkpoint and plan, a seed, what is planted."""
-
-    world_size: int
-    zero_stage: int
-    model: Path
-    store: Path
-    seed: int
-    planted: str = ""
 
 
 def run(setting: Setting, rank: int, orders: Connection) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,22 @@ _ENVIRONMENT = {
 }  # fmt: skip
 _END_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 START_SECONDS = 180.0
+
+
+STATES = ("one", "two", "three")
+"""The states of a job: after its first step, its second, its third."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """How a job is set up: ranks, ZeRO stage, the folder of its checkpoint and plan, a seed, what is planted."""
+
+    world_size: int
+    zero_stage: int
+    model: Path
+    store: Path
+    seed: int
+    planted: str = ""
 
 
 class Answer(NamedTuple):
@@ -65,7 +82,7 @@ class Server:
         self.orders.recv()
         return folder
 
-    def start(self, setting: Any) -> Ranks:
+    def start(self, setting: Setting) -> Ranks:
         """Start the ranks of a job."""
         return Ranks(self, setting)
 
@@ -75,10 +92,10 @@ class Ranks:
 
     Args:
         server: what forks them.
-        setting: a `rank.Setting`.
+        setting: how the job is set up.
     """
 
-    def __init__(self, server: Server, setting: Any) -> None:
+    def __init__(self, server: Server, setting: Setting) -> None:
         self.setting = setting
         count = setting.world_size
         server.orders.send(setting)

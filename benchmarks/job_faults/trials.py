@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,29 +17,17 @@ from random import Random
 from autotp_plan.schemas.errors import AutoTPError
 from autotp_plan.schemas.jobs.job_lock import LOCK_NAME
 from autotp_plan.schemas.jobs.job_manifest import UNFINISHED_NAME
-from autotp_plan.schemas.shards.folder import is_unfinished, read_shards
-from autotp_plan.schemas.shards.manifest import JOURNAL_NAME, MANIFEST_NAME
+from autotp_plan.schemas.shards.folder import read_shards
+from autotp_plan.schemas.shards.manifest import JOURNAL_NAME
 from benchmarks.job_faults import disk
-from benchmarks.job_faults.bench import Bench, Outcome, contents
+from benchmarks.job_faults.bench import Bench, Outcome
 from benchmarks.job_faults.calls import Disturbance
 from benchmarks.job_faults.damage import DAMAGES, Damage
-from benchmarks.job_faults.ranks import Answer
+from benchmarks.job_faults.judge import judge_job, judge_shards, judge_written, problem_of, said
 
 Trial = Callable[[Bench, Random], Outcome]
 
 WRITES = ("save", "save", "save", "save_shards", "save_pretrained")
-
-
-def _problem(answers: Sequence[Answer]) -> str:
-    """What is wrong with the answers to an order whatever came of it."""
-    kinds = {answer.kind for answer in answers}
-    if "hung" in kinds:
-        return "hung"
-    return "silent" if "done" in kinds and kinds & {"refused", "raised"} else ""
-
-
-def _said(answers: Sequence[Answer]) -> str:
-    return "; ".join(f"rank {rank} {answer.kind} {str(answer.value)[:300]}" for rank, answer in enumerate(answers))
 
 
 def _a_call(bench: Bench, random: Random, how: str) -> tuple[int, int]:
@@ -62,13 +49,13 @@ def while_saving(bench: Bench, random: Random, action: str, error: int = 0) -> O
     answers = bench.write(how, folder, what, rank)
     name = f"{how}, rank {rank}, call {number}"
     killed = action.startswith("kill")
-    problem = "hung" if any(answer.kind == "hung" for answer in answers) else "" if killed else _problem(answers)
+    problem = "hung" if any(answer.kind == "hung" for answer in answers) else "" if killed else problem_of(answers)
     bench.restart(answers)
     if problem:
-        return Outcome(problem=problem, why=f"{name}: {_said(answers)}")
+        return Outcome(problem=problem, why=f"{name}: {said(answers)}")
     saved = all(answer.kind == "done" for answer in answers)
-    found = _judge_written(bench, how, folder, saved=saved)
-    return replace(found, refused=not saved, why=f"{name}: {_said(answers)}: {found.why}")
+    found = judge_written(bench, how, folder, saved=saved)
+    return replace(found, refused=not saved, why=f"{name}: {said(answers)}: {found.why}")
 
 
 def _folder_to_write(bench: Bench, how: str) -> Path:
@@ -82,80 +69,6 @@ def _folder_to_write(bench: Bench, how: str) -> Path:
         for name, data in bench.pretrained["two"].items():
             (folder / name).write_bytes(data)
     return folder
-
-
-def _judge_written(bench: Bench, how: str, folder: Path, saved: bool, again: bool = True) -> Outcome:
-    """What is in a folder after a save, which may have failed; then it is saved again."""
-    if how == "save":
-        found = _judge_job(bench, folder, ("three",) if saved else ("two", "three"))
-    elif how == "save_shards":
-        found = _judge_shards(bench, folder, saved)
-    else:
-        found = _judge_pretrained(bench, folder, saved)
-    if found.problem or not again:
-        return found
-    bench.go_to("three")
-    if how == "save":
-        answers = bench.save(folder, "four")
-    elif how == "save_shards" and (folder / MANIFEST_NAME).exists():
-        return found
-    else:
-        answers = bench.write(how, folder)
-    bench.restart(answers)
-    if any(answer.kind != "done" for answer in answers):
-        problem = "hung" if any(answer.kind == "hung" for answer in answers) else "lost"
-        return Outcome(problem=problem, why=f"it cannot be saved again: {_said(answers)}")
-    after = _judge_written(bench, how, folder, saved=True, again=False)
-    return after if after.problem else found
-
-
-def _judge_job(bench: Bench, folder: Path, right: Sequence[str], none_yet: bool = False) -> Outcome:
-    """The latest checkpoint is one of those that are right."""
-    state, answers = bench.load(folder, None, "one" if "one" not in right else "three")
-    if state in right:
-        return Outcome(resumed=True)
-    if state == "refused" and none_yet:
-        return Outcome(refused=True)
-    problem = {"refused": "lost", "hung": "hung", "dead": "hung"}.get(state, "silent")
-    return Outcome(problem=problem, why=f"loading gives {state}, not {' or '.join(right)}: {_said(answers)}")
-
-
-def _judge_shards(bench: Bench, folder: Path, saved: bool) -> Outcome:
-    """Finished shards are those of an undisturbed save; unfinished ones are not taken for shards."""
-    finished = (folder / MANIFEST_NAME).exists() and not is_unfinished(folder)
-    if not finished:
-        return Outcome(problem="lost" if saved else "", why="save_shards said that it was done")
-    try:
-        read_shards(folder).verify()
-    except AutoTPError as error:
-        return Outcome(problem="lost" if saved else "", why=str(error))
-    now, expected = contents(folder), contents(bench.gold_shards)
-    if {name: data for name, data in now.items() if not name.startswith(".")} != expected:
-        return Outcome(problem="silent", why="sound shards are not what was saved")
-    return Outcome(resumed=True)
-
-
-def _judge_pretrained(bench: Bench, folder: Path, saved: bool) -> Outcome:
-    """A plain checkpoint that transformers would read is one that was saved, not parts of two."""
-    found = contents(folder)
-    now = _weights(found)
-    index = json.loads(now.get("model.safetensors.index.json", b'{"weight_map": {"": "nothing"}}'))
-    readable = "model.safetensors" in now or now.keys() >= {*index["weight_map"].values()}
-    states = [state for state, known in bench.pretrained.items() if now == _weights(known)]
-    if states == ["two"] and saved:
-        return Outcome(problem="lost", why="save_pretrained said that it was done")
-    if states:
-        known = bench.pretrained[states[0]]
-        wrong = [name for name in known if found.get(name) != known[name]]
-        return Outcome(problem="lost", why=f"{wrong}") if wrong else Outcome(resumed=True)
-    if readable or saved:
-        return Outcome(problem="silent", why=f"{sorted(now)} are of no save")
-    return Outcome()
-
-
-def _weights(files: dict[str, bytes]) -> dict[str, bytes]:
-    endings = (".safetensors", ".index.json")
-    return {name: data for name, data in files.items() if name.endswith(endings) and not name.startswith(".")}
 
 
 # the power goes
@@ -189,9 +102,9 @@ def power_loss(bench: Bench, random: Random) -> Outcome:
     if how == "save":
         states = ["one", "two"] if first else ["two", "three"]
         right = states[states.index(marks[-1]) :] if marks else states
-        judged = _judge_job(bench, folder, right, none_yet=first and not marks)
+        judged = judge_job(bench, folder, right, none_yet=first and not marks)
     else:
-        judged = _judge_written(bench, how, folder, saved=bool(marks), again=random.random() < 0.3)
+        judged = judge_written(bench, how, folder, saved=bool(marks), again=random.random() < 0.3)
     return replace(judged, why=why + judged.why)
 
 
@@ -224,17 +137,17 @@ def while_loading(bench: Bench, random: Random, action: str, error: int = 0) -> 
     bench.go_to("one")
     answers = bench.order("load", folder, None, by_rank=bench.disturbed(what, rank))
     bench.state = ""
-    name = f"rank {rank}, call {number}: {_said(answers)}"
+    name = f"rank {rank}, call {number}: {said(answers)}"
     problem = "hung" if any(answer.kind == "hung" for answer in answers) else ""
     if action != "kill" and not problem:
-        problem = _problem(answers)
+        problem = problem_of(answers)
     digests = [answer.value[0] for answer in answers if answer.kind == "done"]
     if len(digests) == len(answers) and digests != bench.digests["two"]:
         problem = "silent"
     bench.restart(answers)
     if problem:
         return Outcome(problem=problem, why=name)
-    found = _judge_job(bench, folder, ("two",))
+    found = judge_job(bench, folder, ("two",))
     return replace(found, refused=len(digests) < len(answers), why=f"{name}: {found.why}")
 
 
@@ -246,7 +159,7 @@ def damaged(bench: Bench, random: Random, damage: Damage) -> Outcome:
     folder = bench.copy_of(bench.base)
     name = damage(folder, random)
     state, answers = bench.load(folder, None, random.choice(("one", "three")))
-    why = f"{name}: loading gives {state}: {_said(answers)}"
+    why = f"{name}: loading gives {state}: {said(answers)}"
     if state == "two":
         return Outcome(resumed=True, why=why)
     if state in ("hung", "dead"):
@@ -259,7 +172,7 @@ def damaged(bench: Bench, random: Random, damage: Damage) -> Outcome:
     state, answers = bench.load(folder, tags[0], "three")
     if state != tags[0]:
         problem = "hung" if state in ("hung", "dead") else "lost" if state == "refused" else "silent"
-        return Outcome(refused=True, problem=problem, why=f"{why}: {tags[0]} is {state}: {_said(answers)}")
+        return Outcome(refused=True, problem=problem, why=f"{why}: {tags[0]} is {state}: {said(answers)}")
     return Outcome(refused=True, resumed=True, why=why)
 
 
@@ -302,14 +215,14 @@ def stale_lock(bench: Bench, random: Random) -> Outcome:
     bench.order("without_locks", error)
     answers = bench.write("save", folder)
     bench.order("without_locks", 0)
-    why = f"{text!r}, lock error {error}: {_said(answers)}"
+    why = f"{text!r}, lock error {error}: {said(answers)}"
     saved = all(answer.kind == "done" for answer in answers)
-    if problem := _problem(answers):
+    if problem := problem_of(answers):
         return Outcome(problem=problem, why=why)
     if not saved and not (error and "elsewhere" in text):
         return Outcome(problem="lost", why=f"{why}: it blocks the next save")
     bench.restart(answers)
-    found = _judge_written(bench, "save", folder, saved=saved, again=False)
+    found = judge_written(bench, "save", folder, saved=saved, again=False)
     return replace(found, refused=not saved, why=f"{why}: {found.why}")
 
 
@@ -339,12 +252,12 @@ def remains(bench: Bench, random: Random) -> Outcome:
             (folder / name).write_bytes(b"half")
         left.append(str(journal))
     answers = bench.write(how, folder)
-    why = f"{how}: {left}: {_said(answers)}"
+    why = f"{how}: {left}: {said(answers)}"
     bench.restart(answers)
     if any(answer.kind != "done" for answer in answers):
         hung = any(answer.kind == "hung" for answer in answers)
         return Outcome(problem="hung" if hung else "lost", why=f"{why}: it blocks the next save")
-    found = _judge_written(bench, how, folder, saved=True, again=False)
+    found = judge_written(bench, how, folder, saved=True, again=False)
     return replace(found, why=f"{why}: {found.why}")
 
 
@@ -363,23 +276,23 @@ def two_jobs(bench: Bench, random: Random, other: Bench) -> Outcome:
     theirs = other.write(how, folder) if random.random() < 0.7 or how != "save" else other.save(folder, "four")
     os.kill(bench.ranks.ids[rank], signal.SIGCONT)
     answers = bench.ranks.answers(bench.seconds)
-    why = f"{how}, rank {rank}, stopped at call {number}: {_said(answers)}; the other: {_said(theirs)}"
+    why = f"{how}, rank {rank}, stopped at call {number}: {said(answers)}; the other: {said(theirs)}"
     bench.restart(answers)
     other.restart(theirs)
-    if problem := _problem(answers) or _problem(theirs):
+    if problem := problem_of(answers) or problem_of(theirs):
         return Outcome(problem=problem, why=why)
     done = [one for one, said in ((bench, answers), (other, theirs)) if all(answer.kind == "done" for answer in said)]
     for one in (bench, other):
         one.order("release", folder)
     if how == "save_shards":
-        judged = _judge_shards(done[0], folder, saved=True) if done else Outcome()
+        judged = judge_shards(done[0], folder, saved=True) if done else Outcome()
     elif len(done) == 1:
         known, bench.digests = bench.digests, {**bench.digests, "three": done[0].digests["three"]}
-        judged = _judge_job(bench, folder, ("three",))
+        judged = judge_job(bench, folder, ("three",))
         bench.digests = known
         bench.state = ""
     else:
-        judged = _judge_job(bench, folder, ("two",))
+        judged = judge_job(bench, folder, ("two",))
     if not judged.problem and len(done) > 1:
         judged = Outcome(problem="silent", why="both say that they have saved")
     return replace(judged, refused=len(done) < 2, why=f"{why}: {judged.why}")
