@@ -121,7 +121,9 @@ def test_check_lists_the_checkpoints(job: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("text", ["", "\n", "../step9", "a/b", "step\x1b10", b"\xff\xfe".decode("latin-1") + "\0"])
+@pytest.mark.parametrize(
+    "text", ["", "\n", "../step9", "a/b", "step\x1b10", b"\xff\xfe".decode("latin-1") + "\0", "step10" * 100]
+)
 def test_a_damaged_latest_is_said(job: Path, text: str) -> None:
     (job / LATEST_NAME).write_bytes(text.encode("latin-1"))
     with pytest.raises(CheckpointError, match="the latest checkpoint is damaged"):
