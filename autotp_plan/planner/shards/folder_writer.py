@@ -21,7 +21,7 @@ from autotp_plan.schemas.shards.file_layout import PlacedFile
 from autotp_plan.schemas.shards.folder import read_shards
 from autotp_plan.schemas.shards.manifest import JOURNAL_NAME, MANIFEST_NAME, PLAN_NAME, Manifest
 from autotp_plan.schemas.shards.new_shards import NewShards
-from autotp_plan.schemas.shards.origin import Original
+from autotp_plan.schemas.shards.origin import Original, copied_files
 from autotp_plan.schemas.shards.output_file import OutputFile
 from autotp_plan.schemas.shards.output_folder import OutputFolder
 from autotp_plan.schemas.shards.part_folder import PartFolder
@@ -102,6 +102,7 @@ def write_shards(
     if finished is not None:
         _refuse_if_source_changed(watch.differing(groups, share), output, command)
         return finished
+    _refuse_if_source_changed(_otherwise(new, output), output, command)
     task = {
         "command": command,
         "plan": plan.fingerprint,
@@ -233,6 +234,21 @@ def _finished(new: NewShards, output: Path, workers: int, share: Mapping[str, in
     except (AutoTPError, OSError):
         return None
     return shards.manifest
+
+
+def _otherwise(new: NewShards, output: Path) -> list[str]:
+    """What finished shards of the same plan have otherwise than the source: small files, or headers and weights."""
+    try:
+        if not (output / MANIFEST_NAME).exists() or (output / JOURNAL_NAME).exists():
+            return []
+        shards = read_shards(output, new.plan)
+    except (AutoTPError, OSError):
+        return []
+    ours = {file.name: file.size for file in copied_files(shards)}
+    theirs = {file.name: file.size for file in new.original.copied}
+    names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    same_weights = shards.manifest.source == new.original.source
+    return names if same_weights else [*names, *(file.name for file in new.original.source.files)]
 
 
 def _total(new: NewShards, share: Mapping[str, int]) -> int:

@@ -26,6 +26,7 @@ from autotp_plan.runtime.deepspeed.agreement import together
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.runtime.loading.read_weights import CHUNK_BYTES
 from autotp_plan.runtime.loading.weights import DTYPES
+from autotp_plan.schemas.documents import make_folder
 from autotp_plan.schemas.errors import Fault, MismatchError
 from autotp_plan.schemas.plan.document import Parameter, Plan
 from autotp_plan.schemas.shards.output_file import OutputFile
@@ -138,7 +139,7 @@ class _Writer:
         index_name: str,
         max_file_bytes: int | str,
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self.folder, self.stored, self.weights_name, self.index_name = folder, stored, weights_name, index_name
         by_name = {one.name: one for found in stored.values() for one in found}
         split = split_torch_state_dict_into_shards(

@@ -20,6 +20,8 @@ from autotp_plan.schemas.storage.safetensors_header import read_header
 from tests.helpers.checkpoints import write_llama
 from tests.helpers.random_shards import files_of
 
+pytestmark = pytest.mark.sweep
+
 OPTIONS: Any = {"max_file_bytes": 40_000}
 
 
@@ -39,13 +41,16 @@ def large(path: Path) -> Any:
     return max(read_header(path).tensors, key=lambda tensor: tensor.stop - tensor.start)
 
 
-def flip(path: Path, stamp: bool = True) -> None:
-    """Change a byte of which the fingerprint has no sample; without `stamp` size, time and inode stay."""
+def flip(path: Path, stamp: bool = True, at: int = 5) -> None:
+    """Change a byte of which the fingerprint has no sample; without `stamp` size, time and inode stay.
+
+    Byte -1 is the last of the file, in a small tensor, of which the fingerprint has all.
+    """
     status = path.stat()
     tensor = large(path)
     assert tensor.stop - tensor.start > 3 * 4096
     with path.open("r+b") as file:
-        file.seek(tensor.start + 5)
+        file.seek(tensor.start + at if at >= 0 else status.st_size + at)
         byte = file.read(1)[0]
         file.seek(-1, 1)
         file.write(bytes([byte ^ 1]))
@@ -152,6 +157,23 @@ def test_a_finished_folder_whose_checkpoint_changed_is_said_so(
     assert files_of(tmp_path / "out") == before
     shutil.rmtree(tmp_path / "out")
     presplit(plan, model, tmp_path / "out", **OPTIONS)  # what is advised
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda folder: (folder / "chat_template.jinja").write_text("a longer template"), "chat_template.jinja"),
+        (lambda folder: (folder / "notes.md").write_text("mine"), "notes.md"),
+        (lambda folder: flip(weights(folder), at=-1), "model-00001"),
+    ],
+)
+def test_a_finished_folder_of_another_checkpoint_says_what_differs(
+    model: Path, plan: Plan, tmp_path: Path, change: Callable[[Path], object], named: str
+) -> None:
+    presplit(plan, model, tmp_path / "out", **OPTIONS)
+    change(model)
+    with pytest.raises(OutputError, match=rf"(?s)its source has changed since.*{named}"):
+        presplit(plan, model, tmp_path / "out", **OPTIONS)
 
 
 def while_reading(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
