@@ -31,6 +31,8 @@ BATCH_BYTES = 4 * 1024 * 1024
 HUGE_BYTES = 2 * 1024 * 1024
 """From this size on, memory is asked for in huge pages: the kernel hands it out several times faster."""
 
+_Placed = tuple[Weight, "Tensor | None"]
+
 
 def read_weights(
     weights: Iterable[Weight], device: torch.device, dtypes: Mapping[str, torch.dtype], *, once: bool = False
@@ -48,15 +50,17 @@ def read_weights(
     """
 
     readers = _Readers()
+    # asked for before the first is read, which takes no memory yet: to give out address space, the kernel stops readers
+    placed = [(weight, _target(weight, device, dtypes.get(weight.name), once)) for weight in weights]
 
-    def read(batch: list[Weight]) -> list[tuple[Weight, Tensor]]:
+    def read(batch: list[_Placed]) -> list[tuple[Weight, Tensor]]:
         reader = readers.of_this_thread()
-        return [(one, _read(one, device, dtypes.get(one.name), reader, once and one.of_one_rank)) for one in batch]
+        return [(one, _read(one, device, dtypes.get(one.name), reader, once, tensor)) for one, tensor in batch]
 
     waiting: deque[Future[list[tuple[Weight, Tensor]]]] = deque()
     pool = ThreadPoolExecutor(READERS)
     try:
-        for batch in _batches(weights):
+        for batch in _batches(placed):
             waiting.append(pool.submit(read, batch))
             if len(waiting) > READERS:
                 yield from waiting.popleft().result()
@@ -85,12 +89,14 @@ class _Readers:
             reader.close()
 
 
-def _batches(weights: Iterable[Weight]) -> Iterator[list[Weight]]:
+def _batches(placed: list[_Placed]) -> Iterator[list[_Placed]]:
     """Weights in order, a large one or one that is far away alone."""
-    batch: list[Weight] = []
+    batch: list[_Placed] = []
     size = 0
-    for weight in weights:
-        batch.append(weight)
+    placed.reverse()
+    while placed:  # the list must not hold what was read
+        weight, target = placed.pop()
+        batch.append((weight, target))
         size += math.prod(weight.shape) * DTYPES[weight.dtype].itemsize
         if size >= BATCH_BYTES or not all(isinstance(found.file, Path) for found in weight.stored.ranges):
             yield batch
@@ -114,21 +120,42 @@ def read_weight(weight: Weight, device: torch.device, dtype: torch.dtype | None)
         CheckpointError: a file ended early.
     """
     with Reader() as reader:
-        return _read(weight, device, dtype, reader, False)
+        return _read(weight, device, dtype, reader, False, _target(weight, device, dtype, False))
 
 
-def _read(weight: Weight, device: torch.device, dtype: torch.dtype | None, reader: Reader, once: bool) -> Tensor:
-    """As `read_weight`. `once` as for `Reader.read_into`."""
+def _target(weight: Weight, device: torch.device, dtype: torch.dtype | None, once: bool) -> Tensor | None:
+    """The tensor that a weight is read into; None where it is mapped, or on a device, whose memory is taken later."""
+    wanted = _wanted(weight, dtype)
+    direct = wanted == DTYPES[weight.dtype]
+    if device.type != "cpu" or (direct and weight.mapped and weight.stored.size):
+        return None
+    in_place = once and direct and weight.of_one_rank
+    return _empty(weight.shape, wanted, device, weight.stored.ranges[0].start if in_place else 0)
+
+
+def _wanted(weight: Weight, dtype: torch.dtype | None) -> torch.dtype:
     stored = DTYPES[weight.dtype]
-    wanted = dtype if dtype is not None and stored.is_floating_point else stored
-    direct = wanted == stored and device.type == "cpu"
-    if direct and weight.mapped and weight.stored.size:
+    return dtype if dtype is not None and stored.is_floating_point else stored
+
+
+def _read(
+    weight: Weight,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    reader: Reader,
+    once: bool,
+    target: Tensor | None,
+) -> Tensor:
+    """As `read_weight`, into `target`. `once` is as for `read_weights`."""
+    stored, wanted = DTYPES[weight.dtype], _wanted(weight, dtype)
+    if target is None and device.type == "cpu":
         return _map(weight, stored)
+    tensor = _empty(weight.shape, wanted, device) if target is None else target
     if weight.full_shape is not None:
-        return _read_transposed(weight, weight.full_shape, device, wanted, reader)
-    tensor = _empty(weight.shape, wanted, device, weight.stored.ranges[0].start if once and direct else 0)
+        return _read_transposed(weight, weight.full_shape, tensor, reader)
+    once = once and weight.of_one_rank
     try:
-        if direct:
+        if wanted == stored and device.type == "cpu":
             reader.read_into(_memory(tensor), weight.byte_ranges(), once=once)
         elif device.type == "cuda":
             _through_pinned_memory(tensor, weight, reader, stored, once)
@@ -178,9 +205,7 @@ def _memory(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def _read_transposed(
-    weight: Weight, full: tuple[int, ...], device: torch.device, dtype: torch.dtype, reader: Reader
-) -> Tensor:
+def _read_transposed(weight: Weight, full: tuple[int, ...], tensor: Tensor, reader: Reader) -> Tensor:
     """A rank's shard of a parameter that is transposed on disk, a matrix at a time."""
     stored, layout = DTYPES[weight.dtype], weight.layout
     rows, columns = full[-2:]
@@ -189,7 +214,6 @@ def _read_transposed(
     numbers = torch.arange(math.prod(full[:-2])).view(full[:-2])
     if layout.dim is not None and layout.dim < len(full) - 2:  # of stacked matrices each rank has some
         numbers = _share(numbers, layout.dim, weight)
-    tensor = _empty(weight.shape, dtype, device)
     parts = tensor.view(-1, *weight.shape[-2:])
     try:
         for to, number in enumerate(numbers.flatten().tolist()):
