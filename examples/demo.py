@@ -114,8 +114,9 @@ def dense() -> None:
     from autotp_plan.runtime.data.text import TokenDataset, text_tokens
 
     os.chdir(RUN)
-    model = AutoModelForCausalLM.from_pretrained("checkpoint", dtype=torch.float32).train()
-    tokens = text_tokens(Path("text"), AutoTokenizer.from_pretrained("checkpoint"), NUM_STEPS * BATCH_SIZE * SEQ_LENGTH)
+    model = AutoModelForCausalLM.from_pretrained("checkpoint", dtype=torch.float32, trust_remote_code=False).train()
+    tokenizer = AutoTokenizer.from_pretrained("checkpoint", trust_remote_code=False)
+    tokens = text_tokens(Path("text"), tokenizer, NUM_STEPS * BATCH_SIZE * SEQ_LENGTH)
     dataset = TokenDataset(tokens, SEQ_LENGTH)
     loader = DataLoader(dataset, BATCH_SIZE, sampler=DistributedSampler(dataset, num_replicas=1, rank=0))
     optimizer = torch.optim.AdamW(model.parameters(), **ADAM)

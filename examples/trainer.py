@@ -64,7 +64,7 @@ def main() -> None:
         disable_tqdm=True,
     )
     if args.dense:
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
     else:
         plan = TrainingPlan(compile_plan(folder, tp_size=args.tp_size))
         model = plan.load_model(folder)
@@ -75,7 +75,7 @@ def main() -> None:
         training_args,
         train_dataset=TokenDataset(synthetic_tokens(vocab_size, 64 * length, seed=0), length),
         eval_dataset=TokenDataset(synthetic_tokens(vocab_size, 10 * length, seed=1), length),
-        processing_class=AutoTokenizer.from_pretrained(folder),
+        processing_class=AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
     )
     if not args.dense:
         plan.adapt_trainer(trainer)

@@ -67,7 +67,7 @@ def main() -> None:
         disable_tqdm=True,
     )
     if args.dense:
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
     else:
         plan = TrainingPlan(compile_plan(folder, tp_size=args.tp_size))
         model = plan.load_model(folder)
@@ -75,7 +75,7 @@ def main() -> None:
         model,
         config,
         train_dataset=load_dataset("json", data_files=args.data, split="train") if args.data else made_up(),
-        processing_class=AutoTokenizer.from_pretrained(folder),
+        processing_class=AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
     )
     if not args.dense:
         plan.adapt_trainer(trainer)

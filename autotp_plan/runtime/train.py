@@ -21,8 +21,7 @@ from typing import Any
 import click
 import torch
 
-from autotp_plan.schemas.errors import AutoTPError, CheckpointError, Fault, MismatchError, OutputError
-from autotp_plan.schemas.shards.manifest import MANIFEST_NAME
+from autotp_plan.schemas.errors import AutoTPError, CheckpointError, Fault, MismatchError
 
 _PATH = click.Path(path_type=Path)
 STOPPED = 75
@@ -62,6 +61,9 @@ STOPPED = 75
 @click.option("--take-over", is_flag=True, help="Write to --checkpoints although its lock names another job.")
 @click.option("--keep-last", type=click.IntRange(1), help="Checkpoints to keep; all when left out.")
 @click.option("--save-shards", type=_PATH, help="New folder for the trained weights, for `autotp-plan merge`.")
+@click.option(
+    "--timeout", type=click.FloatRange(0, min_open=True), help="Seconds that a rank waits for another; default 600."
+)
 @click.option("--local_rank", type=int, hidden=True, expose_value=False, help="The deepspeed launcher gives it.")
 def main(**options: Any) -> None:
     """Train a pre-split model under DeepSpeed, with the plan's tensor parallelism and ZeRO."""
@@ -81,26 +83,28 @@ def _train(
     plan_file: Path, shards: str, dp_size: int | None, seq_length: int, num_steps: int, data: Path | None, seed: int,
     metrics: Path | None, checkpoints: Path | None, save_every: int | None, save_shards: Path | None,
     keep_last: int | None = None, take_over: bool = False, resume: str = "latest", trust_checkpoint: bool = False,
-    **options: Any,
+    timeout: float | None = None, **options: Any,
 ) -> bool:  # fmt: skip
     """Train; returns whether it came to its end, and was not asked to stop before."""
     from autotp_plan.runtime import load_plan
     from autotp_plan.runtime.data.loader import training_loader
     from autotp_plan.runtime.data.sampler import endless
+    from autotp_plan.runtime.deepspeed.agreement import together
     from autotp_plan.runtime.stop_signals import StopSignals
+    from autotp_plan.runtime.train_outputs import check_job_outputs
     from autotp_plan.runtime.train_report import Report
     from autotp_plan.runtime.train_setup import check_dp_size, dataset, deepspeed_config
+    from autotp_plan.runtime.train_waits import Doing
     from autotp_plan.schemas.jobs.job_folder import is_job
-    from autotp_plan.schemas.jobs.job_lock import claim
 
-    if save_shards is not None:
-        _check_is_new(save_shards)
-    if checkpoints is not None and _is_first():
-        claim(checkpoints, take_over=take_over)
     plan = load_plan(plan_file)
     check_dp_size(plan.tp_size, dp_size)
     config = deepspeed_config(plan.document, **options)
     dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+    plan.init_mesh(timeout=timeout)  # by which all ranks hear of what one cannot write
+    check_job_outputs(
+        plan, config, dtype, checkpoints, save_shards, metrics, num_steps, save_every, keep_last, take_over
+    )
     started = time.monotonic()
     model = plan.load_model(shards, dtype=dtype)
     ranks = plan.ranks
@@ -108,7 +112,10 @@ def _train(
     report.say(f"loaded rank 0 of {plan.tp_size} from {shards} in {time.monotonic() - started:.1f} s")
     needed = num_steps * ranks.dp_size * config["train_micro_batch_size_per_gpu"]
     needed *= config.get("gradient_accumulation_steps", 1) * seq_length
-    windows = dataset(data, shards, model, seq_length, needed, seed)
+    what_to_do = "give a --data that every rank can read"
+    windows = together(
+        lambda: dataset(data, shards, model, seq_length, needed, seed), "no data to train on", what_to_do
+    )
     torch.manual_seed(seed + ranks.dp_rank)  # of dropout: the same on all TP ranks of a group
     engine, _, loader, _ = plan.initialize(model, config=config, training_data=windows, seed=seed)
     engine.train()
@@ -129,29 +136,36 @@ def _train(
     report.begin(engine.global_steps)
     batches = endless(loader)
     stop = StopSignals(ranks.device) if checkpoints is not None else None
-    for step in range(engine.global_steps + 1, num_steps + 1):
-        began = time.monotonic()
-        loss_sum, tokens = torch.zeros(()), 0
-        for _ in range(engine.gradient_accumulation_steps()):
-            batch = {key: value.to(ranks.device) for key, value in next(batches).items()}
-            loss = engine(**batch, use_cache=False).loss
-            engine.backward(loss)
-            engine.step()
-            loss_sum += loss.detach().float().cpu()
-            tokens += batch["input_ids"].numel() * ranks.dp_size
-        mean = loss_sum.to(ranks.device) / engine.gradient_accumulation_steps() / ranks.dp_size
-        torch.distributed.all_reduce(mean, group=ranks.dp_group)
-        report.step(step, num_steps, mean.item(), tokens / (time.monotonic() - began), ranks.device)
-        stopping = stop is not None and stop.was_asked()
-        if checkpoints is not None and (stopping or step == num_steps or (save_every and step % save_every == 0)):
-            state = _data_of(windows)
-            plan.save_checkpoint(engine, checkpoints, None, state, keep_last=keep_last, take_over=take_over)
-        if stopping and step < num_steps:
-            report.say(f"asked to stop: saved after step {step}; the same command goes on")
-            return False
-    if save_shards is not None:
-        plan.save_shards(engine, save_shards)
-        report.say(f"saved the weights in {save_shards}; `autotp-plan merge` makes a checkpoint of them")
+    with Doing(timeout) as doing:
+        for step in range(engine.global_steps + 1, num_steps + 1):
+            began = time.monotonic()
+            loss_sum, tokens = torch.zeros(()), 0
+            for _ in range(engine.gradient_accumulation_steps()):
+                batch = {key: value.to(ranks.device) for key, value in next(batches).items()}
+                doing(f"the forward of step {step}")
+                loss = engine(**batch, use_cache=False).loss
+                doing(f"the backward of step {step}")
+                engine.backward(loss)
+                doing(f"the optimizer's part of step {step}")
+                engine.step()
+                loss_sum += loss.detach().float().cpu()
+                tokens += batch["input_ids"].numel() * ranks.dp_size
+            doing(f"the mean loss of step {step}")
+            mean = loss_sum.to(ranks.device) / engine.gradient_accumulation_steps() / ranks.dp_size
+            torch.distributed.all_reduce(mean, group=ranks.dp_group)
+            report.step(step, num_steps, mean.item(), tokens / (time.monotonic() - began), ranks.device)
+            stopping = stop is not None and stop.was_asked()
+            if checkpoints is not None and (stopping or step == num_steps or (save_every and step % save_every == 0)):
+                doing(f"saving the job after step {step}")
+                state = _data_of(windows)
+                plan.save_checkpoint(engine, checkpoints, None, state, keep_last=keep_last, take_over=take_over)
+            if stopping and step < num_steps:
+                report.say(f"asked to stop: saved after step {step}; the same command goes on")
+                return False
+        if save_shards is not None:
+            doing("saving the shards")
+            plan.save_shards(engine, save_shards)
+            report.say(f"saved the weights in {save_shards}; `autotp-plan merge` makes a checkpoint of them")
     return True
 
 
@@ -175,19 +189,6 @@ def _tag(resume: str, checkpoints: Path) -> str | None:
             )
         )
     return found
-
-
-def _check_is_new(folder: Path) -> None:
-    if (folder / MANIFEST_NAME).exists():
-        raise OutputError(
-            Fault(
-                what="the shards could not be saved after training",
-                where="--save-shards",
-                got=f"{folder}, which holds finished shards",
-                expected="a new folder",
-                next="give another folder",
-            )
-        )
 
 
 def _data_of(windows: Any) -> dict[str, int]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import click
 import torch
 
+from autotp_plan.runtime.checkpoint.outputs import check_writable
 from autotp_plan.schemas import documents
+from autotp_plan.schemas.errors import Fault, OutputError
 
 
 class Report:
@@ -42,6 +45,49 @@ class Report:
         if self.metrics:
             with open(self.metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "loss": loss, "tokens_per_second": speed}) + "\n")
+
+
+def check_metrics(path: Path) -> None:
+    """Check that a metrics file can be written, and that what is there is one of an earlier run.
+
+    Raises:
+        OutputError: it holds anything else, is no plain file, or its folder cannot be written to.
+    """
+    if path.exists():
+        if not path.is_file():
+            raise OutputError(_no_metrics(str(path), "a folder, device or pipe"))
+        try:
+            with open(path, "r+", encoding="utf-8") as file:
+                for number, line in enumerate(file, 1):
+                    if line.endswith("\n") and not _is_step(line):
+                        raise OutputError(_no_metrics(f"{path}: line {number}", repr(line[:40])))
+        except UnicodeDecodeError:
+            raise OutputError(_no_metrics(str(path), "bytes that are not UTF-8 text")) from None
+        except OSError as error:
+            raise OutputError(_no_metrics(str(path), error.strerror or str(error))) from None
+    folder = Path(os.path.realpath(path)).parent
+    if not folder.is_dir():
+        raise OutputError(_no_metrics(str(path), f"no folder {folder}"))
+    check_writable(folder)
+
+
+def _is_step(line: str) -> bool:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and isinstance(found.get("step"), int)
+
+
+def _no_metrics(where: str, got: str) -> Fault:
+    return Fault(
+        code="metrics-file",
+        what="the metrics cannot be written to this file",
+        where=where,
+        got=got,
+        expected='a new file in a folder that can be written to, or one of an earlier run, of lines {"step": ...}',
+        next="give another file to --metrics, or move this one somewhere else",
+    )
 
 
 def _memory(device: torch.device) -> str:

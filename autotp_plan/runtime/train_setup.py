@@ -120,8 +120,10 @@ def dataset(
         place.complete()
         if others := not_plain(place.folder):
             raise OSError(f"{', '.join(others)}: no plain file, and might be waited for without end")
-        tokenizer = AutoTokenizer.from_pretrained(str(place.folder))
+        tokenizer = AutoTokenizer.from_pretrained(str(place.folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise MismatchError(_tokenizer_of_code(shards)) from None
         raise MismatchError(
             Fault(
                 what="there is no tokenizer to read the text with",
@@ -132,3 +134,15 @@ def dataset(
             )
         ) from None
     return TokenDataset(text_tokens(data, tokenizer, limit=needed), seq_length)
+
+
+def _tokenizer_of_code(shards: str) -> Fault:
+    return Fault(
+        code="tokenizer-of-code",
+        what="the tokenizer is code in the folder, which is never run",
+        where=str(shards),
+        got="an auto_map in tokenizer_config.json or config.json",
+        expected="a tokenizer that transformers has",
+        next="read the code; if you trust it, use it in a loop of your own (plan.initialize), or save the tokenizer as "
+        "a fast one (tokenizer.json, without auto_map) and pre-split again",
+    )

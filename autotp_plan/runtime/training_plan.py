@@ -21,17 +21,19 @@ from autotp_plan.runtime.calls.sharded_engine import become_sharded_engine
 from autotp_plan.runtime.calls.sharded_model import become_sharded
 from autotp_plan.runtime.checkpoint.job import save_checkpoint
 from autotp_plan.runtime.checkpoint.mesh_change import why_this_mesh_only
+from autotp_plan.runtime.checkpoint.outputs import check_outputs
 from autotp_plan.runtime.checkpoint.resume import load_checkpoint
 from autotp_plan.runtime.checkpoint.save_shards import save_shards
 from autotp_plan.runtime.data.batch_check import check_batches, check_interval
 from autotp_plan.runtime.data.loader import training_loader
 from autotp_plan.runtime.data.sampler import ResumableSampler, tp_sampler
-from autotp_plan.runtime.deepspeed.agreement import are_several, check_same, together
+from autotp_plan.runtime.deepspeed.agreement import are_several, check_same, is_first_rank, together
 from autotp_plan.runtime.deepspeed.attendance import SECONDS_FOR_FIRST, check_all_call
 from autotp_plan.runtime.deepspeed.autotp_calls import check_autotp_calls
 from autotp_plan.runtime.deepspeed.engine_config import engine_config
 from autotp_plan.runtime.deepspeed.internals import skip_sums_over_one_rank
-from autotp_plan.runtime.deepspeed.mesh import Ranks, check_world_size, init_ranks, start_distributed
+from autotp_plan.runtime.deepspeed.mesh import Ranks, check_timeout, check_world_size, init_ranks, start_distributed
+from autotp_plan.runtime.deepspeed.store_internals import set_time_limit
 from autotp_plan.runtime.loading.check_model import check_model
 from autotp_plan.runtime.loading.empty_model import empty_model
 from autotp_plan.runtime.loading.shard_model import shard_model
@@ -89,6 +91,7 @@ class TrainingPlan:
     def __init__(self, document: Plan) -> None:
         self.document = document
         self._ranks: Ranks | None = None
+        self._timeout: float | None = None
 
     @property
     def tp_size(self) -> int:
@@ -114,19 +117,30 @@ class TrainingPlan:
             )
         return self._ranks
 
-    def init_mesh(self) -> Ranks:
+    def init_mesh(self, *, timeout: float | None = None) -> Ranks:
         """Make the TP x DP mesh, once; `load_model`, `sampler` and the other methods call it where it is needed.
 
         Initialises torch.distributed and DeepSpeed's process groups where the caller has not. Every rank calls it.
+
+        Args:
+            timeout: seconds that a rank waits for another in a collective before it raises, of all process groups, also
+                of those that `load_model` and `initialize` make. None for DeepSpeed's 600 (`DEEPSPEED_TIMEOUT`, in
+                minutes), or what the caller has given to `init_process_group`.
 
         Returns:
             TP and DP ranks, sizes, process groups and device of this process; the same as `ranks` from then on.
 
         Raises:
             MismatchError: the world size, or process groups that exist already, do not fit the plan.
+            OptionError: `timeout` is not positive.
         """
+        if timeout is not None:
+            check_timeout(timeout)
+            self._timeout = timeout
         if self._ranks is None:
             self._ranks = init_ranks(self.tp_size)
+        if timeout is not None:
+            set_time_limit(timeout)
         return self._ranks
 
     def load_model(
@@ -155,11 +169,11 @@ class TrainingPlan:
             dtype: floating-point dtype to convert to; None takes what the plan says, else what the config says, as
                 `from_pretrained(path, dtype="auto")` does. What transformers keeps in float32 is float32. Your own
                 module with None gets the dtypes of the files.
-            verify_checksums: read every shard file once more and compare its checksum (sizes, headers and fingerprints
-                are always compared).
+            verify_checksums: read every shard file once more and compare its checksum (sizes, headers, fingerprints,
+                and the checksums of config, tokenizer and other small files are always compared).
             map_shards: map a pre-split weight that stays on the CPU in its dtype: each page is read when it is used,
-                and copied when it is written to. False reads it at once, for a folder that is removed or slow while the
-                job trains.
+                and copied when it is written to. False reads it at once, for a folder that is slow, or that is removed
+                from a network disk while the job trains.
             share_input_gradients: all-reduce the gradient of a tensor once, not once for each of the layers that take
                 it (q, k and v; gate and up). With `tp_overlap_comm` each layer all-reduces its own.
             vocab_parallel_loss: in training with labels, let a transformers causal LM compute its loss from each rank's
@@ -191,7 +205,13 @@ class TrainingPlan:
         def found() -> tuple[ModelFolder, WeightSource, nn.Module, dict[str, torch.dtype], str]:
             check_interval(check_batches_every)
             place = model_folder(path)
-            source = open_weights(place, self.document, verify_checksums=verify_checksums, map_shards=map_shards)
+            source = open_weights(
+                place,
+                self.document,
+                verify_checksums=verify_checksums,
+                map_shards=map_shards,
+                keep_open=is_first_rank(),
+            )
             built, dtypes = empty_model(place, self.document, model, dtype, options)
             check_model(built, self.document)
             return place, source, built, dtypes, source.fingerprint() if are_several() else ""
@@ -235,7 +255,12 @@ class TrainingPlan:
             check_every_optimizer()
         become_sharded(
             built,
-            Loaded(plan=self.document, ranks=ranks, place=dataclasses.replace(place, folder=place.folder.absolute())),
+            Loaded(
+                plan=self.document,
+                ranks=ranks,
+                place=dataclasses.replace(place, folder=place.folder.absolute()),
+                original=source.original,
+            ),
         )
         return built
 
@@ -309,6 +334,8 @@ class TrainingPlan:
             next_step="give every rank the same plan and arguments",
         )
         engine, optimizer, _, scheduler = _deepspeed_initialize(model=model, config=settings, mpu=groups, **kwargs)
+        if self._timeout is not None:
+            set_time_limit(self._timeout)  # of the groups that the engine has made, too
         if steps_in_full:
             adapt_engine(engine, settings, model, split_fused)
         if self.tp_size > 1:
@@ -341,6 +368,44 @@ class TrainingPlan:
         """
         if self.tp_size > 1 or split_fused:
             adapt_optimizer(optimizer, sharded_weights(model), split_fused)
+
+    def check_outputs(
+        self,
+        config: str | os.PathLike[str] | dict[str, Any],
+        *,
+        checkpoints: str | os.PathLike[str] | None = None,
+        shards: str | os.PathLike[str] | None = None,
+        dtype: torch.dtype | None = None,
+        saves: int = 1,
+    ) -> None:
+        """Find out before training whether `save_checkpoint` and `save_shards` can write. Every rank calls it.
+
+        Each rank writes, syncs and removes a small file in each folder, and the first one compares the free space with
+        what a job writes that trains all weights.
+
+        Args:
+            config: the DeepSpeed config file or dict that `initialize` gets.
+            checkpoints: the folder for `save_checkpoint`.
+            shards: the folder for `save_shards`.
+            dtype: of the model, as for `load_model`.
+            saves: how many more checkpoints there will be at a time than now: with `keep_last=n`, n + 1 in a new
+                folder. 0 does not ask for room for them.
+
+        Raises:
+            OutputError: a folder cannot be written to, `save_shards` would refuse it, or there is not enough room. The
+                same on every rank, as all errors.
+            DocumentError: the config file cannot be read.
+        """
+        settings = engine_config(config, self.document)
+        self.init_mesh()
+        check_outputs(
+            self.document,
+            settings,
+            checkpoints=Path(checkpoints) if checkpoints is not None else None,
+            shards=Path(shards) if shards is not None else None,
+            dtype=dtype,
+            saves=saves,
+        )
 
     def save_checkpoint(
         self,
@@ -425,7 +490,7 @@ class TrainingPlan:
         """
         model = getattr(engine, "module", engine)
         _refuse_adapters(model)
-        source = model_folder(like) if like is not None else loaded_of(model).place
+        source = model_folder(like) if like is not None else loaded_of(model).source
         save_shards(model, Path(folder), self.document, self.init_mesh(), source)
 
     def adapt_trainer(self, trainer: Any) -> None:

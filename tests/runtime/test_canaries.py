@@ -6,6 +6,7 @@ A new version of DeepSpeed fails here first, in a second, and says what would br
 from __future__ import annotations
 
 import importlib
+import time
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +47,9 @@ def threads_have_a_name(gloo: Any) -> bool:
 
     before = gloo_threads().keys()
     group = gloo(torch.distributed.HashStore(), 0, 1, timedelta(seconds=10))  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 20
+    while not gloo_threads().keys() - before and time.monotonic() < deadline:
+        time.sleep(0.01)  # a thread takes its name when it first runs
     return group.size() == 1 and len(gloo_threads().keys() - before) > 0
 
 
@@ -269,6 +273,9 @@ CANARIES = [
            "finding that an optimizer communicates"),
     Canary("torch.distributed.distributed_c10d:_get_default_store", "finding ranks that do not make a call",
            uses("_get_default_group")),
+    Canary("torch.distributed.distributed_c10d:_world.pg_map", "setting how long process groups wait"),
+    Canary("torch.distributed.distributed_c10d:_set_pg_timeout", "setting how long process groups wait",
+           takes("timeout", "group")),
     Canary("torch.distributed:ProcessGroupGloo", "waiting at the end of a process for gloo's threads",
            threads_have_a_name),
     Canary("torch:Tensor._version", "sharing input gradients, after a tensor was changed in place",

@@ -9,6 +9,7 @@ from torch import nn
 
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.schemas.plan.document import Plan
+from autotp_plan.schemas.shards.origin import Original
 from autotp_plan.sources.model_folder import ModelFolder
 
 
@@ -20,11 +21,19 @@ class Loaded:
         plan: the plan it is sharded by.
         ranks: this process's place in the mesh.
         place: the shards folder or checkpoint that its weights came from.
+        original: what a shards folder held besides the weights, on the first rank in files that stay open; None of a
+            checkpoint.
     """
 
     plan: Plan
     ranks: Ranks
     place: ModelFolder
+    original: Original | None = None
+
+    @property
+    def source(self) -> Original | ModelFolder:
+        """What a save takes from where the model came from: of shards, it need not be there any more."""
+        return self.original or self.place
 
     def __deepcopy__(self, memo: Any) -> Loaded:
         return self  # never changed; and a process group cannot be copied

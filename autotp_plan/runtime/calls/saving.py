@@ -88,7 +88,7 @@ class SavesPretrained(PreTrainedModel if TYPE_CHECKING else object):  # type: ig
             Path(save_directory),
             loaded.plan,
             loaded.ranks,
-            loaded.place,
+            loaded.source,
             weights_name=f"model{middle}.safetensors",
             index_name=f"model.safetensors.index{middle}.json",
             max_file_bytes=max_shard_size,

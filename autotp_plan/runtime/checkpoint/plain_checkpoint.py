@@ -29,6 +29,7 @@ from autotp_plan.runtime.loading.weights import DTYPES
 from autotp_plan.schemas.documents import make_folder
 from autotp_plan.schemas.errors import Fault, MismatchError
 from autotp_plan.schemas.plan.document import Parameter, Plan
+from autotp_plan.schemas.shards.origin import Original
 from autotp_plan.schemas.shards.output_file import OutputFile
 from autotp_plan.schemas.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from autotp_plan.schemas.storage.safetensors_header import header_bytes, num_bytes, parse_header
@@ -60,7 +61,7 @@ def save_plain_checkpoint(
     folder: Path,
     plan: Plan,
     ranks: Ranks,
-    source: ModelFolder,
+    source: ModelFolder | Original,
     *,
     weights_name: str = SINGLE_NAME,
     index_name: str = INDEX_NAME,
@@ -75,8 +76,8 @@ def save_plain_checkpoint(
         folder: where the first rank writes. Files of an earlier save are replaced.
         plan: the plan that the model is sharded by.
         ranks: this process's place in the mesh.
-        source: the checkpoint or shards folder that the model came from; its headers are read where several tensors on
-            disk make up one parameter.
+        source: the checkpoint or shards folder that the model came from, or what was kept of it; headers are read where
+            several tensors on disk make up one parameter.
         weights_name: the name of the file, which is numbered where there are several.
         index_name: the name of the index where there are several.
         max_file_bytes: a file has at most as many bytes of tensors, or one tensor; a number, or as in "5GB".
@@ -247,11 +248,9 @@ def _stored(
     return found
 
 
-def _shapes_on_disk(source: ModelFolder, plan: Plan) -> dict[str, tuple[int, ...]]:
+def _shapes_on_disk(source: ModelFolder | Original, plan: Plan) -> dict[str, tuple[int, ...]]:
     files = original_of(source, plan).source.files
-    return {
-        one.name: one.shape for file in files for one in parse_header(source.folder / file.name, file.header).tensors
-    }
+    return {one.name: one.shape for file in files for one in parse_header(Path(file.name), file.header).tensors}
 
 
 def _check_names(tensors: Mapping[str, FullTensor], parameters: Mapping[str, Parameter]) -> None:

@@ -31,7 +31,7 @@ from autotp_plan.schemas.names import expand
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.file_layout import MAX_FILE_BYTES, PlacedFile
 from autotp_plan.schemas.shards.folder import read_shards
-from autotp_plan.schemas.shards.manifest import MANIFEST_NAME, Owner, Source
+from autotp_plan.schemas.shards.manifest import JOURNAL_NAME, MANIFEST_NAME, Owner, Source
 from autotp_plan.schemas.shards.new_shards import NewShards
 from autotp_plan.schemas.shards.origin import Original, original_of_checkpoint, original_of_shards
 from autotp_plan.schemas.shards.output_file import OutputFile
@@ -51,7 +51,12 @@ _together = partial(together, what="the shards of a running job could not be wri
 
 
 def save_shards(
-    model: nn.Module, folder: Path, plan: Plan, ranks: Ranks, like: ModelFolder, max_file_bytes: int = MAX_FILE_BYTES
+    model: nn.Module,
+    folder: Path,
+    plan: Plan,
+    ranks: Ranks,
+    like: ModelFolder | Original,
+    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Write the weights of a model as a shards folder, in the dtypes of the plan; every rank calls it.
 
@@ -62,7 +67,8 @@ def save_shards(
         folder: a new folder, or one that an earlier save did not finish.
         plan: the plan of the model.
         ranks: of this process.
-        like: the shards folder or checkpoint whose names, file split and small files the new one gets.
+        like: the shards folder or checkpoint whose names, file split and small files the new one gets, or what was kept
+            of it.
         max_file_bytes: a file has at most as many bytes of tensors, or one tensor.
 
     Raises:
@@ -92,8 +98,27 @@ def _output_folder(folder: Path) -> OutputFolder:
     return OutputFolder(folder, {"command": "save_shards"}, "save_shards")
 
 
-def original_of(like: ModelFolder, plan: Plan) -> Original:
+def check_shards_folder(folder: Path) -> None:
+    """Begin to write shards to a folder as `save_shards` does, and leave it as it was.
+
+    Raises:
+        OutputError: `save_shards` would be refused, or could not write.
+    """
+    journal = folder / JOURNAL_NAME
+    was_begun = journal.exists()
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    with _output_folder(folder):
+        if not was_begun:
+            journal.unlink()
+    with contextlib.suppress(OSError):  # another process has made something in it meanwhile
+        for place in missing:
+            place.rmdir()
+
+
+def original_of(like: ModelFolder | Original, plan: Plan) -> Original:
     """What is not sharded of the checkpoint or shards folder `like`."""
+    if isinstance(like, Original):
+        return like
     if (like.folder / MANIFEST_NAME).exists():
         return original_of_shards(read_shards(like.folder))
     like.complete()

@@ -31,6 +31,11 @@ def are_several() -> bool:
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def is_first_rank() -> bool:
+    """Whether this process is the first of all ranks, or the only one."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
 _AGAIN = "free space or correct what is wrong, and save again"
 
 

@@ -15,7 +15,7 @@ from deepspeed.utils import groups
 from autotp_plan.runtime.deepspeed.agreement import are_several, check_same
 from autotp_plan.runtime.deepspeed.internals import has_tp_groups, make_tp_groups, without_inference_operator
 from autotp_plan.runtime.deepspeed.process_end import wait_for_gloo_at_exit
-from autotp_plan.schemas.errors import Fault, MismatchError
+from autotp_plan.schemas.errors import Fault, MismatchError, OptionError
 
 _MPI = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -23,6 +23,9 @@ _MPI = (
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
 )
 """What Open MPI, Intel MPI and MVAPICH call rank, world size and local rank."""
+
+MAX_TIMEOUT = 30 * 24 * 3600
+"""The longest time limit of a process group, in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +70,21 @@ def check_world_size(tp_size: int) -> None:
                 got=str(world_size),
                 expected=f"a multiple of the plan's tp_size, {tp_size}",
                 next=f"launch with torchrun --nproc-per-node {tp_size} (times the data-parallel size)" + _hint(),
+            )
+        )
+
+
+def check_timeout(seconds: float) -> None:
+    """Raise OptionError for seconds that nobody can wait."""
+    if not 0 < seconds <= MAX_TIMEOUT:
+        raise OptionError(
+            Fault(
+                code="timeout",
+                what="process groups cannot wait so long",
+                where="timeout",
+                got=str(seconds),
+                expected=f"seconds: more than 0, at most {MAX_TIMEOUT}",
+                next="give the seconds after which a rank that waits for another is to end with an error",
             )
         )
 

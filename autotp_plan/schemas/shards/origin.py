@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from autotp_plan.schemas.shards.folder import ShardsFolder
 from autotp_plan.schemas.shards.manifest import INDEX_COPY_NAME, PLAN_NAME, ShardFile, Source, SourceFile
 from autotp_plan.schemas.shards.small_files import CopiedFile, small_files
 from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, Checkpoint
-from autotp_plan.schemas.storage.files import Reader, Span
+from autotp_plan.schemas.storage.files import File, Reader, Span
+from autotp_plan.schemas.storage.open_file import OpenFile
 from autotp_plan.schemas.storage.safetensors_header import SafetensorsFile, TensorEntry, parse_header
 
 SAMPLE_BYTES = 4096
@@ -83,6 +84,29 @@ def original_of_shards(shards: ShardsFolder) -> Original:
             if tensor.name in shards.unused
         ),
         copied=tuple(CopiedFile(file.name, shards.path / file.name, file.size) for file in copied_files(shards)),
+    )
+
+
+def kept_open(original: Original) -> Original:
+    """The same, of files that stay open: they can be read when the folder has been removed or replaced.
+
+    Args:
+        original: of files on this machine.
+
+    Raises:
+        OSError: a file cannot be opened.
+    """
+    files: dict[File, OpenFile] = {}
+
+    def opened(file: File) -> File:
+        if file not in files and isinstance(file, Path):
+            files[file] = OpenFile(file)
+        return files.get(file, file)
+
+    return replace(
+        original,
+        unused=tuple(replace(tensor, file=opened(tensor.file)) for tensor in original.unused),
+        copied=tuple(file._replace(path=opened(file.path)) for file in original.copied),
     )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from autotp_plan.schemas.errors import Fault
 from autotp_plan.schemas.names import NameSet, fold
@@ -29,7 +31,7 @@ def checkpoint_faults(plan: Plan, checkpoint: Checkpoint) -> list[Fault]:
     return [
         *tensor_faults(plan, checkpoint.tensors),
         *_unplanned_faults(plan, checkpoint),
-        *config_faults(plan, checkpoint),
+        *config_faults(plan, checkpoint.config, checkpoint.folder),
     ]
 
 
@@ -127,19 +129,28 @@ def exchanged(shape: Sequence[int]) -> tuple[int, ...]:
     return (*shape[:-2], shape[-1], shape[-2])
 
 
-def config_faults(plan: Plan, checkpoint: Checkpoint) -> list[Fault]:
-    """Whether config.json of a checkpoint is the one the plan was compiled from, as far as a layout depends on it."""
-    config, planned = config_hash(checkpoint.config), config_hash(plan.model.config)
+def config_faults(
+    plan: Plan, found: dict[str, Any] | None, folder: Path, next_step: str = "compile a plan for this checkpoint"
+) -> list[Fault]:
+    """Whether a config.json is the one the plan was compiled from, as far as a plan holds it.
+
+    Args:
+        plan: the plan.
+        found: the config; None where there is none.
+        folder: where it is.
+        next_step: what the user is told to do.
+    """
+    config, planned = config_hash(found), config_hash(plan.model.config)
     if config == planned:
         return []
     return [
         Fault(
             code="another-config",
             what="config.json is not the one the plan was compiled from",
-            where=str(checkpoint.folder / CONFIG_NAME),
+            where=str(folder / CONFIG_NAME),
             got=config or "no config.json",
             expected=planned or "no config.json",
-            next="compile a plan for this checkpoint",
+            next=next_step,
         )
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ JOBS: dict[str, tuple[str, dict[str, Any], int, int]] = {  # name: variant, chan
     ),
     "rows": ("gpt2", {}, 2, 0),
 }
+REPLACED = "tied and stored"
+"""The job whose shards another folder takes the place of while it trains."""
 TP_SIZES = (2, 4)
 TABLES = [f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(2)]
 
@@ -74,8 +77,21 @@ def train_and_save(work: Path, tp_size: int) -> dict[str, float]:
         if size != tp_size:
             continue
         plan = load_plan(work / name / "plan.json")
-        model = plan.load_model(work / name / ("shards" if stage % 2 else "whole")).train()
+        source = work / name / ("shards" if stage % 2 else "whole")
+        if name == REPLACED:
+            source = (
+                source.rename(work / name / "mapped") if torch.distributed.get_rank() == 0 else work / name / "mapped"
+            )
+            torch.distributed.barrier()
+        model = plan.load_model(source).train()
         plan.save_shards(model, work / name / "untrained")
+        if name == REPLACED:
+            if torch.distributed.get_rank() == 0:
+                shutil.copytree(source, work / name / "shards")
+                shutil.rmtree(source)
+                shutil.copytree(work / "experts" / "shards", source)
+            torch.distributed.barrier()
+            plan.save_shards(model, work / name / "untrained, another folder")
         engine, _, _, _ = plan.initialize(model, config=parity.engine_settings(stage))
         for step in range(2):
             tokens = batch(10 * step + plan.ranks.dp_rank)
@@ -121,6 +137,15 @@ def test_untrained_shards_merge_to_the_checkpoint(saved: tuple[Path, Any], name:
     assert {path.name for path in original.iterdir()} == {path.name for path in (tmp_path / "merged").iterdir()}
     for path in original.iterdir():
         assert (tmp_path / "merged" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_shards_are_saved_when_those_that_are_mapped_were_replaced(saved: tuple[Path, Any]) -> None:
+    work, _ = saved
+    expected, found = work / REPLACED / "untrained", work / REPLACED / "untrained, another folder"
+    assert (work / REPLACED / "mapped" / "autotp_plan.json").read_bytes() != (found / "autotp_plan.json").read_bytes()
+    assert {path.name for path in expected.iterdir()} == {path.name for path in found.iterdir()}
+    for path in expected.iterdir():
+        assert (found / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 @pytest.mark.parametrize("name", JOBS)

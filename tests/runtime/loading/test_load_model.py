@@ -79,6 +79,25 @@ def test_missing_short_and_unfinished_shards_are_refused(work: Path, tmp_path: P
     assert "a finished shards folder" in message(plan, folder)
 
 
+def test_small_files_that_were_changed_are_noticed(work: Path, tmp_path: Path) -> None:
+    """Of the same size each: a number of the config that no shape depends on, and the last byte of any small file."""
+    folder = copy_of(work / "llama.tp1", tmp_path)
+    config = folder / "config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-01'))
+    assert config.read_text() != text
+    found = message(work / "llama.tp1.json", folder)
+    assert "config.json is not the one the plan was compiled from" in found and str(config) in found
+    assert "pre-split again" in found
+    config.write_text(text)
+    for name in ("config.json", "generation_config.json", "autotp_plan.json"):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[:-1] + b" ")
+        found = message(work / "llama.tp1.json", folder)
+        assert str(folder / name) in found and "CRC-32" in found
+        (folder / name).write_bytes(data)
+
+
 def test_a_shard_of_another_run_is_noticed(work: Path, tmp_path: Path) -> None:
     folder = copy_of(work / "llama.tp1", tmp_path)
     victim = next(folder.glob("tp-00*.safetensors"))
