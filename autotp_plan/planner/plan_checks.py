@@ -16,6 +16,9 @@ from autotp_plan.schemas.names import is_index, parent_module
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.plan.entries import Parameter
 
+_MOST_PAIRS = 100_000
+"""Rows of one layout times the columns that feed them: more rows have the faults that the first have."""
+
 
 def check_plan(plan: Plan) -> list[Fault]:
     """Faults in how a plan's modules fit together.
@@ -36,10 +39,16 @@ def check_plan(plan: Plan) -> list[Fault]:
         elif parameter.style == "row" and not parameter.split_input:
             rows.append(parameter)
     consumed: set[str] = set()
+    feeders = _Feeders(columns)
+    checked: dict[tuple[int, str], int] = defaultdict(int)
     for row in rows:
-        feeding = _feeding(row, columns)
-        consumed.update(column.name for column in feeding)
-        _check_row(row, feeding, plan, book)
+        feeding = feeders.of(row)
+        if not checked[id(feeding), ""]:
+            consumed.update(column.name for column in feeding)
+        for kind in ("", row.layout):
+            checked[id(feeding), kind] += len(feeding)
+        if checked[id(feeding), row.layout] <= max(len(feeding), _MOST_PAIRS):
+            _check_row(row, feeding, plan, book)
     for column in (column for inside in columns.values() for column in inside if column.name not in consumed):
         book.add(
             "unconsumed-column",
@@ -119,18 +128,33 @@ def _check_shards(parameters: Sequence[Parameter], plan: Plan, book: FaultBook) 
                     )
 
 
-def _feeding(row: Parameter, columns: dict[str, list[Parameter]]) -> list[Parameter]:
-    """The column-parallel weights of the nearest enclosing module that has any, inside the row's layer.
+class _Feeders:
+    """The column-parallel weights by every module that they are in; `columns` are by the module around theirs."""
 
-    For a row outside of all layers: those that are outside of all layers too.
-    """
-    module = parent_module(row.name)
-    while module:
-        found = [p for parent, inside in columns.items() if f"{parent}.".startswith(f"{module}.") for p in inside]
-        if found or is_index(module.rpartition(".")[2]):
-            return found
-        module = module.rpartition(".")[0]
-    return [p for parent, inside in columns.items() if not any(map(is_index, parent.split("."))) for p in inside]
+    def __init__(self, columns: dict[str, list[Parameter]]) -> None:
+        self._inside: dict[str, list[Parameter]] = defaultdict(list)
+        self._outside: list[Parameter] = []
+        self._none: list[Parameter] = []
+        for parent, inside in columns.items():
+            module = parent
+            while module:
+                self._inside[module] += inside
+                module = module.rpartition(".")[0]
+            if not any(map(is_index, parent.split("."))):
+                self._outside += inside
+
+    def of(self, row: Parameter) -> list[Parameter]:
+        """The weights of the nearest enclosing module that has any, inside the row's layer; one list for equal ones.
+
+        For a row outside of all layers: those that are outside of all layers too.
+        """
+        module = parent_module(row.name)
+        while module:
+            found = self._inside.get(module, self._none)
+            if found or is_index(module.rpartition(".")[2]):
+                return found
+            module = module.rpartition(".")[0]
+        return self._outside
 
 
 def _sub_parameters(layout: Layout) -> Iterator[tuple[SubParameter, int]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 MAX_DOCUMENT_BYTES = 64 * 1024 * 1024
 MAX_CONTAINERS = 3_000_000
 """Objects and lists of a document: an empty one takes two bytes there, and 64 in memory."""
+MOST_FAULTS = 100
+"""Of one document; where it has more, those are the first."""
+_MOST_WORDS, _MOST_COMPARED, _LONGEST_WORD = 10_000, 2_000, 200
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -146,8 +150,12 @@ def fingerprint(data: Any) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`did you mean "x"?`, or nothing when no known word is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    """`did you mean "x"?`, or nothing when no known word is near, or when there are too many to look through."""
+    words = list(itertools.islice(known, _MOST_WORDS + 1))
+    if len(words) > _MOST_WORDS or len(word) > _LONGEST_WORD:
+        return ""
+    similar = [one for one in words if abs(len(one) - len(word)) <= 0.6 * max(len(one), len(word))]
+    near = difflib.get_close_matches(word, similar[:_MOST_COMPARED], n=1, cutoff=0.6)
     return f'did you mean "{near[0]}"?' if near else ""
 
 

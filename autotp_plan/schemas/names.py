@@ -6,7 +6,6 @@ numbers fold. `expand(fold(names))` gives the names back; the rest of the code w
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections import defaultdict
@@ -96,10 +95,10 @@ def expand(pattern: str) -> list[str]:
     """
     choices = [[str(n) for ends in ranges for n in range(ends[0], ends[-1] + 1)] for ranges in _ranges(pattern)]
     literals = _BRACES.split(pattern)[::2]
-    names = []
-    for combination in itertools.product(*choices):
-        filled = itertools.zip_longest(literals, combination, fillvalue="")
-        names.append("".join(itertools.chain.from_iterable(filled)))
+    names = literals[:1]
+    for choice, literal in zip(choices, literals[1:]):
+        ends = [number + literal for number in choice]
+        names = [name + end for name in names for end in ends]
     return names
 
 

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from autotp_plan.planner.rules.rule_set import RuleList
 from autotp_plan.planner.rules.symbols import SymbolError, Symbols
+from autotp_plan.schemas.errors import CompileError, Fault
 from autotp_plan.schemas.fault_book import FaultBook
 from autotp_plan.schemas.layout import Layout
 from autotp_plan.schemas.plan.entries import Style
 from autotp_plan.schemas.plan.rule_ref import Origin, RuleRef
 from autotp_plan.schemas.spec import Spec
+from autotp_plan.schemas.untrusted.patterns import BoundedPattern, SlowPatternError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,12 +27,12 @@ class Rule:
 
     ref: RuleRef
     spec: Spec
-    patterns: tuple[re.Pattern[str], ...]
+    patterns: tuple[BoundedPattern, ...]
     trusted: bool
 
     def matches(self, name: str) -> bool:
         """Whether a pattern matches the parameter `name` from its beginning, as DeepSpeed does."""
-        return any(pattern.match(name) for pattern in self.patterns)
+        return any(matches(pattern, name, self.ref) for pattern in self.patterns)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +61,13 @@ def compile_rules(rules: RuleList, model_type: str | None, symbols: Symbols, fau
         model_type: the model's, as in config.json.
         symbols: what the names in conditions mean.
         faults: gets what is wrong in a rule itself.
+
+    Raises:
+        CompileError: there are too many patterns.
     """
+    count = sum(len(spec.patterns) for spec in rules.specs)
+    if count > MAX_PATTERNS:
+        raise CompileError(_too_many_patterns(str(rules.ref(1)), f"{count} patterns", f"at most {MAX_PATTERNS}"))
     found = []
     of_model = (model_type or "").lower()
     for index, spec in enumerate(rules.specs, 1):
@@ -86,10 +94,10 @@ def compile_rules(rules: RuleList, model_type: str | None, symbols: Symbols, fau
     return found
 
 
-def compile_pattern(pattern: str, rule: RuleRef, faults: FaultBook) -> re.Pattern[str] | None:
+def compile_pattern(pattern: str, rule: RuleRef, faults: FaultBook) -> BoundedPattern | None:
     """The compiled pattern of `rule`; None, and a fault, when it is no regular expression."""
     try:
-        return re.compile(pattern)
+        return BoundedPattern(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         faults.add(
             "bad-pattern",
@@ -99,7 +107,58 @@ def compile_pattern(pattern: str, rule: RuleRef, faults: FaultBook) -> re.Patter
             expected="a Python regular expression",
             next="escape dots and brackets with \\",
         )
-        return None
+    except SlowPatternError as error:
+        fault = slow_pattern(pattern, rule, error)
+        faults.add(fault.code, fault.what, rule=rule, got=fault.got, expected=fault.expected, next=fault.next)
+    return None
+
+
+def slow_pattern(pattern: str, rule: object, error: SlowPatternError) -> Fault:
+    """The fault of a pattern that may take without end."""
+    shown = pattern if len(pattern) <= 80 else pattern[:77] + "..."
+    return Fault(
+        code="slow-pattern",
+        what="a pattern may take without end",
+        where=str(rule),
+        got=f"{shown}: {error}",
+        expected="one that reads each character of a name once",
+        next="write .* once for all that may stand between two words, as in .*\\.mlp\\.(up|gate)_proj\\.weight$",
+    )
+
+
+def matches(pattern: BoundedPattern, name: str, rule: object) -> bool:
+    """Whether a pattern of a rule matches a name from its beginning. Raises CompileError: it takes too long."""
+    try:
+        return pattern.match(name)
+    except SlowPatternError as error:
+        raise CompileError(slow_pattern(pattern.pattern, rule, error)) from None
+
+
+MAX_PATTERNS = 10_000
+"""Of the rules of one file."""
+MAX_WORK = 50_000_000
+"""Names times patterns, in about a microsecond each."""
+
+
+def check_work(rules: Iterable[Rule], num_names: int) -> None:
+    """Raise CompileError where a user's patterns would take more than a minute on so many names."""
+    found = [(pattern.weight, rule.ref) for rule in rules if not rule.trusted for pattern in rule.patterns]
+    work = sum(weight for weight, _ in found) * num_names
+    if work > MAX_WORK:
+        got = f"{len(found)} patterns on {num_names} names"
+        expected = f"at most {MAX_WORK} matches, and {MAX_WORK // 10} of patterns with several repeats"
+        raise CompileError(_too_many_patterns(str(max(found, key=lambda one: one[0])[1]), got, expected))
+
+
+def _too_many_patterns(where: str, got: str, expected: str) -> Fault:
+    return Fault(
+        code="too-many-patterns",
+        what="there are too many patterns for so many parameters",
+        where=where,
+        got=got,
+        expected=expected,
+        next="join rules that say the same, and write .* once in a pattern",
+    )
 
 
 def _check_keys(rule: RuleRef, spec: Spec, faults: FaultBook) -> None:
@@ -150,10 +209,10 @@ def unmatched_patterns(rules: Sequence[Rule], names: Sequence[str]) -> Iterator[
         if rule.spec.optional:
             continue
         for pattern in rule.patterns:
-            if any(pattern.match(name) for name in names):
+            if any(matches(pattern, name, rule.ref) for name in names):
                 continue
             modules = {name.rpartition(".")[0] for name in names}
-            if any(pattern.match(module) for module in modules):
+            if any(matches(pattern, module, rule.ref) for module in modules):
                 fixed = pattern.pattern.rstrip("$") + "\\.weight$"
                 hint = f"patterns are matched against parameter names, not modules: write {fixed}"
             elif rule.trusted:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from autotp_plan.planner.rules import partition as pt
-from autotp_plan.planner.rules.matching import Decision, compile_pattern
+from autotp_plan.planner.rules.matching import Decision, compile_pattern, matches
 from autotp_plan.planner.rules.rule_set import RuleList
 from autotp_plan.planner.rules.symbols import SymbolError, Symbols
 from autotp_plan.schemas.fault_book import FaultBook
@@ -158,7 +158,7 @@ def _matched(
     """The modules that a pattern of `spec` matches; a user's every pattern must match one."""
     for pattern in spec.patterns:
         compiled = compile_pattern(pattern, rule, faults)
-        matched = [module for module in modules if compiled and compiled.match(module)]
+        matched = [module for module in modules if compiled and matches(compiled, module, rule)]
         if compiled and not matched and not rules.trusted:
             faults.add(
                 "module-pattern-without-match",

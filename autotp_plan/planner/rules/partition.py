@@ -6,6 +6,7 @@ caller says where.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from dataclasses import dataclass
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.layout import Layout, SubParameter, group_view
 from autotp_plan.schemas.spec import Indivisible
+
+MAX_SUB_PARAMETERS = 4096
+"""Of one dimension: more are no fused weight, and each takes time at every TP size that is tried."""
 
 
 class PartitionError(ValueError):
@@ -128,13 +132,20 @@ def tp_size_fits(shape: Sequence[int], sharding: Sharding, tp_size: int) -> bool
     Raises:
         PartitionError: the rule does not fit the shape, whatever the tp_size.
     """
+    return all(
+        _fits(num_units, indivisible, sharding.uneven, tp_size)
+        for num_units, indivisible in _kinds(tuple(shape), sharding)
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _kinds(shape: tuple[int, ...], sharding: Sharding) -> frozenset[tuple[int, Indivisible]]:
+    """How many units the sub-parameters have, with what happens where these do not divide."""
     subs = partition(shape, sharding, 1).sub_parameters
     indivisibles = (
         sharding.indivisible if isinstance(sharding.indivisible, tuple) else (sharding.indivisible,) * len(subs)
     )
-    return all(
-        _fits(sub.num_units, indivisible, sharding.uneven, tp_size) for sub, indivisible in zip(subs, indivisibles)
-    )
+    return frozenset((sub.num_units, indivisible) for sub, indivisible in zip(subs, indivisibles))
 
 
 def _fits(num_units: int, indivisible: Indivisible, uneven: bool, tp_size: int) -> bool:
@@ -197,6 +208,14 @@ def _view(shape: tuple[int, ...], sharding: Sharding) -> tuple[tuple[int, ...], 
             "a logical shape of the same elements, row-major",
         )
     size = view[sharding.dim]
+    count = len(at_dim) if isinstance(at_dim, tuple) else at_dim
+    if count > MAX_SUB_PARAMETERS:
+        raise PartitionError(
+            "too-many-sub-parameters",
+            "a dimension has too many sub-parameters",
+            str(count),
+            f"at most {MAX_SUB_PARAMETERS}",
+        )
     if isinstance(at_dim, tuple):
         return view, at_dim
     if at_dim == -1:

@@ -28,6 +28,7 @@ from autotp_plan.planner.rules.heads import describe_units
 from autotp_plan.planner.rules.matching import (
     Decision,
     Rule,
+    check_work,
     compile_rules,
     deciding_rule,
     pattern_for,
@@ -91,6 +92,7 @@ class Resolver:
         ]
         deciding = [compiled_rules for rules, compiled_rules in compiled if rules.decides]
         names = [*self.inventory.parameters, *self.inventory.tied]
+        check_work((rule for _, rules in compiled for rule in rules), len(names))
         other_head = self._other_head(compiled)
         for rules, compiled_rules in compiled:
             for unmatched in unmatched_patterns(compiled_rules, names) if rules.decides else ():

@@ -7,8 +7,9 @@ along. No rule is applied to anything here; presets are found in `preset_files`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,10 @@ from autotp_plan.planner.rules.preset_files import AUTO, find_preset, preset_for
 from autotp_plan.planner.rules.symbols import SymbolError, Symbols
 from autotp_plan.planner.wrappers.wrapper import TEXT_CONFIG, Wrapper, find_wrapper, flattened
 from autotp_plan.schemas.errors import CompileError, Fault
-from autotp_plan.schemas.names import BELOW, fold
+from autotp_plan.schemas.names import BELOW, MAX_NAMES, fold, num_names
 from autotp_plan.schemas.plan.rule_ref import Origin, RuleRef, Section
 from autotp_plan.schemas.spec import AttributeSpec, ModuleSpec, Size, Spec, SpecFile
+from autotp_plan.schemas.untrusted.patterns import BoundedPattern, SlowPatternError
 
 MAX_LAYERS = 100_000
 
@@ -197,6 +199,7 @@ class RuleSet:
         if base:  # a checkpoint may lack the prefix, whichever way the names are written here
             ignored |= {name.removeprefix(f"{base}.") for name in ignored}
             ignored |= {f"{base}.{name}" for name in ignored if not name.startswith(f"{base}.")}
+        _check_count(ignored)
         return DiskNames(
             renamed=renamed,
             assembled=assembled,
@@ -239,9 +242,30 @@ def _shape(name: str, shape: Sequence[Size], symbols: Symbols) -> tuple[int, ...
 def _matches(pattern: str, name: str) -> bool:
     """Whether a pattern matches a name; one that is no regular expression is a fault of its own, and matches none."""
     try:
-        return re.match(pattern, name) is not None
-    except (re.error, OverflowError, RecursionError):
+        return _compiled(pattern).match(name)
+    except (re.error, OverflowError, RecursionError, SlowPatternError):
         return False
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled(pattern: str) -> BoundedPattern:
+    return BoundedPattern(pattern)
+
+
+def _check_count(ignored: Iterable[str]) -> None:
+    """Raise CompileError where patterns of ignored tensors stand for more names than a plan may have."""
+    count = sum(num_names(pattern) for pattern in ignored)
+    if count > MAX_NAMES:
+        raise CompileError(
+            Fault(
+                code="too-many-ignored-tensors",
+                what="the tensors that are ignored are too many",
+                where="ignored_tensors",
+                got=f"{count} names in all layers",
+                expected=f"at most {MAX_NAMES} names",
+                next="name what lies below a module by one pattern that ends with .**",
+            )
+        )
 
 
 def _in_layers(name: str, layers: str) -> str:
@@ -265,6 +289,17 @@ def _layers_past_the_last(file: SpecFile, symbols: Symbols, num_layers: int | No
                     next="correct the expression, or give the key a default",
                 )
             ) from None
+        if extra > MAX_LAYERS:
+            raise CompileError(
+                Fault(
+                    code="too-many-ignored-layers",
+                    what="there are too many layers past the last",
+                    where=f"ignored_layers.{parent}",
+                    got=f"{extra} layers",
+                    expected=f"at most {MAX_LAYERS}",
+                    next="correct the expression, or config.json",
+                )
+            )
         if extra > 0 and num_layers is not None:
             yield from fold(f"{parent}.{layer}{BELOW}" for layer in range(num_layers, num_layers + extra))
 

@@ -8,6 +8,7 @@ parsed, never evaluated by Python. A name is a symbol that a spec file defines, 
 from __future__ import annotations
 
 import ast
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +20,11 @@ from autotp_plan.schemas.documents import did_you_mean
 from autotp_plan.schemas.spec import Size
 
 MAX_EXPRESSION = 200
+MAX_STEPS = 2_000
+"""Numbers, names and operations that one size may be made of, those of the symbols in it included."""
+MAX_DEPTH = 50
+"""Symbols that are defined by one another."""
+MAX_REASON = 500
 
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
@@ -44,6 +50,24 @@ class SymbolError(ValueError):
     """An expression cannot be resolved. The message says why; the caller knows where."""
 
 
+@dataclass(slots=True)
+class _Trail:
+    """The symbols that a size is being resolved through; `steps` is one list for all of them."""
+
+    names: tuple[str, ...] = ()
+    steps: list[int] = field(default_factory=lambda: [0])
+
+    def step(self) -> None:
+        self.steps[0] += 1
+        if self.steps[0] > MAX_STEPS:
+            raise SymbolError(f"a size that takes more than {MAX_STEPS} steps")
+
+    def through(self, name: str) -> _Trail:
+        if len(self.names) >= MAX_DEPTH:
+            raise SymbolError(f"{name!r} is defined by more than {MAX_DEPTH} other symbols")
+        return _Trail((*self.names, name), self.steps)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Symbols:
     """What names mean: `definitions` of spec files first, then the keys of `config`."""
@@ -63,7 +87,7 @@ class Symbols:
         """
         if isinstance(size, int):
             return size
-        return self._evaluate(size, extra or {}, ())
+        return self._evaluate(size, extra or {}, _Trail())
 
     def names_in(self, size: Size) -> set[str]:
         """Every name that `size` depends on, those in the definitions of its symbols included."""
@@ -110,7 +134,7 @@ class Symbols:
             found = self._config_value(path)
             if found is not _MISSING:
                 return found
-        return self._node(node, {}, ())
+        return self._node(node, {}, _Trail())
 
     def _config_value(self, path: str) -> Any:
         found: Any = self.config
@@ -120,17 +144,18 @@ class Symbols:
             found = found[key]
         return found
 
-    def _evaluate(self, text: str, extra: Mapping[str, int], pending: tuple[str, ...]) -> int:
-        return self._node(_parsed(text), extra, pending)
+    def _evaluate(self, text: str, extra: Mapping[str, int], trail: _Trail) -> int:
+        return self._node(_parsed(text), extra, trail)
 
-    def _node(self, node: ast.expr, extra: Mapping[str, int], pending: tuple[str, ...]) -> int:
+    def _node(self, node: ast.expr, extra: Mapping[str, int], trail: _Trail) -> int:
+        trail.step()
         if isinstance(node, ast.Constant) and type(node.value) is int:
             return node.value
         path = _path(node)
         if path is not None:
-            return self._name(path, extra, pending)
+            return self._name(path, extra, trail)
         if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-            left, right = self._node(node.left, extra, pending), self._node(node.right, extra, pending)
+            left, right = self._node(node.left, extra, trail), self._node(node.right, extra, trail)
             try:
                 result = _OPERATORS[type(node.op)](left, right)
             except ZeroDivisionError:
@@ -140,26 +165,27 @@ class Symbols:
             return result
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args and not node.keywords:
             function = _FUNCTIONS.get(node.func.id)
-            arguments = [self._node(argument, extra, pending) for argument in node.args]
+            arguments = [self._node(argument, extra, trail) for argument in node.args]
             if function is not None:
                 return function(arguments)
             if node.func.id == "share" and len(arguments) <= 2 and {"tp_size", "tp_rank"} <= extra.keys():
                 return _share(extra["tp_size"], extra["tp_rank"], *arguments)
         raise SymbolError(f"{ast.unparse(node)!r} is not allowed; use {_ALLOWED}")
 
-    def _name(self, name: str, extra: Mapping[str, int], pending: tuple[str, ...]) -> int:
+    def _name(self, name: str, extra: Mapping[str, int], trail: _Trail) -> int:
         if name in extra:
             return extra[name]
-        if name in self.definitions and name not in pending:
+        if name in self.definitions and name not in trail.names:
             reasons = []
             for candidate in self.definitions[name]:
                 if isinstance(candidate, int):
                     return candidate
                 try:
-                    return self._evaluate(candidate, extra, (*pending, name))
+                    return self._evaluate(candidate, extra, trail.through(name))
                 except SymbolError as error:
                     reasons.append(str(error))
-            raise SymbolError("; ".join(dict.fromkeys(reasons)))
+            reason = "; ".join(dict.fromkeys(reasons))
+            raise SymbolError(reason if len(reason) <= MAX_REASON else reason[:MAX_REASON] + "...")
         value = self._config_value(name)
         if type(value) is int:
             return value
@@ -173,6 +199,7 @@ class Symbols:
 _MISSING = object()
 
 
+@functools.lru_cache(maxsize=4096)
 def _parsed(text: str) -> ast.expr:
     if len(text) > MAX_EXPRESSION:
         raise SymbolError(f"an expression of {len(text)} characters; at most {MAX_EXPRESSION}")

@@ -8,6 +8,7 @@ their entries, from here.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,7 @@ class Plan(PlanEntries):
         _check_version(data)
         documents.validate(data, "plan", "plan")
         plan = decode(cls, {key: value for key, value in data.items() if key not in ("format", "fingerprint")})
-        faults = _fingerprint_faults(data) + list(plan_faults(plan))
+        faults = _fingerprint_faults(data) + list(itertools.islice(plan_faults(plan), documents.MOST_FAULTS))
         if faults:
             raise DocumentError(faults)
         return plan

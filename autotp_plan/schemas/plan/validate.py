@@ -4,6 +4,7 @@ dimension, styles that clash. Every check that can be run is run; one that needs
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 
 from autotp_plan.schemas import intervals as iv
@@ -29,6 +30,10 @@ def plan_faults(plan: PlanEntries) -> Iterator[Fault]:
                 next=_COMPILE_AGAIN,
             )
     yield from _pattern_faults(plan)
+    too_many = list(_total_faults(plan))
+    if too_many:
+        yield from too_many
+        return
     for index, entry in enumerate(plan.parameters):
         where = f"parameters[{index}]"
         yield from _reference_faults(where, entry, plan)
@@ -51,12 +56,30 @@ def _pattern_faults(plan: PlanEntries) -> Iterator[Fault]:
             yield from error.faults
 
 
+def _total_faults(plan: PlanEntries) -> Iterator[Fault]:
+    """Lists whose patterns stand for more names than there is time for."""
+    for what, patterns in (
+        ("ignored", list(plan.ignored)),
+        ("module_attributes", [one.module for one in plan.module_attributes]),
+        ("modules", [one.module for one in plan.modules]),
+    ):
+        named = sum(_count(pattern) or 0 for pattern in patterns)
+        if named > MAX_NAMES:
+            expected = f"at most {MAX_NAMES} names in all"
+            yield _fault("too-many-names", "a list of the plan has too many names", what, f"{named} names", expected)
+
+
 def _count(pattern: str) -> int | None:
     """How many names `pattern` stands for; None where its braces are wrong, which is a fault already."""
     try:
         return num_names(pattern)
     except DocumentError:
         return None
+
+
+def _names(pattern: str) -> list[str]:
+    """The names that `pattern` stands for; none where its braces are wrong, which is a fault already."""
+    return [] if _count(pattern) is None else expand(pattern)
 
 
 def _reference_faults(where: str, entry: Parameter, plan: PlanEntries) -> Iterator[Fault]:
@@ -199,7 +222,7 @@ def _name_faults(plan: PlanEntries) -> Iterator[Fault]:
         return
     seen: set[str] = set()
     for index, entry in enumerate(plan.parameters):
-        for name in expand(entry.name) if _count(entry.name) is not None else ():
+        for name in _names(entry.name):
             if name in seen:
                 what = "the plan has a parameter twice"
                 yield _fault("parameter-twice", what, f"parameters[{index}].name", name, "each parameter once")
@@ -223,19 +246,22 @@ def _module_faults(plan: PlanEntries) -> Iterator[Fault]:
                 f"{len(attribute.values)} values",
                 f"{plan.tp_size}, one per rank",
             )
+    sharded: set[str] | None = None
     for index, module in enumerate(plan.modules):
         crossings = {f"inputs.{name}": crossing for name, crossing in module.inputs.items()}
         if module.output is not None:
             crossings["output"] = module.output
-        sharded = {entry.name for entry in plan.expanded() if entry.style != "replicated"} if module.buffers else set()
+        if module.buffers and sharded is None:
+            sharded = {name for entry in plan.parameters if entry.style != "replicated" for name in _names(entry.name)}
+        names = _names(module.module) if module.buffers else []
         for buffer, leaf in module.buffers.items():
-            missing = [name for name in expand(module.module) if f"{name}.{leaf}" not in sharded]
-            if missing:
+            missing = next((name for name in names if f"{name}.{leaf}" not in (sharded or ())), None)
+            if missing is not None:
                 yield _fault(
                     "module-buffer",
                     "a buffer is sharded as a parameter that the plan does not shard",
                     f"modules[{index}].buffers.{buffer}",
-                    f"{missing[0]}.{leaf}",
+                    f"{missing}.{leaf}",
                     "a sharded parameter in the module",
                 )
         for name, crossing in crossings.items():
@@ -278,9 +304,9 @@ def _layout_problems(layout: Layout, tp_size: int) -> Iterator[str]:
     for sub in layout.sub_parameters:
         if sub.size % sub.unit:
             yield f"a sub-parameter of {sub.size} with units of {sub.unit}"
-        for edge in edges:
+        for edge in edges[bisect_right(edges, start) : bisect_left(edges, start + sub.size)]:
             past = (edge - start) % sub.unit
-            if start < edge < start + sub.size and past:
+            if past:
                 yield f"a boundary at {edge}, inside a unit of {sub.unit} that begins at {edge - past}"
         start += sub.size
 
