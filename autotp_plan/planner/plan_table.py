@@ -226,4 +226,13 @@ def describe(plan: Plan) -> list[str]:
     if plan.dequantize is not None:
         lines.append(f"the checkpoint has weights of {plan.dequantize} while they are sharded or loaded")
     lines += [f"note: {note}" for note in plan.notes]
-    return [*lines, f"verified: {plan.verified}" if plan.verified else "not verified: run `autotp-plan verify`"]
+    return [*lines, _verified(plan)]
+
+
+def _verified(plan: Plan) -> str:
+    """What the plan's stamp says; one without a seal is of version 0.1, or was written by hand."""
+    if plan.verified is None:
+        return "not verified: run `autotp-plan verify`"
+    if plan.verified.seal is None:
+        return f"a stamp of version 0.1, which nothing binds to a proof, says verified: {plan.verified}"
+    return f"verified: {plan.verified}"

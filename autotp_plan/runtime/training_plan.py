@@ -30,7 +30,7 @@ from autotp_plan.runtime.data.sampler import ResumableSampler, tp_sampler
 from autotp_plan.runtime.deepspeed.agreement import are_several, check_same, is_first_rank, together
 from autotp_plan.runtime.deepspeed.attendance import SECONDS_FOR_FIRST, check_all_call
 from autotp_plan.runtime.deepspeed.autotp_calls import check_autotp_calls
-from autotp_plan.runtime.deepspeed.engine_config import engine_config
+from autotp_plan.runtime.deepspeed.engine_config import check_settings, engine_config
 from autotp_plan.runtime.deepspeed.internals import skip_sums_over_one_rank
 from autotp_plan.runtime.deepspeed.mesh import Ranks, check_timeout, check_world_size, init_ranks, start_distributed
 from autotp_plan.runtime.deepspeed.store_internals import set_time_limit
@@ -303,8 +303,8 @@ class TrainingPlan:
             batches; None without `training_data`.
 
         Raises:
-            MismatchError: the config, an `mpu` or a call of `deepspeed.tp_model_init` is for another mesh; or
-                `training_data` is no dataset.
+            MismatchError: the config has a wrong value; or it, an `mpu` or a call of `deepspeed.tp_model_init` is for
+                another mesh; or `training_data` is no dataset.
             DocumentError: the config file cannot be read.
         """
         ranks = self.init_mesh()
@@ -314,6 +314,7 @@ class TrainingPlan:
         def prepared() -> dict[str, Any]:
             settings = engine_config(config, self.document)
             check_autotp_calls(kwargs.pop("mpu", None), ranks)
+            check_settings(settings, groups)
             if kwargs.get("model_parameters") is None:
                 kwargs["model_parameters"] = [p for p in model.parameters() if p.requires_grad]
             if steps_in_full:

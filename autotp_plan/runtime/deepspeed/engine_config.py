@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,16 @@ def engine_config(config: str | os.PathLike[str] | dict[str, Any], plan: Plan) -
         settings = copy.deepcopy(config)
     else:
         settings = documents.read_json(Path(config), "DeepSpeed config")
-    section = dict(settings.get("tensor_parallel") or {}) if isinstance(settings, dict) else None
-    if section is None:
+    if not isinstance(settings, dict):
         got = type(settings).__name__
         raise MismatchError(_fault("the DeepSpeed config is not a JSON object", str(config), got, "an object"))
+    found = settings.get("tensor_parallel") or {}
+    if not isinstance(found, dict):
+        raise MismatchError(_wrong_value("tensor_parallel", found, "an object"))
+    section = dict(found)
     size = section.get("autotp_size", plan.tp_size)
+    if type(size) is not int:
+        raise MismatchError(_wrong_value("tensor_parallel.autotp_size", size, f"the number {plan.tp_size}"))
     if size != plan.tp_size:
         raise MismatchError(
             _fault(
@@ -53,6 +60,63 @@ def engine_config(config: str | os.PathLike[str] | dict[str, Any], plan: Plan) -
     section.setdefault("tp_overlap_comm", plan.runtime.tp_overlap_comm)
     settings["tensor_parallel"] = section
     return settings
+
+
+def check_settings(settings: dict[str, Any], groups: Any) -> None:
+    """Ask DeepSpeed whether a config is one, before anything is built.
+
+    Args:
+        settings: of `engine_config`.
+        groups: `deepspeed.utils.groups`, or another `mpu`, with the job's mesh.
+
+    Raises:
+        MismatchError: a value has a type or size that DeepSpeed does not take, which it says by errors of many kinds.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    for key, (kinds, expected) in _NOT_CHECKED.items():
+        value = settings.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+            raise MismatchError(_wrong_value(key, value, expected))
+    try:
+        DeepSpeedConfig(copy.deepcopy(settings), groups)
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if "errors.pydantic.dev" not in line]
+        key = next((one for one in settings if _refused_alone(one, settings[one], groups)), "")
+        expected = "what DeepSpeed's documentation says of the key"
+        fault = _wrong_value(key or "the DeepSpeed config", settings.get(key), expected)
+        reason = f"{type(error).__name__}: {' '.join(lines)}"[:300]
+        raise MismatchError(replace(fault, got=f"{fault.got if key else 'values'} ({reason})")) from None
+
+
+_NOT_CHECKED: dict[str, tuple[tuple[type, ...], str]] = {
+    "gradient_clipping": ((int, float), "a number"),
+    "steps_per_print": ((int, float), "a number"),
+}
+"""Keys whose values DeepSpeed takes as they are, until they are used."""
+
+
+def _refused_alone(key: str, value: Any, groups: Any) -> bool:
+    """Whether a config that has one key beside a batch size is refused for it."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    batch = {} if key.startswith(("train_", "gradient_acc")) else {"train_micro_batch_size_per_gpu": 1}
+    try:
+        DeepSpeedConfig({**batch, key: copy.deepcopy(value)}, groups)
+    except Exception:
+        return True
+    return False
+
+
+def _wrong_value(where: str, value: Any, expected: str) -> Fault:
+    return Fault(
+        code="wrong-deepspeed-value",
+        what="the DeepSpeed config has a wrong value",
+        where=where,
+        got=f"{type(value).__name__} {json.dumps(value, default=repr)[:80]}",
+        expected=expected,
+        next="correct the value, or leave the key out",
+    )
 
 
 def _fault(what: str, where: str, got: str, expected: str) -> Fault:

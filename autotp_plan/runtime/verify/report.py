@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from autotp_plan.schemas.documents import fingerprint
 from autotp_plan.schemas.names import expand, fold
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.plan.stamp import Stamp
@@ -138,12 +139,15 @@ class Proof:
     def stamp(self) -> Stamp:
         """The stamp of a plan that is proven; only a proof that holds may be asked."""
         assert self.proven
-        return Stamp(
-            plan=self.plan.fingerprint,
-            versions=self.versions,
-            attention=tuple(self.float64),
-            float64_error=self.float64_error,
-            engine_error=self.engine_error,
+        return self.plan.sealed(
+            Stamp(
+                plan=self.plan.fingerprint,
+                versions=self.versions,
+                attention=tuple(self.float64),
+                float64_error=self.float64_error,
+                engine_error=self.engine_error,
+                twin=fingerprint(self.twin),
+            )
         )
 
     def largest(self, kind: str) -> float | None:

@@ -7,6 +7,7 @@ their entries, from here.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -34,6 +35,7 @@ from autotp_plan.schemas.plan.entries import (
     Style,
     Tie,
 )
+from autotp_plan.schemas.plan.stamp import Stamp
 from autotp_plan.schemas.plan.validate import plan_faults
 
 __all__ = [
@@ -99,6 +101,11 @@ class Plan(PlanEntries):
         """The text of a plan file: the same plan gives the same bytes."""
         return documents.format_json(self.to_dict(), width=220)
 
+    def sealed(self, stamp: Stamp) -> Stamp:
+        """The stamp, bound to what this plan says and to its rules."""
+        rules = None if self.rules is None else encode(self.rules)
+        return dataclasses.replace(stamp, seal=_seal(self.fingerprint, rules, encode(stamp)))
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """`sha256:` and the hash over everything but the repository, the rules and the stamp."""
@@ -113,6 +120,12 @@ def _covered(data: dict[str, Any]) -> dict[str, Any]:
     """What the fingerprint covers: what the plan says, and not how it was compiled or that it was proven."""
     kept = {key: value for key, value in data.items() if key not in _NOT_COVERED}
     return {**kept, "model": {key: value for key, value in data["model"].items() if key != "repository"}}
+
+
+def _seal(plan: str, rules: Any, stamp: dict[str, Any]) -> str:
+    """The hash that binds a stamp to its plan."""
+    kept = {key: value for key, value in stamp.items() if key != "seal"}
+    return documents.fingerprint({"plan": plan, "rules": rules, "stamp": kept})
 
 
 def _check_version(data: Any) -> None:
@@ -131,11 +144,29 @@ def _check_version(data: Any) -> None:
     )
 
 
+def _seal_faults(plan: str, rules: Any, stamp: dict[str, Any]) -> list[Fault]:
+    """A stamp whose seal is of other numbers, or of a plan by other rules. One of version 0.1 has no seal."""
+    seal = stamp.get("seal")
+    if seal is None or seal == _seal(plan, rules, stamp):
+        return []
+    return [
+        Fault(
+            code="stamp-changed",
+            what="the stamp, or the rules that the plan was compiled by, was changed after the proof",
+            where="verified.seal",
+            got=seal,
+            expected=_seal(plan, rules, stamp),
+            next="remove the key `verified`, then run `autotp-plan verify`",
+        )
+    ]
+
+
 def _fingerprint_faults(data: dict[str, Any]) -> list[Fault]:
     actual = documents.fingerprint(_covered(data))
-    proved = data.get("verified", {}).get("plan", actual)
+    stamp = data.get("verified", {})
+    proved = stamp.get("plan", actual)
     if actual == data["fingerprint"] == proved:
-        return []
+        return _seal_faults(actual, data.get("rules"), stamp)
     if actual == data["fingerprint"]:
         return [
             Fault(

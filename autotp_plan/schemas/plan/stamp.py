@@ -14,6 +14,9 @@ class Stamp:
 
     `float64_error` is the largest difference of any number from the dense model's (relative to the largest magnitude in
     its tensor where that is above 1), `engine_error` the largest relative one of the DeepSpeed engine's in float32.
+    `twin` is a hash of what was run: sizes, tokens, attentions. `seal` is a hash of all of this and the plan with its
+    rules, so that a stamp that was changed, or is from another plan, is noticed. It is a record and no signature: who
+    wants to deceive can compute it too. Stamps of version 0.1 have neither.
     """
 
     plan: str
@@ -21,6 +24,8 @@ class Stamp:
     attention: tuple[str, ...]
     float64_error: float
     engine_error: float
+    twin: str | None = None
+    seal: str | None = None
 
     def __str__(self) -> str:
         """`eager and sdpa attention, errors up to 2e-15 (float64) and 3e-07 (engine, float32); torch 2.13.0, ...`."""
