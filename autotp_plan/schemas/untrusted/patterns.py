@@ -11,17 +11,11 @@ middle) is refused where `re` would have too many ways. The package `regex` has 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-if sys.version_info >= (3, 11):
-    from re import _constants as sre  # type: ignore[attr-defined]
-    from re import _parser as sre_parser  # type: ignore[attr-defined]
-else:
-    import sre_constants as sre
-    import sre_parse as sre_parser
+from autotp_plan.schemas.untrusted.re_internals import parse, sre
 
 FEW_WAYS = 1 << 18
 """Ways to match a name of `SHORT` characters that are tried one after the other."""
@@ -52,7 +46,7 @@ class BoundedPattern:
             raise SlowPatternError(f"{len(pattern)} characters")
         self.pattern = pattern
         self._compiled = re.compile(pattern)
-        self._tree: Any = sre_parser.parse(pattern)
+        self._tree: Any = parse(pattern)
         self._few = _ways(self._tree, SHORT) <= FEW_WAYS
         self._repeats = _ways(self._tree, SHORT) > _ways(self._tree, 1)
         self._automata: list[tuple[bool, _Automaton]] | None = None
