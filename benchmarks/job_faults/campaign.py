@@ -90,7 +90,7 @@ def run(
         server: what starts ranks; None for a new one.
     """
     table, started = Table(settings), time.monotonic()
-    with contextlib.ExitStack() as stack:
+    with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:  # what was tried until then is shown
         server = server or stack.enter_context(Server(work))
         model = server.prepare(work / "model")
         for number, (ranks, stage) in enumerate(settings):

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from autotp_plan.schemas.documents import make_folder, sync_folder
 from autotp_plan.schemas.errors import Fault, OutputError
-from autotp_plan.schemas.shards.manifest import JOURNAL_NAME
+from autotp_plan.schemas.shards.manifest import JOURNAL_NAME, MANIFEST_NAME
 from autotp_plan.schemas.shards.output_file import FOR_ALL, OutputFile, temporary_path
 from autotp_plan.schemas.shards.parts import find_parts
 from autotp_plan.schemas.shards.stopped import next_step
@@ -236,10 +236,13 @@ class OutputFolder:
             if error.errno not in self.without_locks:
                 raise
         if not journal.exists() or os.fstat(self._journal).st_ino != journal.stat().st_ino:
-            raise OutputError(self._fault("another process has just finished it", "a new folder", "use what is there"))
+            raise OutputError(self._just_finished())
 
     def _read_journal(self, journal: Path) -> None:
         data = journal.read_bytes()
+        if not data and self.journal_name == JOURNAL_NAME and (self.path / MANIFEST_NAME).exists():
+            journal.unlink()  # this process made it, when the other one had removed its own
+            raise OutputError(self._just_finished())
         task, self.finished = read_journal(data)
         self.read = read_stamps(data)
         lines = map(_parsed, data.split(b"\n")[:-1])
@@ -250,6 +253,9 @@ class OutputFolder:
             self._note(self.task)
         else:
             self._refuse_another_task(task)
+
+    def _just_finished(self) -> Fault:
+        return self._fault("another process has just finished it", "a new folder", "use what is there")
 
     def _refuse_another_task(self, begun: Mapping[str, Any]) -> None:
         if begun != self.task:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from autotp_plan.schemas.errors import OutputError
-from autotp_plan.schemas.shards.manifest import JOURNAL_NAME
+from autotp_plan.schemas.shards.manifest import JOURNAL_NAME, MANIFEST_NAME
 from autotp_plan.schemas.shards.output_file import OutputFile, temporary_path
 from autotp_plan.schemas.shards.output_folder import OutputFolder
 from autotp_plan.schemas.storage.files import ByteRange
@@ -141,3 +141,22 @@ def test_a_temporary_that_is_a_link_is_not_written_through(tmp_path: Path) -> No
         temporary_path(output.path).symlink_to(tmp_path / "outside")
         folder.begin(output)
     assert (tmp_path / "outside").read_text() == "keep"
+
+
+def test_a_folder_that_another_finishes_before_the_journal_is_made_stays(tmp_path: Path) -> None:
+    """The journal of the other one is gone by then, and its files have the names that this one would write."""
+    task, folder = {"command": "test"}, tmp_path / "out"
+
+    class Late(OutputFolder):
+        def _refuse_what_is_there(self) -> None:
+            super()._refuse_what_is_there()
+            with OutputFolder(folder, task, "first") as first:
+                first.restart(["a", MANIFEST_NAME])
+                first.write_small("a", b"of the first")
+                first.write_small(MANIFEST_NAME, b"{}")
+                first.complete()
+
+    with pytest.raises(OutputError, match="another process has just finished it"), Late(folder, task, "late") as late:
+        late.restart(["a", MANIFEST_NAME])
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["a", MANIFEST_NAME])
+    assert (folder / "a").read_bytes() == b"of the first"
