@@ -41,6 +41,7 @@ ROOMS = (
     "planner.shards",
     "runtime.deepspeed", "runtime.data", "runtime.parameters", "runtime.tensor_parallel", "runtime.loading",
     "runtime.optimizers", "runtime.checkpoint", "runtime.calls", "runtime.integrations", "runtime.verify",
+    "runtime.estimate",
     "planner.cli", "planner.presets", "plans",
 )  # fmt: skip
 """Every folder, the lowest first: a room imports only rooms that come before it. Files that lie in `planner/` or

@@ -96,7 +96,8 @@ def test_there_are_such_files() -> None:
     assert names == {
         "huggingface/internals.py", "runtime/deepspeed/internals.py", "runtime/deepspeed/zero_internals.py",
         "runtime/deepspeed/saving_internals.py", "runtime/deepspeed/store_internals.py",
-        "runtime/tensor_parallel/torch_internals.py", "schemas/untrusted/re_internals.py",
+        "runtime/tensor_parallel/torch_internals.py", "runtime/estimate/fake_internals.py",
+        "schemas/untrusted/re_internals.py",
     }  # fmt: skip
     for path in INTERNALS:
         assert list(private_names(path.read_text(encoding="utf-8"), OURS)), f"{path} says no private name"

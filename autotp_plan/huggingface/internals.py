@@ -84,6 +84,19 @@ def compute_buffers(model: Any) -> None:
     model.initialize_weights()
 
 
+def with_sequences_unpacked() -> AbstractContextManager[None]:
+    """While active, models take each row of a batch for one sequence, and do not look for several in its positions.
+
+    They would read them, which tensors without data do not have, and make a mask of every pair of tokens. Relies on
+    `transformers.masking_utils.find_packed_sequence_indices` being looked up when it is called; None says "one".
+    """
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    private(masking_utils, name, _TRANSFORMERS, "running a model without data")
+    return replaced(masking_utils, name, lambda position_ids: None)
+
+
 def tensor_parallel_plan(model: Any) -> dict[str, str]:
     """The model's `tp_plan`: style by module or parameter, with `*` for numbers; empty when it has none.
 

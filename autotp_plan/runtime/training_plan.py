@@ -36,6 +36,7 @@ from autotp_plan.runtime.deepspeed.mesh import Ranks, check_timeout, check_world
 from autotp_plan.runtime.deepspeed.store_internals import set_time_limit
 from autotp_plan.runtime.loading.check_model import check_model
 from autotp_plan.runtime.loading.empty_model import empty_model
+from autotp_plan.runtime.loading.read_weights import read_weights
 from autotp_plan.runtime.loading.shard_model import shard_model
 from autotp_plan.runtime.loading.weights import WeightSource, open_weights
 from autotp_plan.runtime.optimizers.choose import (
@@ -233,13 +234,14 @@ class TrainingPlan:
             "install the same versions on all hosts",
             warn_of={"other versions": lenient_versions()},
         )
+        shards = source.of_rank(ranks.tp_rank)
+        read = read_weights(shards, ranks.device, dtypes, once=ranks.dp_size == 1)
         together(
             lambda: shard_model(
                 built,
                 self.document,
-                source,
+                ((weight.name, tensor) for weight, tensor in read),
                 ranks,
-                dtypes,
                 share_input_gradients=share_input_gradients,
                 vocab_parallel_loss=vocab_parallel_loss,
             ),

@@ -147,6 +147,8 @@ CANARIES = [
            lambda function: takes("batch_samples", "device")(function)
            and uses("average_tokens_across_devices", "get_tp_size")(function)),
     Canary("transformers:Trainer._track_num_input_tokens", f"{TRAINER}: the number of tokens", uses("gather")),
+    Canary("transformers.masking_utils:find_packed_sequence_indices", "running a model without data: its masks",
+           takes("position_ids")),
     Canary("accelerate.accelerator:Accelerator._prepare_deepspeed", f"{TRAINER}: the batch size of its engine",
            uses("initialize", "config_params")),
     Canary("accelerate.accelerator:gather_object", f"{TRAINER}: results of an evaluation that are Python objects"),

@@ -26,6 +26,7 @@ KEYS = "deepspeed.checkpoint.constants"
 MUON = "DeepSpeed's Muon on a sharded model"
 RESUMING = "resuming a job on a different mesh"
 AS_DATA = "reading a saved job without running code from it"
+WITHOUT_DATA = "running a step on tensors without data"
 FILES = "reading a saved job, to resume it on a different mesh"
 
 
@@ -63,6 +64,20 @@ def description_needs_the_world_size_alone(describe: Any) -> bool:
         replicated=True, affine_map=replicated_map((2,), 1),
     )  # fmt: skip
     return bool(vars(parameter))
+
+
+def storages_are_counted(mode: Any) -> bool:
+    """A view counts with what it is a view of, and what nothing refers to counts no more."""
+    from autotp_plan.runtime.estimate.fake_internals import Watch
+
+    watch = Watch(lambda *_: None)
+    with mode(), watch:
+        tensor = torch.empty(1000, dtype=torch.float32)
+        view = tensor[10:]
+        del tensor
+        counted = watch.live
+        del view
+    return (counted, watch.live, watch.peak) == (4000, 0, 4000)
 
 
 def mappings_say_where_parameters_lie(link: Any) -> bool:
@@ -290,6 +305,10 @@ CANARIES = [
            lambda cls: len(cls(1, 1)._forward_pre_hooks.values()) == 0),
     Canary("torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup.__init__",
            "refusing fully_shard of a model that is sharded", takes("params", "modules")),
+    Canary("torch.testing._internal.distributed.fake_pg:FakeStore", WITHOUT_DATA),
+    Canary("torch._subclasses.fake_tensor:FakeTensorMode", WITHOUT_DATA, storages_are_counted),
+    Canary("torch.ops:aten._grouped_mm", WITHOUT_DATA),
+    Canary("torch.ops:aten._scaled_dot_product_flash_attention_for_cpu", WITHOUT_DATA),
     Canary("torch.nn:BatchNorm1d", "finding the shard of a layer whose attribute shows the full weight",
            lambda cls: set(cls(1)._parameters) == {"weight", "bias"} and "running_mean" in cls(1)._buffers),
     Canary("torch.nn:Module.__getattr__", "zeroing biases that one rank alone may add (module_boundary)",

@@ -153,7 +153,11 @@ def init_ranks(tp_size: int) -> Ranks:
             next_step="give every rank the same plan",
         )
     check_world_size(tp_size)
-    accelerator = get_accelerator()
+    return make_ranks(tp_size)
+
+
+def make_ranks(tp_size: int) -> Ranks:
+    """As `init_ranks`, where torch.distributed is initialised and no other rank is asked."""
     make_tp_groups(tp_size)
     existing = groups.get_tensor_model_parallel_world_size()
     if existing != tp_size:
@@ -174,7 +178,7 @@ def init_ranks(tp_size: int) -> Ranks:
         dp_size=groups.get_data_parallel_world_size(),
         tp_group=groups.get_tensor_model_parallel_group(),
         dp_group=groups.get_data_parallel_group(),
-        device=torch.device(accelerator.current_device_name()),
+        device=torch.device(get_accelerator().current_device_name()),
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from autotp_plan.runtime.deepspeed.internals import mark_as_sharded
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.runtime.loading.check_model import layers_with_collectives
-from autotp_plan.runtime.loading.read_weights import read_weights
 from autotp_plan.runtime.loading.replace_modules import add_boundaries, replace_layers, skip_fused_kernels
-from autotp_plan.runtime.loading.weights import WeightSource
 from autotp_plan.runtime.tensor_parallel.collectives import take
 from autotp_plan.runtime.tensor_parallel.linear import PlannedLayer
 from autotp_plan.runtime.tensor_parallel.module_boundary import WithCollectives
@@ -33,9 +31,8 @@ from autotp_plan.schemas.plan.document import Plan
 def shard_model(
     model: nn.Module,
     plan: Plan,
-    source: WeightSource,
+    weights: Iterable[tuple[str, Tensor]],
     ranks: Ranks,
-    dtypes: Mapping[str, torch.dtype],
     *,
     share_input_gradients: bool = True,
     vocab_parallel_loss: bool = True,
@@ -45,9 +42,8 @@ def shard_model(
     Args:
         model: a model on meta that `check_model` found to fit the plan.
         plan: the plan.
-        source: where the weights are.
+        weights: this rank's shard of every parameter, by name.
         ranks: this process's place in the mesh.
-        dtypes: of floating-point parameters and buffers by name; what is not in it keeps its dtype on disk.
         share_input_gradients: all-reduce the gradient of a tensor once for all layers that take it.
         vocab_parallel_loss: let a causal LM compute its loss from each rank's logits, where it can.
     """
@@ -60,7 +56,7 @@ def shard_model(
     if vocab_parallel_loss:
         use_vocab_parallel_loss(model)
     _set_attributes(model, plan, ranks.tp_rank)
-    _load_weights(model, sharded, source, ranks, dtypes)
+    _load_weights(model, sharded, weights)
     restore_ties(model, plan)
     _shard_buffers(model, plan, ranks.tp_rank)
     _move_buffers(model, ranks.device)
@@ -87,15 +83,10 @@ def _set_attributes(model: nn.Module, plan: Plan, tp_rank: int) -> None:
 
 
 def _load_weights(
-    model: nn.Module,
-    sharded: Mapping[str, ShardedParams],
-    source: WeightSource,
-    ranks: Ranks,
-    dtypes: Mapping[str, torch.dtype],
+    model: nn.Module, sharded: Mapping[str, ShardedParams], weights: Iterable[tuple[str, Tensor]]
 ) -> None:
-    weights = source.of_rank(ranks.tp_rank)
-    for weight, tensor in read_weights(weights, ranks.device, dtypes, once=ranks.dp_size == 1):
-        name, _, leaf = weight.name.rpartition(".")
+    for parameter, tensor in weights:
+        name, _, leaf = parameter.rpartition(".")
         owner = model.get_submodule(name)
         if name in sharded and leaf in sharded[name].layouts:
             sharded[name].assign(owner, leaf, tensor)

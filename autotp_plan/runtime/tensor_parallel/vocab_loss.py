@@ -7,6 +7,7 @@ logits, softmax minus one-hot, then needs no communication.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -81,11 +82,47 @@ def causal_lm_loss(
         )
         return loss
     assert isinstance(logits, LazilyGathered)
+    return _loss_of_shard(logits.sharding, shard, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels)
+
+
+def keep_logits_sharded(model: nn.Module) -> bool:
+    """Let a model with a vocabulary-parallel loss compute its loss from logits that no code may read but its own.
+
+    `LazilyGathered` looks like the full logits until it is read; here the output's logits are this rank's shard. It is
+    for runs of which only the loss is wanted, on tensors that have no data.
+
+    Args:
+        model: a model for which `use_vocab_parallel_loss` returned True.
+
+    Returns:
+        Whether it does from now on.
+    """
+    head = _head(model)
+    if head is None or getattr(model, "loss_function", None) is not causal_lm_loss:
+        return False
+    shards = head.shards
+    sharding = LastDimSharding(shards.group, shards.layouts["weight"].intervals, shards.tp_rank)
+    head.gather_output = False
+    model.loss_function = functools.partial(_loss_of_shard, sharding)  # type: ignore[assignment]
+    return True
+
+
+def _loss_of_shard(
+    sharding: LastDimSharding,
+    logits: Tensor,
+    labels: Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """As `causal_lm_loss`, of this rank's shard of the logits."""
     if shift_labels is None:
         assert labels is not None
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    targets = shift_labels.reshape(-1).to(shard.device)
-    losses = vocab_parallel_cross_entropy(shard.float().flatten(0, -2), targets, logits.sharding, ignore_index)
+    targets = shift_labels.reshape(-1).to(logits.device)
+    losses = vocab_parallel_cross_entropy(logits.float().flatten(0, -2), targets, sharding, ignore_index)
     if num_items_in_batch is None:
         num_items_in_batch = (targets != ignore_index).sum()
     if isinstance(num_items_in_batch, Tensor):
