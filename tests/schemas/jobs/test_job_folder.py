@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from autotp_plan.planner.cli.main import main
+from autotp_plan.schemas import documents
 from autotp_plan.schemas.errors import CheckpointError, DocumentError
 from autotp_plan.schemas.jobs.job_folder import checked_tag, is_job, latest, newest_sound, remove_older, sealed, tags
 from autotp_plan.schemas.jobs.job_manifest import ABOUT_NAME, LATEST_NAME, JobManifest
@@ -155,3 +156,15 @@ def test_another_major_version_is_refused(job: Path) -> None:
     path.write_text(path.read_text().replace('"version": "1.0"', '"version": "2.0"'))
     with pytest.raises(DocumentError, match="another format version"):
         JobManifest.read(job / "step10")
+
+
+def test_a_file_without_its_rank_is_no_part_of_a_manifest(job: Path) -> None:
+    """With a fingerprint that fits, as a program that changes documents found it: it was a TypeError."""
+    path = job / "step10" / ABOUT_NAME
+    data = json.loads(path.read_text())
+    for key in ("name", "size", "crc32", "rank"):
+        rest = {**data, "files": [{one: value for one, value in file.items() if one != key} for file in data["files"]]}
+        del rest["fingerprint"]
+        path.write_text(json.dumps({**rest, "fingerprint": documents.fingerprint(rest)}))
+        with pytest.raises(DocumentError, match="lacks a key"):
+            JobManifest.read(job / "step10")
