@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from autotp_plan.schemas.errors import CheckpointError, Fault
+from autotp_plan.schemas.plan.entries import NOT_READ
 from autotp_plan.schemas.storage.checkpoint import (
     CONFIG_NAME,
     INDEX_NAME,
@@ -70,7 +71,7 @@ def read_weights(folder: Path, elsewhere: Mapping[str, StoredFile], config: Mapp
     left = unread_weights(folder, elsewhere, read)
     if not left:
         return checkpoint
-    note = f"The weights are read from {chosen}, as from_pretrained does. Not read: {left}."
+    note = f"The weights are read from {chosen}, as from_pretrained does.{NOT_READ}{left}."
     return dataclasses.replace(checkpoint, notes=(note,))
 
 

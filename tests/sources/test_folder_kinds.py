@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from autotp_plan.planner import check_checkpoint, check_shards, compile_plan, convert, merge, presplit, reshard
+from autotp_plan.planner import Plan, check_checkpoint, check_shards, compile_plan, convert, merge, presplit, reshard
 from autotp_plan.planner.cli.main import main
 from autotp_plan.schemas.errors import AutoTPError, CheckpointError, OutputError
 from autotp_plan.schemas.shards.origin import fingerprint_of
@@ -366,6 +367,25 @@ def test_a_bare_config_beside_weights_that_are_not_read(sources: Path, tmp_path:
     assert "The plan is made from config.json alone. Not read: model.fp16.safetensors." in plan.notes
     with pytest.raises(CheckpointError, match="the only weights in this folder are of a variant"):
         check_checkpoint(plan, tmp_path / "model")
+
+
+def test_what_else_lies_in_a_folder_is_not_in_the_fingerprint(sources: Path, tmp_path: Path) -> None:
+    """Shards by a plan of one folder are those by a plan of another with the same model, as version 0.1 wrote it."""
+    copy(sources / "one", tmp_path / "alone", "model.safetensors")
+    copy(sources / "one", tmp_path / "beside", "model.safetensors")
+    write_bin(tmp_path / "beside", {"other": torch.ones(2)})
+    alone, beside = (compile_plan(tmp_path / name, tp_size=2) for name in ("alone", "beside"))
+    (note,) = set(beside.notes) - set(alone.notes)
+    assert note.endswith(" Not read: pytorch_model.bin.")
+    assert beside.fingerprint == alone.fingerprint
+    (tmp_path / "plan.json").write_text(beside.to_json())
+    assert Plan.read(tmp_path / "plan.json") == beside
+    presplit(alone, tmp_path / "alone", tmp_path / "shards")
+    assert check_shards(tmp_path / "shards").plan.fingerprint == beside.fingerprint
+    for notes in (("Another note.",), ("Another note.", note)):
+        changed = dataclasses.replace(alone, notes=notes)
+        assert changed.fingerprint != alone.fingerprint
+        assert changed.fingerprint == dataclasses.replace(alone, notes=("Another note.",)).fingerprint
 
 
 def loaded(work: Path) -> dict[str, list[str]]:

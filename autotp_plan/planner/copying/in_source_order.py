@@ -163,18 +163,23 @@ class InSourceOrder:
                 self._counter.add(step.stop - step.start)
                 with self._lock:
                     step.group.left -= 1
+                    is_news = not step.group.left
                 if step.source is not None:
-                    self._advance(step.source, order.done(number))
-                self._finish_groups()
+                    is_news |= self._advance(step.source, order.done(number))
+                if is_news:
+                    self._finish_groups()
         except BaseException:
             self._counter.stopped = True
             raise
         finally:
             copier.close()
 
-    def _advance(self, source: SourceHash, until: int) -> None:
-        if source.advance(until) and source.is_right:
+    def _advance(self, source: SourceHash, until: int) -> bool:
+        """Hash up to byte `until` of a file; whether it is complete now, and was not."""
+        completed = source.advance(until)
+        if completed and source.is_right:
             self._folder.remember(source.record())
+        return completed
 
     def _finish_groups(self) -> None:
         """Finish the files of groups of which all is written and compared."""

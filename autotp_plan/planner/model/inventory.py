@@ -21,7 +21,7 @@ from autotp_plan.schemas import documents
 from autotp_plan.schemas.errors import CheckpointError, Fault
 from autotp_plan.schemas.fault_book import FaultBook
 from autotp_plan.schemas.names import NameSet, natural_key, starred
-from autotp_plan.schemas.plan.entries import ModelIdentity, Sources
+from autotp_plan.schemas.plan.entries import NOT_READ, ModelIdentity, Sources
 from autotp_plan.schemas.storage.checkpoint import Checkpoint, planned_config
 from autotp_plan.schemas.storage.plan_fit import exchanged, is_tied_on_disk
 from autotp_plan.schemas.storage.safetensors_header import TensorEntry
@@ -109,7 +109,7 @@ def take_inventory(model: ModelInput, names: DiskNames) -> Inventory:
     notes: tuple[str, ...] = () if quantized or names_a_dtype(model.config or {}) else (_NO_DTYPE,)
     unread = unread_weights(model.folder.folder, model.folder.elsewhere)
     if unread:
-        notes += (f"The plan is made from config.json alone. Not read: {unread}.",)
+        notes += (f"The plan is made from config.json alone.{NOT_READ}{unread}.",)
     return dataclasses.replace(inventory_of_module(model.module, names), config=model.config, notes=notes)
 
 

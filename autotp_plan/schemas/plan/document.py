@@ -20,6 +20,7 @@ from autotp_plan.schemas.codec import decode, encode
 from autotp_plan.schemas.errors import DocumentError, Fault
 from autotp_plan.schemas.plan.entries import (
     MAX_TP_SIZE,
+    NOT_READ,
     VERSION,
     Crossing,
     Dequantization,
@@ -108,7 +109,7 @@ class Plan(PlanEntries):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """`sha256:` and the hash over everything but the repository, the rules and the stamp."""
+        """`sha256:` and the hash over all but the repository, the rules, the stamp and notes on what was not read."""
         return documents.fingerprint(_covered(self._data))
 
     @property
@@ -117,8 +118,14 @@ class Plan(PlanEntries):
 
 
 def _covered(data: dict[str, Any]) -> dict[str, Any]:
-    """What the fingerprint covers: what the plan says, and not how it was compiled or that it was proven."""
-    kept = {key: value for key, value in data.items() if key not in _NOT_COVERED}
+    """What the fingerprint covers: what the plan says, and not how it was compiled or that it was proven.
+
+    Nor what else lay in the folder: the same model has the same plan, wherever it is.
+    """
+    kept = {key: value for key, value in data.items() if key not in (*_NOT_COVERED, "notes")}
+    notes = [note for note in data.get("notes", ()) if NOT_READ not in note]
+    if notes:
+        kept["notes"] = notes
     return {**kept, "model": {key: value for key, value in data["model"].items() if key != "repository"}}
 
 

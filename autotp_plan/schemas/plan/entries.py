@@ -183,6 +183,10 @@ class RuntimeOptions:
     tp_overlap_comm: bool = False
 
 
+NOT_READ = " Not read: "
+"""What notes say of weights that lie next to those of the model."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanEntries:
     """Everything that a plan holds. `parameters` are folded over layers; `expanded()` gives one per parameter."""
