@@ -66,6 +66,11 @@ class PartFolder(OutputFolder):
         output.temporary = self.path / self.part.temporary_name(output.name, self._token)
         super().begin(output)
 
+    def forget(self, names: Iterable[str]) -> None:
+        """Remove complete files, and first the record that says that the part is complete."""
+        (self.path / self.part.record_name).unlink(missing_ok=True)
+        super().forget(names)
+
     def complete_part(self) -> None:
         """Say that this part is complete. Others may finish the folder from then on."""
         self.sync()

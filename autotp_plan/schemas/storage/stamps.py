@@ -31,10 +31,12 @@ Stamps = Mapping[str, Stamp]
 
 
 def stamps_in(folder: Path) -> Stamps:
-    """The stamps of all plain files in a folder, and of those that links in it lead to. Raises OSError."""
-    if not folder.is_dir():
+    """The stamps of all plain files in a folder, and of those that links in it lead to; none where it has no names."""
+    try:
+        paths = list(folder.iterdir())
+    except OSError:  # whoever reads it says why
         return {}
-    return {path.name: stamp for path in folder.iterdir() if (stamp := _stamp(path)) is not None}
+    return {path.name: stamp for path in paths if (stamp := _stamp(path)) is not None}
 
 
 class WatchedFiles:
@@ -68,7 +70,7 @@ class WatchedFiles:
         known = {name: before[name] for name in self._paths if name in before}
         late = {name: stamp for name in self._paths.keys() - known if (stamp := _stamp(self._paths[name])) is not None}
         self.stamps: Stamps = self._with_checksums({**known, **late})
-        self._modes = {name: self._paths[name].stat().st_mode for name in self.stamps}
+        self._modes = {name: _mode(self._paths[name]) for name in self.stamps}
 
     def differing(self, stamps: Stamps | None) -> set[str]:
         """The files that are not what `stamps` says; all where it is not known."""
@@ -112,6 +114,13 @@ def strictest_mode(modes: Iterable[int]) -> int:
     for one in modes:
         mode &= one
     return 0o600 | mode
+
+
+def _mode(path: Path) -> int:
+    try:
+        return path.stat().st_mode
+    except OSError:  # it was there a moment ago: it is missed when it is read
+        return 0
 
 
 def _stamp(path: Path) -> Stamp | None:

@@ -15,7 +15,9 @@ from autotp_plan.planner import compile_plan, convert, merge, presplit, reshard
 from autotp_plan.planner.shards import watch
 from autotp_plan.schemas.errors import CheckpointError, OutputError
 from autotp_plan.schemas.plan.document import Plan
+from autotp_plan.schemas.shards import output_file
 from autotp_plan.schemas.shards.manifest import JOURNAL_NAME, MANIFEST_NAME
+from autotp_plan.schemas.shards.parts import find_parts
 from autotp_plan.schemas.storage.safetensors_header import read_header
 from tests.helpers.checkpoints import write_llama
 from tests.helpers.random_shards import files_of
@@ -262,7 +264,7 @@ def test_a_change_that_hides_is_found_by_checksums(
 
 
 def test_parts_of_two_states_are_not_finished_and_the_part_that_is_named_mends_it(
-    model: Path, plan: Plan, tmp_path: Path
+    model: Path, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     presplit(plan, model, out, part=(1, 2), **OPTIONS)
@@ -271,9 +273,19 @@ def test_parts_of_two_states_are_not_finished_and_the_part_that_is_named_mends_i
     with pytest.raises(OutputError, match=r"(?s)another state of the source.*--part 1/2 again"):
         presplit(plan, model, out, part=(2, 2), **OPTIONS)
     assert not (out / MANIFEST_NAME).exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(output_file.OutputFile, "create", _no_room)
+        with pytest.raises(OutputError, match="No space left"):
+            presplit(plan, model, out, part=(1, 2), **OPTIONS)
+    found = find_parts(out)
+    assert found is not None and found.missing == [1], "what it has lost is not complete"
     presplit(plan, model, out, part=(1, 2), **OPTIONS)
     presplit(plan, model, tmp_path / "fresh", **OPTIONS)
     assert files_of(out) == files_of(tmp_path / "fresh")
+
+
+def _no_room(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_parts_of_copies_on_two_machines_are_finished(model: Path, plan: Plan, tmp_path: Path) -> None:
