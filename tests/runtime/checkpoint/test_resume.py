@@ -159,13 +159,14 @@ def test_a_training_program_killed_at_a_random_step_resumes(name: str, tmp_path:
     saves = ["--checkpoints", tmp_path / "saved"]
     kill = random.Random(name)
     with training(tmp_path, TRAINED[name], resumed, *saves, "--save-every", "1") as job:
-        last = kill.randint(2, 8)
+        last = kill.randint(2, 5)
         while len(losses(resumed)) < last:
             assert job.poll() is None, f"it ended before it was killed after {last} steps"
             time.sleep(0.02)
-        time.sleep(kill.random() / 4)
+        time.sleep(kill.random() / 20)
+    saved = int((newest_sound(tmp_path / "saved") or "step0").removeprefix("step"))
     with training(tmp_path, TRAINED[name], resumed, *saves) as job:  # what no `--save-every` saves, a signal does
-        while len(losses(resumed)) <= last + 1:
+        while len(losses(resumed)) <= saved + 1:  # the killed one may have written of one step more than it saved
             assert job.poll() is None, "it ended before it was asked to stop"
             time.sleep(0.02)
         job.terminate()  # torchrun passes it on
