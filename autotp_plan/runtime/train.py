@@ -57,6 +57,7 @@ STOPPED = 75
     help="What of --checkpoints to resume from: latest, auto (the newest that is sound), or a tag.",
 )
 @click.option("--trust-checkpoint", is_flag=True, help="Resume also from files that hold more than data.")
+@click.option("--allow-nonfinite", is_flag=True, help="Train on where a loss, gradient or weight is NaN or inf.")
 @click.option("--save-every", type=click.IntRange(1), help="Steps between saves; at the end only when left out.")
 @click.option("--take-over", is_flag=True, help="Write to --checkpoints although its lock names another job.")
 @click.option("--keep-last", type=click.IntRange(1), help="Checkpoints to keep; all when left out.")
@@ -83,7 +84,7 @@ def _train(
     plan_file: Path, shards: str, dp_size: int | None, seq_length: int, num_steps: int, data: Path | None, seed: int,
     metrics: Path | None, checkpoints: Path | None, save_every: int | None, save_shards: Path | None,
     keep_last: int | None = None, take_over: bool = False, resume: str = "latest", trust_checkpoint: bool = False,
-    timeout: float | None = None, **options: Any,
+    timeout: float | None = None, allow_nonfinite: bool = False, **options: Any,
 ) -> bool:  # fmt: skip
     """Train; returns whether it came to its end, and was not asked to stop before."""
     from autotp_plan.runtime import load_plan
@@ -117,7 +118,9 @@ def _train(
         lambda: dataset(data, shards, model, seq_length, needed, seed), "no data to train on", what_to_do
     )
     torch.manual_seed(seed + ranks.dp_rank)  # of dropout: the same on all TP ranks of a group
-    engine, _, loader, _ = plan.initialize(model, config=config, training_data=windows, seed=seed)
+    engine, _, loader, _ = plan.initialize(
+        model, config=config, training_data=windows, seed=seed, check_finite=not allow_nonfinite
+    )
     engine.train()
     if checkpoints is not None and is_job(checkpoints):
         tag = _tag(resume, checkpoints)

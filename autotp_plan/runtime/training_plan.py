@@ -16,6 +16,7 @@ import torch
 from deepspeed.utils import groups, log_dist
 from torch import nn
 
+from autotp_plan.runtime.calls.finite_engine import become_checked_engine
 from autotp_plan.runtime.calls.loaded import Loaded, loaded_of
 from autotp_plan.runtime.calls.sharded_engine import become_sharded_engine
 from autotp_plan.runtime.calls.sharded_model import become_sharded
@@ -27,7 +28,7 @@ from autotp_plan.runtime.checkpoint.save_shards import save_shards
 from autotp_plan.runtime.data.batch_check import check_batches, check_interval
 from autotp_plan.runtime.data.loader import training_loader
 from autotp_plan.runtime.data.sampler import ResumableSampler, tp_sampler
-from autotp_plan.runtime.deepspeed.agreement import are_several, check_same, is_first_rank, together
+from autotp_plan.runtime.deepspeed.agreement import are_several, check_same, in_step, is_first_rank, together
 from autotp_plan.runtime.deepspeed.attendance import SECONDS_FOR_FIRST, check_all_call
 from autotp_plan.runtime.deepspeed.autotp_calls import check_autotp_calls
 from autotp_plan.runtime.deepspeed.engine_config import check_settings, engine_config
@@ -45,6 +46,7 @@ from autotp_plan.runtime.optimizers.choose import (
     check_every_optimizer,
     check_optimizer,
 )
+from autotp_plan.runtime.optimizers.finite import FiniteCheck
 from autotp_plan.runtime.optimizers.grad_norm import use_global_norm
 from autotp_plan.runtime.optimizers.sharded_weights import sharded_weights
 from autotp_plan.runtime.parameters.compared import (
@@ -278,6 +280,7 @@ class TrainingPlan:
         data_is_sharded: bool = False,
         skip_lone_sums: bool = True,
         split_fused: bool = False,
+        check_finite: bool = True,
         **kwargs: Any,
     ) -> tuple[Any, Any, Any, Any]:
         """`deepspeed.initialize` for a model from `load_model`. Every rank calls it.
@@ -298,6 +301,9 @@ class TrainingPlan:
                 that rank.
             split_fused: let an optimizer that looks at whole matrices (Muon) step q, k and v, or gate and up, of a
                 fused weight each by itself. Without it the fused weight is one matrix, as in the unsharded model.
+            check_finite: stop with NonFiniteError when a loss, a gradient norm or a weight that is to be saved is NaN
+                or inf. In float32 without ZeRO, where no norm is computed, losses are compared every tenth step. Steps
+                that fp16's loss scaling skips are no stop.
             kwargs: for `deepspeed.initialize`. An `mpu` of an older script is compared with the plan and not used.
 
         Returns:
@@ -330,19 +336,27 @@ class TrainingPlan:
                 "DeepSpeed config": settings_of(settings),
                 "parameters": dtypes_of(model),
                 "optimizer": optimizer_of(kwargs.get("optimizer")),
-                "options": flat([seed, data_is_sharded, skip_lone_sums, split_fused, training_data is None]),
+                "options": flat(
+                    [seed, data_is_sharded, skip_lone_sums, split_fused, training_data is None, check_finite]
+                ),
             },
             what="the ranks would make engines that differ",
             where="initialize",
             next_step="give every rank the same plan and arguments",
         )
-        engine, optimizer, _, scheduler = _deepspeed_initialize(model=model, config=settings, mpu=groups, **kwargs)
-        if self._timeout is not None:
-            set_time_limit(self._timeout)  # of the groups that the engine has made, too
-        if steps_in_full:
-            adapt_engine(engine, settings, model, split_fused)
+
+        def made() -> tuple[Any, Any, Any]:
+            engine, optimizer, _, scheduler = _deepspeed_initialize(model=model, config=settings, mpu=groups, **kwargs)
+            if self._timeout is not None:
+                set_time_limit(self._timeout)  # of the groups that the engine has made, too
+            if steps_in_full:
+                adapt_engine(engine, settings, model, split_fused)
+            return engine, optimizer, scheduler
+
+        engine, optimizer, scheduler = in_step(made, _NO_ENGINE, "correct what is wrong on that rank, and start again")
         if self.tp_size > 1:
             become_sharded_engine(engine, ranks)
+        become_checked_engine(engine, FiniteCheck(engine, ranks.dp_rank, check_finite))
         if skip_lone_sums:
             skip_sums_over_one_rank(engine)
         if reason := why_this_mesh_only(engine):
@@ -439,6 +453,7 @@ class TrainingPlan:
 
         Raises:
             MismatchError: gradients have been accumulated since the last optimizer step.
+            NonFiniteError: a weight is NaN or inf; with `check_finite=False` it is saved, and said.
             CheckpointError: the tag is no name of a folder, or something would be overwritten.
             OptionError: `keep_last` is less than 1.
             OutputError: the folder cannot be written to, or another job writes to it.

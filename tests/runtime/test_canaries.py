@@ -25,6 +25,7 @@ STAGE_3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
 KEYS = "deepspeed.checkpoint.constants"
 MUON = "DeepSpeed's Muon on a sharded model"
 RESUMING = "resuming a job on a different mesh"
+FINITE = "naming gradients that are not finite"
 AS_DATA = "reading a saved job without running code from it"
 WITHOUT_DATA = "running a step on tensors without data"
 FILES = "reading a saved job, to resume it on a different mesh"
@@ -286,6 +287,18 @@ CANARIES = [
     Canary("torch.optim._muon:_single_tensor_muon", "verify --optimizer muon", uses("_zeropower_via_newtonschulz")),
     Canary("torch.utils._python_dispatch:TorchDispatchMode.__torch_dispatch__",
            "finding that an optimizer communicates"),
+    Canary(f"{STAGES_1_2}.step", FINITE, uses("averaged_gradients", "zero_grad", "overflow")),
+    Canary(f"{STAGES_1_2}.scaled_global_norm", FINITE, uses("averaged_gradients", "params_in_partition")),
+    Canary(f"{STAGE_3}._overflow_clean_up", FINITE, uses("zero_grad", "averaged_gradients")),
+    Canary(STAGE_3, FINITE, uses("averaged_gradients", "fp16_groups")),
+    Canary(f"{BF16}.step", FINITE, uses("clear_hp_grads", "overflow", "_global_grad_norm")),
+    Canary(f"{BF16}.clear_hp_grads", FINITE, uses("fp32_groups_gradients")),
+    Canary(f"{BF16}.clear_lp_grads", FINITE, uses("bf16_groups")),
+    Canary("deepspeed.runtime.fp16.unfused_optimizer:FP16_UnfusedOptimizer._skip_invalid_grad_norm", FINITE,
+           uses("overflow", "zero_grad")),
+    Canary("deepspeed.runtime.fp16.fused_optimizer:FP16_Optimizer._skip_invalid_grad_norm", FINITE,
+           uses("overflow", "zero_grad")),
+    Canary(f"{ENGINE}.get_global_grad_norm", FINITE),
     Canary("torch.distributed.distributed_c10d:_get_default_store", "finding ranks that do not make a call",
            uses("_get_default_group")),
     Canary("torch.distributed.distributed_c10d:_world.pg_map", "setting how long process groups wait"),

@@ -14,7 +14,8 @@ import pytest
 
 from tests.helpers.launch import launch
 
-SECONDS = 20
+SECONDS = 60
+"""On a machine that does much else; alone it is one or two."""
 
 
 def refusal(call: Callable[[], Any]) -> str:
@@ -30,6 +31,16 @@ def refusal(call: Callable[[], Any]) -> str:
     except Exception as error:
         return f"raw {type(error).__name__}"
     return "no error"
+
+
+def planted_on(rank: int, module: Any, name: str, value: Any, call: Callable[[], Any]) -> str:
+    """The refusal of a call while a name of a module is another on one rank."""
+    import torch.distributed as dist
+
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == rank:
+            patch.setattr(module, name, value)
+        return refusal(call)
 
 
 def _fails(error: BaseException) -> Callable[..., Any]:
@@ -53,10 +64,7 @@ def in_two_ranks(work: Path) -> dict[str, str]:
     shards = work / "shards"
 
     def planted(module: Any, name: str, value: Any, call: Callable[[], Any], on: int = 1) -> str:
-        with pytest.MonkeyPatch.context() as patch:
-            if me == on:
-                patch.setattr(module, name, value)
-            return refusal(call)
+        return planted_on(on, module, name, value, call)
 
     def load() -> Any:
         return plan.load_model(shards)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed
-from deepspeed import DeepSpeedEngine
 
+from autotp_plan.runtime.calls.finite_engine import StopsAtNonFinite
 from autotp_plan.runtime.checkpoint.full_tensors import full_state_dict
 from autotp_plan.runtime.deepspeed.agreement import together
 from autotp_plan.runtime.deepspeed.attendance import check_all_call
@@ -35,7 +35,7 @@ sys.exit(
 _GATHERING = "a call that gathers the state dict, such as trainer.save_model or accelerator.get_state_dict"
 
 
-class ShardedEngine(SavesFullTensors, DeepSpeedEngine if TYPE_CHECKING else object):  # type: ignore[misc]
+class ShardedEngine(SavesFullTensors, StopsAtNonFinite):
     """Methods of the engine of a sharded model, before those of its class."""
 
     tp_dp_ranks: Ranks

@@ -14,6 +14,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from autotp_plan.runtime.deepspeed.agreement import gathered
 from autotp_plan.runtime.deepspeed.attendance import check_all_call
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.runtime.deepspeed.zero_internals import full_shape, partition_of
@@ -73,6 +74,11 @@ class FullTensors:
         self._held: dict[str, _Held] = {}
         self.tensors: dict[str, FullTensor] = {}
         """Every tensor by name, in the order of the state dict."""
+        self._parts: dict[str, list[tuple[int, Tensor] | None]] = {}
+        self._everyone = gathered(lambda: self._find(model, only_trained), f"{call} could not begin")
+
+    def _find(self, model: nn.Module, only_trained: bool) -> tuple[int, int, dict[str, list[int]]]:
+        """Note what this rank holds; returns its TP rank, DP rank and how much it holds under ZeRO 3, by name."""
         first: dict[tuple[int, ...], str] = {}
         for name, held in _held_tensors(model):
             if only_trained and not any(tensor.requires_grad for tensor in held.tensors):
@@ -85,17 +91,13 @@ class FullTensors:
                 dtype=held.tensors[0].dtype,
                 tied_to=None if tied_to == name else tied_to,
             )
-        self._parts = {
-            name: [partition_of(one, ranks.dp_rank) if isinstance(one, nn.Parameter) else None for one in held.tensors]
+        dp_rank = self.ranks.dp_rank
+        self._parts.update(
+            (name, [partition_of(one, dp_rank) if isinstance(one, nn.Parameter) else None for one in held.tensors])
             for name, held in self._held.items()
-        }
-        mine = (
-            ranks.tp_rank,
-            ranks.dp_rank,
-            {name: [part[1].numel() for part in parts if part is not None] for name, parts in self._parts.items()},
         )
-        self._everyone: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(self._everyone, mine)
+        sizes = {name: [part[1].numel() for part in parts if part is not None] for name, parts in self._parts.items()}
+        return self.ranks.tp_rank, dp_rank, sizes
 
     def gather(self, name: str) -> Tensor | None:
         """The full tensor `name`: on the first rank, in the memory of its host. None on the others."""

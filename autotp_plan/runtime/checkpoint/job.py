@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from deepspeed import comm as dist
 
 from autotp_plan.runtime.checkpoint.job_state import about_engine, check_client_state, check_tag
 from autotp_plan.runtime.checkpoint.rng_state import save_rng_state
-from autotp_plan.runtime.deepspeed.agreement import check_same, gathered, together
+from autotp_plan.runtime.deepspeed.agreement import check_same, gathered, in_step, together
 from autotp_plan.runtime.deepspeed.attendance import check_all_call
 from autotp_plan.runtime.deepspeed.job_files import collected_saves
 from autotp_plan.runtime.deepspeed.mesh import Ranks
@@ -65,6 +66,7 @@ def save_checkpoint(
 
     Raises:
         MismatchError: gradients have been accumulated since the last optimizer step; or not every rank calls it.
+        NonFiniteError: a weight is NaN or inf, and the engine stops at that.
         CheckpointError: the tag is not the name of a folder, or names anything but what an unfinished save has left;
             or `client_state` cannot be saved.
     """
@@ -72,16 +74,20 @@ def save_checkpoint(
     check_all_call("plan.save_checkpoint")
     about = together(lambda: _about_a_save(engine, folder, plan, ranks, tag, client_state, keep_last), _FAILED)
     check_same(
-        {"tag": tag, "plan": plan.fingerprint, "latest": latest(folder)},
+        {"tag": tag, "plan": plan.fingerprint, "step": str(engine.global_steps), "latest": latest(folder)},
         what="the ranks would not save one checkpoint",
         where=f"save_checkpoint to {folder}",
         next_step="give every rank the same tag and a folder that all of them share",
     )
+    if (check := getattr(engine, "finite_check", None)) is not None:
+        check.before_save()
     target = folder / tag
-    together(lambda: _begin(target, take_over) if dist.get_rank() == 0 else None, _FAILED)
-    together(lambda: _check_shared(target), _FAILED)
+    token = gathered(lambda: _begin(target, take_over) if dist.get_rank() == 0 else "", _FAILED)[0]
+    together(lambda: _check_shared(target, token), _FAILED)
     with collected_saves(engine) as saves:
-        engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
+        in_step(
+            lambda: engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False), _FAILED
+        )
     files = gathered(lambda: _finish_part(target, saves), _FAILED)
     together(lambda: _finish(target, plan, about, files, keep_last) if dist.get_rank() == 0 else None, _FAILED)
     return tag
@@ -129,19 +135,23 @@ def _about_a_save(
     return about
 
 
-def _begin(target: Path, take_over: bool) -> None:
+def _begin(target: Path, take_over: bool) -> str:
+    """Make the folder of the checkpoint; returns what is in the file that calls it unfinished."""
     claim(target.parent, take_over=take_over)
     if target.exists():
         shutil.rmtree(target)
     target.mkdir()
     for folder in (target.parent.parent, target.parent):
         sync_folder(folder)
-    (target / UNFINISHED_NAME).touch()
+    token = uuid.uuid4().hex
+    (target / UNFINISHED_NAME).write_text(token, encoding="ascii")
+    return token
 
 
-def _check_shared(target: Path) -> None:
-    """Every rank must see what the first one has made."""
-    if not (target / UNFINISHED_NAME).exists():
+def _check_shared(target: Path, token: str) -> None:
+    """Every rank must see what the first one has made, and not what an earlier save left on a disk of its own."""
+    marked = target / UNFINISHED_NAME
+    if not marked.exists() or marked.read_text(encoding="ascii", errors="replace") != token:
         raise CheckpointError(
             Fault(
                 what="the ranks would not save one checkpoint",

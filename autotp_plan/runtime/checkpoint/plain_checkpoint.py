@@ -11,6 +11,7 @@ import json
 import math
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,11 @@ from torch import Tensor, nn
 
 from autotp_plan.runtime.checkpoint.full_tensors import FullTensor, FullTensors
 from autotp_plan.runtime.checkpoint.save_shards import original_of
-from autotp_plan.runtime.deepspeed.agreement import together
+from autotp_plan.runtime.deepspeed.agreement import in_step, together
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.runtime.loading.read_weights import CHUNK_BYTES
 from autotp_plan.runtime.loading.weights import DTYPES
+from autotp_plan.runtime.optimizers.finite import count_nonfinite, warn_of_nonfinite
 from autotp_plan.schemas.documents import make_folder
 from autotp_plan.schemas.errors import Fault, MismatchError
 from autotp_plan.schemas.plan.document import Parameter, Plan
@@ -106,15 +108,25 @@ def save_plain_checkpoint(
 
     what = "the checkpoint could not be written"
     writer = together(begin, what)
-    failed: OSError | None = None
-    for name, tensor in full.tensors.items():
-        if tensor.tied_to is None:
-            gathered = full.gather(name)  # on every rank, also when the first one cannot write any more
-            if writer is not None and gathered is not None and failed is None:
-                try:
-                    writer.write(name, gathered)
-                except OSError as error:
-                    failed = error
+    failed: Exception | None = None
+
+    def gather_and_write() -> None:
+        nonlocal failed
+        for name, tensor in full.tensors.items():
+            if tensor.tied_to is None:
+                gathered = full.gather(name)  # on every rank, also when the first one cannot write any more
+                if writer is not None and gathered is not None and failed is None:
+                    try:
+                        writer.write(name, gathered)
+                    except Exception as error:  # a full disk, or memory: the others send what they hold until the end
+                        failed = error
+
+    try:
+        in_step(gather_and_write, what)
+    except BaseException:
+        if writer is not None:
+            writer.drop()
+        raise
 
     def finish() -> None:
         if writer is not None:
@@ -122,6 +134,7 @@ def save_plain_checkpoint(
                 if failed is not None:
                     raise failed
                 writer.finish(write_config)
+                warn_of_nonfinite(writer.not_finite, folder)
             except BaseException:
                 writer.drop()
                 raise
@@ -150,6 +163,7 @@ class _Writer:
         )
         self.file_of = split.tensor_to_filename
         self.total_size = split.metadata["total_size"]
+        self.not_finite: Counter[str] = Counter()
         self.files: dict[str, OutputFile] = {}
         self.positions: dict[str, int] = {}
         for file_name, names in split.filename_to_tensors.items():
@@ -175,6 +189,7 @@ class _Writer:
             try:
                 elements = flat[one.start : one.start + one.numel]
                 for part in torch.split(elements, CHUNK_BYTES // one.dtype.itemsize):
+                    self.not_finite[one.name] += count_nonfinite(part)
                     data = part.contiguous().view(torch.uint8).numpy().data
                     output.write(data, position)
                     position += len(data)

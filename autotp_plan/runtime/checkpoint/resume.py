@@ -24,7 +24,7 @@ from autotp_plan.runtime.checkpoint.mesh_change import load_from_other_mesh, mod
 from autotp_plan.runtime.checkpoint.rng_state import read_rng_state, restore_rng_state, seed_from_rng_state
 from autotp_plan.runtime.checkpoint.zero_files import SavedJob
 from autotp_plan.runtime.data.stream import StreamLoader
-from autotp_plan.runtime.deepspeed.agreement import check_same, gathered, together
+from autotp_plan.runtime.deepspeed.agreement import check_same, gathered, in_step, together
 from autotp_plan.runtime.deepspeed.attendance import check_all_call
 from autotp_plan.runtime.deepspeed.job_files import check_is_data, loads_data_only, read_saved
 from autotp_plan.runtime.deepspeed.mesh import Ranks
@@ -74,23 +74,36 @@ def load_checkpoint(
             where=f"load_checkpoint from {folder}",
             next_step="give every rank the same tag, and the folder that the job was saved to",
         )
-        together(lambda: _check_bytes(folder / tag, about), _NOT_READ, _READ_AGAIN)
+        share = _share(folder / tag)
+        together(lambda: _check_bytes(folder / tag, about, share), _NOT_READ, _READ_AGAIN)
     except (CheckpointError, DocumentError) as error:
         raise _with_another(error, folder, asked) from None
     if not trust:
-        together(lambda: _check_is_data(folder / tag), _NOT_READ, _READ_AGAIN)
+        together(lambda: _check_is_data(folder / tag, share), _NOT_READ, _READ_AGAIN)
     differs = bool(differences_of(about, about_engine(engine, plan, ranks)))
     streams = folder / tag / f"random-{0 if differs else dist.get_rank()}.safetensors"
     state = together(lambda: read_rng_state(streams), _NOT_READ, _READ_AGAIN)
     restore = partial(seed_from_rng_state, state, ranks.dp_rank) if differs else partial(restore_rng_state, state)
-    if job is not None:
-        client_state = load_from_other_mesh(engine, job, plan, ranks)
-    else:  # without ZeRO, what DeepSpeed saves does not depend on the number of DP ranks
+    held: Any = None
+    if job is None:  # without ZeRO, what DeepSpeed saves does not depend on the number of DP ranks
         held = together(lambda: _read_files(engine, folder / tag, ranks, trust), _NOT_READ, _READ_AGAIN)
+
+    def load() -> dict[str, Any]:
+        if job is not None:
+            return load_from_other_mesh(engine, job, plan, ranks)
         with loads_data_only(engine, trust, held):
-            _, client_state = engine.load_checkpoint(str(folder), tag=tag)
-    restore()
-    _set_position(engine, about, ranks, restore)
+            found: dict[str, Any] = engine.load_checkpoint(str(folder), tag=tag)[1]
+            return found
+
+    client_state = in_step(load, _NOT_READ, _READ_AGAIN)
+    together(restore, _NOT_READ, _READ_AGAIN)
+    together(lambda: _set_position(engine, about, ranks, restore), _NOT_READ, _READ_AGAIN)
+    check_same(
+        {"step": str(engine.global_steps), "samples": str(engine.global_samples)},
+        what="the ranks would go on at different steps",
+        where=str(folder / tag),
+        next_step="start the job anew from another tag: this one holds files of two saves",
+    )
     return {key: value for key, value in client_state.items() if key in about.client_state}
 
 
@@ -122,16 +135,31 @@ def _what_to_load(
     return tag, about, None
 
 
-def _check_bytes(tag_folder: Path, about: JobManifest) -> None:
-    """Compare the bytes of this rank's share of the files with their checksums: the ranks share all of them."""
-    faults = list(file_faults(tag_folder, about.files[dist.get_rank() :: dist.get_world_size()]))
+def _share(tag_folder: Path) -> slice:
+    """Which of its files this rank checks: the ranks that see the same folder share them.
+
+    On hosts that have copies of their own, a file with one name has another number (inode) or time on each.
+    """
+
+    def identity() -> tuple[int, int]:
+        found = (tag_folder / ABOUT_NAME).stat()
+        return found.st_ino, found.st_mtime_ns
+
+    everyone = gathered(identity, _NOT_READ, _READ_AGAIN)
+    mine = [rank for rank, one in enumerate(everyone) if one == everyone[dist.get_rank()]]
+    return slice(mine.index(dist.get_rank()), None, len(mine))
+
+
+def _check_bytes(tag_folder: Path, about: JobManifest, share: slice) -> None:
+    """Compare the bytes of this rank's share of the files with their checksums."""
+    faults = list(file_faults(tag_folder, about.files[share]))
     if faults:
         raise CheckpointError(faults)
 
 
-def _check_is_data(tag_folder: Path) -> None:
+def _check_is_data(tag_folder: Path, share: slice) -> None:
     """Look for code in this rank's share of the files."""
-    for path in sorted(tag_folder.rglob("*.pt"))[dist.get_rank() :: dist.get_world_size()]:
+    for path in sorted(tag_folder.rglob("*.pt"))[share]:
         check_is_data(path)
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import uuid
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,13 +22,15 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from autotp_plan.runtime.deepspeed.agreement import together
+from autotp_plan.runtime.deepspeed.agreement import gathered, together
 from autotp_plan.runtime.deepspeed.attendance import check_all_call
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.runtime.deepspeed.zero_internals import partition_of
 from autotp_plan.runtime.loading.weights import DTYPES
+from autotp_plan.runtime.optimizers.finite import count_nonfinite, warn_of_nonfinite
 from autotp_plan.runtime.parameters.partly_replicated import element_copies, held_parameters
 from autotp_plan.runtime.tensor_parallel.torch_internals import tensor_of
+from autotp_plan.schemas.errors import Fault, OutputError
 from autotp_plan.schemas.names import expand
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.file_layout import MAX_FILE_BYTES, PlacedFile
@@ -34,7 +38,7 @@ from autotp_plan.schemas.shards.folder import read_shards
 from autotp_plan.schemas.shards.manifest import JOURNAL_NAME, MANIFEST_NAME, Owner, Source
 from autotp_plan.schemas.shards.new_shards import NewShards
 from autotp_plan.schemas.shards.origin import Original, original_of_checkpoint, original_of_shards
-from autotp_plan.schemas.shards.output_file import OutputFile
+from autotp_plan.schemas.shards.output_file import OutputFile, temporary_path
 from autotp_plan.schemas.shards.output_folder import OutputFolder
 from autotp_plan.schemas.storage import checksum
 from autotp_plan.schemas.storage.byte_ranges import ByteRanges
@@ -47,7 +51,8 @@ CHUNK_BYTES = 16 * 1024 * 1024
 Written = dict[str, list[checksum.Block]]
 """By file, the checksums of what was written."""
 
-_together = partial(together, what="the shards of a running job could not be written")
+_FAILED = "the shards of a running job could not be written"
+_together = partial(together, what=_FAILED)
 
 
 def save_shards(
@@ -60,7 +65,8 @@ def save_shards(
 ) -> None:
     """Write the weights of a model as a shards folder, in the dtypes of the plan; every rank calls it.
 
-    A save that dies leaves a folder without a manifest, which no job loads; the next save begins it anew.
+    A save that dies leaves a folder without a manifest, which no job loads; the next save begins it anew. Weights that
+    are NaN or inf, or too large for the dtype of the file, are written, and said.
 
     Args:
         model: a model from `load_model`.
@@ -82,16 +88,56 @@ def save_shards(
     rank = _RankWriter(model, new, ranks)
     if torch.distributed.get_rank() > 0:
         _together(lambda: None)  # until the first rank has made the files
+        _check_shared(new, folder, False)
         written = _together(lambda: rank.write(folder))
         torch.distributed.gather_object(written, None, dst=0)
         _together(lambda: None)
+        gathered(lambda: rank.not_finite, _FAILED)
         return
     with contextlib.ExitStack() as stack:
         first = _together(lambda: _FirstRank(new, stack.enter_context(_output_folder(folder))))
+        _check_shared(new, folder, True)
         written = _together(lambda: rank.write(folder))
         everyone: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.gather_object(written, everyone, dst=0)
         _together(lambda: first.finish(everyone, rank.untrained()))
+    counts: Counter[str] = sum(gathered(lambda: rank.not_finite, _FAILED), Counter())
+    warn_of_nonfinite(counts, folder)
+
+
+def _check_shared(new: NewShards, folder: Path, is_first: bool) -> None:
+    """Every rank must see the files that the first one has made: it writes a number where the first header will be."""
+    marked = temporary_path(folder / next(iter(new.layout.files())).name)
+    mark = uuid.uuid4().bytes
+
+    def write() -> bytes:
+        if is_first:
+            with open(marked, "r+b") as file:
+                file.write(mark)
+        return mark
+
+    expected = gathered(write, _FAILED)[0]
+
+    def read() -> None:
+        found = _beginning(marked) if marked.exists() else b""
+        if found != expected and not is_first:
+            raise OutputError(
+                Fault(
+                    code="shards-not-shared",
+                    what="the ranks would not save one shards folder",
+                    where=str(folder),
+                    got="no files that the first rank has made",
+                    expected="one folder that all ranks share",
+                    next="give a folder on a file system that all nodes share, the same one on every rank",
+                )
+            )
+
+    _together(read)
+
+
+def _beginning(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(16)
 
 
 def _output_folder(folder: Path) -> OutputFolder:
@@ -131,6 +177,8 @@ class _RankWriter:
     def __init__(self, model: nn.Module, new: NewShards, ranks: Ranks) -> None:
         self.model, self.plan, self.ranks, self.original = model, new.plan, ranks, new.original
         self.files = list(new.layout.files())
+        self.not_finite: Counter[str] = Counter()
+        """How many elements of each tensor were NaN or inf in the dtype of the file, of those that have any."""
         self.parameters = {parameter.name: parameter for parameter in self.plan.expanded()}
         names = {name: to for tie in self.plan.tied for name, to in zip(expand(tie.name), expand(tie.to))}
         unused = {tensor.name: (tensor.dtype, tensor.shape) for tensor in self.original.unused}
@@ -152,7 +200,7 @@ class _RankWriter:
             try:
                 for tensor, position in zip(file.tensors, file.positions()):
                     for at, elements in self._parts(file, tensor.name):
-                        _write(output, position + at, elements, tensor.dtype)
+                        self.not_finite[tensor.name] += _write(output, position + at, elements, tensor.dtype)
                 if output.blocks:
                     output.sync()
                     written[file.name] = checksum.join_blocks(output.blocks)
@@ -251,10 +299,13 @@ class _FirstRank:
         return replace(self.new.original.source, fingerprint=f"sha256:{digest.hexdigest()}")
 
 
-def _write(output: OutputFile, position: int, elements: Tensor, dtype: str) -> None:
-    """Write elements in the dtype of the file, a bounded number at a time."""
-    itemsize = DTYPES[dtype].itemsize
+def _write(output: OutputFile, position: int, elements: Tensor, dtype: str) -> int:
+    """Write elements in the dtype of the file, a bounded number at a time; returns how many are NaN or inf in it."""
+    itemsize, not_finite = DTYPES[dtype].itemsize, 0
     for part in torch.split(elements, CHUNK_BYTES // itemsize):
-        data = part.to("cpu", DTYPES[dtype]).contiguous().view(torch.uint8).numpy().data
+        stored = part.to("cpu", DTYPES[dtype]).contiguous()
+        not_finite += count_nonfinite(stored)
+        data = stored.view(torch.uint8).numpy().data
         output.write(data, position)
         position += len(data)
+    return not_finite

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch.distributed
 from deepspeed.utils import logger
 
+from autotp_plan.runtime.deepspeed.attendance import watched
 from autotp_plan.schemas.errors import AutoTPError, FailedRankError, Fault, MismatchError, OutputError
 
 _T = TypeVar("_T")
@@ -68,13 +69,48 @@ def gathered(work: Callable[[], _T], what: str, next_step: str = _AGAIN) -> list
     return [found for found, _ in everyone]
 
 
-def _attempt(work: Callable[[], _T], what: str, next_step: str) -> tuple[Any, AutoTPError | None, Exception | None]:
+def in_step(work: Callable[[], _T], what: str, next_step: str = _AGAIN) -> _T:
+    """As `together`, for work that communicates with the other ranks: they may wait for a rank that failed in it.
+
+    Such a rank cannot be called back. It is told through the store of the process group, and ends its process when it
+    is not out of its collective half a minute later.
+
+    Args:
+        work: what every rank does.
+        what: what could not be done.
+        next_step: what to do then.
+
+    Raises:
+        FailedRankError: `work` failed on some rank, and not on all. An error of ours is raised as it is.
+    """
+    with watched(what) as watch:
+        found, error, cause = _attempt(work, what, next_step, of_system=False)
+        if error is not None:
+            watch.tell(f"{error}")
+        try:
+            everyone = _of_all_ranks(error)
+        except FailedRankError:
+            if error is not None:
+                raise error from cause
+            raise
+    _raise_first(everyone, cause)
+    result: _T = found
+    return result
+
+
+def _attempt(
+    work: Callable[[], _T], what: str, next_step: str, of_system: bool = True
+) -> tuple[Any, AutoTPError | None, Exception | None]:
     """What `work` returns, or the error for all ranks and the exception that it stands for."""
     try:
         return work(), None, None
     except AutoTPError as raised:
         return None, raised, raised
-    except (OSError, EOFError) as raised:
+    except Exception as raised:  # memory that is full, or a mistake: whatever it is, the other ranks wait
+        if not (of_system and isinstance(raised, (OSError, EOFError))):
+            if not are_several():
+                raise
+            return None, FailedRankError(_unexpected(raised, what, next_step)), raised
         fault = Fault(
             code="operating-system",
             what=what,
@@ -84,10 +120,6 @@ def _attempt(work: Callable[[], _T], what: str, next_step: str) -> tuple[Any, Au
             next=next_step,
         )
         return None, OutputError(fault), raised
-    except Exception as raised:  # memory that is full, or a mistake: whatever it is, the other ranks wait
-        if not are_several():
-            raise
-        return None, FailedRankError(_unexpected(raised, what, next_step)), raised
 
 
 def _unexpected(raised: Exception, what: str, next_step: str) -> Fault:

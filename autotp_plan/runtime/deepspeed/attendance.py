@@ -7,7 +7,11 @@ of the process group.
 
 from __future__ import annotations
 
+import os
+import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -29,6 +33,69 @@ _GAVE_UP = "gave up "
 
 _made: Counter[str] = Counter()
 """By group, how many calls all of its ranks have made."""
+
+
+SECONDS_AFTER_FAILURE = 30.0
+"""How long a rank may go on with a call in which another has failed, before it ends."""
+
+_LOOKS = 0.5
+"""Seconds between two looks at the store."""
+
+_calls_watched: Counter[str] = Counter()
+
+
+class Watch:
+    """One call that all ranks make, in which they wait for each other.
+
+    Args:
+        store: of all ranks; None where there is one.
+        key: of this call.
+        what: what could not be done, when a rank fails.
+    """
+
+    def __init__(self, store: Any, key: str, what: str) -> None:
+        self._store, self._key, self._what = store, key, what
+        self._over = threading.Event()
+
+    def tell(self, reason: str) -> None:
+        """Tell the other ranks that this one has failed, and why."""
+        if self._store is not None:
+            self._store.set(self._key, f"rank {torch.distributed.get_rank()}: {reason}")
+
+    def end(self) -> None:
+        """The call is over, on this rank."""
+        self._over.set()
+
+    def look(self) -> None:
+        """Until the call is over: see whether a rank has failed, and if so end this process when it does not."""
+        while not self._over.wait(_LOOKS):
+            try:
+                reason = self._store.get(self._key).decode() if self._store.check([self._key]) else ""
+            except RuntimeError:  # the rank that holds the store has ended: the collective will say so
+                return
+            if reason and not self._over.wait(SECONDS_AFTER_FAILURE):
+                os.write(2, f"error: {self._what}: a rank failed that this one waits for\n{reason}\n".encode())
+                os._exit(1)
+
+
+@contextmanager
+def watched(what: str) -> Iterator[Watch]:
+    """While active, this rank ends when another has failed and it waits for that one; every rank enters it.
+
+    A collective that waits cannot be interrupted, over gloo or NCCL.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        yield Watch(None, "", what)
+        return
+    _calls_watched[what] += 1
+    watch = Watch(store_of_all_ranks(), f"autotp_plan/failed/{what}/{_calls_watched[what]}", what)
+    thread = threading.Thread(target=watch.look, daemon=True)
+    thread.start()
+    try:
+        yield watch
+    finally:
+        watch.end()
+        thread.join()
 
 
 def check_all_call(call: str, next_step: str = ON_EVERY_RANK, group: Any = None, seconds: float | None = None) -> None:
