@@ -237,16 +237,20 @@ class TrainingPlan:
             warn_of={"other versions": lenient_versions()},
         )
         shards = source.of_rank(ranks.tp_rank)
-        read = read_weights(shards, ranks.device, dtypes, once=ranks.dp_size == 1)
-        together(
-            lambda: shard_model(
+
+        def load() -> None:
+            read = read_weights(shards, ranks.device, dtypes, once=ranks.dp_size == 1)
+            shard_model(
                 built,
                 self.document,
                 ((weight.name, tensor) for weight, tensor in read),
                 ranks,
                 share_input_gradients=share_input_gradients,
                 vocab_parallel_loss=vocab_parallel_loss,
-            ),
+            )
+
+        together(
+            load,
             _NOT_READ,
             "free memory or correct what is wrong on that rank, and load the model again",
         )

@@ -73,7 +73,7 @@ def in_two_ranks(work: Path) -> dict[str, str]:
     found["plans of other TP sizes"] = refusal(lambda: load_plan(work / ("plan.json", "plan1.json")[me]).init_mesh())
     found["no folder"] = refusal(lambda: plan.load_model((shards, work / "nowhere")[me]))
     found["memory, before"] = planted(training_plan, "open_weights", _fails(MemoryError("32 GiB")), load)
-    found["memory, reading"] = planted(shard_model, "read_weights", _fails(MemoryError("1 GiB")), load)
+    found["memory, reading"] = planted(training_plan, "read_weights", _fails(MemoryError("1 GiB")), load)
     found["a mistake on rank 0"] = planted(shard_model, "restore_ties", _fails(KeyError("tie")), load, on=0)
     found["a function of one's own fails on all"] = refusal(lambda: plan.load_model(shards, model=_fails(ValueError())))
     found["dtype"] = refusal(lambda: plan.load_model(shards, dtype=(torch.float32, torch.bfloat16)[me]))
