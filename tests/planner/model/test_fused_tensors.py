@@ -374,7 +374,7 @@ def test_plans_with_impossible_sources_are_refused(folder: Path, changes: dict[s
 def test_many_hostile_names_are_not_expanded(folder: Path) -> None:
     names = [f"x{n}.{{0..999}}{{0..999}}.*" for n in range(10_000)]
     found = faults_of(hostile(compiled(folder, 2), "whole", sources={"names": names}))
-    assert len(found) > 10_000
+    assert len(found) == 101, "that of the fingerprint, and the first hundred that contradict each other"
 
 
 def test_names_on_disk() -> None:
