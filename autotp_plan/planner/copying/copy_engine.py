@@ -23,6 +23,9 @@ CHUNK_BYTES = 4 * 1024 * 1024
 BUFFER_BYTES = 96 * 1024 * 1024
 MAX_OPEN = 32
 
+FAR_CHUNK_BYTES = 32 * 1024 * 1024
+"""What is read at once of files far away: several requests of some megabytes each."""
+
 
 class Target(Protocol):
     """What files are written into: an `OutputFolder`."""

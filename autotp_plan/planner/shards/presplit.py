@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import overload
 
 from autotp_plan.dequantize.computed_file import ComputedFile
+from autotp_plan.planner.copying.copy_engine import FAR_CHUNK_BYTES
 from autotp_plan.planner.copying.copy_plan import full_tensor, matrices_on_disk
 from autotp_plan.planner.copying.source_check import Digests, Expected
 from autotp_plan.planner.plan_checks import check_plan
@@ -30,9 +31,6 @@ from autotp_plan.schemas.storage.plan_fit import checkpoint_faults
 from autotp_plan.schemas.storage.stamps import stamps_in
 from autotp_plan.sources.model_folder import ModelFolder, Place, model_folder, open_checkpoint
 from autotp_plan.sources.torch_files.torch_view import TorchFile
-
-FAR_CHUNK_BYTES = 32 * 1024 * 1024
-"""What is read at once of files far away: several requests of some megabytes each."""
 
 
 @overload

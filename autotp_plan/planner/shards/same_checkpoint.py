@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from autotp_plan.planner.copying.compare import differing_bytes
+from autotp_plan.planner.copying.copy_engine import FAR_CHUNK_BYTES
 from autotp_plan.planner.copying.copy_plan import (
     FileGroup,
     StoredShard,
@@ -32,7 +33,6 @@ from autotp_plan.schemas.storage.plan_fit import checkpoint_faults
 from autotp_plan.schemas.storage.safetensors_header import TensorEntry, item_size
 from autotp_plan.sources.model_folder import Place, model_folder, open_checkpoint
 
-FAR_CHUNK_BYTES = 32 * 1024 * 1024
 MAX_SHOWN = 10
 
 

@@ -80,7 +80,7 @@ def check_settings(settings: dict[str, Any], groups: Any) -> None:
             raise MismatchError(_wrong_value(key, value, expected))
     try:
         DeepSpeedConfig(copy.deepcopy(settings), groups)
-    except Exception as error:
+    except Exception as error:  # pydantic's, or whatever DeepSpeed's own code comes to by a wrong type
         lines = [line.strip() for line in str(error).splitlines() if "errors.pydantic.dev" not in line]
         key = next((one for one in settings if _refused_alone(one, settings[one], groups)), "")
         expected = "what DeepSpeed's documentation says of the key"
@@ -103,7 +103,7 @@ def _refused_alone(key: str, value: Any, groups: Any) -> bool:
     batch = {} if key.startswith(("train_", "gradient_acc")) else {"train_micro_batch_size_per_gpu": 1}
     try:
         DeepSpeedConfig({**batch, key: copy.deepcopy(value)}, groups)
-    except Exception:
+    except Exception:  # as above
         return True
     return False
 

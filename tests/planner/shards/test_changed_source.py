@@ -21,6 +21,7 @@ from autotp_plan.schemas.shards.parts import find_parts
 from autotp_plan.schemas.storage.safetensors_header import read_header
 from tests.helpers.checkpoints import write_llama
 from tests.helpers.random_shards import files_of
+from tests.helpers.stopped import stopped
 
 pytestmark = pytest.mark.sweep
 
@@ -67,23 +68,6 @@ def weights(folder: Path) -> Path:
 def edit(folder: Path) -> None:
     flip(weights(folder))
     (folder / "chat_template.jinja").write_text("new template")
-
-
-def stopped(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch, files: int) -> None:
-    """Run a command, which ends when so many files are complete."""
-    real, done = Path.replace, 0
-
-    def replace(self: Path, target: Path) -> Path:
-        nonlocal done
-        done += 1
-        if done > files:
-            raise OSError(errno.EIO, "stopped")
-        return real(self, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", replace)
-        with pytest.raises(OutputError, match="stopped"):
-            run()
 
 
 def touch(folder: Path) -> None:

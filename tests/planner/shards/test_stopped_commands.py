@@ -32,6 +32,7 @@ from tests.helpers.faults import (
     run_job,
 )
 from tests.helpers.random_shards import files_of
+from tests.helpers.stopped import stopped
 
 pytestmark = pytest.mark.sweep
 
@@ -121,20 +122,7 @@ except AutoTPError as error:
 
 def stop_after(work: Path, output: Path, monkeypatch: pytest.MonkeyPatch, files: int = 3) -> None:
     """A presplit that ends when so many files are complete."""
-    real = Path.replace
-    done = 0
-
-    def replace(self: Path, target: Path) -> Path:
-        nonlocal done
-        done += 1
-        if done > files:
-            raise OSError(errno.EIO, "stopped")
-        return real(self, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", replace)
-        with pytest.raises(OutputError, match="stopped"):
-            run_job(job_of(work, "presplit", output))
+    stopped(lambda: run_job(job_of(work, "presplit", output)), monkeypatch, files)
 
 
 def test_complete_files_are_kept_and_verified(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
