@@ -244,28 +244,26 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         size = repository.size(file)
         start, stop = (int(found[1]), min(int(found[2]) + 1, size)) if found else (0, size)
         headers = {"Content-Range": f"bytes {start}-{stop - 1}/{size}"} if found else {}
-        self._head(206 if found else 200, stop - start, headers)
-        self._body(206 if found else 200, repository.files[file], start, stop)
+        self._reply(206 if found else 200, headers, repository.files[file], start, stop)
 
     def _send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
-        self._head(status, len(body), headers)
-        self._body(status, body, 0, len(body))
+        self._reply(status, headers, body, 0, len(body))
 
-    def _head(self, status: int, length: int, headers: Mapping[str, str]) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(length))
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.flush()
-
-    def _body(self, status: int, content: bytes | Path, start: int, stop: int) -> None:
+    def _reply(self, status: int, headers: Mapping[str, str], content: bytes | Path, start: int, stop: int) -> None:
+        """Bytes `start` to `stop` of the content. It is recorded before the first byte of the answer is sent:
+        a client that goes on at the status line finds its request among those that happened."""
         cut = self.trouble.cut if self.trouble is not None else -1
         until = stop if cut < 0 else min(stop, start + cut)
         sent = until - start if self.command == "GET" else 0
         asked = (self.headers.get("Range") or "", self.headers.get("Authorization") or "")
-        with self.server.lock:  # before the client may ask for what happened
+        with self.server.lock:
             self.server.requests.append(Request(self.command, self.path, *asked, status, sent))
+        self.send_response(status)
+        self.send_header("Content-Length", str(stop - start))
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.flush()
         if self.command == "GET" and isinstance(content, bytes):
             self.wfile.write(content[start:until])
         elif self.command == "GET":
