@@ -18,6 +18,8 @@ from autotp_plan.schemas.plan.entries import Parameter
 
 _MOST_PAIRS = 100_000
 """Rows of one layout times the columns that feed them: more rows have the faults that the first have."""
+_MOST_FAULTY_PAIRS = 10 * _MOST_PAIRS
+"""Of all layouts: a plan with so many has enough to correct."""
 
 
 def check_plan(plan: Plan) -> list[Fault]:
@@ -40,14 +42,21 @@ def check_plan(plan: Plan) -> list[Fault]:
             rows.append(parameter)
     consumed: set[str] = set()
     feeders = _Feeders(columns)
-    checked: dict[tuple[int, str], int] = defaultdict(int)
+    fitting = _FittingLayouts(plan)
+    layouts: dict[int, tuple[str, ...]] = {}
+    checked: dict[tuple[str, tuple[str, ...]], int] = defaultdict(int)
+    faulty = 0
     for row in rows:
         feeding = feeders.of(row)
-        if not checked[id(feeding), ""]:
+        if id(feeding) not in layouts:
+            layouts[id(feeding)] = tuple(dict.fromkeys(column.layout for column in feeding))
             consumed.update(column.name for column in feeding)
-        for kind in ("", row.layout):
-            checked[id(feeding), kind] += len(feeding)
-        if checked[id(feeding), row.layout] <= max(len(feeding), _MOST_PAIRS):
+        kind = (row.layout, layouts[id(feeding)])
+        if fitting.fit(*kind):
+            continue
+        checked[kind] += len(feeding)
+        if checked[kind] <= max(len(feeding), _MOST_PAIRS) and faulty < _MOST_FAULTY_PAIRS:
+            faulty += len(feeding)
             _check_row(row, feeding, plan, book)
     for column in (column for inside in columns.values() for column in inside if column.name not in consumed):
         book.add(
@@ -62,6 +71,33 @@ def check_plan(plan: Plan) -> list[Fault]:
     _check_shards(parameters, plan, book)
     _check_ties(parameters, plan, book)
     return book.faults()
+
+
+class _FittingLayouts:
+    """Whether a row of one layout fits the columns of others: asked once for each kind of layer, not for each layer."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._known: dict[tuple[str, tuple[str, ...]], bool] = {}
+
+    def fit(self, row: str, columns: tuple[str, ...]) -> bool:
+        """Whether `_check_row` finds nothing in a row of the layout `row` that columns of the others feed."""
+        if (row, columns) not in self._known:
+            self._known[row, columns] = self._fit(row, columns)
+        return self._known[row, columns]
+
+    def _fit(self, row: str, columns: tuple[str, ...]) -> bool:
+        layout = self._plan.layouts[row]
+        units = [_units(sub, start, layout) for sub, start in _sub_parameters(layout)]
+        if len(units) != 1:
+            return bool(columns)
+        others = [
+            _units(sub, start, self._plan.layouts[column])
+            for column in columns
+            for sub, start in _sub_parameters(self._plan.layouts[column])
+            if sub.num_units == layout.sub_parameters[0].num_units
+        ]
+        return bool(others) and all(other == units[0] for other in others)
 
 
 def _check_row(row: Parameter, feeding: Sequence[Parameter], plan: Plan, book: FaultBook) -> None:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from autotp_plan.schemas import intervals as iv
+from autotp_plan.schemas.errors import Fault, OptionError
 from autotp_plan.schemas.layout import Layout
-from autotp_plan.schemas.names import expand, fold
+from autotp_plan.schemas.names import expand, fold, num_names, some
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.plan.entries import Parameter, PlannedModule
-from autotp_plan.schemas.storage.safetensors_header import num_bytes
+from autotp_plan.schemas.storage.safetensors_header import item_size, num_bytes
 
 _LAYER = re.compile(r"([^.{]+\.)*?(\{[^}]*\}|\d+)\.")
 """The beginning of a name up to its layer: `model.layers.{0..31}.`"""
+MOST_ROWS = 10_000
+"""Of a table; a model whose layers are alike has some dozens."""
+_MOST_NAMES = 100
+"""In one sentence."""
+MOST_JSON_INTERVALS = 100_000_000
+"""Parameters times ranks: their JSON has about 40 bytes for each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,9 +55,10 @@ class Summary:
 def rows(plan: Plan) -> list[TableRow]:
     """The table of a plan, a row per entry; `bytes_per_rank` is that of the rank that holds most."""
     table = []
+    most = {name: max(_elements(layout, plan.tp_size)) for name, layout in plan.layouts.items()}
+    shares = {name: _share(layout, plan.tp_size) for name, layout in plan.layouts.items()}
     for entry in plan.parameters:
-        layout = plan.layouts[entry.layout]
-        count = len(expand(entry.name))
+        count = num_names(entry.name)
         table.append(
             TableRow(
                 name=entry.name,
@@ -54,8 +66,8 @@ def rows(plan: Plan) -> list[TableRow]:
                 shape=" x ".join(map(str, plan.shape_of(entry))) or "scalar",
                 dtype=entry.dtype,
                 style=_style(entry),
-                share=_share(layout, plan.tp_size),
-                bytes_per_rank=count * max(_rank_bytes(entry, layout, rank) for rank in range(plan.tp_size)),
+                share=shares[entry.layout],
+                bytes_per_rank=count * most[entry.layout] * item_size(entry.dtype),
                 rule=str(entry.rule),
             )
         )
@@ -64,18 +76,22 @@ def rows(plan: Plan) -> list[TableRow]:
 
 def summary(plan: Plan) -> Summary:
     """The totals of a plan."""
-    per_rank = [0] * plan.tp_size
-    total = replicated = count = 0
+    total = count = 0
+    item_bytes: dict[str, int] = defaultdict(int)
     for entry in plan.parameters:
-        layout = plan.layouts[entry.layout]
-        layers = len(expand(entry.name))
+        layers = num_names(entry.name)
         count += layers
-        size = layers * num_bytes(entry.dtype, plan.shape_of(entry))
-        total += size
-        replicated += size if layout.dim is None else 0
-        for rank in range(plan.tp_size):
-            per_rank[rank] += layers * _rank_bytes(entry, layout, rank)
-    return Summary(total=total, per_rank=tuple(per_rank), replicated=replicated, num_parameters=count)
+        total += layers * num_bytes(entry.dtype, plan.shape_of(entry))
+        item_bytes[entry.layout] += layers * item_size(entry.dtype)
+    per_rank = [0] * plan.tp_size
+    replicated = 0
+    for name, size in item_bytes.items():
+        layout = plan.layouts[name]
+        replicated += size * math.prod(layout.shape) if layout.dim is None else 0
+        for rank, elements in enumerate(_elements(layout, plan.tp_size)) if layout.dim is not None else ():
+            per_rank[rank] += size * elements
+    held = tuple(size + replicated for size in per_rank)
+    return Summary(total=total, per_rank=held, replicated=replicated, num_parameters=count)
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -83,24 +99,52 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
     One entry per module parameter. `dim` is null and every rank holds all of it when a parameter is replicated. Where a
     weight is sharded in a logical view of its shape, the entry has that as `view`, and `dim` is a dimension of it.
+
+    Raises:
+        OptionError: it would have more than `MOST_JSON_INTERVALS` intervals.
     """
-    parameters = []
-    for parameter in plan.expanded():
-        layout = plan.layouts[parameter.layout]
-        shape = plan.shape_of(parameter)
-        entry: dict[str, Any] = {
-            "name": parameter.name,
+    value: dict[str, Any] = json.loads("".join(json_pieces(plan)))
+    return value
+
+
+def json_pieces(plan: Plan) -> Iterator[str]:
+    """The text of `as_json`, parameter by parameter, so that it need not be in memory. Raises as `as_json`."""
+    intervals = summary(plan).num_parameters * plan.tp_size
+    if intervals > MOST_JSON_INTERVALS:
+        raise OptionError(
+            Fault(
+                code="json-too-long",
+                what="the plan is too large to be shown as JSON",
+                where="--format",
+                got=f"{intervals} parameters times ranks",
+                expected=f"at most {MOST_JSON_INTERVALS}",
+                next="use the table, or read the plan file: it is JSON too, with the layers of a model in one entry",
+            )
+        )
+    return _json_pieces(plan)
+
+
+def _json_pieces(plan: Plan) -> Iterator[str]:
+    yield f'{{\n "tp_size": {plan.tp_size},\n "parameters": ['
+    between = "\n  "
+    for entry in plan.parameters:
+        layout = plan.layouts[entry.layout]
+        shape = plan.shape_of(entry)
+        said: dict[str, Any] = {
             "shape": list(shape),
-            "dtype": parameter.dtype,
-            "style": parameter.style,
-            "rule": str(parameter.rule),
+            "dtype": entry.dtype,
+            "style": entry.style,
+            "rule": str(entry.rule),
             "dim": layout.dim,
             "intervals": [[list(run) for run in layout.rank_intervals(rank)] for rank in range(plan.tp_size)],
         }
         if shape != layout.shape:
-            entry["view"] = list(layout.shape)
-        parameters.append(entry)
-    return {"tp_size": plan.tp_size, "parameters": parameters}
+            said["view"] = list(layout.shape)
+        rest = json.dumps(said, indent=1).removeprefix("{").replace("\n", "\n  ")
+        for name in expand(entry.name):
+            yield f'{between}{{\n   "name": {json.dumps(name)},{rest}'
+            between = ",\n  "
+    yield "\n ]\n}" if plan.parameters else "]\n}"
 
 
 def human_bytes(count: int) -> str:
@@ -150,14 +194,18 @@ def _share(layout: Layout, tp_size: int) -> str:
     return f"{held} of {size} of {where}{shared}"
 
 
-def _rank_bytes(entry: Parameter, layout: Layout, rank: int) -> int:
-    return num_bytes(entry.dtype, layout.rank_shape(rank))
+def _elements(layout: Layout, tp_size: int) -> list[int]:
+    """How many elements each rank holds; of a replicated tensor one number for all."""
+    return [math.prod(layout.rank_shape(rank)) for rank in range(1 if layout.dim is None else tp_size)]
 
 
 def groups(plan: Plan) -> list[tuple[str, list[TableRow]]]:
-    """The table in groups: `("model.layers.{0..31}.", rows of those layers)`, and `("", rows outside of layers)`."""
+    """The table in groups: `("model.layers.{0..31}.", rows of those layers)`, and `("", rows outside of layers)`.
+
+    They are the first `MOST_ROWS` of the plan.
+    """
     found: list[tuple[str, list[TableRow]]] = []
-    for row in rows(plan):
+    for row in rows(plan)[:MOST_ROWS]:
         match = _LAYER.match(row.name)
         prefix = match.group() if match else ""
         if not found or found[-1][0] != prefix:
@@ -205,7 +253,9 @@ def describe(plan: Plan) -> list[str]:
     least, most = min(totals.per_rank), max(totals.per_rank)
     held = human_bytes(most) if least == most else f"{human_bytes(least)} to {human_bytes(most)}"
     copies = sum(totals.per_rank) - totals.total
-    lines = [f"compiled from {plan.model.repository}"] if plan.model.repository else []
+    more = len(plan.parameters) - MOST_ROWS
+    lines = [f"not in the table: {more} more entries, which the plan file has"] if more > 0 else []
+    lines += [f"compiled from {plan.model.repository}"] if plan.model.repository else []
     lines += [f"compiled by {plan.rules}, which `reshard` applies again"] if plan.rules else []
     lines += [
         f"each rank holds {held} of {human_bytes(totals.total)} ({most / max(1, totals.total):.1%}; an even share of "
@@ -213,10 +263,10 @@ def describe(plan: Plan) -> list[str]:
         f"replicated: {human_bytes(totals.replicated)} on every rank, {human_bytes(copies)} of copies over all ranks",
     ]
     if in_full := computed_in_full(plan):
-        lines.append(f"computed in full on every rank: {', '.join(in_full)}")
+        lines.append(f"computed in full on every rank: {some(in_full, _MOST_NAMES)}")
     gathered = fold(p.name.rpartition(".")[0] for p in plan.expanded() if p.gather_output and _LAYER.match(p.name))
     if gathered:
-        lines.append(f"gathered, so that what follows is computed in full on every rank: {', '.join(gathered)}")
+        lines.append(f"gathered, so that what follows is computed in full on every rank: {some(gathered, _MOST_NAMES)}")
     lines += [f"{tie.name} is {tie.to}, run as {tie.style}" for tie in plan.tied]
     for attribute in plan.module_attributes:
         same = len(set(attribute.values)) == 1

@@ -65,6 +65,29 @@ def read_json(path: Path, kind: str, special_floats: bool = False, plain: bool =
     return parse_json(text, kind, path, special_floats)
 
 
+def refuse_unreadable(text: str, kind: str) -> str:
+    """The text of a document, which `read_json` reads.
+
+    Raises:
+        DocumentError: it is larger than what `read_json` reads.
+    """
+    size = len(text.encode("utf-8"))
+    containers = text.count("{") + text.count("[")
+    if size <= MAX_DOCUMENT_BYTES and containers <= MAX_CONTAINERS:
+        return text
+    raise DocumentError(
+        Fault(
+            code="document-would-be-too-large",
+            what=f"the {kind} would be too large to be read again",
+            where=f"the {kind}",
+            got=f"{size} bytes with {containers} brackets",
+            expected=f"at most {MAX_DOCUMENT_BYTES} bytes with {MAX_CONTAINERS} of {{ and [",
+            next="name the tensors so that those of many layers differ in a number between dots, as in "
+            "model.layers.3.mlp.up_proj.weight: they are one entry then",
+        )
+    )
+
+
 def _too_large(path: Path, kind: str, got: str, expected: str) -> Fault:
     return Fault(
         code="document-too-large",

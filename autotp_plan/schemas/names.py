@@ -6,10 +6,11 @@ numbers fold. `expand(fold(names))` gives the names back; the rest of the code w
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from autotp_plan.schemas.errors import DocumentError, Fault
 
@@ -80,6 +81,12 @@ def fold(names: Iterable[str]) -> list[str]:
             for others_key, firsts in rest.items():
                 folded.append(_fill(template, [_braces(sorted(firsts)), *map(str, others_key)]))
     return sorted(folded, key=natural_key)
+
+
+def some(names: Collection[str], most: int = 3) -> str:
+    """The first of many names, and how many more there are; one that does not print is shown as Python writes it."""
+    shown = [name if name.isprintable() else repr(name) for name in itertools.islice(names, most)]
+    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def parent_module(name: str) -> str:

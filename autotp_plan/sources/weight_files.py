@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from autotp_plan.schemas.errors import CheckpointError, Fault
+from autotp_plan.schemas.names import some
 from autotp_plan.schemas.plan.entries import NOT_READ
 from autotp_plan.schemas.storage.checkpoint import (
     CONFIG_NAME,
@@ -78,7 +79,7 @@ def read_weights(folder: Path, elsewhere: Mapping[str, StoredFile], config: Mapp
 def unread_weights(folder: Path, elsewhere: Mapping[str, StoredFile], read: Collection[str] = ()) -> str:
     """The names of a folder's weights that are not among those `read`, the first of them; empty where all are."""
     left = [name for name in _weights_in(folder, elsewhere) if name not in read]
-    return ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+    return some(left)
 
 
 def _chosen(folder: Path, elsewhere: Mapping[str, StoredFile]) -> str | None:

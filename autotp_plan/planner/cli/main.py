@@ -19,7 +19,15 @@ from autotp_plan.planner.cli.export import export, presets
 from autotp_plan.planner.cli.infer import TIMEOUT, infer, infer_with_limits, prove_on_twin, time_limit
 from autotp_plan.planner.cli.job import check_job
 from autotp_plan.planner.cli.module_options import given_model, module_options
-from autotp_plan.planner.cli.output import is_stdout, reported, say, say_json, table_width, write_output
+from autotp_plan.planner.cli.output import (
+    is_stdout,
+    reported,
+    say,
+    say_json,
+    say_json_pieces,
+    table_width,
+    write_output,
+)
 from autotp_plan.planner.cli.shards import check_against, check_shards, convert, merge, presplit, reshard
 from autotp_plan.schemas.errors import AutoTPError, Fault, visible
 from autotp_plan.schemas.shards.manifest import MANIFEST_NAME, PLAN_NAME
@@ -198,12 +206,12 @@ def check(plan_file: Path, checkpoint: str | None, quick: bool = False) -> None:
 @reported
 def show(plan_file: Path, output_format: str) -> None:
     """Show a plan as a table, or expanded as JSON."""
-    from autotp_plan.planner.plan_table import as_json
+    from autotp_plan.planner.plan_table import json_pieces
     from autotp_plan.schemas.plan.document import Plan
 
     plan = Plan.read(plan_file)
     if output_format == "json":
-        say_json(json.dumps(as_json(plan), indent=1))
+        say_json_pieces(json_pieces(plan))
     else:
         _print_table(plan)
 

@@ -10,18 +10,19 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import click
 
-from autotp_plan.schemas.documents import write_atomically
+from autotp_plan.schemas.documents import MOST_FAULTS, write_atomically
 from autotp_plan.schemas.errors import AutoTPError, Fault, OutputError, visible, visible_json
 
 _F = TypeVar("_F", bound=Callable[..., None])
 _LINE_SECONDS = 5.0
 _ANY_WIDTH = 10_000
+_MOST_HELD = 1024 * 1024
 _STDOUT = frozenset({"-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"})
 
 
@@ -86,6 +87,19 @@ def say_json(text: str) -> None:
     click.echo(visible_json(text), nl=not text.endswith("\n"))
 
 
+def say_json_pieces(pieces: Iterable[str]) -> None:
+    """Print JSON that is made piece by piece, with a newline at its end."""
+    held: list[str] = []
+    size = 0
+    for piece in pieces:
+        held.append(piece)
+        size += len(piece)
+        if size > _MOST_HELD:
+            click.echo(visible_json("".join(held)), nl=False)
+            held, size = [], 0
+    click.echo(visible_json("".join(held)))
+
+
 def is_stdout(output: Path) -> bool:
     """Whether `-o` names standard output: `-`, or its device."""
     return str(output) in _STDOUT
@@ -127,10 +141,11 @@ def _lines(what: str) -> Callable[[int, int], None]:
 
 
 def _fail(faults: Sequence[Fault]) -> None:
-    for fault in faults:
+    for fault in faults[:MOST_FAULTS]:
         click.echo(click.style("error: ", fg="red", bold=True, reset=True) + str(fault), err=True)
     if len(faults) > 1:
-        say(f"{len(faults)} errors; nothing was written", err=True)
+        first = f", of which the first {MOST_FAULTS} are shown" if len(faults) > MOST_FAULTS else ""
+        say(f"{len(faults)} errors{first}; nothing was written", err=True)
     sys.exit(2)
 
 

@@ -99,6 +99,7 @@ def merge(shards: Path, output: Path, workers: int, quiet: bool) -> None:
     from autotp_plan.planner.plan_table import human_bytes
     from autotp_plan.planner.shards.merge import converted_from
     from autotp_plan.planner.shards.merge import merge as run
+    from autotp_plan.schemas.names import some
     from autotp_plan.schemas.shards.folder import read_shards
 
     started = time.monotonic()
@@ -111,7 +112,7 @@ def merge(shards: Path, output: Path, workers: int, quiet: bool) -> None:
         if quantized is not None:
             say(f"{output}: written in {quantized.dtype}; the original's weights are {quantized.method}")
         if torch_files:
-            say(f"{output}: written as safetensors; the original was {_some(torch_files)}")
+            say(f"{output}: written as safetensors; the original was {some(torch_files, 2)}")
 
 
 @click.command()
@@ -220,10 +221,6 @@ def check_against(shards: ShardsFolder, checkpoint: str) -> None:
 def _noted(quiet: bool) -> Callable[[str], None]:
     """Shows a note on stderr, unless `quiet`."""
     return lambda note: None if quiet else say(f"note: {note}", err=True)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
 def _report(manifest: Manifest, output: Path, started: float, quiet: bool) -> None:

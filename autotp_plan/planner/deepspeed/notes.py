@@ -6,10 +6,10 @@ rule of it can express the rest, or because a rule is missing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from autotp_plan.planner.deepspeed.limits import obstacles
-from autotp_plan.schemas.names import expand
+from autotp_plan.schemas.names import expand, some
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.plan.entries import Parameter
 from autotp_plan.schemas.plan.rule_ref import REST_RULE, Origin
@@ -22,20 +22,20 @@ def notes_on_partition_config(plan: Plan, preset: str) -> Iterator[str]:
     cut = [entry.name for entry in added if entry.style in ("column", "row") and entry.name.endswith(".weight")]
     if cut:
         yield (
-            f"The partition_config has no rule for {_few(cut)}; preset {preset!r} has. "
+            f"The partition_config has no rule for {some(cut, 4)}; preset {preset!r} has. "
             "DeepSpeed would leave them whole on every rank, without a word."
         )
     partial = [entry.name for entry in added if entry.partial_gradient and not entry.add_once]
     if partial:
         yield (
-            f"The partition_config does not say that the gradients of {_few(partial)} are partial; preset {preset!r} "
-            "does. DeepSpeed would not sum them: right logits, wrong gradients, without a word."
+            f"The partition_config does not say that the gradients of {some(partial, 4)} are partial; preset "
+            f"{preset!r} does. DeepSpeed would not sum them: right logits, wrong gradients, without a word."
         )
     reasons: dict[str, list[str]] = {}
     for obstacle in obstacles(plan):
         reasons.setdefault(obstacle.reason, []).append(obstacle.where)
     for reason, names in reasons.items():
-        yield f"Preset {preset!r} adds what plain DeepSpeed cannot do at {_few(names)}: {reason}."
+        yield f"Preset {preset!r} adds what plain DeepSpeed cannot do at {some(names, 4)}: {reason}."
 
 
 def notes_on_the_rest(plan: Plan) -> Iterator[str]:
@@ -49,7 +49,7 @@ def notes_on_the_rest(plan: Plan) -> Iterator[str]:
         count, share = sum(len(expand(name)) for name in rest), 100 * held / max(total, 1)
         yield (
             f"{count} parameter{'s' if count > 1 else ''}, {held} bytes ({share:.1f} % of the model), stay replicated "
-            f"because no rule names them, as in DeepSpeed: {_few(rest)}. `--strict` makes this an error."
+            f"because no rule names them, as in DeepSpeed: {some(rest, 4)}. `--strict` makes this an error."
         )
 
 
@@ -58,7 +58,3 @@ def _is_added(entry: Parameter) -> bool:
     return (
         entry.rule.origin not in (Origin.DS_CONFIG, Origin.REST) and entry.style != "vocab" and not entry.gather_output
     )
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -14,8 +14,9 @@ from autotp_plan.planner.copying.copy_plan import FileGroup, Matrices, StoredSha
 from autotp_plan.planner.copying.in_source_order import InSourceOrder
 from autotp_plan.planner.copying.source_check import Digests, SourceCheck
 from autotp_plan.planner.copying.source_hash import source_hashes
-from autotp_plan.planner.shards.watch import Watch, some
+from autotp_plan.planner.shards.watch import Watch
 from autotp_plan.schemas.errors import AutoTPError, Fault, OptionError, OutputError
+from autotp_plan.schemas.names import some
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.file_layout import PlacedFile
 from autotp_plan.schemas.shards.folder import read_shards

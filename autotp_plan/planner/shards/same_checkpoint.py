@@ -18,8 +18,8 @@ from autotp_plan.planner.copying.copy_plan import (
     full_tensor,
     matrices_on_disk,
 )
-from autotp_plan.planner.shards.watch import some
 from autotp_plan.schemas.errors import CheckpointError, Fault, MismatchError, ShardsError
+from autotp_plan.schemas.names import some
 from autotp_plan.schemas.plan.document import Parameter
 from autotp_plan.schemas.shards.folder import ShardsFolder
 from autotp_plan.schemas.shards.manifest import SourceFile

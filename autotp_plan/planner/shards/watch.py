@@ -13,6 +13,7 @@ from pathlib import Path
 from autotp_plan.planner.copying.compare import differing_bytes
 from autotp_plan.planner.copying.copy_plan import FileGroup
 from autotp_plan.schemas.errors import AutoTPError, CheckpointError, Fault
+from autotp_plan.schemas.names import some
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.folder import ShardsFolder, read_shards
 from autotp_plan.schemas.shards.manifest import MANIFEST_NAME
@@ -129,11 +130,6 @@ def _is_made(file: File) -> bool:
 def _is_among(file: File, changed: Collection[str]) -> bool:
     """Whether a file is made of one that changed; one in memory may be made of any."""
     return _is_made(file) or any(path.name in changed for path in local_files(file))
-
-
-def some(names: list[str]) -> str:
-    """The first of many names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _changed(command: str, names: list[str], folder: Path) -> Fault:

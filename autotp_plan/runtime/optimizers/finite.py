@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from autotp_plan.runtime.deepspeed.agreement import are_several, gathered
 from autotp_plan.runtime.deepspeed.zero_internals import before_gradients_go, held_gradients, partition_of
 from autotp_plan.schemas.errors import Fault, NonFiniteError
+from autotp_plan.schemas.names import some
 
 EVERY = 10
 """Steps between two comparisons of the losses that the ranks have seen."""
@@ -165,11 +166,10 @@ def warn_of_nonfinite(counts: Mapping[str, int], folder: Any) -> None:
     """Say which tensors were saved with NaN or inf, by the number of such elements; on the first rank."""
     found = {name: count for name, count in counts.items() if count}
     if found and (not are_several() or torch.distributed.get_rank() == 0):
-        shown = ", ".join(f"{name} ({count} elements)" for name, count in list(found.items())[:_SHOWN])
-        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        shown = some([f"{name} ({count} elements)" for name, count in found.items()], _SHOWN)
         logger.warning(
             f"{folder} holds NaN or inf, in the model or because a weight is larger than the dtype of the file can "
-            f"say: {shown}{more}"
+            f"say: {shown}"
         )
 
 
@@ -179,8 +179,7 @@ def _of_all(names: list[str]) -> list[str]:
 
 
 def _listed(kind: str, names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"NaN or inf in the {kind} of {', '.join(names[:_SHOWN])}{more}"
+    return f"NaN or inf in the {kind} of {some(names, _SHOWN)}"
 
 
 def _fault(where: str, got: str) -> Fault:

@@ -99,8 +99,12 @@ class Plan(PlanEntries):
         return {**data, **{key: encode(value) for key, value in added.items() if value is not None}}
 
     def to_json(self) -> str:
-        """The text of a plan file: the same plan gives the same bytes."""
-        return documents.format_json(self.to_dict(), width=220)
+        """The text of a plan file: the same plan gives the same bytes.
+
+        Raises:
+            DocumentError: it would be larger than what `read` reads.
+        """
+        return documents.refuse_unreadable(documents.format_json(self.to_dict(), width=220), "plan")
 
     def sealed(self, stamp: Stamp) -> Stamp:
         """The stamp, bound to what this plan says and to its rules."""

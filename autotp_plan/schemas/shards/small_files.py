@@ -11,12 +11,12 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from autotp_plan.schemas.names import some
 from autotp_plan.schemas.shards.manifest import INDEX_COPY_NAME, MANIFEST_NAME, PLAN_NAME
 from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
 from autotp_plan.schemas.storage.files import File, file_size, local_files
 
 MAX_COPIED_BYTES = 256 * 1024 * 1024
-_MAX_SHOWN = 3
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt", ".pkl", ".pickle", ".joblib")
 _OURS = (MANIFEST_NAME, PLAN_NAME, INDEX_COPY_NAME)
 
@@ -42,9 +42,9 @@ class SmallFiles(NamedTuple):
             names: dict[str, list[str]] = defaultdict(list)
             for name, why in self.left_out.items():
                 names[why].append(name)
-            yield "not copied: " + "; ".join(f"{_some(of)} ({why})" for why, of in names.items())
+            yield "not copied: " + "; ".join(f"{some(of)} ({why})" for why, of in names.items())
         if self.followed:
-            yield f"links that lead out of the checkpoint were followed: {_some(self.followed)}"
+            yield f"links that lead out of the checkpoint were followed: {some(self.followed)}"
 
 
 def small_files(checkpoint: Checkpoint) -> SmallFiles:
@@ -123,9 +123,3 @@ def _leads_out(path: Path) -> bool:
     folder, real = path.parent.resolve(), path.resolve()
     in_hub_cache = real.parent.name == "blobs" and real.parent.parent / "snapshots" in folder.parents
     return folder not in real.parents and not in_hub_cache
-
-
-def _some(names: Collection[str]) -> str:
-    shown = [name if name.isprintable() else repr(name) for name in list(names)[:_MAX_SHOWN]]
-    more = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")

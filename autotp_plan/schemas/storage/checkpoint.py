@@ -16,7 +16,13 @@ from autotp_plan.schemas import documents
 from autotp_plan.schemas.errors import CheckpointError, Fault
 from autotp_plan.schemas.plan.entries import Dequantization
 from autotp_plan.schemas.storage.files import File, StoredFile
-from autotp_plan.schemas.storage.safetensors_header import SafetensorsFile, TensorEntry, read_header
+from autotp_plan.schemas.storage.safetensors_header import (
+    MAX_TENSORS,
+    SafetensorsFile,
+    TensorEntry,
+    read_header,
+    too_many_tensors,
+)
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -102,9 +108,11 @@ def checkpoint_of(
         weight_map: file names by tensor name.
 
     Raises:
-        CheckpointError: a tensor is in two files, or not in the one that the index names.
+        CheckpointError: a tensor is in two files, or not in the one that the index names; or there are too many.
         DocumentError: config.json is not JSON.
     """
+    if sum(len(file.tensors) for file in files) > MAX_TENSORS:
+        raise too_many_tensors(folder)
     tensors: dict[str, TensorEntry] = {}
     faults: list[Fault] = []
     for file in files:

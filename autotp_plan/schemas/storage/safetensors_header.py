@@ -18,9 +18,14 @@ from typing import Any
 
 from autotp_plan.schemas import documents
 from autotp_plan.schemas.errors import CheckpointError, Fault
+from autotp_plan.schemas.names import MAX_NAMES
 from autotp_plan.schemas.storage.files import File, Reader, Span, StoredFile
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_TENSORS = MAX_NAMES
+"""Of a checkpoint: a plan has at most as many parameters, and the largest models have a fifth of it."""
+_MAX_BRACKETS = 4 * MAX_TENSORS
+"""Of a header: a tensor takes three."""
 FIRST_READ_BYTES = 8192
 """What is read first of a file far away: the header of most files of large models is shorter."""
 
@@ -114,8 +119,10 @@ def parse_header(path: File, text: str) -> SafetensorsFile:
     """What the header `text` of a file says; the file `path` need not exist.
 
     Raises:
-        CheckpointError: the text is no safetensors header, or its tensors leave gaps or overlap.
+        CheckpointError: the text is no safetensors header, its tensors leave gaps or overlap, or are too many.
     """
+    if text.count("{") + text.count("[") > _MAX_BRACKETS:
+        raise too_many_tensors(path)
     try:
         header = documents.loads(text)
         begin = 8 + len(text.encode("utf-8"))
@@ -126,6 +133,8 @@ def parse_header(path: File, text: str) -> SafetensorsFile:
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         raise _broken(path, "__metadata__ that is not strings by name")
+    if len(header) > MAX_TENSORS:
+        raise too_many_tensors(path)
     tensors = [_entry(path, name, value, begin) for name, value in header.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
     reached = begin
@@ -211,6 +220,20 @@ def _entry(path: File, name: str, value: Any, begin: int) -> TensorEntry:
     if last - first != num_bytes(dtype, shape):
         raise _broken(path, f"{last - first} bytes for {name}, {dtype} of shape {shape}")
     return TensorEntry(name=name, dtype=dtype, shape=tuple(shape), file=path, start=begin + first, stop=begin + last)
+
+
+def too_many_tensors(where: File) -> CheckpointError:
+    """The error of a file, or of a checkpoint, with more tensors than a plan has names for."""
+    return CheckpointError(
+        Fault(
+            code="checkpoint-too-many-tensors",
+            what="the checkpoint has too many tensors",
+            where=str(where),
+            got=f"more than {MAX_TENSORS} tensors",
+            expected=f"at most {MAX_TENSORS} tensors in all",
+            next="stack tensors of one kind, such as those of the experts of a layer, into one",
+        )
+    )
 
 
 def _broken(path: File, got: str) -> CheckpointError:
