@@ -38,7 +38,7 @@ ROOMS = (
     "factories",
     "inference.regions", "inference.small", "inference.spec", "inference",
     "planner.model", "planner.deepspeed", "planner.wrappers", "planner.rules", "planner.fallback", "planner.copying",
-    "planner.shards",
+    "planner.shards", "planner.diff",
     "runtime.deepspeed", "runtime.data", "runtime.parameters", "runtime.tensor_parallel", "runtime.loading",
     "runtime.optimizers", "runtime.checkpoint", "runtime.calls", "runtime.integrations", "runtime.verify",
     "runtime.estimate",

@@ -55,8 +55,8 @@ class Summary:
 def rows(plan: Plan) -> list[TableRow]:
     """The table of a plan, a row per entry; `bytes_per_rank` is that of the rank that holds most."""
     table = []
-    most = {name: max(_elements(layout, plan.tp_size)) for name, layout in plan.layouts.items()}
-    shares = {name: _share(layout, plan.tp_size) for name, layout in plan.layouts.items()}
+    most = {name: max(elements_per_rank(layout, plan.tp_size)) for name, layout in plan.layouts.items()}
+    shares = {name: share_words(layout, plan.tp_size) for name, layout in plan.layouts.items()}
     for entry in plan.parameters:
         count = num_names(entry.name)
         table.append(
@@ -65,7 +65,7 @@ def rows(plan: Plan) -> list[TableRow]:
                 count=count,
                 shape=" x ".join(map(str, plan.shape_of(entry))) or "scalar",
                 dtype=entry.dtype,
-                style=_style(entry),
+                style=style_words(entry),
                 share=shares[entry.layout],
                 bytes_per_rank=count * most[entry.layout] * item_size(entry.dtype),
                 rule=str(entry.rule),
@@ -88,7 +88,7 @@ def summary(plan: Plan) -> Summary:
     for name, size in item_bytes.items():
         layout = plan.layouts[name]
         replicated += size * math.prod(layout.shape) if layout.dim is None else 0
-        for rank, elements in enumerate(_elements(layout, plan.tp_size)) if layout.dim is not None else ():
+        for rank, elements in enumerate(elements_per_rank(layout, plan.tp_size)) if layout.dim is not None else ():
             per_rank[rank] += size * elements
     held = tuple(size + replicated for size in per_rank)
     return Summary(total=total, per_rank=held, replicated=replicated, num_parameters=count)
@@ -157,8 +157,8 @@ def human_bytes(count: int) -> str:
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
 
 
-def _collectives(module: PlannedModule) -> str:
-    """The collectives at a module's inputs and output, in words."""
+def collectives(module: PlannedModule) -> str:
+    """The collectives at a module's inputs and output, in words: `gradient of hidden_states summed, output summed`."""
     words = {"copy": "gradient of {} summed", "split": "{} split", "reduce": "{} summed"}
     crossings = {**module.inputs, **({"output": module.output} if module.output is not None else {})}
     said = []
@@ -169,7 +169,8 @@ def _collectives(module: PlannedModule) -> str:
     return ", ".join(said + ["means over all ranks"] * module.mean_over_ranks)
 
 
-def _style(entry: Parameter) -> str:
+def style_words(entry: Parameter) -> str:
+    """How the module of a parameter runs: `column, gathered`."""
     if entry.gather_output:
         return f"{entry.style}, gathered"
     if entry.split_input:
@@ -179,7 +180,8 @@ def _style(entry: Parameter) -> str:
     return f"{entry.style}, gradient summed" if entry.partial_gradient else entry.style
 
 
-def _share(layout: Layout, tp_size: int) -> str:
+def share_words(layout: Layout, tp_size: int) -> str:
+    """What of a parameter each of `tp_size` ranks holds: `1/4 of dim 0`."""
     if layout.dim is None:
         return "all"
     size = layout.shape[layout.dim]
@@ -194,7 +196,7 @@ def _share(layout: Layout, tp_size: int) -> str:
     return f"{held} of {size} of {where}{shared}"
 
 
-def _elements(layout: Layout, tp_size: int) -> list[int]:
+def elements_per_rank(layout: Layout, tp_size: int) -> list[int]:
     """How many elements each rank holds; of a replicated tensor one number for all."""
     return [math.prod(layout.rank_shape(rank)) for rank in range(1 if layout.dim is None else tp_size)]
 
@@ -206,12 +208,17 @@ def groups(plan: Plan) -> list[tuple[str, list[TableRow]]]:
     """
     found: list[tuple[str, list[TableRow]]] = []
     for row in rows(plan)[:MOST_ROWS]:
-        match = _LAYER.match(row.name)
-        prefix = match.group() if match else ""
+        prefix = layer_prefix(row.name)
         if not found or found[-1][0] != prefix:
             found.append((prefix, []))
         found[-1][1].append(row)
     return found
+
+
+def layer_prefix(name: str) -> str:
+    """The beginning of a name up to its layer, `model.layers.{0..31}.`; empty where the name is of no layer."""
+    match = _LAYER.match(name)
+    return match.group() if match else ""
 
 
 def headline(plan: Plan) -> str:
@@ -272,14 +279,14 @@ def describe(plan: Plan) -> list[str]:
         same = len(set(attribute.values)) == 1
         value = attribute.values[0] if same else list(attribute.values)
         lines.append(f"set on each rank: {attribute.module}.{attribute.attribute} = {value}")
-    lines += [f"{module.module}: {_collectives(module)}" for module in plan.modules]
+    lines += [f"{module.module}: {collectives(module)}" for module in plan.modules]
     if plan.dequantize is not None:
         lines.append(f"the checkpoint has weights of {plan.dequantize} while they are sharded or loaded")
     lines += [f"note: {note}" for note in plan.notes]
-    return [*lines, _verified(plan)]
+    return [*lines, verified_words(plan)]
 
 
-def _verified(plan: Plan) -> str:
+def verified_words(plan: Plan) -> str:
     """What the plan's stamp says; one without a seal is of version 0.1, or was written by hand."""
     if plan.verified is None:
         return "not verified: run `autotp-plan verify`"

@@ -1,7 +1,7 @@
 """The `autotp-plan` command: typed arguments, plain library calls, and the only place that prints or exits.
 
-Exit status: 0 when all is well, 1 for a plan that `verify` does not prove or `export` cannot express, 2 for any fault
-in what the user gave us.
+Exit status: 0 when all is well, 1 for a plan that `verify` does not prove or `export` cannot express and for what
+`diff` finds, 2 for any fault in what the user gave us.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from autotp_plan.planner.cli.diff import diff
 from autotp_plan.planner.cli.export import export, presets
 from autotp_plan.planner.cli.infer import TIMEOUT, infer, infer_with_limits, prove_on_twin, time_limit
 from autotp_plan.planner.cli.job import check_job
@@ -25,7 +26,7 @@ from autotp_plan.planner.cli.output import (
     say,
     say_json,
     say_json_pieces,
-    table_width,
+    table_console,
     write_output,
 )
 from autotp_plan.planner.cli.shards import check_against, check_shards, convert, merge, presplit, reshard
@@ -33,8 +34,6 @@ from autotp_plan.schemas.errors import AutoTPError, Fault, visible
 from autotp_plan.schemas.shards.manifest import MANIFEST_NAME, PLAN_NAME
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from autotp_plan.factories.module_factory import ModuleFactory
     from autotp_plan.runtime.verify.report import Proof
     from autotp_plan.schemas.plan.document import Plan
@@ -51,6 +50,7 @@ def main() -> None:
     autotp-plan compile --model CHECKPOINT --tp 4 -o plan.json
     autotp-plan infer --model CHECKPOINT -o spec.json
     autotp-plan show plan.json
+    autotp-plan diff old.json new.json
     autotp-plan verify plan.json
     autotp-plan presplit plan.json --checkpoint CHECKPOINT -o SHARDS
     autotp-plan check SHARDS
@@ -216,19 +216,13 @@ def show(plan_file: Path, output_format: str) -> None:
         _print_table(plan)
 
 
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(markup=False, emoji=False, highlight=False, soft_wrap=not sys.stdout.isatty(), width=table_width())
-
-
 def _print_table(plan: Plan) -> None:
     from rich.table import Table
     from rich.text import Text
 
     from autotp_plan.planner.plan_table import describe, groups, headline, human_bytes
 
-    console = _console()
+    console = table_console()
     table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True)
     for title in ("parameter", "shape", "style", "each rank holds", "per rank", "rule"):
         right = title in ("shape", "per rank")
@@ -311,7 +305,7 @@ def _print_proof(proof: Proof) -> None:
 
     from autotp_plan.runtime.verify.report import FLOAT64_TOLERANCE, error_text
 
-    console = _console()
+    console = table_console()
     table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True)
     table.add_column("largest error of", overflow="fold", no_wrap=True)
     for title in ("gradient", "over two passes", "value after two steps"):
@@ -326,6 +320,7 @@ def _print_proof(proof: Proof) -> None:
         console.print(visible(line))
 
 
+main.add_command(diff)
 main.add_command(export)
 main.add_command(infer)
 main.add_command(presets)

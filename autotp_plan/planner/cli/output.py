@@ -12,12 +12,15 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
 from autotp_plan.schemas.documents import MOST_FAULTS, write_atomically
 from autotp_plan.schemas.errors import AutoTPError, Fault, OutputError, visible, visible_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _F = TypeVar("_F", bound=Callable[..., None])
 _LINE_SECONDS = 5.0
@@ -75,6 +78,13 @@ def progress(what: str, quiet: bool) -> Iterator[Callable[[int, int], None] | No
 def table_width(stream: TextIO | None = None) -> int | None:
     """The width of a table on `stream` (default: standard output): a terminal's; in a pipe or a file nothing is cut."""
     return None if (stream or sys.stdout).isatty() else _ANY_WIDTH
+
+
+def table_console() -> Console:
+    """Where tables are printed: standard output, and what is between [ and ] is no markup."""
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False, highlight=False, soft_wrap=not sys.stdout.isatty(), width=table_width())
 
 
 def say(text: str, err: bool = False) -> None:

@@ -1,0 +1,112 @@
+"""`diff`: what changed between two plans, or a plan and a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from autotp_plan.planner.cli.output import reported, say_json, table_console
+from autotp_plan.schemas.errors import AutoTPError, Fault, OptionError, visible
+from autotp_plan.schemas.shards.manifest import PLAN_NAME
+
+if TYPE_CHECKING:
+    from autotp_plan.planner.diff.differences import Differences
+    from autotp_plan.schemas.plan.document import Plan
+
+_COLORS = {"removed": "red", "added": "green", "changed": None}
+
+
+@click.command()
+@click.argument("old")
+@click.argument("new")
+@click.option("--format", "output_format", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@reported
+def diff(old: str, new: str, output_format: str) -> None:
+    """Show what changed between two plans, in the words of `show`.
+
+    OLD and NEW are plans, or folders of shards with one. One of them may be a checkpoint instead (folder, id of the hub
+    or URL): its names, shapes, dtypes and config.json are compared with the plan. Exit status 1 when they differ; how a
+    plan is written is no difference.
+    """
+    differences = _compared(old, new)
+    if output_format == "json":
+        say_json(json.dumps(differences.to_dict(), indent=1))
+    else:
+        _print(old, new, differences)
+    if not differences.equal:
+        sys.exit(1)
+
+
+def _compared(old: str, new: str) -> Differences:
+    from autotp_plan.planner.diff.checkpoint import compare_checkpoint, turned
+    from autotp_plan.planner.diff.compare import compare_plans
+    from autotp_plan.sources.model_folder import open_checkpoint
+
+    plans: list[Plan | None] = []
+    faults: list[Fault] = []
+    for given in (old, new):
+        try:
+            plans.append(_plan(given))
+        except AutoTPError as error:
+            faults += error.faults
+    if faults:
+        raise AutoTPError(faults)
+    before, after = plans
+    if before is not None and after is not None:
+        return compare_plans(before, after)
+    if before is not None:
+        return compare_checkpoint(before, open_checkpoint(new, before.dequantized_dtype))
+    if after is not None:
+        return turned(compare_checkpoint(after, open_checkpoint(old, after.dequantized_dtype)))
+    raise OptionError(
+        Fault(
+            code="diff-without-plan",
+            what="neither of the two is a plan",
+            where=f"{old} and {new}",
+            got="two checkpoints",
+            expected="two plans, or a plan and a checkpoint",
+            next="compile a plan of one of them: `autotp-plan compile --model CHECKPOINT --tp 2 -o plan.json`",
+        )
+    )
+
+
+def _plan(given: str) -> Plan | None:
+    """The plan in a file or a folder of shards; None for a checkpoint."""
+    from autotp_plan.schemas.plan.document import Plan
+
+    path = Path(given)
+    if path.is_dir():
+        return Plan.read(path / PLAN_NAME) if (path / PLAN_NAME).exists() else None
+    return Plan.read(path) if path.exists() or path.suffix == ".json" else None
+
+
+def _print(old: str, new: str, differences: Differences) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from autotp_plan.planner.diff.text import groups, lines
+
+    console = table_console()
+    console.print(Text(visible(f"--- {old}: {differences.old.headline}"), style="red"))
+    console.print(Text(visible(f"+++ {new}: {differences.new.headline}"), style="green"))
+    table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True)
+    for title in ("name", "what", "old", "new"):
+        table.add_column(title, overflow="fold")
+    for prefix, rows in groups(differences):
+        if prefix:
+            table.add_row(visible(prefix))
+        for row in rows:
+            name = f"  {row.name}" if prefix and row.name else row.name
+            cells = [Text(visible(text)) for text in (name, row.what, row.old, row.new)]
+            cells[2].stylize("red")
+            cells[3].stylize("green")
+            table.add_row(*cells, style=_COLORS[row.kind])
+    if table.row_count:
+        console.print(table)
+    for line in lines(differences):
+        sign = {"removed": "- ", "added": "+ ", "changed": ""}[line.kind]
+        console.print(Text(visible(f"{sign}{line.text}"), style=_COLORS[line.kind] or ""))
