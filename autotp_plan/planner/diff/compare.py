@@ -115,9 +115,11 @@ def _records(old: Plan, new: Plan) -> Iterator[Difference]:
         for plan in (old, new)
     )
     yield from compare_facts("compiled from", "compiled from", *repositories)
-    yield from compare_values(
-        "compiled by", *(None if plan.rules is None else encode(plan.rules) for plan in (old, new))
-    )
+    if old.rules is None or new.rules is None:
+        rules = (None if one is None else fact("value", encode(one), str(one)) for one in (old.rules, new.rules))
+        yield from compare_facts("compiled by", "compiled by", *rules)
+    else:
+        yield from compare_values("compiled by", encode(old.rules), encode(new.rules))
     yield from compare_names("note", notes(old), notes(new), folded=False)
     yield from _stamps(old, new)
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from autotp_plan.planner.diff.differences import Fact
 from autotp_plan.planner.plan_table import elements_per_rank, human_bytes, share_words, style_words
 from autotp_plan.schemas.codec import encode
-from autotp_plan.schemas.layout import Layout
+from autotp_plan.schemas.layout import Layout, SubParameter
 from autotp_plan.schemas.names import expand
 from autotp_plan.schemas.plan.document import Crossing, Parameter, Plan, PlannedModule
 from autotp_plan.schemas.storage.safetensors_header import item_size
@@ -158,7 +158,9 @@ def _crossing_words(crossing: Crossing, tp_size: int) -> str:
         return f"gradient{'' if crossing.interval is None else f' of {list(crossing.interval)}'} summed"
     assert crossing.size is not None
     assert crossing.dim is not None
-    share = share_words(Layout(shape=(crossing.size,), dim=0, intervals=crossing.intervals), tp_size)
+    things = (SubParameter(size=crossing.size, unit=1),)
+    layout = Layout(shape=(crossing.size,), dim=0, sub_parameters=things, intervals=crossing.intervals)
+    share = share_words(layout, tp_size)
     return f"split, {share.replace('dim 0', f'{crossing.size} in dim {crossing.dim}')}"
 
 

@@ -105,7 +105,12 @@ def _conclusion(differences: Differences) -> Iterator[str]:
     if differences.computes_the_same:
         yield "what each rank holds and computes is the same"
         return
+    if None in (old.fingerprint, new.fingerprint):
+        yield "the checkpoint is not the one that the plan is for"
+        return
     changed = sum(one.count for one in differences.found if one.of == "parameter" and one.is_computed)
-    if changed:
+    if not changed:
+        yield "what a rank holds or computes differs"
+    else:
         of = f" of {old.num_parameters}" if old.num_parameters == new.num_parameters else ""
         yield f"{changed}{of} parameters differ in what a rank holds or computes"
