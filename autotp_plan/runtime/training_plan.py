@@ -40,6 +40,7 @@ from autotp_plan.runtime.loading.empty_model import empty_model
 from autotp_plan.runtime.loading.read_weights import read_weights
 from autotp_plan.runtime.loading.shard_model import shard_model
 from autotp_plan.runtime.loading.weights import WeightSource, open_weights
+from autotp_plan.runtime.losses.chunked_loss import check_loss_chunks
 from autotp_plan.runtime.optimizers.choose import (
     adapt_engine,
     adapt_optimizer,
@@ -156,6 +157,7 @@ class TrainingPlan:
         map_shards: bool = True,
         share_input_gradients: bool = True,
         vocab_parallel_loss: bool = True,
+        loss_chunks: int | None = None,
         check_batches_every: int | None = 100,
         **options: Any,
     ) -> nn.Module:
@@ -182,6 +184,10 @@ class TrainingPlan:
             vocab_parallel_loss: in training with labels, let a transformers causal LM compute its loss from each rank's
                 logits. The all-gather of `output.logits` is then deferred to first use, which every rank of the TP
                 group must make; without labels, or in evaluation, they are gathered at once.
+            loss_chunks: in training with labels, compute the loss from the logits of this many chunks of the rank's
+                words, one at a time and again in the backward, so that no more than one chunk's logits exist. With
+                `tp_size` 1 too. `output.logits` are computed at first use, which every rank of the TP group must make.
+                None computes a rank's logits at once.
             check_batches_every: n: the batches of the TP ranks are compared, by one small all-reduce, at the forwards
                 1, n + 1, 2n + 1, ..., counted in training and in evaluation. None compares nothing.
             options: for transformers, such as `attn_implementation`.
@@ -191,11 +197,11 @@ class TrainingPlan:
 
         Raises:
             MismatchError: plan, folder, model and world size do not belong together; or the weights are of several
-                dtypes, and none is named.
+                dtypes, and none is named; or the model's loss cannot be computed in chunks.
             ShardsError: the shards folder is not complete, or not what its manifest says.
             CheckpointError: the checkpoint cannot be read, or transformers cannot build its model.
             DocumentError: a JSON file in the folder is not what it should be.
-            OptionError: `check_batches_every` is less than 1.
+            OptionError: `check_batches_every` or `loss_chunks` is less than 1.
 
         All of them before anything is loaded; where one rank raises, the others do, and none waits for it.
         """
@@ -207,6 +213,7 @@ class TrainingPlan:
 
         def found() -> tuple[ModelFolder, WeightSource, nn.Module, dict[str, torch.dtype], str]:
             check_interval(check_batches_every)
+            check_loss_chunks(loss_chunks, vocab_parallel_loss)
             place = model_folder(path)
             source = open_weights(
                 place,
@@ -227,7 +234,7 @@ class TrainingPlan:
                 "checkpoint": fingerprint,
                 "config": config_of(built),
                 "dtypes": {name: str(dtype) for name, dtype in dtypes.items()},
-                "options": flat([share_input_gradients, vocab_parallel_loss, check_batches_every]),
+                "options": flat([share_input_gradients, vocab_parallel_loss, check_batches_every, loss_chunks]),
                 "versions": versions(),
             },
             what="the ranks would load parts of different models",
@@ -247,6 +254,7 @@ class TrainingPlan:
                 ranks,
                 share_input_gradients=share_input_gradients,
                 vocab_parallel_loss=vocab_parallel_loss,
+                loss_chunks=loss_chunks,
             )
 
         together(

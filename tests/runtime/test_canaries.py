@@ -316,6 +316,8 @@ CANARIES = [
            lambda leaves: leaves(([1], {"a": 2.0})) == [1, 2.0]),
     Canary("torch.nn:Linear", "sharing input gradients between layers under ZeRO 3",
            lambda cls: len(cls(1, 1)._forward_pre_hooks.values()) == 0),
+    Canary("torch.nn:Embedding", "refusing hooks on a head whose logits are computed in chunks",
+           lambda cls: len(cls(1, 1)._forward_hooks.values()) == 0),
     Canary("torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup.__init__",
            "refusing fully_shard of a model that is sharded", takes("params", "modules")),
     Canary("torch.testing._internal.distributed.fake_pg:FakeStore", WITHOUT_DATA),

@@ -17,7 +17,7 @@ from autotp_plan.runtime.loading.check_model import check_model
 from autotp_plan.runtime.loading.empty_model import empty_model
 from autotp_plan.runtime.loading.shard_model import shard_model
 from autotp_plan.runtime.loading.weights import DTYPES
-from autotp_plan.runtime.tensor_parallel.vocab_loss import keep_logits_sharded
+from autotp_plan.runtime.losses.vocab_loss import keep_logits_sharded
 from autotp_plan.schemas.documents import format_json
 from autotp_plan.schemas.errors import Fault, MismatchError
 from autotp_plan.schemas.layout import parameter_shape

@@ -1,6 +1,6 @@
 """From a plan to a sharded model: replace the planned modules, fill in one rank's weights.
 
-Nothing is decided here, and nothing refused: `check_model` found before that the model fits the plan.
+Nothing is decided here, and little refused: `check_model` found before that the model fits the plan.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from autotp_plan.runtime.deepspeed.internals import mark_as_sharded
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.runtime.loading.check_model import layers_with_collectives
 from autotp_plan.runtime.loading.replace_modules import add_boundaries, replace_layers, skip_fused_kernels
+from autotp_plan.runtime.losses.chunked_loss import use_chunked_loss
+from autotp_plan.runtime.losses.vocab_loss import use_vocab_parallel_loss
 from autotp_plan.runtime.tensor_parallel.collectives import take
 from autotp_plan.runtime.tensor_parallel.linear import PlannedLayer
 from autotp_plan.runtime.tensor_parallel.module_boundary import WithCollectives
 from autotp_plan.runtime.tensor_parallel.sharded_params import ShardedParams
 from autotp_plan.runtime.tensor_parallel.torch_internals import tensor_of
-from autotp_plan.runtime.tensor_parallel.vocab_loss import use_vocab_parallel_loss
 from autotp_plan.schemas.names import expand
 from autotp_plan.schemas.plan.document import Plan
 
@@ -36,6 +37,7 @@ def shard_model(
     *,
     share_input_gradients: bool = True,
     vocab_parallel_loss: bool = True,
+    loss_chunks: int | None = None,
 ) -> None:
     """Turn `model` into this rank's part of it, in place. No communication.
 
@@ -46,6 +48,10 @@ def shard_model(
         ranks: this process's place in the mesh.
         share_input_gradients: all-reduce the gradient of a tensor once for all layers that take it.
         vocab_parallel_loss: let a causal LM compute its loss from each rank's logits, where it can.
+        loss_chunks: compute these in as many chunks; None computes them at once.
+
+    Raises:
+        MismatchError: the model's loss cannot be computed in chunks.
     """
     sharded = {**replace_layers(model, plan, ranks), **add_boundaries(model, plan, ranks)}
     if ranks.tp_size > 1:
@@ -55,6 +61,8 @@ def shard_model(
             module.share_input_gradients = share_input_gradients
     if vocab_parallel_loss:
         use_vocab_parallel_loss(model)
+    if loss_chunks is not None:
+        use_chunked_loss(model, loss_chunks)
     _set_attributes(model, plan, ranks.tp_rank)
     _load_weights(model, sharded, weights)
     restore_ties(model, plan)

@@ -1,4 +1,4 @@
-"""What one rank computes: tensor-parallel layers, their collectives, sharded parameters, the vocabulary-parallel loss.
+"""What one rank computes: tensor-parallel layers, their collectives, sharded parameters.
 
-Not here: reading weights (`runtime.loading`) and the DeepSpeed engine (`runtime.deepspeed`).
+Not here: reading weights (`runtime.loading`), losses (`runtime.losses`) and the DeepSpeed engine (`runtime.deepspeed`).
 """

@@ -105,7 +105,7 @@ class LazilyGathered(Tensor):
         if isinstance(first, cls) and first._full is None:
             if func in _SHAPE:
                 return func(first._outline(), *args[1:], **kwargs)
-            if func in _OF_THE_SHARD or (func in _ELEMENTWISE and _are_numbers((args[1:], kwargs))):
+            if func in _OF_THE_SHARD or is_elementwise(func, (args[1:], kwargs)):
                 with without_torch_function():
                     result = func(*args, **kwargs)
                 if result is first or not isinstance(result, Tensor):
@@ -129,6 +129,11 @@ _ELEMENTWISE = tensor_functions(
     "mul", "div", "add", "sub", "true_divide", "neg", "tanh", "float", "double", "half", "bfloat16", "to", "clone",
     "contiguous", "detach",
 )  # fmt: skip
+
+
+def is_elementwise(func: Any, others: Any) -> bool:
+    """Whether a function acts on each element of its first argument by itself, with numbers as its other arguments."""
+    return func in _ELEMENTWISE and _are_numbers(others)
 
 
 def _are_numbers(others: Any) -> bool:

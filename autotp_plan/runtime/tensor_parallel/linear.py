@@ -7,7 +7,7 @@ head counts. A layer is built with parameters on the meta device; `finish` marks
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -27,6 +27,9 @@ from autotp_plan.runtime.tensor_parallel.sharded_params import ShardedParams
 from autotp_plan.runtime.tensor_parallel.torch_internals import eager, forward_pre_hooks, tensor_of
 from autotp_plan.runtime.tensor_parallel.weight_reads import watched
 from autotp_plan.schemas.layout import Layout
+
+Compute = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""A function of an input, a weight `(out_features, in_features)` and a bias."""
 
 
 class PlannedLayer(HoldsShards, ShardedLayer):
@@ -146,7 +149,8 @@ class _Linear(PlannedLayer):
 class ColumnParallelLinear(_Linear):
     """A linear layer sharded by output features. `gather_output` all-gathers the output.
 
-    While `defer_gather` is set, that all-gather is deferred to the first use of the output.
+    While `defer_gather` is set, that all-gather is deferred to the first use of the output. While `defer_product` is
+    set, the layer returns what that makes of its input, and computes nothing.
     """
 
     partition_type = "column"
@@ -155,6 +159,7 @@ class ColumnParallelLinear(_Linear):
         super().__init__(module, **kwargs)
         self.gather_output = gather_output
         self.defer_gather = False
+        self.defer_product: Callable[[Tensor], Tensor] | None = None
 
     @property
     def gathers_when_read(self) -> bool:
@@ -162,22 +167,31 @@ class ColumnParallelLinear(_Linear):
         return self.gather_output
 
     @eager
-    def __call__(self, input: Tensor) -> Tensor:
+    def __call__(self, input: Tensor, *, compute: Compute | None = None) -> Tensor:
         """As any module's, but with `copy_to_ranks` before the hooks of ZeRO 3.
 
         Those give every module another tensor as input, and layers that take the same one would no longer share its
         gradient. Hooks of others come first, as they may change the input.
+
+        Args:
+            input: `(..., in_features)`.
+            compute: what to compute of the input, this rank's shard of the weight and of the bias, in place of the
+                product; it returns a tensor. The gradient of its input is all-reduced.
         """
         output: Tensor
+        if self.defer_product is not None and compute is None:
+            return self.defer_product(input)
         if are_all_of_deepspeed(forward_pre_hooks(self)):
-            output = super().__call__(self._copied(input), is_copied=True)
+            output = super().__call__(self._copied(input, compute is not None), is_copied=True, compute=compute)
         else:
-            output = super().__call__(input)
+            output = super().__call__(input, compute=compute)
         return output
 
-    def forward(self, input: Tensor, *, is_copied: bool = False) -> Tensor:
+    def forward(self, input: Tensor, *, is_copied: bool = False, compute: Compute | None = None) -> Tensor:
         """`(..., in_features)` to this rank's part of `(..., out_features)`, or to all of it when gathered."""
         weight, bias = self.local_weight, self.local_bias
+        if compute is not None:
+            return compute(input if is_copied else self._copied(input, True), weight, bias)
         if not self.is_tp_parallel:
             return F.linear(input, weight, bias)
         output: Tensor
@@ -192,8 +206,9 @@ class ColumnParallelLinear(_Linear):
             enter_sharded_region(self.name, self.tp_index)
         return output
 
-    def _copied(self, input: Tensor) -> Tensor:
-        if not self.is_tp_parallel or self.overlaps_communication:  # which all-reduces in `_OverlappedColumn`
+    def _copied(self, input: Tensor, always: bool = False) -> Tensor:
+        overlaps = self.overlaps_communication and not always  # then `_OverlappedColumn` all-reduces
+        if not self.is_tp_parallel or overlaps:
             return input
         return copy_to_ranks(input, self.mp_group, shared=self.share_input_gradients)
 

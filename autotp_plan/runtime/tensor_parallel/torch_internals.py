@@ -65,6 +65,11 @@ def forward_pre_hooks(module: nn.Module) -> Collection[Callable[..., Any]]:
     return module._forward_pre_hooks.values()
 
 
+def forward_hooks(module: nn.Module) -> Collection[Callable[..., Any]]:
+    """The functions that are called after `module.forward`. Relies on `Module._forward_hooks`."""
+    return module._forward_hooks.values()
+
+
 def tensor_of(module: nn.Module, name: str) -> Any:
     """The parameter or buffer `name` that `module` holds, whatever its class shows as the attribute `name`.
 

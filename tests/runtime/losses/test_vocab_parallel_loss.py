@@ -166,9 +166,10 @@ def vocabulary(work: Path) -> dict[str, Any]:
     import torch
     import torch.nn.functional as F
 
-    from autotp_plan.runtime.tensor_parallel import lazy_logits, vocab_loss
+    from autotp_plan.runtime.losses import vocab_loss
+    from autotp_plan.runtime.losses.vocab_loss import _CrossEntropy
+    from autotp_plan.runtime.tensor_parallel import lazy_logits
     from autotp_plan.runtime.tensor_parallel.lazy_logits import LazilyGathered
-    from autotp_plan.runtime.tensor_parallel.vocab_loss import _CrossEntropy
     from tests.helpers.models import batch
 
     dense = torch.load(work / "losses")

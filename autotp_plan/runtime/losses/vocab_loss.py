@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from deepspeed import comm as dist
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from autotp_plan.runtime.losses.deferred_logits import DeferredLogits
+from autotp_plan.runtime.losses.word_chunks import TokenValues, WordChunks
 from autotp_plan.runtime.tensor_parallel.embedding import find_held
 from autotp_plan.runtime.tensor_parallel.lazy_logits import LastDimSharding, LazilyGathered
 from autotp_plan.runtime.tensor_parallel.linear import ColumnParallelLinear
@@ -75,14 +78,15 @@ def causal_lm_loss(
         ValueError: there are not as many labels as logits.
         RuntimeError: a label is not in the vocabulary.
     """
-    shard = logits.shard if isinstance(logits, LazilyGathered) and logits.shape[-1] == vocab_size else None
-    if shard is None:
-        loss: Tensor = ForCausalLMLoss(
-            logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
-        )
-        return loss
-    assert isinstance(logits, LazilyGathered)
-    return _loss_of_shard(logits.sharding, shard, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels)
+    of_vocabulary = isinstance(logits, LazilyGathered) and logits.shape[-1] == vocab_size
+    if of_vocabulary and isinstance(logits, DeferredLogits):
+        losses = functools.partial(_losses_in_chunks, logits)
+        return _mean_loss(losses, logits.device, labels, num_items_in_batch, ignore_index, shift_labels)
+    if of_vocabulary and logits.shard is not None:  # type: ignore[attr-defined]
+        sharding, shard = logits.sharding, logits.shard  # type: ignore[attr-defined]
+        return _loss_of_shard(sharding, shard, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels)
+    loss: Tensor = ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
+    return loss
 
 
 def keep_logits_sharded(model: nn.Module) -> bool:
@@ -118,17 +122,62 @@ def _loss_of_shard(
     **kwargs: Any,
 ) -> Tensor:
     """As `causal_lm_loss`, of this rank's shard of the logits."""
+    flat = logits.float().flatten(0, -2)
+
+    def losses(targets: Tensor, ignore_index: int) -> Tensor:
+        return vocab_parallel_cross_entropy(flat, targets, sharding, ignore_index)
+
+    return _mean_loss(losses, logits.device, labels, num_items_in_batch, ignore_index, shift_labels)
+
+
+def _mean_loss(
+    losses_of: Callable[[Tensor, int], Tensor],
+    device: torch.device,
+    labels: Tensor | None,
+    num_items_in_batch: Tensor | int | None,
+    ignore_index: int,
+    shift_labels: Tensor | None,
+) -> Tensor:
+    """The mean of `losses_of(targets, ignore_index)`, both `(tokens,)`, for arguments as of `causal_lm_loss`."""
     if shift_labels is None:
         assert labels is not None
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    targets = shift_labels.reshape(-1).to(logits.device)
-    losses = vocab_parallel_cross_entropy(logits.float().flatten(0, -2), targets, sharding, ignore_index)
+    targets = shift_labels.reshape(-1).to(device)
+    losses = losses_of(targets, ignore_index)
     if num_items_in_batch is None:
         num_items_in_batch = (targets != ignore_index).sum()
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(losses.device)
     mean: Tensor = losses.sum() / num_items_in_batch
     return mean
+
+
+@eager
+def _losses_in_chunks(logits: DeferredLogits, targets: Tensor, ignore_index: int) -> Tensor:
+    """As `vocab_parallel_cross_entropy`, of logits that are computed in chunks."""
+    _check_targets(targets, logits.shape[:-1].numel(), logits.sharding, ignore_index)
+
+    def losses(chunks: WordChunks, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        log_probs: Tensor
+        log_probs, _ = TokenValues.apply(chunks, targets, False, hidden, weight, bias)  # type: ignore[no-untyped-call]
+        return -log_probs
+
+    as_float: Any = logits.float()  # as `ForCausalLMLoss` does
+    found: Tensor = as_float.compute(losses)
+    return found.masked_fill(targets == ignore_index, 0.0)
+
+
+def _check_targets(targets: Tensor, tokens: int, sharding: LastDimSharding, ignore_index: int) -> None:
+    if targets.shape != (tokens,):
+        raise ValueError(
+            f"The labels do not belong to the logits. Got: {targets.numel()} labels for the logits of "
+            f"{tokens} tokens. Expected: as many. Next: give labels for the same tokens (logits_to_keep?)."
+        )
+    known = (targets == ignore_index) | ((targets >= 0) & (targets < sharding.size))
+    assert_without_waiting(  # as torch's cross entropy
+        known.all(),
+        f"A label is not in the vocabulary. Expected: 0 to {sharding.size - 1}, or {ignore_index} to ignore.",
+    )
 
 
 @eager
@@ -150,16 +199,7 @@ def vocab_parallel_cross_entropy(
         ValueError: there are not as many targets as logits.
         RuntimeError: a target is not in the vocabulary.
     """
-    if targets.shape != logits.shape[:1]:
-        raise ValueError(
-            f"The labels do not belong to the logits. Got: {targets.numel()} labels for the logits of "
-            f"{logits.shape[0]} tokens. Expected: as many. Next: give labels for the same tokens (logits_to_keep?)."
-        )
-    known = (targets == ignore_index) | ((targets >= 0) & (targets < sharding.size))
-    assert_without_waiting(  # as torch's cross entropy
-        known.all(),
-        f"A label is not in the vocabulary. Expected: 0 to {sharding.size - 1}, or {ignore_index} to ignore.",
-    )
+    _check_targets(targets, logits.shape[0], sharding, ignore_index)
     losses: Tensor = _CrossEntropy.apply(logits, targets, sharding, ignore_index)  # type: ignore[no-untyped-call]
     return losses
 
