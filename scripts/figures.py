@@ -1,4 +1,4 @@
-"""Draws the pictures of the documentation: `python -m scripts.figures` writes `docs/images/*.svg`.
+"""Draws the pictures of the documentation: `python -m scripts.figures` writes `docs/images/`.
 
 The intervals in `fused_qkv.svg` come from a compiled plan of this repository and from the interval arithmetic that the
 loader uses; nothing in it is placed by hand. `tests/docs/test_figures.py` says when a picture is out of date.
@@ -6,11 +6,16 @@ loader uses; nothing in it is placed by hand. `tests/docs/test_figures.py` says 
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
+from autotp_plan.planner.pictures.layer_svg import layer_svg
+from autotp_plan.planner.pictures.page import page
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.layout import Layout
 from autotp_plan.schemas.plan.document import Plan
@@ -18,6 +23,7 @@ from autotp_plan.schemas.plan.document import Plan
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
 PLAN = ROOT / "autotp_plan" / "plans" / "phi_3_medium" / "tp2.json"
+LAYER_PLAN = ROOT / "autotp_plan" / "plans" / "phi_3_mini" / "tp4.json"
 WEIGHT = "model.layers.{0..39}.self_attn.qkv_proj.weight"
 HEAD_DIM = 128
 
@@ -244,7 +250,27 @@ def flow() -> str:
     return document(920, 462, "From a checkpoint to a plan, to shards, to a training job, and back", parts)
 
 
-FIGURES = {"fused_qkv.svg": fused_qkv, "flow.svg": flow}
+def layer() -> str:
+    """What `autotp-plan show --svg` draws of a model with fused weights."""
+    return layer_svg(Plan.read(LAYER_PLAN))
+
+
+FIGURES = {"fused_qkv.svg": fused_qkv, "flow.svg": flow, "layer.svg": layer}
+SCREENSHOTS = {"page.png": ROOT / "autotp_plan" / "plans" / "deepseek_v3" / "tp8.json"}
+"""Pictures of pages of `autotp-plan show --html`, taken where chromium is installed."""
+
+
+def screenshot(plan: Path, target: Path) -> None:
+    """Write what chromium shows of the page of a plan, 1280 pixels wide."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        page_file = Path(folder) / "page.html"
+        page_file.write_text(page(Plan.read(plan)), encoding="utf-8")
+        options = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1280,1700"]
+        command = [chromium, *options, f"--user-data-dir={folder}", f"--screenshot={target}", page_file.as_uri()]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
 
 
 def main() -> None:
@@ -252,6 +278,8 @@ def main() -> None:
     IMAGES.mkdir(exist_ok=True)
     for name, draw in FIGURES.items():
         (IMAGES / name).write_text(draw(), encoding="utf-8")
+    for name, plan in SCREENSHOTS.items():
+        screenshot(plan, IMAGES / name)
 
 
 if __name__ == "__main__":

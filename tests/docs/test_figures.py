@@ -6,7 +6,7 @@ import pytest
 
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.plan.document import Plan
-from scripts.figures import FIGURES, IMAGES, PLAN, WEIGHT, contents, reads, sub_parameters
+from scripts.figures import FIGURES, IMAGES, PLAN, SCREENSHOTS, WEIGHT, contents, reads, sub_parameters
 
 
 @pytest.mark.parametrize("name", sorted(FIGURES))
@@ -16,7 +16,7 @@ def test_the_picture_is_up_to_date(name: str) -> None:
 
 
 def test_every_picture_has_a_script() -> None:
-    assert {path.name for path in IMAGES.iterdir()} == set(FIGURES)
+    assert {path.name for path in IMAGES.iterdir()} == {*FIGURES, *SCREENSHOTS}
 
 
 def test_what_the_picture_says_of_the_two_ways_to_split() -> None:

@@ -25,11 +25,11 @@ from autotp_plan.planner.cli.output import (
     reported,
     say,
     say_json,
-    say_json_pieces,
     table_console,
     write_output,
 )
 from autotp_plan.planner.cli.shards import check_against, check_shards, convert, merge, presplit, reshard
+from autotp_plan.planner.cli.show import show
 from autotp_plan.schemas.errors import AutoTPError, Fault, visible
 from autotp_plan.schemas.shards.manifest import MANIFEST_NAME, PLAN_NAME
 
@@ -203,48 +203,6 @@ def check(plan_file: Path, checkpoint: str | None, quick: bool = False) -> None:
 @main.command()
 @click.argument("plan_file", metavar="PLAN", type=_FILE)
 @click.option("--format", "output_format", type=click.Choice(["table", "json"]), default="table", show_default=True)
-@reported
-def show(plan_file: Path, output_format: str) -> None:
-    """Show a plan as a table, or expanded as JSON."""
-    from autotp_plan.planner.plan_table import json_pieces
-    from autotp_plan.schemas.plan.document import Plan
-
-    plan = Plan.read(plan_file)
-    if output_format == "json":
-        say_json_pieces(json_pieces(plan))
-    else:
-        _print_table(plan)
-
-
-def _print_table(plan: Plan) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from autotp_plan.planner.plan_table import describe, groups, headline, human_bytes
-
-    console = table_console()
-    table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True)
-    for title in ("parameter", "shape", "style", "each rank holds", "per rank", "rule"):
-        right = title in ("shape", "per rank")
-        table.add_column(title, justify="right" if right else "left", overflow="fold", no_wrap=title != "rule")
-    for prefix, rows in groups(plan):
-        indent = "  " if prefix else ""
-        if prefix:
-            table.add_row(visible(prefix))
-        for row in rows:
-            name, size = row.name.removeprefix(prefix), human_bytes(row.bytes_per_rank)
-            style = "dim" if row.style.startswith("replicated") else None
-            cells = (indent + name, row.shape, row.style, row.share, size, row.rule)
-            table.add_row(*map(visible, cells), style=style)
-    console.print(Text(visible(headline(plan)), style="bold"))
-    console.print(table)
-    for line in describe(plan):
-        console.print(visible(line))
-
-
-@main.command()
-@click.argument("plan_file", metavar="PLAN", type=_FILE)
-@click.option("--format", "output_format", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @click.option("--no-stamp", is_flag=True, help="Leave the plan file as it is.")
 @click.option("--attention", multiple=True, type=click.Choice(["eager", "sdpa"]), help="Only this one; repeatable.")
 @click.option(
@@ -324,6 +282,7 @@ main.add_command(diff)
 main.add_command(export)
 main.add_command(infer)
 main.add_command(presets)
+main.add_command(show)
 main.add_command(presplit)
 main.add_command(merge)
 main.add_command(reshard)

@@ -1,0 +1,229 @@
+"""What is drawn of a plan: its weights with their geometry, in stages of blocks of layers, with their collectives."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from autotp_plan.planner.pictures import layers
+from autotp_plan.planner.pictures.geometry import Drawing, draw
+from autotp_plan.planner.plan_table import share_words
+from autotp_plan.schemas.names import expand, num_names
+from autotp_plan.schemas.plan.document import Plan
+from autotp_plan.schemas.plan.entries import Parameter, PlannedModule, Style
+from autotp_plan.schemas.storage.safetensors_header import num_bytes
+
+MOST_WEIGHTS, MOST_GROUPS, ALL_PIECES = 240, 40, 12_000
+"""What is drawn of a plan at most: weights, kinds of layers, pieces in all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weight:
+    """One parameter of a layer. `rank_bytes` are those of the rank that holds most, of one layer."""
+
+    name: str
+    label: str
+    count: int
+    shape: tuple[int, ...]
+    dtype: str
+    style: Style
+    share: str
+    rule: str
+    rank_bytes: int
+    notes: tuple[str, ...]
+    drawing: Drawing
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Collective:
+    """What ranks exchange at a place: `what` in the field's word, and why. `backward` for a gradient's."""
+
+    what: str
+    why: str
+    backward: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """Weights of one style that an input passes at the same time."""
+
+    style: Style
+    weights: tuple[Weight, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """A part of a layer, such as its attention: stages one after the other, collectives before and after."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    before: tuple[Collective, ...] = ()
+    after: tuple[Collective, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    """Layers that are the same, or weights outside of layers (no `numbers`)."""
+
+    stem: str
+    numbers: tuple[int, ...]
+    num_layers: int
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Picture:
+    """The model from top to bottom. `not_drawn` counts entries that are only in the table."""
+
+    tp_size: int
+    sections: tuple[Section, ...]
+    not_drawn: int
+
+    def weights(self) -> Iterator[Weight]:
+        """Every weight that is drawn, from top to bottom."""
+        for section in self.sections:
+            for block in section.blocks:
+                for stage in block.stages:
+                    yield from stage.weights
+
+
+def picture(plan: Plan) -> Picture:
+    """What is drawn of a plan."""
+
+    @functools.cache
+    def drawing(layout: str, shape: tuple[int, ...], style: Style) -> Drawing:
+        return draw(plan.layouts[layout], shape, style, plan.tp_size)
+
+    sections: list[Section] = []
+    weights = pieces = 0
+    drawn: set[str] = set()
+    for group in layers.groups(plan.parameters)[:MOST_GROUPS]:
+        kept = []
+        for label, entry in group.entries:
+            one = drawing(entry.layout, plan.shape_of(entry), entry.style)
+            if weights >= MOST_WEIGHTS or pieces + len(one.pieces) > ALL_PIECES:
+                continue
+            weights, pieces = weights + 1, pieces + len(one.pieces)
+            drawn.add(entry.name)
+            kept.append(_weight(plan, group, label, entry, one))
+        if kept:
+            blocks = _blocks(kept, group, plan)
+            sections.append(
+                Section(stem=group.stem, numbers=group.numbers, num_layers=group.num_layers, blocks=tuple(blocks))
+            )
+    return Picture(
+        tp_size=plan.tp_size, sections=tuple(sections), not_drawn=len({e.name for e in plan.parameters} - drawn)
+    )
+
+
+def _weight(plan: Plan, group: layers.Group, label: str, entry: Parameter, drawing: Drawing) -> Weight:
+    layout = plan.layouts[entry.layout]
+    shapes = {layout.rank_shape(rank) for rank in range(plan.tp_size)}
+    count = num_names(label)
+    notes = {
+        "output gathered": entry.gather_output,
+        "gradient all-reduced": entry.partial_gradient,
+        "added once": entry.add_once,
+        "input split": entry.split_input,
+    }
+    return Weight(
+        name=entry.name,
+        label=label,
+        count=count,
+        shape=plan.shape_of(entry),
+        dtype=entry.dtype,
+        style=entry.style,
+        share=share_words(layout, plan.tp_size),
+        rule=str(entry.rule),
+        rank_bytes=count * max(num_bytes(entry.dtype, shape) for shape in shapes),
+        notes=tuple(note for note, said in notes.items() if said) + _module_notes(plan, entry.name),
+        drawing=drawing,
+    )
+
+
+def _module_notes(plan: Plan, name: str) -> tuple[str, ...]:
+    """What happens at the output of the weight's own module, such as one of a replicated latent."""
+    found = []
+    for module in plan.modules:
+        output = module.output
+        if output is not None and output.operation == "copy" and name.rpartition(".")[0] == module.module:
+            interval = output.interval
+            part = f" [{interval[0]}, {interval[1]})" if interval else ""
+            found.append(f"gradient of its output{part} all-reduced")
+    return tuple(found)
+
+
+def _blocks(weights: Sequence[Weight], group: layers.Group, plan: Plan) -> list[Block]:
+    by_block: dict[tuple[str, str], list[Weight]] = defaultdict(list)
+    modules = {label.rpartition(".")[0] for label, _ in group.entries if label.endswith(".weight")}
+    for weight in weights:
+        name = layers.block_of(weight.label, modules) if group.numbers else ""
+        place = layers.norm_place(weight.label) if group.numbers and not name else ""
+        by_block[name, place].append(weight)
+    found = []
+    for (name, _), of in by_block.items():
+        stages = []
+        for style in layers.STAGES:
+            same = tuple(weight for weight in of if weight.style == style)
+            if same:
+                stages.append(Stage(style=style, weights=tuple(sorted(same, key=_matrices_first))))
+        before, after = _collectives(of, plan.tp_size)
+        crossed = [module for module in plan.modules if _is_of(module, group, name)]
+        for module in crossed:
+            found_before, found_after = _crossings(module)
+            before, after = before + found_before, after + found_after
+        found.append(Block(name=name, stages=tuple(stages), before=tuple(before), after=tuple(after)))
+    return sorted(found, key=lambda block: layers.block_place(block.name, _labels(block)))
+
+
+def _labels(block: Block) -> list[str]:
+    return [weight.label for stage in block.stages for weight in stage.weights]
+
+
+def _matrices_first(weight: Weight) -> tuple[bool, bool, int]:
+    """Matrices before biases, queries before keys, large before small."""
+    is_query = weight.label.rpartition(".")[0].rpartition(".")[2].startswith("q")
+    return len(weight.shape) < 2, not is_query, -math.prod(weight.shape)
+
+
+def _collectives(weights: Sequence[Weight], tp_size: int) -> tuple[list[Collective], list[Collective]]:
+    """What the styles of a block's matrices make the ranks exchange."""
+    matrices = [weight for weight in weights if len(weight.shape) > 1 and tp_size > 1]
+    styles = [weight.style for weight in matrices]
+    before, after = [], []
+    if "column" in styles:
+        before.append(
+            Collective(what="all-reduce", why="of the gradient of the column-parallel layers' input", backward=True)
+        )
+    if "vocab" in styles:
+        after.append(Collective(what="all-reduce", why="each rank has looked up the tokens of its rows"))
+    if rows := styles.count("row"):
+        times = f" x {rows}" if rows > 1 else ""
+        after.append(Collective(what=f"all-reduce{times}", why=f"sums the partial outputs of {tp_size} ranks"))
+    if any("output gathered" in weight.notes for weight in matrices):
+        after.append(Collective(what="all-gather", why="every rank gets the full output"))
+    if any("input split" in weight.notes for weight in matrices):
+        before.append(Collective(what="all-reduce", why="of the split input's gradient", backward=True))
+    return before, after
+
+
+def _is_of(module: PlannedModule, group: layers.Group, block: str) -> bool:
+    """Whether a module with collectives is the block, in the first of the group's layers."""
+    parts = layers.split_layer(module.module + ".weight")
+    if not group.numbers or parts is None or parts[0] != group.stem:
+        return False
+    return parts[2].removesuffix(".weight") == block and str(group.numbers[0]) in expand(parts[1])
+
+
+def _crossings(module: PlannedModule) -> tuple[list[Collective], list[Collective]]:
+    before = [
+        Collective(what="all-reduce", why=f"of the gradient of {name}", backward=True)
+        for name, crossing in module.inputs.items()
+        if crossing.operation == "copy"
+    ]
+    if module.output is not None and module.output.operation == "reduce":
+        return before, [Collective(what="all-reduce", why="sums the partial outputs")]
+    return before, []
