@@ -63,7 +63,7 @@ def test_the_wheel_has_every_file(tmp_path: Path) -> None:
     wanted = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "autotp_plan").rglob("*")
-        if path.suffix in (".py", ".json") or path.name == "py.typed"
+        if path.suffix in (".py", ".json", ".css", ".js") or path.name == "py.typed"
     }
     assert wanted <= held, wanted - held
     outside = {name for name in held - wanted if ".dist-info/" not in name}
