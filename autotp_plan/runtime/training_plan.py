@@ -27,6 +27,7 @@ from autotp_plan.runtime.checkpoint.resume import load_checkpoint
 from autotp_plan.runtime.checkpoint.save_shards import save_shards
 from autotp_plan.runtime.data.batch_check import check_batches, check_interval
 from autotp_plan.runtime.data.loader import training_loader
+from autotp_plan.runtime.data.random_numbers import check_random_numbers
 from autotp_plan.runtime.data.sampler import ResumableSampler, tp_sampler
 from autotp_plan.runtime.deepspeed.agreement import are_several, check_same, in_step, is_first_rank, together
 from autotp_plan.runtime.deepspeed.attendance import SECONDS_FOR_FIRST, check_all_call
@@ -265,7 +266,7 @@ class TrainingPlan:
         if self.tp_size > 1 and has_dropout(built):
             use_sharded_regions(ranks.tp_group)
         if self.tp_size > 1:
-            check_batches(built, ranks, check_batches_every)
+            check_batches(built, ranks, check_batches_every, has_dropout(built))
             use_global_norm()
             _guard_peft()
             check_every_optimizer()
@@ -356,6 +357,9 @@ class TrainingPlan:
             where="initialize",
             next_step="give every rank the same plan and arguments",
         )
+
+        if self.tp_size > 1 and has_dropout(model):
+            check_random_numbers(ranks, "initialize")
 
         def made() -> tuple[Any, Any, Any]:
             engine, optimizer, _, scheduler = _deepspeed_initialize(model=model, config=settings, mpu=groups, **kwargs)

@@ -152,12 +152,13 @@ def seeds_apart(work: Path) -> str:
     """Inside a rank: what a forward says when each rank seeded itself differently after loading."""
     import torch.distributed as dist
 
+    from autotp_plan.schemas.errors import MismatchError
     from tests.helpers.models import batch
 
     _, model = load(work, "gpt2")
     try:
         seeded(dist.get_rank(), model, batch(1))
-    except RuntimeError as error:
+    except MismatchError as error:
         return str(error)
     return "nothing"
 

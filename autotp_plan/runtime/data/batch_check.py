@@ -1,4 +1,4 @@
-"""Whether the TP ranks of a group were given the same batches."""
+"""Whether the TP ranks of a group were given the same batches, and draw the same random numbers where they drop out."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor, nn
 
+from autotp_plan.runtime.data.random_numbers import name_random_numbers, random_states
 from autotp_plan.runtime.deepspeed.attendance import check_all_call
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.schemas.errors import Fault, MismatchError, OptionError
@@ -33,7 +34,7 @@ def check_interval(every: int | None) -> None:
         )
 
 
-def check_batches(model: nn.Module, ranks: Ranks, every: int | None) -> None:
+def check_batches(model: nn.Module, ranks: Ranks, every: int | None, drops_out: bool = False) -> None:
     """Let `model` compare over the TP ranks the first batch it gets in training, and in evaluation, and every n-th.
 
     If the ranks of one group were given different samples it would compute numbers that belong to neither. Then its
@@ -42,9 +43,10 @@ def check_batches(model: nn.Module, ranks: Ranks, every: int | None) -> None:
     Args:
         model: a model from `load_model`.
         ranks: this process's place in the mesh.
-        every: n, counted in training and in evaluation; None compares nothing.
+        every: n, counted in training and in evaluation; None compares no batches.
+        drops_out: compare the ranks' random states too, in training: at the first forward at least.
     """
-    if every is None:
+    if every is None and not drops_out:
         return
     seen = {True: 0, False: 0}
 
@@ -54,12 +56,17 @@ def check_batches(model: nn.Module, ranks: Ranks, every: int | None) -> None:
         if number == 0:
             check_all_call("model.forward", _ON_ALL_TP_RANKS, ranks.tp_group)
         seen[module.training] += 1
-        if number % every:
+        states = random_states() if drops_out and module.training else {}
+        if number == 0 and states:
+            name_random_numbers(states, ranks, "the first forward in training")
+        if every is None or number % every:
             return
         inputs: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         batch = {place: value for name, given in inputs.items() for place, value in _tensors(name, given)}
-        if number == 0 or _are_different(batch, ranks):
+        if number == 0 or _are_different({**batch, **states}, ranks):
             _name_differences(batch, ranks, number + 1, module.training)
+            if number and states:
+                name_random_numbers(states, ranks, f"{_forward(number + 1)} in training")
 
     model.register_forward_pre_hook(compare, with_kwargs=True, prepend=True)
 
@@ -98,11 +105,10 @@ def _name_differences(batch: dict[Any, Tensor], ranks: Ranks, number: int, train
     mine = {name: _summary(value) for name, value in batch.items()}
     found: list[Any] = [None] * ranks.tp_size
     dist.all_gather_object(found, mine, group=ranks.tp_group)
-    forward = "the first forward" if number == 1 else f"forward {number}"
     faults = [
         Fault(
             what="the TP ranks of a group were given different batches",
-            where=f"{name} of {forward} in {'training' if training else 'evaluation'}",
+            where=f"{name} of {_forward(number)} in {'training' if training else 'evaluation'}",
             got="; ".join(f"TP rank {rank}: {summaries.get(name, 'none')}" for rank, summaries in enumerate(found)),
             expected="the same samples on all TP ranks of a data-parallel group",
             next="plan.initialize(training_data=...), or a sampler from plan.sampler(dataset); with Hugging Face's "
@@ -113,6 +119,10 @@ def _name_differences(batch: dict[Any, Tensor], ranks: Ranks, number: int, train
     ]
     if faults:
         raise MismatchError(faults)
+
+
+def _forward(number: int) -> str:
+    return "the first forward" if number == 1 else f"forward {number}"
 
 
 def _summary(tensor: Tensor) -> str:

@@ -18,7 +18,8 @@ from deepspeed.utils import logger
 from torch import Tensor, nn
 
 from autotp_plan.runtime.deepspeed.agreement import are_several, gathered
-from autotp_plan.runtime.deepspeed.zero_internals import before_gradients_go, held_gradients, partition_of
+from autotp_plan.runtime.deepspeed.zero_internals import partition_of
+from autotp_plan.runtime.optimizers.gradient_internals import before_gradients_go, held_gradients, parameter_groups
 from autotp_plan.schemas.errors import Fault, NonFiniteError
 from autotp_plan.schemas.names import some
 
@@ -27,6 +28,8 @@ EVERY = 10
 
 _NEVER = 2**62
 _SHOWN, _SENT = 5, 100
+_OF_GROUPS = ("lr", "weight_decay")
+"""Settings of a parameter group that are said with it."""
 _NEXT = (
     "resume from the latest checkpoint with a lower learning rate, a gradient_clipping, or without the data of that "
     "step; to train on regardless, initialize(..., check_finite=False), --allow-nonfinite of the training program"
@@ -47,6 +50,7 @@ class FiniteCheck:
         self._scaled = bool(engine.fp16_enabled())
         self._first = torch.full((), _NEVER, dtype=torch.int64, device=engine.device)
         self._gradients: list[str] | None = None
+        self._settings: list[dict[str, Any]] = []
 
     @torch.no_grad()
     def see(self, value: Any) -> None:
@@ -68,6 +72,8 @@ class FiniteCheck:
             return
         engine, before = self._engine, self._engine.global_steps
         self._gradients = None
+        # before a scheduler changes them
+        self._settings = [{name: group[name] for name in _OF_GROUPS if name in group} for group in _groups(engine)]
 
         def look() -> None:
             if self._gradients is None and getattr(engine.optimizer, "overflow", False):
@@ -124,12 +130,24 @@ class FiniteCheck:
         names = _of_all(gradients or [])
         got = "a loss or a gradient norm that is not finite"
         if names:
-            got = _listed("gradients", names)
+            got = f"{_listed('gradients', names)}{self._in_groups(names)}"
         elif weights := _of_all(self._weights()):
-            got += f"; {_listed('weights', weights)}"
+            got += f"; {_listed('weights', weights)}{self._in_groups(weights)}"
         if skipped:
             got += "; the weights are those of the step before"
         raise NonFiniteError(_fault(where, got))
+
+    def _in_groups(self, names: Iterable[str]) -> str:
+        """The optimizer's parameter groups that parameters are in, with the settings of the step that stopped."""
+        modules = dict(self._engine.module.named_parameters())
+        wanted = {id(modules[name]) for name in names if name in modules}
+        found = sorted(
+            {number for number, group in parameter_groups(self._engine.optimizer) if wanted & set(map(id, group))}
+        )
+        if not found or found[-1] >= len(self._settings):
+            return ""
+        said = [f"{number} ({_said(self._settings[number])})" for number in found]
+        return f", in the optimizer's parameter group{'s' if len(said) > 1 else ''} {some(said, _SHOWN)}"
 
     def _weights(self) -> list[str]:
         """The parameters of which this rank holds an element that is NaN or inf."""
@@ -171,6 +189,14 @@ def warn_of_nonfinite(counts: Mapping[str, int], folder: Any) -> None:
             f"{folder} holds NaN or inf, in the model or because a weight is larger than the dtype of the file can "
             f"say: {shown}"
         )
+
+
+def _groups(engine: Any) -> list[dict[str, Any]]:
+    return getattr(engine.optimizer, "param_groups", None) or []
+
+
+def _said(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {float(value):g}" for name, value in settings.items())
 
 
 def _of_all(names: list[str]) -> list[str]:

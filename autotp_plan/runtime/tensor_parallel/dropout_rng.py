@@ -28,7 +28,6 @@ class _Region:
 
     opened_by: str | None = None
     group: Any = None
-    checked: bool = False
     saved: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -92,8 +91,6 @@ def enter_sharded_region(layer: str, tp_rank: int) -> None:
     if _region.group is None or _is_inside(layer):
         return
     seed = int(torch.randint(_LARGEST_SEED, ()))
-    if not _region.checked:
-        _check_common(seed)
     _region.saved = [torch.get_rng_state()]
     if get_accelerator().device_name() != "cpu":
         _region.saved.append(get_accelerator().get_rng_state())
@@ -109,20 +106,6 @@ def leave_sharded_region() -> None:
     if len(_region.saved) > 1:
         get_accelerator().set_rng_state(_region.saved[1])
     _region.opened_by = None
-
-
-def _check_common(seed: int) -> None:
-    """Check, once, that the ranks of a TP group draw the same: seeding by the global rank after loading ends that."""
-    device = torch.device(get_accelerator().current_device_name())
-    ends = torch.tensor([seed, -seed], device=device)
-    dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=_region.group)
-    if ends[0] != -ends[1]:
-        raise RuntimeError(
-            "The ranks of a TP group draw different random numbers, and would drop out different elements of the same "
-            "activations. Got: different seeds on ranks of one TP group. Expected: one seed for all ranks of a group. "
-            "Next: seed by plan.ranks.dp_rank, not by the global rank."
-        )
-    _region.checked = True
 
 
 def _is_inside(layer: str) -> bool:

@@ -55,7 +55,10 @@ def test_a_step_that_loss_scaling_skips_is_no_stop() -> None:
             scaled.step()
     other.module.bias.grad = torch.full((2,), torch.nan)
     with (
-        pytest.raises(NonFiniteError, match=r"step 1\n.*gradients of bias; the weights are those"),
+        pytest.raises(
+            NonFiniteError,
+            match=r"step 1\n.*gradients of bias, in .* group 0 \(lr 0.001, weight_decay 0\); the weights are those",
+        ),
         FiniteCheck(other, 0).during_step(),
     ):
         other.step()
@@ -102,9 +105,19 @@ def on_two_tp_ranks(work: Path) -> dict[str, Any]:
         "ZeRO 3, bf16": (3, torch.bfloat16, {"bf16": {"enabled": True}}),
         "ZeRO 3, float32": (3, torch.float32, {}),
     }
+
+    def halved(optimizer: Any) -> Any:
+        """The learning rate is halved after the third step, at which a gradient is bad: the message has that before."""
+        return torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
+
     for kind, (stage, dtype, changes) in kinds.items():
         model: Any = plan.load_model(work / "model", dtype=dtype).train()
-        engine, *_ = plan.initialize(model, config={**engine_settings(stage), **changes})
+        vectors = [one for one in model.parameters() if one.dim() < 2]
+        matrices = [one for one in model.parameters() if one.dim() > 1]
+        groups = [{"params": vectors, "weight_decay": 0.0}, {"params": matrices, "lr": 0.002, "weight_decay": 0.1}]
+        engine, *_ = plan.initialize(
+            model, config={**engine_settings(stage), **changes}, model_parameters=groups, lr_scheduler=halved
+        )
         parameter, bad = model.get_parameter(NAME), [False]
 
         def plant(gradient: torch.Tensor, bad: list[bool] = bad) -> torch.Tensor:
@@ -183,13 +196,15 @@ def test_gradients_that_are_not_finite_stop_all_ranks(work: Path) -> None:
     first, second = launch(on_two_tp_ranks, 2, work)
     assert first == second
     fine = ("no error", "")
-    named = f"NaN or inf in the gradients of {NAME}"
+    group = "in the optimizer's parameter group 1 (lr 0.002, weight_decay 0.1)"
+    named = f"NaN or inf in the gradients of {NAME}, {group}"
     skipped = (f"{named}; the weights are those of the step before",)
     for kind in ("ZeRO 0, bf16", "ZeRO 1, float32", "ZeRO 1, bf16", "ZeRO 2, bf16", "ZeRO 3, bf16", "ZeRO 3, float32"):
         assert first[kind] == (fine, ("step 3", *skipped)), kind
     assert first["ZeRO 0, float32"][0] == fine
     where, got = first["ZeRO 0, float32"][1]
     assert where == "step 4, found after step 10" and "NaN or inf in the weights of " in got
+    assert "in the optimizer's parameter groups 0 (lr 0.00" in got and ", 1 (lr 0.00" in got, got
     for stage in (1, 3):
         refused = ("step 0: the weights, which are not saved", f"NaN or inf in the weights of {NAME}")
         assert first[f"ZeRO {stage}, stops"] == first[f"ZeRO {stage}, stops, by the engine"] == refused
