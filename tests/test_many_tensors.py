@@ -25,8 +25,8 @@ PER_LAYER = 1000
 SPEC = SpecFile.from_dict(
     {"layer_specs": [{"patterns": [".*u$"]}, {"patterns": [".*d$"], "partition_type": "row"}]}  # up and down
 )
-MOST_GROWTH = 20.0
-"""Of ten times as many tensors; 100 is quadratic."""
+MOST_GROWTH = 40.0
+"""Of ten times as many tensors: quadratic is 100, and a machine that does much else makes 10 to 20."""
 
 
 def experts(folder: Path, count: int) -> Path:
@@ -71,8 +71,8 @@ def test_time_grows_as_the_number_of_tensors(tmp_path: Path, count: int) -> None
     few, _ = times(experts(tmp_path / "few", count))
     many, names = times(experts(tmp_path / "many", 10 * count))
     assert {what: many[what] / few[what] for what in few if many[what] > MOST_GROWTH * max(few[what], 0.01)} == {}
-    # rows and columns of one module are compared by layout: 500 of each took 25 times as long
-    assert many["check"] < 8 * names
+    # rows and columns of one module are compared by layout: 500 of each took 37 times as long as names
+    assert many["check"] < 15 * names
 
 
 def test_faults_of_every_row_are_bounded(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from autotp_plan.runtime.deepspeed.agreement import are_several, gathered
 from autotp_plan.runtime.deepspeed.zero_internals import partition_of
-from autotp_plan.runtime.optimizers.gradient_internals import before_gradients_go, held_gradients, parameter_groups
+from autotp_plan.runtime.optimizers.held_gradients import before_gradients_go, held_gradients, parameter_groups
 from autotp_plan.schemas.errors import Fault, NonFiniteError
 from autotp_plan.schemas.names import some
 

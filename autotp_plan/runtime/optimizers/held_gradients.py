@@ -1,6 +1,7 @@
-"""The private names of DeepSpeed's optimizers that say which gradients a rank holds, and of which parameter group.
+"""Which gradients a rank holds in a step, and of which parameter group a parameter is.
 
-No other file says them. `tests/runtime/test_canaries.py` asserts all of it.
+DeepSpeed's optimizers have attributes for it that it does not document: no other file says them, and
+`tests/runtime/test_canaries.py` asserts that they are there.
 """
 
 from __future__ import annotations
