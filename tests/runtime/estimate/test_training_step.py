@@ -32,11 +32,14 @@ def step_without_data(
     plan_file: Path, rank: int, dp_size: int, batch: tuple[int, int], dtype: str, checkpointing: bool, planted: str
 ) -> Any:
     import torch
+    from torch.utils.flop_counter import FlopCounterMode
 
     from autotp_plan.runtime.estimate import training_step as estimate
 
     if planted == "masks":
         estimate.with_sequences_unpacked = contextlib.nullcontext  # type: ignore[attr-defined]
+    if planted == "counts by module":
+        estimate.count_operations = lambda: FlopCounterMode(display=False)  # type: ignore[attr-defined]
     return estimate.training_step(
         Plan.read(plan_file), rank, dp_size, estimate.Batch(sequences=batch[0], length=batch[1]),
         getattr(torch, dtype), checkpointing,
@@ -76,3 +79,16 @@ def test_a_step_without_data_is_the_step_of_a_job(work: Path, checkpointing: boo
         if rank == 0 and not checkpointing:
             masks = without_data(work / "plan.json", rank, planted="masks")
             assert masks.kept > 1.02 * real.kept, "masks that a job does not make would be found"
+
+
+def test_what_is_computed_again_is_freed_layer_by_layer(tmp_path: Path) -> None:
+    """The backward ends with less than it began with; hooks on modules would keep layers of experts."""
+    from tests.helpers.models import make_config
+
+    make_config("qwen3_moe", num_hidden_layers=4).save_pretrained(tmp_path)
+    (tmp_path / "plan.json").write_text(compile_plan(tmp_path, tp_size=2).to_json())
+    found, planted = (
+        without_data(tmp_path / "plan.json", 0, dtype="bfloat16", checkpointing=True, planted=planted)
+        for planted in ("", "counts by module")
+    )
+    assert found.backward[-1][1] < found.backward[0][1] < planted.backward[-1][1]
