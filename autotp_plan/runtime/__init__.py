@@ -14,17 +14,44 @@ from autotp_plan.schemas.errors import Fault, MissingDependencyError
 
 if TYPE_CHECKING:
     from autotp_plan.runtime.loading.local_shard import local_shard
+    from autotp_plan.runtime.losses.chunked_loss import deferred_logits
+    from autotp_plan.runtime.losses.token_values import (
+        logits_from_parts,
+        token_entropies,
+        token_kl_divergences,
+        token_log_probs,
+        token_log_probs_and_entropies,
+    )
     from autotp_plan.runtime.parameters.state_dicts import shards_in_state_dict
     from autotp_plan.runtime.training_plan import TrainingPlan, load_plan
     from autotp_plan.runtime.verify.run import try_plan, verify_plan
 
-__all__ = ["TrainingPlan", "load_plan", "local_shard", "shards_in_state_dict", "try_plan", "verify_plan"]
+__all__ = [
+    "TrainingPlan",
+    "deferred_logits",
+    "load_plan",
+    "local_shard",
+    "logits_from_parts",
+    "shards_in_state_dict",
+    "token_entropies",
+    "token_kl_divergences",
+    "token_log_probs",
+    "token_log_probs_and_entropies",
+    "try_plan",
+    "verify_plan",
+]
 
 _HOMES = {
     "TrainingPlan": "training_plan",
+    "deferred_logits": "losses.chunked_loss",
     "load_plan": "training_plan",
     "local_shard": "loading.local_shard",
+    "logits_from_parts": "losses.token_values",
     "shards_in_state_dict": "parameters.state_dicts",
+    "token_entropies": "losses.token_values",
+    "token_kl_divergences": "losses.token_values",
+    "token_log_probs": "losses.token_values",
+    "token_log_probs_and_entropies": "losses.token_values",
     "try_plan": "verify.run",
     "verify_plan": "verify.run",
 }

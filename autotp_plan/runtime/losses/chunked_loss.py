@@ -91,7 +91,7 @@ def deferred_logits(model: nn.Module, chunks: int = 32) -> Iterator[None]:
         OptionError: `chunks` is less than 1.
     """
     check_loss_chunks(chunks, True)
-    inside: Any = next((one for one in model.modules() if "autotp" in vars(one)), model)
+    inside: Any = _of_load_model(model)
     _head(inside)
     before = vars(inside).get("forward")
     inside.forward = _deferring(type(inside).forward, chunks, always=True, model=inside)
@@ -102,6 +102,19 @@ def deferred_logits(model: nn.Module, chunks: int = 32) -> Iterator[None]:
             del inside.forward
         else:
             inside.forward = before
+
+
+def output_layer(model: nn.Module) -> ColumnParallelLinear:
+    """The layer that makes the logits of a model from `load_model`, or of an engine or PeftModel around it.
+
+    Raises:
+        MismatchError: it is no layer of which each rank has words that no other has.
+    """
+    return _head(_of_load_model(model))
+
+
+def _of_load_model(model: nn.Module) -> nn.Module:
+    return next((one for one in model.modules() if "autotp" in vars(one)), model)
 
 
 def _deferring(forward: Callable[..., Any], chunks: int, *, always: bool, model: nn.Module) -> Any:
@@ -137,7 +150,13 @@ def _deferred_product(model: nn.Module, chunks: int) -> Iterator[None]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         of_words = WordChunks(sharding=sharding_of(head), count=chunks, product_dtype=dtype)
-        origin = Origin(head=head, chunks=of_words, dtype=dtype or hidden.dtype, forward=running)
+        origin = Origin(
+            head=head,
+            chunks=of_words,
+            dtype=dtype or hidden.dtype,
+            forward=running,
+            is_detached=not torch.is_grad_enabled(),
+        )
         return DeferredLogits.of_hidden(hidden, origin)
 
     head.defer_product = defer

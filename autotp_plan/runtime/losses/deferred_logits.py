@@ -6,7 +6,7 @@ afterwards (`TokenValues`, `Divergences`) does the same to a chunk at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,6 +76,11 @@ class DeferredLogits(LazilyGathered):
         """None: no rank has computed its part."""
 
     @property
+    def is_computed(self) -> bool:
+        """Whether someone has used them as a tensor: from then on they are one."""
+        return self._full is not None
+
+    @property
     def hidden(self) -> Tensor:
         """The input of the head, an ordinary tensor `(..., in_features)`."""
         with without_torch_function():
@@ -89,14 +94,19 @@ class DeferredLogits(LazilyGathered):
         of_head = (one.requires_grad for one in self.origin.head.parameters())
         return not self.origin.is_detached and any(of_head)
 
-    def compute(self, function: Callable[[WordChunks, Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
+    def compute(self, function: Callable[..., Tensor]) -> Tensor:
         """`function(chunks, hidden, weight, bias)` with hidden `(tokens, in_features)`, in a call of the head."""
 
-        def of_tokens(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return function(self.origin.chunks, input.flatten(0, -2), weight, bias)
+        def of_tokens(input: Tensor, *weights: Tensor | None) -> Tensor:
+            return function(self.origin.chunks, input.flatten(0, -2), *self.with_gradient(weights))
 
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.needs_gradient):
-            return self.origin.head(self.hidden, compute=of_tokens)
+        return self.origin.head(self.hidden, compute=of_tokens)
+
+    def with_gradient(self, weights: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The weights of the head, detached where these logits are."""
+        if self.needs_gradient:
+            return weights
+        return [None if one is None else one.detach() for one in weights]
 
     def gathered(self) -> Tensor:
         """The full logits; the first call computes them, and is a collective."""

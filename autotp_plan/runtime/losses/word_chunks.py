@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,10 @@ class WordChunks:
         words = iv.length(self.sharding.held)
         size = max(1, math.ceil(words / self.count))
         return (slice(start, min(start + size, words)) for start in range(0, words, size))
+
+    def in_step_with(self, other: WordChunks) -> WordChunks:
+        """The same logits in as many chunks as `other`."""
+        return replace(self, count=other.count)
 
     def prepared(self, tensors: Tensors) -> Tensors:
         """The tensors in the dtype of the product, where it is small: the weight is converted by chunks."""

@@ -105,7 +105,7 @@ def own_loss_under_zero_3(work: Path) -> tuple[float, float]:
 def said(function: Any) -> str:
     try:
         function()
-    except (AutoTPError, RuntimeError) as error:
+    except (AutoTPError, RuntimeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing was said"
 
