@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from autotp_plan.planner.cli.output import reported, say_json, table_console
+from autotp_plan.planner.cli.output import reported, say_json_pieces, table_console
 from autotp_plan.schemas.errors import AutoTPError, Fault, OptionError, visible
 from autotp_plan.schemas.shards.manifest import PLAN_NAME
 
@@ -29,12 +28,12 @@ def diff(old: str, new: str, output_format: str) -> None:
     """Show what changed between two plans, in the words of `show`.
 
     OLD and NEW are plans, or folders of shards with one. One of them may be a checkpoint instead (folder, id of the hub
-    or URL): its names, shapes, dtypes and config.json are compared with the plan. Exit status 1 when they differ; how a
-    plan is written is no difference.
+    or URL), or a folder with a bare config.json: names, shapes, dtypes and the config are compared with the plan. Exit
+    status 1 when they differ; how a plan is written is no difference.
     """
     differences = _compared(old, new)
     if output_format == "json":
-        say_json(json.dumps(differences.to_dict(), indent=1))
+        say_json_pieces(differences.json_pieces())
     else:
         _print(old, new, differences)
     if not differences.equal:
@@ -42,9 +41,8 @@ def diff(old: str, new: str, output_format: str) -> None:
 
 
 def _compared(old: str, new: str) -> Differences:
-    from autotp_plan.planner.diff.checkpoint import compare_checkpoint, turned
+    from autotp_plan.planner.diff.checkpoint import turned
     from autotp_plan.planner.diff.compare import compare_plans
-    from autotp_plan.sources.model_folder import open_checkpoint
 
     plans: list[Plan | None] = []
     faults: list[Fault] = []
@@ -59,9 +57,9 @@ def _compared(old: str, new: str) -> Differences:
     if before is not None and after is not None:
         return compare_plans(before, after)
     if before is not None:
-        return compare_checkpoint(before, open_checkpoint(new, before.dequantized_dtype))
+        return _with_model(before, new)
     if after is not None:
-        return turned(compare_checkpoint(after, open_checkpoint(old, after.dequantized_dtype)))
+        return turned(_with_model(after, old))
     raise OptionError(
         Fault(
             code="diff-without-plan",
@@ -72,6 +70,19 @@ def _compared(old: str, new: str) -> Differences:
             next="compile a plan of one of them: `autotp-plan compile --model CHECKPOINT --tp 2 -o plan.json`",
         )
     )
+
+
+def _with_model(plan: Plan, given: str) -> Differences:
+    """A plan and a checkpoint, or the model of a bare config.json, which transformers builds without memory."""
+    from autotp_plan.planner.diff.checkpoint import compare_checkpoint, compare_model
+    from autotp_plan.planner.model.inventory import inventory_of_folder
+    from autotp_plan.planner.model.tensor_names import DiskNames
+    from autotp_plan.sources.model_folder import model_folder, open_checkpoint
+
+    found = model_folder(given)
+    if found.holds_tensors or found.config() is None:
+        return compare_checkpoint(plan, open_checkpoint(found, plan.dequantized_dtype))
+    return compare_model(plan, inventory_of_folder(found.folder, DiskNames(ignored=plan.ignored)))
 
 
 def _plan(given: str) -> Plan | None:
@@ -94,9 +105,13 @@ def _print(old: str, new: str, differences: Differences) -> None:
     console.print(Text(visible(f"--- {old}: {differences.old.headline}"), style="red"))
     console.print(Text(visible(f"+++ {new}: {differences.new.headline}"), style="green"))
     table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True)
+    found = groups(differences)
+    every = [row for _, rows in found for row in rows]
+    longest = max((len(row.name) + 2 for row in every), default=0) + max((len(row.what) for row in every), default=0)
+    fits = longest <= console.width * 2 // 3
     for title in ("name", "what", "old", "new"):
-        table.add_column(title, overflow="fold")
-    for prefix, rows in groups(differences):
+        table.add_column(title, overflow="fold", no_wrap=fits and title in ("name", "what"))
+    for prefix, rows in found:
         if prefix:
             table.add_row(visible(prefix))
         for row in rows:

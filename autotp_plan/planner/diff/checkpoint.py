@@ -1,4 +1,4 @@
-"""A plan and a checkpoint, and what changed between them: tensors, the config, and how weights are quantised.
+"""A plan and a model: a checkpoint's tensors and config, or the parameters of a model that there is a config of.
 
 What fits a plan is decided where it is for every command and for loading (`schemas.storage.plan_fit`).
 """
@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 from autotp_plan.planner.diff.compare import dequantize_fact, side_of
 from autotp_plan.planner.diff.differences import Difference, Differences, FieldChange, Kind, Side
-from autotp_plan.planner.diff.names import compare_facts, compare_values
-from autotp_plan.planner.diff.plan_facts import fact
+from autotp_plan.planner.diff.names import compare_facts, compare_names, compare_values
+from autotp_plan.planner.diff.plan_facts import Stated, dtype_fact, fact, shape_fact
+from autotp_plan.planner.model.inventory import Inventory
 from autotp_plan.schemas.errors import DocumentError, Fault
 from autotp_plan.schemas.names import num_names
 from autotp_plan.schemas.plan.document import Plan
@@ -36,6 +37,33 @@ def compare_checkpoint(plan: Plan, checkpoint: Checkpoint) -> Differences:
         *_tensors(plan, checkpoint),
     ]
     return Differences(old=side_of(plan), new=side, found=tuple(found))
+
+
+def compare_model(plan: Plan, inventory: Inventory) -> Differences:
+    """What a model without weights has that is not as a plan says: the plan is the old side.
+
+    Args:
+        plan: the plan.
+        inventory: the model's parameters, without the tensors that the plan ignores.
+    """
+    tied = {tie.name for tie in plan.tied}
+    planned = (Stated(one.name, (shape_fact(plan.shape_of(one)), dtype_fact(one.dtype))) for one in plan.expanded())
+    found = (
+        Stated(name, (shape_fact(info.shape), dtype_fact(info.dtype)))
+        for name, info in inventory.parameters.items()
+        if name not in tied
+    )
+    dtypes = ", ".join(sorted({info.dtype for info in inventory.parameters.values()}))
+    count = len(inventory.parameters)
+    model = inventory.architecture or inventory.model_type or "a model"
+    return Differences(
+        old=side_of(plan),
+        new=Side(headline=f"{model}, a config of {count} parameters in {dtypes}", num_parameters=count),
+        found=(
+            *compare_values("config", plan.model.config, planned_config(inventory.config)),
+            *compare_names("parameter", planned, found),
+        ),
+    )
 
 
 def turned(differences: Differences) -> Differences:

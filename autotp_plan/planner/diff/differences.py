@@ -6,13 +6,18 @@ A `Fact` is one thing that a plan says of a name; a `FieldChange` is two facts o
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from autotp_plan.schemas.errors import Fault, OptionError
 
 Kind = Literal["added", "removed", "changed"]
 
 RECORDS = frozenset({"version", "ignored", "note", "compiled from", "compiled by", "verified"})
 """Kinds of differences that no rank computes with."""
+MOST_JSON = 1_000_000_000
+"""Characters of the values in a JSON; those of plans of real models are some thousands."""
 _RECORDED_FIELDS = frozenset({"rule"})
 
 
@@ -25,12 +30,14 @@ class Fact:
         title: the same in the words of `show`: `per rank`.
         json: its value as JSON text, which tells any two values apart.
         words: its value for people.
+        content: what the value refers to, where that is known: the text of a rule.
     """
 
     key: str
     title: str
     json: str
     words: str
+    content: str | None = None
 
     @property
     def value(self) -> Any:
@@ -121,9 +128,40 @@ class Differences:
 
     def to_dict(self) -> dict[str, Any]:
         """`{"equal", "computes_the_same", "old", "new", "differences"}`, for programs."""
+        return {**self._summary(), "differences": [one.to_dict() for one in self.found]}
+
+    def json_pieces(self) -> Iterator[str]:
+        """The JSON text of `to_dict`, difference by difference, so that it need not be in memory.
+
+        Raises:
+            OptionError: it would be longer than `MOST_JSON` characters.
+        """
+        facts = (fact for one in self.found for field in one.fields for fact in (field.old, field.new))
+        size = sum(len(fact.json) for fact in facts if fact is not None)
+        if size > MOST_JSON:
+            raise OptionError(
+                Fault(
+                    code="differences-too-long",
+                    what="the differences are too long to be printed as JSON",
+                    where="--format",
+                    got=f"{size} characters",
+                    expected=f"at most {MOST_JSON}",
+                    next="use the table",
+                )
+            )
+        return self._json_pieces()
+
+    def _json_pieces(self) -> Iterator[str]:
+        yield json.dumps(self._summary(), indent=1).removesuffix("\n}") + ',\n "differences": ['
+        between = "\n  "
+        for one in self.found:
+            yield between + json.dumps(one.to_dict(), indent=1).replace("\n", "\n  ")
+            between = ",\n  "
+        yield "\n ]\n}" if self.found else "]\n}"
+
+    def _summary(self) -> dict[str, Any]:
         sides = {
             name: {"headline": side.headline, "fingerprint": side.fingerprint}
             for name, side in (("old", self.old), ("new", self.new))
         }
-        found = [one.to_dict() for one in self.found]
-        return {"equal": self.equal, "computes_the_same": self.computes_the_same, **sides, "differences": found}
+        return {"equal": self.equal, "computes_the_same": self.computes_the_same, **sides}

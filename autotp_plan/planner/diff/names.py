@@ -43,11 +43,12 @@ def compare_names(of: str, old: Iterable[Stated], new: Iterable[Stated], folded:
 def _grouped(of: str, pairs: Iterable[_Pair], folded: bool = True) -> list[Difference]:
     """The differences of names, each with what the two documents say of it."""
     known: dict[tuple[int, int], tuple[FieldChange, ...]] = {}
+    told: dict[tuple[Fact, Fact], FieldChange] = {}
     same: dict[tuple[_Changes, Hashable], list[_Pair]] = defaultdict(list)
     for old, new in pairs:
         places = (id(old.facts) if old else 0, id(new.facts) if new else 0)
         if places not in known:
-            known[places] = tuple(_changed(old.facts if old else (), new.facts if new else ()))
+            known[places] = tuple(_changed(old.facts if old else (), new.facts if new else (), told))
         kind: Kind = "added" if old is None else "removed" if new is None else "changed"
         changes = _Changes(kind, known[places], _on_disk(old, new))
         if changes.fields or changes.on_disk or kind != "changed":
@@ -114,8 +115,10 @@ def _times(change: FieldChange, count: int) -> FieldChange:
     return dataclasses.replace(change, old=old, new=new)
 
 
-def _changed(old: tuple[Fact, ...], new: tuple[Fact, ...]) -> Iterator[FieldChange]:
-    """The facts that are not the same, in the order of the new ones."""
+def _changed(
+    old: tuple[Fact, ...], new: tuple[Fact, ...], told: dict[tuple[Fact, Fact], FieldChange]
+) -> Iterator[FieldChange]:
+    """The facts that are not the same, in the order of the new ones; `told` are those of other names."""
     before, after = ({one.key: one for one in facts} for facts in (old, new))
     for key in [*after, *(key for key in before if key not in after)]:
         one, other = before.get(key), after.get(key)
@@ -123,13 +126,15 @@ def _changed(old: tuple[Fact, ...], new: tuple[Fact, ...]) -> Iterator[FieldChan
             # units of what was not sharded before are said by its style
             yield FieldChange(old=one, new=other, shown=key != "sub_parameters")
         elif one.json != other.json:
-            yield _told_apart(one, other)
+            if (one, other) not in told:
+                told[one, other] = _told_apart(one, other)
+            yield told[one, other]
 
 
 def _told_apart(old: Fact, new: Fact) -> FieldChange:
     """A change whose words differ too: where the usual ones do not, more is said."""
     if old.words != new.words:
-        return FieldChange(old=old, new=new)
+        return FieldChange(old=old, new=new, shown=old.content is None or old.content != new.content)
     one, other = old.value, new.value
     if not (isinstance(one, dict) and isinstance(other, dict) and "intervals" in one and "intervals" in other):
         return _with_words(old, new, old.json, new.json)

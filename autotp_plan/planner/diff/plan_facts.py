@@ -5,6 +5,7 @@ Names are single ones: how a plan folds its layers, names its layouts and orders
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from autotp_plan.schemas.codec import encode
 from autotp_plan.schemas.layout import Layout, SubParameter
 from autotp_plan.schemas.names import expand
 from autotp_plan.schemas.plan.document import Crossing, Parameter, Plan, PlannedModule
+from autotp_plan.schemas.plan.rule_ref import Origin, RuleRef
+from autotp_plan.schemas.plan.rules import Rules
 from autotp_plan.schemas.storage.safetensors_header import item_size
 
 
@@ -48,7 +51,9 @@ def parameters(plan: Plan) -> Iterator[Stated]:
             layout = plan.layouts[entry.layout]
             size = bytes_fact(max(elements_per_rank(layout, plan.tp_size)) * item_size(entry.dtype))
             sizes[entry.layout, entry.dtype] = size
-        facts = (*_entry_facts(plan, entry), *layouts[entry.layout], size, *_recorded(entry))
+        facts = (*_entry_facts(plan, entry), *layouts[entry.layout], size, rule_fact(entry.rule, plan.rules))
+        if entry.transposed:
+            facts = (*facts, fact("transposed", True, "yes", "transposed on disk"))
         names = expand(entry.name)
         if entry.sources is None and entry.source is None:
             for name in names:
@@ -66,8 +71,8 @@ def parameters(plan: Plan) -> Iterator[Stated]:
 
 def _entry_facts(plan: Plan, entry: Parameter) -> Iterator[Fact]:
     shape = plan.shape_of(entry)
-    yield fact("shape", list(shape), shape_words(shape))
-    yield fact("dtype", entry.dtype, entry.dtype)
+    yield shape_fact(shape)
+    yield dtype_fact(entry.dtype)
     words = style_words(entry)
     yield fact("style", words, words)
     view = plan.layouts[entry.layout].shape
@@ -75,10 +80,28 @@ def _entry_facts(plan: Plan, entry: Parameter) -> Iterator[Fact]:
         yield fact("view", list(view), shape_words(view), "sharded in the view")
 
 
-def _recorded(entry: Parameter) -> Iterator[Fact]:
-    yield fact("rule", str(entry.rule), str(entry.rule))
-    if entry.transposed:
-        yield fact("transposed", True, "yes", "transposed on disk")
+def shape_fact(shape: tuple[int, ...]) -> Fact:
+    """The shape of a parameter."""
+    return fact("shape", list(shape), shape_words(shape))
+
+
+def dtype_fact(dtype: str) -> Fact:
+    """The dtype of a parameter."""
+    return fact("dtype", dtype, dtype)
+
+
+def rule_fact(ref: RuleRef, rules: Rules | None) -> Fact:
+    """The rule that decided, and what it says where it is one of a spec file that the plan remembers."""
+    found = fact("rule", str(ref), str(ref))
+    specs = [] if rules is None or ref.origin is not Origin.SPEC else rules.specs
+    for number, spec in enumerate(specs, 1):
+        if ref.name == (spec.get("name") or ("file" if len(specs) == 1 else f"file {number}")):
+            lists = (spec.get(key) for key in ("layer_specs", "vocabulary_specs"))
+            said = [one for items in lists if isinstance(items, list) for one in items]
+            if ref.index <= len(said):
+                content = json.dumps(said[ref.index - 1], sort_keys=True)
+                return dataclasses.replace(found, content=content)
+    return found
 
 
 def layout_facts(layout: Layout, tp_size: int) -> tuple[Fact, ...]:
@@ -116,7 +139,7 @@ def ties(plan: Plan) -> Iterator[Stated]:
     for tie in plan.tied:
         style = f"{tie.style}, gathered" if tie.gather_output else tie.style
         facts = (fact("to", tie.to, tie.to, "is"), fact("style", style, style, "run as"))
-        yield Stated(tie.name, (*facts, fact("rule", str(tie.rule), str(tie.rule))))
+        yield Stated(tie.name, (*facts, rule_fact(tie.rule, plan.rules)))
 
 
 def attributes(plan: Plan) -> Iterator[Stated]:

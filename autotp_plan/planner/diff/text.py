@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from autotp_plan.planner.diff.differences import Difference, Differences, Fact, Kind
-from autotp_plan.planner.plan_table import layer_prefix
+from autotp_plan.planner.diff.differences import Difference, Differences, Fact, FieldChange, Kind
+from autotp_plan.planner.plan_table import MOST_ROWS, layer_prefix
 
 _IN_TABLE = ("plan", "runtime", "model", "config", "parameter", "tied", "attribute", "module", "tensor", "ignored")
 _ABSENT = "-"
@@ -32,16 +32,22 @@ class Line:
 
 
 def groups(differences: Differences) -> list[tuple[str, list[DiffRow]]]:
-    """The table in groups: `("model.layers.{0..31}.", rows of those layers)`, and `("", rows outside of layers)`."""
+    """The table in groups: `("model.layers.{0..31}.", rows of those layers)`, and `("", rows outside of layers)`.
+
+    They are of the first `MOST_ROWS` names.
+    """
     found: list[tuple[str, list[DiffRow]]] = []
-    for one in differences.found:
-        if one.of not in _IN_TABLE:
-            continue
+    for one in _in_table(differences)[:MOST_ROWS]:
         prefix = "" if one.of == "config" else layer_prefix(one.name)
         if not found or found[-1][0] != prefix:
             found.append((prefix, []))
         found[-1][1].extend(_rows(one, one.name.removeprefix(prefix)))
     return found
+
+
+def _in_table(differences: Differences) -> list[Difference]:
+    """The differences that have rows: not those whose every change is said elsewhere."""
+    return [one for one in differences.found if one.of in _IN_TABLE and any(field.shown for field in one.fields)]
 
 
 def _rows(one: Difference, name: str) -> Iterator[DiffRow]:
@@ -74,7 +80,17 @@ def _with_title(fact: Fact, of: str) -> str:
 def lines(differences: Differences) -> list[Line]:
     """What the table does not say, in sentences: totals, notes, how the plans were made and proven; a conclusion."""
     said = [line for one in differences.found if one.of not in _IN_TABLE for line in _lines(one)]
+    moved = sum(one.count for one in differences.found if any(_is_moved_rule(field) for field in one.fields))
+    if moved:
+        said.append(Line(text=f"the rules of {moved} parameters say the same under other numbers", kind="changed"))
+    more = len(_in_table(differences)) - MOST_ROWS
+    if more > 0:
+        said.append(Line(text=f"not in the table: {more} more names; --format json has all", kind="changed"))
     return [*said, *(Line(text=text, kind="changed") for text in _conclusion(differences))]
+
+
+def _is_moved_rule(field: FieldChange) -> bool:
+    return not field.shown and field.fact.key == "rule"
 
 
 def _lines(one: Difference) -> Iterator[Line]:
@@ -106,7 +122,7 @@ def _conclusion(differences: Differences) -> Iterator[str]:
         yield "what each rank holds and computes is the same"
         return
     if None in (old.fingerprint, new.fingerprint):
-        yield "the checkpoint is not the one that the plan is for"
+        yield "the model is not the one that the plan is for"
         return
     changed = sum(one.count for one in differences.found if one.of == "parameter" and one.is_computed)
     if not changed:

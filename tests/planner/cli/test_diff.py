@@ -67,7 +67,9 @@ def test_a_spec_that_replicates_one_weight(llama: Path, plan_file: Path, tmp_pat
 def test_equal_plans_have_status_0(plan_file: Path, tmp_path: Path) -> None:
     (tmp_path / "copy.json").write_text(json.dumps(json.loads(plan_file.read_text())))
     assert words(diff(plan_file, tmp_path / "copy.json", status=0))[-1] == "no difference"
-    document = json.loads(diff(plan_file, tmp_path / "copy.json", "--format", "json", status=0).stdout)
+    text = diff(plan_file, tmp_path / "copy.json", "--format", "json", status=0).stdout
+    document = json.loads(text)
+    assert text == json.dumps(document, indent=1) + "\n"
     assert document["equal"] is document["computes_the_same"] is True
     assert document["differences"] == []
     assert document["old"] == document["new"]
@@ -76,7 +78,9 @@ def test_equal_plans_have_status_0(plan_file: Path, tmp_path: Path) -> None:
 def test_json_is_a_contract(plan_file: Path, llama: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     other.write_text(compile_plan(llama, tp_size=4).to_json())
-    document = json.loads(diff(plan_file, other, "--format", "json", status=1).stdout)
+    text = diff(plan_file, other, "--format", "json", status=1).stdout
+    document = json.loads(text)
+    assert text == json.dumps(document, indent=1) + "\n"
     assert list(document) == ["equal", "computes_the_same", "old", "new", "differences"]
     assert document["old"] == {
         "headline": "LlamaForCausalLM at TP=2, 21 parameters in BF16", "fingerprint": Plan.read(plan_file).fingerprint,
@@ -131,11 +135,34 @@ def test_a_checkpoint_that_differs(plan_file: Path, tmp_path: Path) -> None:
     ]
     lines = words(diff(plan_file, other, status=1))
     assert sorted(lines[3:-1]) == sorted(expected)
-    assert lines[-1] == "the checkpoint is not the one that the plan is for"
+    assert lines[-1] == "the model is not the one that the plan is for"
     turned = words(diff(other, plan_file, status=1))
     assert "lm_head.weight tensor BF16 of [80, 32] BF16 of [64, 32]" in turned
     assert "extra.weight tensor not in the plan -" in turned
     assert turned[0].startswith(f"--- {other}: LlamaForCausalLM, a checkpoint of 23 tensors")
+
+
+def test_a_bare_config(tmp_path: Path) -> None:
+    """The model of a config.json, which has no weights: its parameters and the config."""
+    model = PLANS / "qwen2_5_0_5b"
+    assert words(diff(model / "tp2.json", model, status=0))[1:] == [
+        f"+++ {model}: Qwen2ForCausalLM, a config of 290 parameters in BF16", "no difference",
+    ]  # fmt: skip
+    config = json.loads((model / "config.json").read_text())
+    changed = {"num_hidden_layers": 23, "intermediate_size": 4000, "torch_dtype": "float16"}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changed}))
+    lines = words(diff(model / "tp2.json", tmp_path, status=1))
+    assert "config.num_hidden_layers 24 23" in lines
+    layers = lines.index("model.layers.{0..22}.")
+    expected = [
+        "input_layernorm.weight dtype BF16 F16",
+        "mlp.down_proj.weight shape 896 x 4864 896 x 4000",
+        "dtype BF16 F16",
+    ]
+    assert lines[layers + 1 : layers + 4] == expected
+    assert lines[lines.index("model.layers.23.") + 1].startswith("input_layernorm.weight removed 896, BF16")
+    (tmp_path / "config.json").write_text('{"model_type": "unknown"}')
+    assert "transformers does not have this model" in diff(model / "tp2.json", tmp_path, status=2).stderr
 
 
 def test_a_tied_weight_with_values_of_its_own(tmp_path: Path) -> None:

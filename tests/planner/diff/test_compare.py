@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from autotp_plan.planner.diff import differences as differences_module
+from autotp_plan.planner.diff import text
 from autotp_plan.planner.diff.compare import compare_plans
 from autotp_plan.planner.diff.differences import Differences
 from autotp_plan.planner.diff.text import groups, lines
+from autotp_plan.schemas.errors import OptionError
 from autotp_plan.schemas.names import expand
 from autotp_plan.schemas.plan.document import Plan
 from tests.helpers.paths import PLANS
@@ -324,6 +328,80 @@ def test_a_change_is_said(name: str) -> None:
     for one in document["differences"]:
         for field in one["fields"]:
             assert field.get("old", "absent") != field.get("new", "absent") or name == "a number of another kind"
+
+
+def test_a_rule_under_another_number_is_the_same_rule() -> None:
+    """A rule put before others changes the number of all that follow: the rule is said, and not each parameter."""
+
+    def insert(data: Document) -> None:
+        specs = data["rules"]["specs"][0]["layer_specs"]
+        specs.insert(0, {"patterns": ["x"], "partition_type": "skip"})
+        for one in data["parameters"]:
+            head, _, number = one["rule"].rpartition(" #")
+            if head == "spec file":
+                one["rule"] = f"{head} #{int(number) + 1}"
+
+    old = json.loads(json.dumps(EVERYTHING).replace("spec tiny #1", "spec file #1").replace("spec tiny", "spec other"))
+    differences = compare_plans(plan_of(old), changed(insert, old))
+    assert said(differences) == [
+        'compiled by.specs.0.layer_specs.0: none -> {"partition_type": "skip", "patterns": ["x"]}',
+        "the rules of 8 parameters say the same under other numbers",
+    ]
+    assert differences.computes_the_same
+    moved = [one for one in differences.to_dict()["differences"] if one["of"] == "parameter"]
+    assert [(one["name"], one["fields"]) for one in moved] == [
+        (LAYERS + f"{name}.weight", [{"field": "rule", "old": "spec file #1", "new": "spec file #2"}]) for name in "kq"
+    ]
+
+    def insert_and_change(data: Document) -> None:
+        insert(data)
+        data["rules"]["specs"][0]["layer_specs"][1]["patterns"] = ["q", "k"]
+
+    shown = said(compare_plans(plan_of(old), changed(insert_and_change, old)))
+    assert LAYERS + "k.weight | rule: spec file #1 -> spec file #2" in shown
+
+
+def test_a_table_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "MOST_ROWS", 2)
+
+    def others(data: Document) -> None:
+        for one in data["parameters"]:
+            one["rule"] = "spec tiny #9"
+
+    differences = compare_plans(plan_of(EVERYTHING), changed(others))
+    assert len(said(differences)) == 3
+    assert said(differences)[-1] == "not in the table: 9 more names; --format json has all"
+
+
+def test_a_json_that_would_fill_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = compare_plans(plan_of(EVERYTHING), changed(set_in("version", "1.1")))
+    assert json.loads("".join(compared.json_pieces())) == compared.to_dict()
+    monkeypatch.setattr(differences_module, "MOST_JSON", 5)
+    with pytest.raises(OptionError, match="too long to be printed as JSON"):
+        compared.json_pieces()
+
+
+def test_many_names_and_many_ranks() -> None:
+    """Layouts of 8,192 ranks are compared once, and not for each of 2,000 names that do not fold."""
+    ranks, count = 8192, 2_000
+    every = [[[rank, rank + 1]] for rank in range(ranks)]
+    layout = {"shape": [ranks], "dim": 0, "sub_parameters": [[ranks, 1]], "intervals": every}
+    names = [f"w{number}" for number in range(count)]
+    data = {key: EVERYTHING[key] for key in ("format", "version", "model")}
+    plans = []
+    for intervals in (every, every[::-1]):
+        layouts = {"wide": {**layout, "intervals": intervals}}
+        parameters = [
+            {"name": name, "layout": "wide", "dtype": "F32", "style": "shard", "rule": "spec tiny #1"} for name in names
+        ]
+        plans.append(plan_of({**data, "tp_size": ranks, "layouts": layouts, "parameters": parameters}))
+    started = time.process_time()
+    differences = compare_plans(*plans)
+    assert len(differences.found) == count
+    assert said(differences)[0] == (
+        f"w0 | each rank holds: 1/{ranks} of dim 0, rank 0: 0..1 -> 1/{ranks} of dim 0, rank 0: 8191..8192"
+    )
+    assert time.process_time() - started < 3
 
 
 def test_the_number_of_ranks() -> None:
