@@ -236,13 +236,12 @@ def computed_in_full(plan: Plan) -> list[str]:
     """
     whole: set[str] = set()
     sharded: set[str] = set()
-    for parameter in plan.expanded():
-        layout = plan.layouts[parameter.layout]
-        module = parameter.name.rpartition(".")[0]
-        if layout.dim is not None:
-            sharded.update(_and_parents(module))
-        elif len(plan.shape_of(parameter)) > 1:
-            whole.add(module)
+    for entry in plan.parameters:
+        modules = {name.rpartition(".")[0] for name in expand(entry.name)}
+        if plan.layouts[entry.layout].dim is not None:
+            sharded.update(*map(_and_parents, modules))
+        elif len(plan.shape_of(entry)) > 1:
+            whole |= modules
     tops = {next(one for one in reversed([module, *_and_parents(module)]) if one not in sharded)
             for module in whole - sharded}  # fmt: skip
     return fold(name for name in tops if name)
