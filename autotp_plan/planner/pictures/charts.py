@@ -31,7 +31,7 @@ def bar(parts: Sequence[tuple[str, int, str]], whole: int, line: int | None = No
         if first < last:
             drawn.append(tag("rect", tag("title", title), class_=class_, x=first, y=0, width=last - first, height=1))
     if line is not None:
-        drawn.append(tag("path", class_="limit", d=f"M{line * _WIDTH // max(1, whole)} -1v3"))
+        drawn.append(tag("path", class_="limit", d=f"M{line * _WIDTH // max(1, whole)} -0.3v1.6"))
     return tag("svg", *drawn, class_="bar", viewBox=f"0 0 {_WIDTH} 1", preserveAspectRatio="none", role="img")
 
 

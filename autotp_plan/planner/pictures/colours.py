@@ -9,7 +9,7 @@ from __future__ import annotations
 RANKS = ("#226972", "#fdbe45", "#896ace", "#d67620", "#66e6ba", "#9f3501", "#b4adf4", "#38a699")
 MOST_GROUPS = 64
 """Above this many ranks, neighbours share a colour."""
-_RAMP = ((59, 47, 128), (47, 109, 155), (47, 160, 140), (139, 195, 79), (242, 214, 72))
+_RAMP = ((76, 62, 160), (54, 112, 168), (47, 160, 140), (139, 195, 79), (242, 214, 72))
 
 
 def num_groups(num_ranks: int) -> int:
@@ -37,6 +37,12 @@ def ramp(count: int) -> tuple[str, ...]:
         mixed = (round(a + (b - a) * part) for a, b in zip(_RAMP[low], _RAMP[low + 1]))
         found.append("#" + "".join(f"{value:02x}" for value in mixed))
     return tuple(found)
+
+
+def apart(count: int) -> tuple[str, ...]:
+    """The same colours in an order in which neighbours differ: dark and light by turns."""
+    colours, half = ramp(count), (count + 1) // 2
+    return tuple(colours[at // 2 + (half if at % 2 else 0)] for at in range(count))
 
 
 def ink_on(colour: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections import defaultdict
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from autotp_plan.planner.pictures import layers
 from autotp_plan.planner.pictures.geometry import Drawing, draw
 from autotp_plan.planner.plan_table import share_words
-from autotp_plan.schemas.names import expand, num_names
+from autotp_plan.schemas.names import num_names
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.plan.entries import Parameter, PlannedModule, Style
 from autotp_plan.schemas.storage.safetensors_header import num_bytes
@@ -22,7 +23,10 @@ MOST_WEIGHTS, MOST_GROUPS, ALL_PIECES = 240, 40, 12_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weight:
-    """One parameter of a layer. `rank_bytes` are those of the rank that holds most, of one layer."""
+    """One parameter of a layer. `rank_bytes` are those of the rank that holds most, of one layer.
+
+    `tied_to` is the weight that this is another name of; the bytes are that one's.
+    """
 
     name: str
     label: str
@@ -35,6 +39,7 @@ class Weight:
     rank_bytes: int
     notes: tuple[str, ...]
     drawing: Drawing
+    tied_to: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +105,9 @@ def picture(plan: Plan) -> Picture:
     sections: list[Section] = []
     weights = pieces = 0
     drawn: set[str] = set()
-    for group in layers.groups(plan.parameters)[:MOST_GROUPS]:
+    tied = {tie.name: tie.to for tie in plan.tied}
+    entries = [*plan.parameters, *_ties(plan)]
+    for group in layers.groups(entries, plan.modules)[:MOST_GROUPS]:
         kept = []
         for label, entry in group.entries:
             one = drawing(entry.layout, plan.shape_of(entry), entry.style)
@@ -108,18 +115,21 @@ def picture(plan: Plan) -> Picture:
                 continue
             weights, pieces = weights + 1, pieces + len(one.pieces)
             drawn.add(entry.name)
-            kept.append(_weight(plan, group, label, entry, one))
+            module = group.modules.get(label.rpartition(".")[0])
+            kept.append(_weight(plan, label, entry, one, _module_notes(module), tied.get(entry.name)))
         if kept:
-            blocks = _blocks(kept, group, plan)
+            blocks = _blocks(kept, group, plan.tp_size)
             sections.append(
                 Section(stem=group.stem, numbers=group.numbers, num_layers=group.num_layers, blocks=tuple(blocks))
             )
     return Picture(
-        tp_size=plan.tp_size, sections=tuple(sections), not_drawn=len({e.name for e in plan.parameters} - drawn)
+        tp_size=plan.tp_size, sections=tuple(sections), not_drawn=len({entry.name for entry in entries} - drawn)
     )
 
 
-def _weight(plan: Plan, group: layers.Group, label: str, entry: Parameter, drawing: Drawing) -> Weight:
+def _weight(
+    plan: Plan, label: str, entry: Parameter, drawing: Drawing, exchanged: tuple[str, ...], tied_to: str | None
+) -> Weight:
     layout = plan.layouts[entry.layout]
     shapes = {layout.rank_shape(rank) for rank in range(plan.tp_size)}
     count = num_names(label)
@@ -139,24 +149,36 @@ def _weight(plan: Plan, group: layers.Group, label: str, entry: Parameter, drawi
         share=share_words(layout, plan.tp_size),
         rule=str(entry.rule),
         rank_bytes=count * max(num_bytes(entry.dtype, shape) for shape in shapes),
-        notes=tuple(note for note, said in notes.items() if said) + _module_notes(plan, entry.name),
+        notes=tuple(note for note, said in notes.items() if said) + exchanged,
+        tied_to=tied_to,
         drawing=drawing,
     )
 
 
-def _module_notes(plan: Plan, name: str) -> tuple[str, ...]:
-    """What happens at the output of the weight's own module, such as one of a replicated latent."""
-    found = []
-    for module in plan.modules:
-        output = module.output
-        if output is not None and output.operation == "copy" and name.rpartition(".")[0] == module.module:
-            interval = output.interval
-            part = f" [{interval[0]}, {interval[1]})" if interval else ""
-            found.append(f"gradient of its output{part} all-reduced")
-    return tuple(found)
+def _module_notes(module: PlannedModule | None) -> tuple[str, ...]:
+    """What ranks exchange at the output of the weight's own module, such as one of a replicated latent."""
+    if module is None:
+        return ()
+    notes = ("its mean all-reduced",) if module.mean_over_ranks else ()
+    if module.output is None or module.output.operation != "copy":
+        return notes
+    interval = module.output.interval
+    part = f" [{interval[0]}, {interval[1]})" if interval else ""
+    return (*notes, f"gradient of its output{part} all-reduced")
 
 
-def _blocks(weights: Sequence[Weight], group: layers.Group, plan: Plan) -> list[Block]:
+def _ties(plan: Plan) -> Iterator[Parameter]:
+    """The second names of weights, as entries of their own: their modules run in another style."""
+    by_name = {entry.name: entry for entry in plan.parameters} if plan.tied else {}
+    for tie in plan.tied:
+        if tie.to in by_name:
+            same = by_name[tie.to]
+            yield dataclasses.replace(
+                same, name=tie.name, style=tie.style, rule=tie.rule, gather_output=tie.gather_output
+            )
+
+
+def _blocks(weights: Sequence[Weight], group: layers.Group, tp_size: int) -> list[Block]:
     by_block: dict[tuple[str, str], list[Weight]] = defaultdict(list)
     modules = {label.rpartition(".")[0] for label, _ in group.entries if label.endswith(".weight")}
     for weight in weights:
@@ -170,10 +192,9 @@ def _blocks(weights: Sequence[Weight], group: layers.Group, plan: Plan) -> list[
             same = tuple(weight for weight in of if weight.style == style)
             if same:
                 stages.append(Stage(style=style, weights=tuple(sorted(same, key=_matrices_first))))
-        before, after = _collectives(of, plan.tp_size)
-        crossed = [module for module in plan.modules if _is_of(module, group, name)]
-        for module in crossed:
-            found_before, found_after = _crossings(module)
+        before, after = _collectives(of, tp_size)
+        if group.numbers and name in group.modules:
+            found_before, found_after = _crossings(group.modules[name])
             before, after = before + found_before, after + found_after
         found.append(Block(name=name, stages=tuple(stages), before=tuple(before), after=tuple(after)))
     return sorted(found, key=lambda block: layers.block_place(block.name, _labels(block)))
@@ -208,14 +229,6 @@ def _collectives(weights: Sequence[Weight], tp_size: int) -> tuple[list[Collecti
     if any("input split" in weight.notes for weight in matrices):
         before.append(Collective(what="all-reduce", why="of the split input's gradient", backward=True))
     return before, after
-
-
-def _is_of(module: PlannedModule, group: layers.Group, block: str) -> bool:
-    """Whether a module with collectives is the block, in the first of the group's layers."""
-    parts = layers.split_layer(module.module + ".weight")
-    if not group.numbers or parts is None or parts[0] != group.stem:
-        return False
-    return parts[2].removesuffix(".weight") == block and str(group.numbers[0]) in expand(parts[1])
 
 
 def _crossings(module: PlannedModule) -> tuple[list[Collective], list[Collective]]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from autotp_plan.schemas.names import expand
-from autotp_plan.schemas.plan.entries import Parameter, Style
+from autotp_plan.schemas.plan.entries import Parameter, PlannedModule, Style
 
 _LAYER = re.compile(r"((?:[^.{]+\.)*?)(\{[^}]*\}|\d+)\.(.+)", re.DOTALL)
 STAGES: tuple[Style, ...] = ("replicated", "vocab", "column", "shard", "row")
@@ -26,18 +26,23 @@ _BEFORE_MLP = re.compile(r"post_?att|pre_?(ff|feed|mlp)|ln_?2|norm_?2|ffn|mlp", 
 _AFTER_MLP = re.compile(r"post_?(ff|feed|mlp)", re.IGNORECASE)
 
 
+_Found = tuple[str, str, Parameter | PlannedModule]
+"""The numbers of layers, the name in a layer, and what has that name."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
     """Entries of a plan that are drawn together, each with its name inside the group.
 
     `numbers` are the layers that are the same, of `num_layers`; both are empty for what is outside of layers. `stem` is
-    the name of the list of layers: `model.layers`.
+    the name of the list of layers: `model.layers`. `modules` have collectives, by their names inside the group.
     """
 
     stem: str
     numbers: tuple[int, ...]
     num_layers: int
     entries: tuple[tuple[str, Parameter], ...]
+    modules: dict[str, PlannedModule] = field(default_factory=dict)
 
 
 def split_layer(name: str) -> tuple[str, str, str] | None:
@@ -48,41 +53,61 @@ def split_layer(name: str) -> tuple[str, str, str] | None:
     return match[1].rstrip("."), match[2], match[3]
 
 
-def groups(entries: Iterable[Parameter]) -> list[Group]:
-    """All entries in groups, from top to bottom: layers with the same entries are one group."""
-    outside: dict[tuple[int, str], list[tuple[str, Parameter]]] = defaultdict(list)
-    stems: dict[str, list[tuple[str, str, Parameter]]] = defaultdict(list)
+def groups(entries: Iterable[Parameter], modules: Iterable[PlannedModule] = ()) -> list[Group]:
+    """All entries in groups, from top to bottom.
+
+    Args:
+        entries: the parameters of a plan.
+        modules: those with collectives.
+
+    Returns:
+        layers with the same entries and modules as one group; what is outside of layers by its place.
+    """
+    outside: dict[int, list[tuple[str, Parameter]]] = defaultdict(list)
+    stems: dict[str, list[_Found]] = defaultdict(list)
+    outer_modules: dict[str, PlannedModule] = {}
+    for module in modules:
+        parts = split_layer(f"{module.module}.weight")
+        if parts is None:
+            outer_modules[module.module] = module
+        else:
+            stems[parts[0]].append((parts[1], parts[2].rpartition(".")[0], module))
     for entry in entries:
         parts = split_layer(entry.name)
         if parts is None:
-            outside[_place_outside(entry), ""].append((entry.name, entry))
+            outside[_place_outside(entry)].append((entry.name, entry))
         else:
             stems[parts[0]].append((parts[1], parts[2], entry))
     found = [
-        (place, 0, Group(stem="", numbers=(), num_layers=0, entries=tuple(sorted(of, key=_by_place))))
-        for (place, _), of in outside.items()
+        (
+            place,
+            0,
+            Group(stem="", numbers=(), num_layers=0, entries=tuple(sorted(of, key=_by_place)), modules=outer_modules),
+        )
+        for place, of in outside.items()
     ]
-    for stem, of in stems.items():
-        found += [(0 if _TOWER.search(stem) else 2, 1, group) for group in _same_layers(stem, of)]
+    for stem, parts_of in stems.items():
+        found += [(0 if _TOWER.search(stem) else 2, 1, group) for group in _same_layers(stem, parts_of)]
     return [group for _, _, group in sorted(found, key=lambda one: (one[0], one[1], one[2].stem, one[2].numbers))]
 
 
-def _same_layers(stem: str, entries: Sequence[tuple[str, str, Parameter]]) -> list[Group]:
+def _same_layers(stem: str, found: Sequence[_Found]) -> list[Group]:
     by_number: dict[int, list[int]] = defaultdict(list)
-    for at, (numbers, _, _) in enumerate(entries):
+    for at, (numbers, _, _) in enumerate(found):
         for number in expand(numbers):
             by_number[int(number)].append(at)
-    by_entries: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    by_contents: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for layer, held in sorted(by_number.items()):
-        by_entries[tuple(held)].append(layer)
+        by_contents[tuple(held)].append(layer)
     return [
         Group(
             stem=stem,
             numbers=tuple(layers),
             num_layers=len(by_number),
-            entries=tuple((entries[at][1], entries[at][2]) for at in held),
+            entries=tuple((found[at][1], one) for at in held if isinstance(one := found[at][2], Parameter)),
+            modules={found[at][1]: one for at in held if isinstance(one := found[at][2], PlannedModule)},
         )
-        for held, layers in by_entries.items()
+        for held, layers in by_contents.items()
     ]
 
 

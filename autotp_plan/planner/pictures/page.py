@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from autotp_plan.planner.pictures import charts
-from autotp_plan.planner.pictures.colours import MOST_GROUPS, group_of, num_groups, ramp, rules
+from autotp_plan.planner.pictures.colours import MOST_GROUPS, apart, group_of, num_groups, rules
 from autotp_plan.planner.pictures.estimate_file import EstimateFile
 from autotp_plan.planner.pictures.facts import picture
 from autotp_plan.planner.pictures.markup import Markup, data_text, plain, tag
@@ -18,8 +18,8 @@ from autotp_plan.schemas.names import some
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.plan.stamp import Stamp
 
-MOST_ROWS, MOST_RULES = 1000, 60
-"""Rows of the table of parameters, and rules, at most."""
+MOST_ROWS, MOST_RULES, MOST_ATTRIBUTES = 1000, 60, 24
+"""Rows of the table of parameters, rules, and attributes of modules, at most."""
 _HATCH = tag(
     "svg",
     tag(
@@ -91,7 +91,7 @@ def _estimate_colours(estimate: EstimateFile | None) -> str:
     if estimate is None:
         return ""
     names = {what for rank in estimate.ranks for what, _ in rank.at_peak}
-    return "".join(f".e{at}{{fill:{colour}}}" for at, colour in enumerate(ramp(len(names))))
+    return "".join(f".e{at}{{fill:{colour}}}" for at, colour in enumerate(apart(len(names))))
 
 
 def _section(title: str, *children: str, id_: str) -> Markup:
@@ -285,6 +285,12 @@ def _footer(plan: Plan) -> Iterator[Markup]:
         yield tag("p", f"Compiled by {plain(str(plan.rules))}.")
     if plan.dequantize is not None:
         yield tag("p", f"The checkpoint has weights of {plain(str(plan.dequantize))}.")
+    for attribute in plan.module_attributes[:MOST_ATTRIBUTES]:
+        values = some(sorted({str(value) for value in attribute.values}), 8)
+        said = f"{plain(attribute.module)}.{plain(attribute.attribute)} = {values}"
+        yield tag("p", "Set on each rank: ", tag("code", said))
+    if len(plan.module_attributes) > MOST_ATTRIBUTES:
+        yield tag("p", f"and {len(plan.module_attributes) - MOST_ATTRIBUTES:,} more")
     for note in plan.notes[:12]:
         yield tag("p", f"Note: {plain(note, 600)}")
     if len(plan.notes) > 12:

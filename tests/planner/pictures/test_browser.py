@@ -48,7 +48,7 @@ def test_nothing_is_wider_than_the_screen_and_colours_follow_the_theme(
     assert found["inner"] == width and found["wide"] <= width, found["over"]
     brightness = [sum(map(int, re.findall(r"\d+", found[key])[:3])) for key in ("paper", "ink")]
     assert (brightness[0] < 150 and brightness[1] > 600) if dark else (brightness[0] > 700 and brightness[1] < 150)
-    assert found["rank"] == ("rgb(34, 105, 114)" if dark else "rgb(59, 47, 128)")
+    assert found["rank"] == ("rgb(34, 105, 114)" if dark else "rgb(76, 62, 160)")
     assert found["pieces"] > 30 and found["empty"] == 0
     if name == "deepseek_v3/tp16":
         (parts,) = found["area"]

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from autotp_plan.planner.pictures.colours import RANKS, group_of, ink_on, num_groups, palette, ramp
+from autotp_plan.planner.pictures.colours import RANKS, apart, group_of, ink_on, num_groups, palette, ramp
 
 Colour = tuple[float, float, float]
 _SIGHT: dict[str, tuple[Colour, Colour, Colour]] = {
@@ -68,3 +68,11 @@ def test_more_ranks_have_a_ramp_that_becomes_lighter() -> None:
         assert lightness == sorted(lightness) and len(set(palette(count))) == count
     assert num_groups(4096) == 64
     assert sorted({group_of(rank, 4096) for rank in range(4096)}) == list(range(64))
+
+
+@pytest.mark.parametrize("count", range(2, 33))
+def test_neighbours_in_a_stacked_bar_differ_for_any_colour_vision(count: int) -> None:
+    colours = apart(count)
+    assert sorted(colours) == sorted(ramp(count))
+    pairs = [(a, b) for a, b in zip(colours, colours[1:])]
+    assert min(math.dist(seen(a, sight), seen(b, sight)) for a, b in pairs for sight in _SIGHT) > 0.14

@@ -95,7 +95,8 @@ def test_every_entry_of_every_plan_is_drawn() -> None:
     for path in sorted(PLANS.glob("*/tp*.json")):
         one = Plan.read(path)
         drawn = picture(one)
-        assert {weight.name for weight in drawn.weights()} == {entry.name for entry in one.parameters}, path
+        names = [*(entry.name for entry in one.parameters), *(tie.name for tie in one.tied)]
+        assert {weight.name for weight in drawn.weights()} == set(names), path
         assert drawn.not_drawn == 0
 
 
@@ -115,6 +116,23 @@ def test_the_flow_through_a_layer_has_its_collectives() -> None:
         "of the gradient of hidden_states",
         "of the gradient of top_k_weights",
     }
+
+
+def test_a_tied_head_is_drawn_as_it_runs() -> None:
+    head = picture(read("qwen2_5_0_5b/tp2")).sections[-1].blocks[0]
+    (weight,) = head.stages[0].weights
+    assert (weight.name, weight.style, weight.tied_to) == ("lm_head.weight", "column", "model.embed_tokens.weight")
+    assert [one.what for one in head.after] == ["all-gather"]
+
+
+def test_what_a_module_exchanges_is_said_of_the_layers_that_it_is_in() -> None:
+    norms = {weight.label: weight.notes for weight in picture(read("minimax_m2_5/tp4")).weights()}
+    assert norms["self_attn.q_norm.weight"] == ("its mean all-reduced",)
+    latent = {weight.label: weight.notes for weight in picture(read("deepseek_v3/tp8")).weights()}
+    assert latent["self_attn.kv_a_proj_with_mqa.weight"] == ("gradient of its output [512, 576) all-reduced",)
+    some = PlannedModule(module="layers.{2..3}.mlp.up", mean_over_ranks=True)
+    one = dataclasses.replace(plan(("layers.{0..3}.mlp.up.weight",)), modules=(some,))
+    assert [section.numbers for section in picture(one).sections] == [(0, 1), (2, 3)], "layers that differ in this"
 
 
 def test_a_plan_on_one_rank_has_no_collectives() -> None:
