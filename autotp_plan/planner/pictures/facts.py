@@ -197,7 +197,7 @@ def _blocks(weights: Sequence[Weight], group: layers.Group, tp_size: int) -> lis
             found_before, found_after = _crossings(group.modules[name])
             before, after = before + found_before, after + found_after
         found.append(Block(name=name, stages=tuple(stages), before=tuple(before), after=tuple(after)))
-    return sorted(found, key=lambda block: layers.block_place(block.name, _labels(block)))
+    return sorted(found, key=lambda block: (layers.block_place(block.name, _labels(block)), block.name))
 
 
 def _labels(block: Block) -> list[str]:

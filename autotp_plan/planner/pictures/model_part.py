@@ -130,7 +130,8 @@ def describe(weight: Weight) -> str:
 def _figure(weight: Weight) -> Markup:
     copies = f" \u00b7 {weight.count} of them" if weight.count > 1 else ""
     held = "all" if weight.drawing.is_shared else weight.share
-    lines = [f"{words.shape(weight.shape)}{copies}", f"{held} \u00b7 {human_bytes(weight.rank_bytes)}", *weight.notes]
+    size = human_bytes(weight.rank_bytes).replace(" ", "\u00a0")
+    lines = [f"{words.shape(weight.shape)}{copies}", f"{held} \u00b7 {size}", *weight.notes]
     if weight.tied_to is not None:
         lines[1] = f"the same weight as {plain(weight.tied_to, 80)}"
     if len(weight.shape) < 2:

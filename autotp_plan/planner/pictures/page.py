@@ -204,7 +204,8 @@ def _replicated(plan: Plan, totals: Summary, table: Sequence[TableRow]) -> Marku
             ]
             children.append(tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="scroll"))
             if len(found) > 8:
-                children.append(tag("p", f"and {len(found) - 8} smaller entries", class_="note"))
+                rest = len(found) - 8
+                children.append(tag("p", f"and {rest:,} smaller {'entry' if rest == 1 else 'entries'}", class_="note"))
     return _section("What is replicated, and what that costs", *children, id_="replicated")
 
 

@@ -82,7 +82,7 @@ def _pieces(drawing: Drawing, left: float, top: float) -> Markup:
             if drawing.across
             else f"M{first} {piece.start}h{deep}v{length}h-{deep}z"
         )
-    gaps = " gaps" if drawing.pixels_per_index * _mean(drawing) >= _LEAST_GAP else ""
+    gaps = " gaps" if min(drawing.pixels_per_index * _mean(drawing), _lane(drawing)) >= _LEAST_GAP else ""
     box = (drawing.length, thickness) if drawing.across else (thickness, drawing.length)
     return tag(
         "svg",
@@ -103,6 +103,12 @@ def _pieces(drawing: Drawing, left: float, top: float) -> Markup:
 def _mean(drawing: Drawing) -> float:
     """The mean length of a piece, in indices."""
     return sum(piece.stop - piece.start for piece in drawing.pieces) / max(1, len(drawing.pieces))
+
+
+def _lane(drawing: Drawing) -> float:
+    """Pixels of the thickness of a lane."""
+    side = drawing.height if drawing.across else drawing.width
+    return side / max(piece.lanes for piece in drawing.pieces)
 
 
 def _marks(drawing: Drawing, left: float, top: float) -> Iterator[Markup]:
