@@ -316,7 +316,7 @@ class TrainingPlan:
                 fused weight each by itself. Without it the fused weight is one matrix, as in the unsharded model.
             check_finite: stop with NonFiniteError when a loss, a gradient norm or a weight that is to be saved is NaN
                 or inf. In float32 without ZeRO, where no norm is computed, losses are compared every tenth step. Steps
-                that fp16's loss scaling skips are no stop.
+                that fp16's loss scaling skips are no stop, a hundred in a row are.
             kwargs: for `deepspeed.initialize`. An `mpu` of an older script is compared with the plan and not used.
 
         Returns:

@@ -2,7 +2,8 @@
 
 DeepSpeed has computed the norm of the gradients in a step, and has looked at it, under ZeRO and in bf16: a step that is
 not finite is found at once. In float32 without ZeRO it computes none. Then each loss is looked at on the device, and
-every tenth step the ranks compare what they have seen. With fp16 the loss scaler decides: it skips steps on purpose.
+every tenth step the ranks compare what they have seen. With fp16 the loss scaler decides: it skips steps on purpose,
+but not very many in a row.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from autotp_plan.schemas.names import some
 
 EVERY = 10
 """Steps between two comparisons of the losses that the ranks have seen."""
+MOST_SKIPPED = 100
+"""Steps in a row that fp16's loss scaling skips before training stops; to get from 2**32 to 1 it needs 33."""
 
 _NEVER = 2**62
 _SHOWN, _SENT = 5, 100
@@ -49,6 +52,7 @@ class FiniteCheck:
         self._engine, self._dp_rank, self.stops = engine, dp_rank, stops
         self._scaled = bool(engine.fp16_enabled())
         self._first = torch.full((), _NEVER, dtype=torch.int64, device=engine.device)
+        self._skipped = 0
         self._gradients: list[str] | None = None
         self._settings: list[dict[str, Any]] = []
 
@@ -67,10 +71,12 @@ class FiniteCheck:
         Raises:
             NonFiniteError: gradients were not finite. The same on every rank.
         """
-        if not self.stops or self._scaled:
-            yield
-            return
         engine, before = self._engine, self._engine.global_steps
+        if not self.stops or (self._scaled and self._skipped < MOST_SKIPPED - 1):
+            yield
+            if engine.global_steps > before:
+                self._skipped = self._skipped + 1 if getattr(engine.optimizer, "overflow", False) else 0
+            return
         self._gradients = None
         # before a scheduler changes them
         self._settings = [{name: group[name] for name in _OF_GROUPS if name in group} for group in _groups(engine)]
@@ -91,6 +97,9 @@ class FiniteCheck:
         norm = engine.get_global_grad_norm()
         on_device = isinstance(norm, Tensor) and norm.device.type != "cpu"
         skipped = bool(getattr(engine.optimizer, "overflow", False))
+        if self._scaled and not skipped:
+            self._skipped = 0
+            return
         if skipped or (norm is not None and not on_device and not math.isfinite(norm)):
             self._stop(f"step {engine.global_steps}", self._gradients, skipped)
         if on_device:
@@ -134,7 +143,8 @@ class FiniteCheck:
         elif weights := _of_all(self._weights()):
             got += f"; {_listed('weights', weights)}{self._in_groups(weights)}"
         if skipped:
-            got += "; the weights are those of the step before"
+            before = "the step before" if not self._scaled else f"{self._skipped + 1} steps before, skipped since"
+            got += f"; the weights are those of {before}"
         raise NonFiniteError(_fault(where, got))
 
     def _in_groups(self, names: Iterable[str]) -> str:
