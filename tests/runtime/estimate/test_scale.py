@@ -18,8 +18,10 @@ import pytest
 from autotp_plan.planner import compile_plan
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.spec import SpecFile
+from benchmarks.scale import BASE, measure, sweeps
+from benchmarks.scale_report import rows
 from tests.helpers.launch import launch
-from tests.helpers.paths import PLANS
+from tests.helpers.paths import PLANS, ROOT
 
 TP, DP, LENGTH = 8, 128, 2048
 RANKS = (0, 515, 1023)  # TP rank 0 of DP rank 0, 3 of 64, 7 of 127
@@ -241,3 +243,12 @@ def test_a_layer_that_is_sharded_otherwise_is_seen(tmp_path: Path) -> None:
     assert [wanted[name][residual] - found[name][residual] for name in sums] == [1, 2]
     mlp = 3 * config["hidden_size"] * config["intermediate_size"]
     assert found["forward operations"] - wanted["forward operations"] == 2 * LENGTH * mlp * (TP - 1) // TP
+
+
+def test_a_row_of_the_page_is_measured_again() -> None:
+    """What depends on no kernel, with a quarter of the layers."""
+    setting = sweeps(BASE["llama"])["layers"][0]
+    (found,) = launch(measure, 1, "llama", setting)
+    published = rows(json.loads((ROOT / "docs" / "scale.json").read_text()), "llama", "layers")[0]
+    exact = ("weights", "forward_operations", "backward_operations", "collectives", "collective_bytes", "kinds")
+    assert {name: found[name] for name in exact} == {name: published[name] for name in exact}
