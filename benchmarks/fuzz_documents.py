@@ -115,6 +115,15 @@ def kinds(work: Path) -> dict[str, Kind]:
     llamas = ("compile", "--tp", "2", "-o", out, "--preset", "llama", "--model")  # nothing is inferred, with torch
     section = {"tensor_parallel": {"autotp_size": 2, "partition_config": {"layer_specs": user["layer_specs"][:3]}},
                "bf16": {"enabled": True}}  # fmt: skip
+    rank = {"tp_ranks": [0, 1], "peak": 3, "when": "backward", "at_peak": [{"what": "weights", "bytes": 3}],
+            "traffic": [{"operation": "all-reduce", "group": "tensor", "count": 1, "bytes": 2}]}  # fmt: skip
+    estimate = {
+        "plan": plan.fingerprint,
+        "settings": {"memory": 9},
+        "measured": True,
+        "missing": ["x"],
+        "ranks": [rank],
+    }
     shards, job, given = work / "shards" / MANIFEST_NAME, tag / ABOUT_NAME, work / "given.json"
     index = several / "model.safetensors.index.json"
     header = (llama / "model.safetensors").read_bytes()
@@ -122,7 +131,9 @@ def kinds(work: Path) -> dict[str, Kind]:
     config = work / "with-config" / "config.json"
     return {
         "plan": Kind(given, plan.to_dict(), (("show", at(given)), ("check", at(given), "--checkpoint", at(llama)),
-                     ("export", at(given), "--to", "deepspeed")), sealed_document),
+                     ("export", at(given), "--to", "deepspeed"), ("show", at(given), "--html", out, "--svg", out)),
+                     sealed_document),
+        "estimate": Kind(given, estimate, (("show", at(work / "plan.json"), "--html", out, "--estimate", at(given)),)),
         "spec": Kind(given, user, ((*made, at(llama), "--preset", "none", "--spec", at(given)),)),
         "spec beside a preset": Kind(given, user, ((*made, at(llama), "--spec", at(given)),)),
         "ds-config": Kind(given, section, (("compile", "-o", out, "--model", at(llama), "--ds-config", at(given)),)),

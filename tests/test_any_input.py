@@ -9,6 +9,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner
@@ -18,6 +19,8 @@ from hypothesis import strategies as st
 from autotp_plan.planner import SpecFile, check_checkpoint, check_plan, compile_plan, presplit
 from autotp_plan.planner.cli.main import main
 from autotp_plan.planner.deepspeed.read_config import parse_section
+from autotp_plan.planner.pictures.layer_svg import layer_svg
+from autotp_plan.planner.pictures.page import page
 from autotp_plan.planner.plan_table import as_json, rows, summary
 from autotp_plan.schemas import documents
 from autotp_plan.schemas.errors import AutoTPError
@@ -170,6 +173,8 @@ def use(plan: Plan) -> None:
     rows(plan)
     summary(plan)
     as_json(plan)
+    assert len(page(plan)) < 1_000_000
+    ElementTree.fromstring(layer_svg(plan))
     assert Plan.from_dict(json.loads(plan.to_json())) == plan
 
 

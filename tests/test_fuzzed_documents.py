@@ -14,9 +14,9 @@ from benchmarks.fuzz_documents import Kind, fuzz, run_alone
 @pytest.mark.sweep
 @pytest.mark.timeout(280)
 def test_changed_documents() -> None:
-    counts, wrong = fuzz(45, seed=7, seconds=10, memory=1 << 30)
+    counts, wrong = fuzz(50, seed=7, seconds=10, memory=1 << 30)
     assert not wrong
-    assert len(counts) == 9 and set(counts.values()) == {5}
+    assert len(counts) == 10 and set(counts.values()) == {5}
 
 
 @pytest.mark.timeout(120)

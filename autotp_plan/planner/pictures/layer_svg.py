@@ -73,7 +73,8 @@ def layer_svg(plan: Plan) -> str:
 
 
 def _most_common(drawn: Picture) -> Section:
-    return max(drawn.sections, key=lambda one: (len(one.numbers), len(one.blocks)))
+    nothing = Section(stem="", numbers=(), num_layers=0, blocks=())
+    return max(drawn.sections, key=lambda one: (len(one.numbers), len(one.blocks)), default=nothing)
 
 
 def _hatch() -> Markup:

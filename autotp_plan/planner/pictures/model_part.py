@@ -45,7 +45,7 @@ def title(section: Section) -> str:
     if section.numbers:
         return f"Layer{'s' if len(section.numbers) > 1 else ''} {words.numbers(section.numbers)}"
     labels = [weight.label for block in section.blocks for stage in block.stages for weight in stage.weights]
-    return "Outside of layers" if len(labels) > 1 else plain(labels[0], 80)
+    return plain(labels[0], 80) if len(labels) == 1 else "Outside of layers"
 
 
 def _part(section: Section) -> Markup:

@@ -4,6 +4,7 @@ dimension, styles that clash. Every check that can be run is run; one that needs
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 
@@ -14,12 +15,17 @@ from autotp_plan.schemas.layout import Layout, group_view
 from autotp_plan.schemas.names import MAX_NAMES, expand, num_names
 from autotp_plan.schemas.plan.entries import Crossing, Parameter, PlanEntries
 
+MAX_ELEMENTS = 2**62
+"""Of a tensor: a file of more bytes is not to be had, and sizes stay numbers that everything can count with."""
 _COMPILE_AGAIN = "compile the plan again; plans are not written by hand"
 
 
 def plan_faults(plan: PlanEntries) -> Iterator[Fault]:
     """Everything in which the entries of `plan` contradict each other."""
     for name, layout in plan.layouts.items():
+        if math.prod(layout.shape) > MAX_ELEMENTS:
+            what, expected = "a layout has more elements than a tensor can have", f"at most {MAX_ELEMENTS}"
+            yield _fault("layout-elements", what, f"layouts.{name}", f"{list(layout.shape)}"[:200], expected)
         for problem in _layout_problems(layout, plan.tp_size):
             yield Fault(
                 code="layout-intervals",

@@ -92,3 +92,8 @@ def test_too_many_names_hide_nothing_but_names() -> None:
 
 def test_layouts_of_another_tp_size() -> None:
     assert set(codes(parameter(), tp_size=3)) == {"layout-intervals"}
+
+
+def test_a_layout_of_more_elements_than_there_can_be() -> None:
+    layouts = {"most": {"shape": [2**31, 2**31]}, "more": {"shape": [2**62, 2]}, "without_end": {"shape": [2**62] * 40}}
+    assert codes(layouts=layouts) == ["layout-elements"] * 2
