@@ -188,8 +188,9 @@ def _blocks(weights: Sequence[Weight], group: layers.Group, tp_size: int) -> lis
     found = []
     for (name, _), of in by_block.items():
         stages = []
+        styles = {weight.label: weight.style for weight in of}
         for style in layers.STAGES:
-            same = tuple(weight for weight in of if weight.style == style)
+            same = [weight for weight in of if styles.get(_weight_of(weight.label), weight.style) == style]
             if same:
                 stages.append(Stage(style=style, weights=tuple(sorted(same, key=_matrices_first))))
         before, after = _collectives(of, tp_size)
@@ -204,10 +205,15 @@ def _labels(block: Block) -> list[str]:
     return [weight.label for stage in block.stages for weight in stage.weights]
 
 
-def _matrices_first(weight: Weight) -> tuple[bool, bool, int]:
-    """Matrices before biases, queries before keys, large before small."""
+def _weight_of(label: str) -> str:
+    """The weight that a bias belongs to, by its name; that of what is no bias does not matter."""
+    return label.removesuffix("bias") + "weight"
+
+
+def _matrices_first(weight: Weight) -> tuple[bool, bool, bool, int]:
+    """Matrices before vectors, queries before keys, weights before biases, large before small."""
     is_query = weight.label.rpartition(".")[0].rpartition(".")[2].startswith("q")
-    return len(weight.shape) < 2, not is_query, -math.prod(weight.shape)
+    return len(weight.shape) < 2, not is_query, weight.label.endswith("bias"), -math.prod(weight.shape)
 
 
 def _collectives(weights: Sequence[Weight], tp_size: int) -> tuple[list[Collective], list[Collective]]:

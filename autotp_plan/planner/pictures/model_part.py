@@ -24,11 +24,12 @@ _MOST_TICKS = 400
 def model_section(picture: Picture) -> Markup:
     """The section of the page that draws the model."""
     how = (
-        f"A matrix is drawn with its output from left to right and its input from top to bottom: a column-parallel "
-        f"weight falls into columns, a row-parallel one into rows. A side of n indices is {SCALE:g}\u221an pixels long "
-        f"(at most {LONGEST:g}; smaller on a narrow screen), so that four times the parameters have twice the area; "
-        f"within a weight, parts are to linear scale. Brackets hold the parts of a fused weight together. The order is "
-        f"told from names and styles: a plan does not hold it."
+        "A matrix is drawn with its output from left to right and its input from top to bottom: a column-parallel "
+        "weight falls into columns, a row-parallel one into rows. (What is only called sharded has the first of its "
+        f"two last dimensions from left to right.) A side of n indices is {SCALE:g}\u221an pixels long, at most "
+        f"{LONGEST:g} and less on a narrow screen: four times the parameters have twice the area. Within a weight, "
+        "parts are to linear scale. Brackets hold the parts of a fused weight together. The order is told from names "
+        "and styles: a plan does not hold it."
     )
     children = [tag("p", how, class_="how"), *map(_part, picture.sections)]
     if picture.not_drawn:

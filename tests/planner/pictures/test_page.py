@@ -125,6 +125,15 @@ def test_a_tied_head_is_drawn_as_it_runs() -> None:
     assert [one.what for one in head.after] == ["all-gather"]
 
 
+def test_a_bias_stands_with_its_weight() -> None:
+    attention = next(
+        block for block in picture(read("gpt_oss_20b/tp4")).sections[1].blocks if block.name == "self_attn"
+    )
+    assert [stage.style for stage in attention.stages] == ["column", "shard", "row"]
+    row = [(weight.label, weight.style) for weight in attention.stages[2].weights]
+    assert row == [("self_attn.o_proj.weight", "row"), ("self_attn.o_proj.bias", "replicated")]
+
+
 def test_what_a_module_exchanges_is_said_of_the_layers_that_it_is_in() -> None:
     norms = {weight.label: weight.notes for weight in picture(read("minimax_m2_5/tp4")).weights()}
     assert norms["self_attn.q_norm.weight"] == ("its mean all-reduced",)
