@@ -131,8 +131,8 @@ def kinds(work: Path) -> dict[str, Kind]:
     config = work / "with-config" / "config.json"
     return {
         "plan": Kind(given, plan.to_dict(), (("show", at(given)), ("check", at(given), "--checkpoint", at(llama)),
-                     ("export", at(given), "--to", "deepspeed"), ("show", at(given), "--html", out, "--svg", out)),
-                     sealed_document),
+                     ("export", at(given), "--to", "deepspeed"), ("show", at(given), "--html", out, "--svg", out),
+                     ("diff", at(work / "plan.json"), at(given))), sealed_document),
         "estimate": Kind(given, estimate, (("show", at(work / "plan.json"), "--html", out, "--estimate", at(given)),)),
         "spec": Kind(given, user, ((*made, at(llama), "--preset", "none", "--spec", at(given)),)),
         "spec beside a preset": Kind(given, user, ((*made, at(llama), "--spec", at(given)),)),

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from autotp_plan.planner import SpecFile, check_checkpoint, check_plan, compile_plan, presplit
 from autotp_plan.planner.cli.main import main
 from autotp_plan.planner.deepspeed.read_config import parse_section
+from autotp_plan.planner.diff.compare import compare_plans
+from autotp_plan.planner.diff.text import groups, lines
 from autotp_plan.planner.pictures.layer_svg import layer_svg
 from autotp_plan.planner.pictures.page import page
 from autotp_plan.planner.plan_table import as_json, rows, summary
@@ -175,6 +177,10 @@ def use(plan: Plan) -> None:
     as_json(plan)
     assert len(page(plan)) < 1_000_000
     ElementTree.fromstring(layer_svg(plan))
+    differences = compare_plans(Plan.from_dict(valid_plan()), plan)
+    assert groups(differences) or lines(differences)
+    assert json.loads("".join(differences.json_pieces())) == differences.to_dict()
+    assert compare_plans(plan, plan).equal
     assert Plan.from_dict(json.loads(plan.to_json())) == plan
 
 
@@ -295,6 +301,7 @@ def test_the_command_with_any_plan(data: Any, text: str | None) -> None:
         for arguments in (
             ["show", path],
             ["show", path, "--format", "json"],
+            ["diff", path, path],
             ["check", path, "--checkpoint", planned()],
         ):
             command(*arguments)

@@ -106,11 +106,14 @@ def _print(old: str, new: str, differences: Differences) -> None:
     console.print(Text(visible(f"+++ {new}: {differences.new.headline}"), style="green"))
     table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=True)
     found = groups(differences)
-    every = [row for _, rows in found for row in rows]
-    longest = max((len(row.name) + 2 for row in every), default=0) + max((len(row.what) for row in every), default=0)
-    fits = longest <= console.width * 2 // 3
+    name_width = max((len(row.name) + 2 for _, rows in found for row in rows), default=0)
+    what_width = max((len(row.what) for _, rows in found for row in rows), default=0)
+    whole = {
+        "name": name_width <= console.width // 2,
+        "what": name_width + what_width <= console.width * 2 // 3,
+    }
     for title in ("name", "what", "old", "new"):
-        table.add_column(title, overflow="fold", no_wrap=fits and title in ("name", "what"))
+        table.add_column(title, overflow="fold", no_wrap=whole.get(title, False))
     for prefix, rows in found:
         if prefix:
             table.add_row(visible(prefix))

@@ -103,10 +103,11 @@ def _lines(one: Difference) -> Iterator[Line]:
         if (one.of == "compiled by" and one.kind == "changed") or len(old) + len(new) < 60:
             yield Line(text=f"{one.name}: {old} -> {new}", kind="changed")
             continue
+        name = "" if one.of == "verified" else f"{one.name}: "
         if field.old is not None:
-            yield Line(text=f"{one.name}: {old}", kind="removed")
+            yield Line(text=f"{name}{old}", kind="removed")
         if field.new is not None:
-            yield Line(text=f"{one.name}: {new}", kind="added")
+            yield Line(text=f"{name}{new}", kind="added")
 
 
 def _conclusion(differences: Differences) -> Iterator[str]:

@@ -303,15 +303,40 @@ CHANGES: dict[str, tuple[Callable[[Document], Any], list[str]]] = {
         ['compiled by.specs.0.layer_specs.0: none -> {"partition_type": "skip", "patterns": ["x"]}'],
     ),
     "an option of compile": (set_in("rules", "uneven", True), ["compiled by.uneven: none -> true"]),
+    "an attribute of another object": (
+        set_in("module_attributes", 1, {"module": "model.layers.{0..3}.config", "attribute": "first_head",
+                                        "values": [0, 2]}),
+        [LAYERS + "config.first_head | set on each rank: [0, 2] -> -",
+         LAYERS + "config.first_head | set on each rank: - -> [0, 2]"],
+    ),
+    "a key with a dot": (
+        set_in("model", "config", "rope_scaling", {"factor": 2.0, "type": "linear", "a.b": 1}),
+        ["config.rope_scaling.a.b | : - -> 1"],
+    ),
+    "how exact a stamp is": (
+        set_in("verified", "float64_error", 3e-15),
+        ["- verified: eager and sdpa attention, errors up to 2.0e-15 (float64) and 3.0e-07 (engine, "
+         "float32); torch 2.13.0, transformers 5.23.0",
+         "+ verified: eager and sdpa attention, errors up to 3.0e-15 (float64) and 3.0e-07 (engine, "
+         "float32); torch 2.13.0, transformers 5.23.0"],
+    ),
+    "a stamp without a seal": (
+        removed("verified", "seal"),
+        ["- verified: eager and sdpa attention, errors up to 2.0e-15 (float64) and 3.0e-07 (engine, "
+         "float32); torch 2.13.0, transformers 5.23.0",
+         "+ a stamp of version 0.1, which nothing binds to a proof, says verified: eager and sdpa attention, "
+         "errors up to 2.0e-15 (float64) and 3.0e-07 (engine, float32); torch 2.13.0, transformers 5.23.0"],
+    ),
     "a stamp": (
         removed("verified"),
-        ["- verified: verified: eager and sdpa attention, errors up to 2.0e-15 (float64) and 3.0e-07 (engine, "
-         "float32); torch 2.13.0, transformers 5.23.0", "+ verified: not verified: run `autotp-plan verify`"],
+        ["- verified: eager and sdpa attention, errors up to 2.0e-15 (float64) and 3.0e-07 (engine, "
+         "float32); torch 2.13.0, transformers 5.23.0", "+ not verified: run `autotp-plan verify`"],
     ),
 }  # fmt: skip
 RECORDED = {
     "version", "rule", "a tie's rule", "ignored", "all ignored below", "a note", "a note on the folder", "a commit",
-    "a spec's rule", "a new rule before others", "an option of compile", "a stamp",
+    "a spec's rule", "a new rule before others", "an option of compile", "a stamp", "how exact a stamp is",
+    "a stamp without a seal",
 }  # fmt: skip
 
 
