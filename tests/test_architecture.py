@@ -38,7 +38,7 @@ ROOMS = (
     "factories",
     "inference.regions", "inference.small", "inference.spec", "inference",
     "planner.model", "planner.deepspeed", "planner.wrappers", "planner.rules", "planner.fallback", "planner.copying",
-    "planner.shards", "planner.diff", "planner.pictures",
+    "planner.shards", "planner.diff", "planner.pictures", "planner.estimate",
     "runtime.deepspeed", "runtime.data", "runtime.parameters", "runtime.tensor_parallel", "runtime.losses",
     "runtime.loading", "runtime.optimizers", "runtime.checkpoint", "runtime.calls", "runtime.integrations",
     "runtime.verify", "runtime.estimate",

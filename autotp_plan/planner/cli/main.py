@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from autotp_plan.planner.cli.diff import diff
+from autotp_plan.planner.cli.estimate import estimate
 from autotp_plan.planner.cli.export import export, presets
 from autotp_plan.planner.cli.infer import TIMEOUT, infer, infer_with_limits, prove_on_twin, time_limit
 from autotp_plan.planner.cli.job import check_job
@@ -52,6 +53,7 @@ def main() -> None:
     autotp-plan show plan.json
     autotp-plan diff old.json new.json
     autotp-plan verify plan.json
+    autotp-plan estimate plan.json --dp-size 4 --zero-stage 2 --memory 80GB
     autotp-plan presplit plan.json --checkpoint CHECKPOINT -o SHARDS
     autotp-plan check SHARDS
     autotp-plan merge SHARDS -o CHECKPOINT
@@ -279,6 +281,7 @@ def _print_proof(proof: Proof) -> None:
 
 
 main.add_command(diff)
+main.add_command(estimate)
 main.add_command(export)
 main.add_command(infer)
 main.add_command(presets)

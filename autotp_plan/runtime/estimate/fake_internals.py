@@ -4,13 +4,17 @@ asserts them in a second.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import weakref
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,6 +47,8 @@ def count_operations() -> FlopCounterMode:
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     further = {attention: _of_attention, backward: _of_attention_backward, torch.ops.aten._grouped_mm: _of_groups}
+    fused = torch.ops.autotp_plan
+    further |= {fused.attention: _of_attention, fused.attention_backward: _of_attention_backward}
     counter = FlopCounterMode(display=False, custom_mapping=further)
     counter.mod_tracker = _NoModules()
     return counter
@@ -76,35 +82,68 @@ def _of_groups(first: torch.Size, second: torch.Size, *_: Any, **__: Any) -> int
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active in a `with`, counts the bytes of the tensors that operators make, and sees every collective.
 
-    Tensors that share memory count once. Relies on weak references to storages, and on collectives being operators of
-    the namespace `c10d` whose arguments hold a process group that `ProcessGroup.unbox` gives.
+    Tensors that share memory count once. What an operator would read from a tensor without data is 1, or 0 of integers,
+    or False. Relies on weak references to storages, on `aten._local_scalar_dense` being what `item()` calls, and on
+    collectives being operators of the namespace `c10d` whose arguments hold a process group that `ProcessGroup.unbox`
+    gives.
 
     Args:
         on_collective: called with the operator's name, the process group, and the bytes of the largest of its tensors.
         held: tensors that were there before, and do not count.
+        name: called for each new tensor: what it is for.
+
+    Attributes:
+        live: bytes that are held now.
+        peak: the most since the last `restart_peak`.
+        parts: `live` by what it is for.
+        peak_parts: `peak` by what it is for.
     """
 
-    def __init__(self, on_collective: Callable[[str, Any, int], None], held: Iterable[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        on_collective: Callable[[str, Any, int], None],
+        held: Iterable[Tensor] = (),
+        name: Callable[[], str] = lambda: "",
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
-        self._on_collective = on_collective
-        self._known: dict[int, Any] = {id(one): one for one in (tensor.untyped_storage() for tensor in held)}
+        self.parts: Counter[str] = Counter()
+        self.peak_parts: Counter[str] = Counter()
+        self.at_new_peak: Callable[[], None] = lambda: None
+        self._on_collective, self._name = on_collective, name
+        self._known: dict[int, Any] = {id(one): (one, "") for one in (tensor.untyped_storage() for tensor in held)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _READ and isinstance(args[0], FakeTensor):
+            return _VALUES.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 0)
         if func.namespace == "c10d":
             self._see(func, args)
         result = func(*args, **(kwargs or {}))
         for one in pytree.tree_leaves(result):
             if isinstance(one, Tensor) and not one.is_meta:
-                self._count(one)
+                self._count(one, None)
         return result
 
     def restart_peak(self) -> int:
         """The largest number of bytes since the last call."""
         peak, self.peak = self.peak, self.live
+        self.peak_parts = self.parts.copy()
         return peak
 
-    def _count(self, tensor: Tensor) -> None:
+    def rename(self, tensors: Iterable[Tensor], what: str) -> None:
+        """Say what tensors are for, from now on; such as were not known count from now on."""
+        for tensor in tensors:
+            key = id(tensor.untyped_storage())
+            if key not in self._known:
+                self._count(tensor, what)
+                continue
+            reference, before = self._known[key]
+            size = tensor.untyped_storage().nbytes()
+            self.parts[before] -= size
+            self.parts[what] += size
+            self._known[key] = (reference, what)
+
+    def _count(self, tensor: Tensor, what: str | None) -> None:
         storage = tensor.untyped_storage()
         key, size = id(storage), storage.nbytes()
         if key in self._known:
@@ -112,14 +151,98 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         def freed(_: Any) -> None:
             self.live -= size
-            del self._known[key]
+            self.parts[self._known.pop(key)[1]] -= size
 
-        self._known[key] = weakref.ref(storage, freed)
+        what = self._name() if what is None else what
+        self._known[key] = (weakref.ref(storage, freed), what)
         self.live += size
-        self.peak = max(self.peak, self.live)
+        self.parts[what] += size
+        if self.live > self.peak:
+            self.peak, self.peak_parts = self.live, self.parts.copy()
+            self.at_new_peak()
 
     def _see(self, func: Any, args: Any) -> None:
         leaves = pytree.tree_leaves(args)
         group = next(torch.distributed.ProcessGroup.unbox(one) for one in leaves if isinstance(one, torch.ScriptObject))
         sizes = [one.numel() * one.element_size() for one in leaves if isinstance(one, Tensor)]
         self._on_collective(func.name().partition("::")[2], group, max(sizes, default=0))
+
+
+_READ = torch.ops.aten._local_scalar_dense.default
+_VALUES: dict[Any, Any] = {torch.bool: False}
+
+
+@contextlib.contextmanager
+def engine_without_data(model: nn.Module) -> Iterator[None]:
+    """While active, DeepSpeed's engine can be made of a model without data, and trains it.
+
+    Its tensors cannot be moved by `Module.to`, so their dtypes are changed in place. What ZeRO 3 gathers from all ranks
+    to compare it is not there to be compared. Relies on `assert_ints_same_as_other_ranks` of DeepSpeed's
+    `partitioned_param_coordinator`.
+    """
+    from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
+
+    for name, dtype in (("bfloat16", torch.bfloat16), ("half", torch.float16), ("float", torch.float32)):
+        setattr(model, name, functools.partial(_convert, model, dtype))
+    model.to = lambda *_, **__: model  # type: ignore[method-assign]
+    compare = coordinator.assert_ints_same_as_other_ranks
+    coordinator.assert_ints_same_as_other_ranks = lambda _: None
+    try:
+        yield
+    finally:
+        coordinator.assert_ints_same_as_other_ranks = compare
+
+
+def _convert(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_floating_point():
+                setattr(module, name, buffer.to(dtype))
+    return model
+
+
+class FusedAttention(TorchFunctionMode):
+    """While active in a `with`, attention takes what fused kernels of GPUs take: no matrix of all pairs of tokens.
+
+    Kept for the backward: query, key, value, output, and a float32 number per query and head (the logarithm of the sum
+    of exponentials; Dao et al., FlashAttention, 2022). On tensors without data alone.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+        return _FUSED(given["query"], given["key"], given["value"])[0]
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    output = query.new_empty(*query.shape[:-1], value.shape[-1])
+    return output, query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+def _fused_backward(
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+torch.library.define("autotp_plan::attention", "(Tensor query, Tensor key, Tensor value) -> (Tensor, Tensor)")
+torch.library.define(
+    "autotp_plan::attention_backward",
+    "(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor sums)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+_FUSED = torch.ops.autotp_plan.attention.default
+_FUSED_BACKWARD = torch.ops.autotp_plan.attention_backward.default
+torch.library.register_fake("autotp_plan::attention", _fused)
+torch.library.register_fake("autotp_plan::attention_backward", _fused_backward)
+torch.library.register_autograd(
+    "autotp_plan::attention", lambda ctx, grad, _: _FUSED_BACKWARD(grad, *ctx.saved_tensors), setup_context=_keep
+)

@@ -1,0 +1,1 @@
+"""What a training step of a plan takes: memory, communication, floating-point operations. Without torch."""

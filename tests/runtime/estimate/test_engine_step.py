@@ -1,0 +1,90 @@
+"""Training steps without data, by DeepSpeed's own engine: as in a job where there is one to compare with."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autotp_plan.planner import compile_plan
+from autotp_plan.planner.estimate.document import RankEstimate
+from autotp_plan.planner.estimate.settings import Settings
+from autotp_plan.schemas.plan.document import Plan
+from tests.helpers.launch import launch
+
+
+def settings(stage: int, **more: Any) -> Settings:
+    given: dict[str, Any] = {
+        "dp_size": 2, "zero_stage": stage, "micro_batch_size": 2, "seq_length": 96, "dtype": "bf16", "device": "cpu"
+    }  # fmt: skip
+    return Settings(**{**given, **more})
+
+
+def steps_in_a_job(plan_file: Path, checkpoint: Path, given: list[Settings]) -> list[RankEstimate]:
+    """What is seen of real steps."""
+    import torch
+
+    from autotp_plan.runtime import load_plan
+    from autotp_plan.runtime.estimate.engine_step import DTYPES, run_engine
+    from autotp_plan.runtime.optimizers import choose
+
+    choose._checks_every_optimizer = True  # so that no optimizer is probed in its first step
+    plan, found = load_plan(plan_file), []
+    for one in given:
+        dtype: torch.dtype = DTYPES[one.dtype]
+        model = plan.load_model(checkpoint, dtype=dtype, check_batches_every=None).train()
+        found.append(run_engine(plan.document, model, plan.ranks, None, one, CONFIG))
+    return found
+
+
+def steps_without_data(plan_file: Path, given: Settings, planted: str) -> RankEstimate:
+    from autotp_plan.runtime.estimate import engine_step as estimate
+
+    if planted == "masks":
+        estimate.with_sequences_unpacked = contextlib.nullcontext  # type: ignore[attr-defined]
+    return estimate.engine_step(Plan.read(plan_file), 0, given, CONFIG)
+
+
+def without_data(plan_file: Path, given: Settings, planted: str = "") -> RankEstimate:
+    found: RankEstimate = launch(steps_without_data, 1, plan_file, given, planted)[0]
+    return found
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.helpers.models import save_checkpoint
+
+    folder = tmp_path_factory.mktemp("engine")
+    save_checkpoint(folder / "checkpoint", "llama")
+    (folder / "plan.json").write_text(compile_plan(folder / "checkpoint", tp_size=2).to_json())
+    return folder
+
+
+CONFIG = {"zero_optimization": {"reduce_bucket_size": 20_000, "stage3_prefetch_bucket_size": 20_000}}
+CASES = [
+    settings(0, dtype="fp32"),
+    settings(1, gradient_accumulation_steps=4),
+    settings(2, activation_checkpointing=True),
+    settings(3, micro_batch_size=4),
+]
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(270)
+def test_steps_without_data_are_those_of_a_job(work: Path) -> None:
+    """Every collective with its bytes, and every operation; memory to 3 %."""
+    real = launch(steps_in_a_job, 4, work / "plan.json", work / "checkpoint", CASES)[0]
+    for given, job in zip(CASES, real, strict=True):
+        found = without_data(work / "plan.json", given)
+        # in its first steps ZeRO 3 compares a few numbers over all ranks
+        assert found.traffic == tuple(one for one in job.traffic if one.operation != "broadcast"), given
+        assert found.forward_operations == job.forward_operations
+        assert found.backward_operations == job.backward_operations
+        assert found.peak == pytest.approx(job.peak, rel=0.03)
+        for one, other in zip(found.phases, job.phases, strict=True):
+            assert (one.what, one.bytes) == (other.what, pytest.approx(other.bytes, rel=0.03)), given
+        if given.zero_stage == 1:
+            masks = without_data(work / "plan.json", given, planted="masks")
+            assert masks.peak > 1.03 * job.peak, "masks that a job does not make would be found"
