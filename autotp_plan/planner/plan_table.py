@@ -28,6 +28,9 @@ MOST_JSON_INTERVALS = 100_000_000
 """Parameters times ranks: their JSON has about 40 bytes for each."""
 
 
+_TOO_MANY = 2**100
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TableRow:
     """One line of the table: an entry of the plan, which may be a parameter of many layers."""
@@ -149,6 +152,8 @@ def _json_pieces(plan: Plan) -> Iterator[str]:
 
 def human_bytes(count: int) -> str:
     """`1.5 GiB` and the like."""
+    if count >= _TOO_MANY:  # of a document that says anything
+        return f"more than {_TOO_MANY >> 40:.0e} TiB"
     size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if size < 1024 or unit == "TiB":

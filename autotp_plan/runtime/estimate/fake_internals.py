@@ -9,6 +9,7 @@ import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -212,10 +213,31 @@ class FusedAttention(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.backward:  # in which layers may be computed again
+            with self:
+                return _backward(*args, **(kwargs or {}))
         if func is not nn.functional.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
-        return _FUSED(given["query"], given["key"], given["value"])[0]
+        return _FusedAttention.apply(given["query"], given["key"], given["value"])  # type: ignore[no-untyped-call]
+
+
+def _backward(tensor: Tensor, gradient: Tensor | None = None, retain_graph: bool | None = None,
+              create_graph: bool = False, inputs: Any = None) -> None:
+    """`Tensor.backward`, with its arguments."""
+    torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
+
+
+class _FusedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output, sums = _FUSED(query, key, value)
+        ctx.save_for_backward(query, key, value, output, sums)
+        return output  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _FUSED_BACKWARD(grad_output, *ctx.saved_tensors)  # type: ignore[no-any-return]
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,10 +251,6 @@ def _fused_backward(
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-def _keep(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*inputs, *output)
-
-
 torch.library.define("autotp_plan::attention", "(Tensor query, Tensor key, Tensor value) -> (Tensor, Tensor)")
 torch.library.define(
     "autotp_plan::attention_backward",
@@ -243,6 +261,31 @@ _FUSED = torch.ops.autotp_plan.attention.default
 _FUSED_BACKWARD = torch.ops.autotp_plan.attention_backward.default
 torch.library.register_fake("autotp_plan::attention", _fused)
 torch.library.register_fake("autotp_plan::attention_backward", _fused_backward)
-torch.library.register_autograd(
-    "autotp_plan::attention", lambda ctx, grad, _: _FUSED_BACKWARD(grad, *ctx.saved_tensors), setup_context=_keep
+
+
+_MAKERS = (
+    ("/torch/optim/", "optimizer"),
+    ("/deepspeed/runtime/zero/part", "gathering"),  # partition_parameters, ..._coordinator
+    ("/deepspeed/runtime/", "engine"),
+    ("/transformers/", "model"),
 )
+
+
+def maker_of(frame: FrameType | None) -> str:
+    """Who makes a tensor, by the code on the stack that is nearest to it and known.
+
+    Relies on where DeepSpeed's and torch's files lie, and on `torch.autograd.graph._engine_run_backward`, below which
+    autograd runs.
+
+    Returns:
+        `optimizer`, `gathering` (of ZeRO 3), `engine`, `model`, `autograd`; or nothing.
+    """
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "_engine_run_backward":
+            return "autograd"
+        for part, maker in _MAKERS:
+            if part in code.co_filename:
+                return maker
+        frame = frame.f_back
+    return ""

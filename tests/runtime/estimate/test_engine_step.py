@@ -84,7 +84,8 @@ def test_steps_without_data_are_those_of_a_job(work: Path) -> None:
         assert found.backward_operations == job.backward_operations
         assert found.peak == pytest.approx(job.peak, rel=0.03)
         for one, other in zip(found.phases, job.phases, strict=True):
-            assert (one.what, one.bytes) == (other.what, pytest.approx(other.bytes, rel=0.03)), given
+            assert one.what == other.what
+            assert one.bytes == pytest.approx(other.bytes, rel=0.03), given
         if given.zero_stage == 1:
             masks = without_data(work / "plan.json", given, planted="masks")
             assert masks.peak > 1.03 * job.peak, "masks that a job does not make would be found"
