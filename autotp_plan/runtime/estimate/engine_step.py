@@ -20,8 +20,8 @@ from autotp_plan.runtime.deepspeed.engine_config import engine_config
 from autotp_plan.runtime.deepspeed.internals import skip_sums_over_one_rank
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.runtime.estimate.fake_internals import (
-    FusedAttention,
     engine_without_data,
+    fused_attention,
 )
 from autotp_plan.runtime.estimate.fake_rank import fake_rank
 from autotp_plan.runtime.estimate.step_watch import Seen
@@ -88,7 +88,7 @@ def run_engine(
             stack.enter_context(engine_without_data(model))
         stack.enter_context(seen.watch)
         if mode is not None and settings.device == "cuda":
-            stack.enter_context(FusedAttention())
+            stack.enter_context(fused_attention())
         stack.enter_context(showing_shards())
         stack.enter_context(with_sequences_unpacked())
         engine = _engine(plan, model, ranks, settings, config, run)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -205,27 +204,24 @@ def _convert(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-class FusedAttention(TorchFunctionMode):
-    """While active in a `with`, attention takes what fused kernels of GPUs take: no matrix of all pairs of tokens.
+@contextlib.contextmanager
+def fused_attention() -> Iterator[None]:
+    """While active, attention takes what fused kernels of GPUs take: no matrix of all pairs of tokens.
 
     Kept for the backward: query, key, value, output, and a float32 number per query and head (the logarithm of the sum
-    of exponentials; Dao et al., FlashAttention, 2022). On tensors without data alone.
+    of exponentials; Dao et al., FlashAttention, 2022). On tensors without data alone. Not by a mode of torch: those are
+    left while autograd runs, in which layers may be computed again.
     """
+    given = nn.functional.scaled_dot_product_attention
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.backward:  # in which layers may be computed again
-            with self:
-                return _backward(*args, **(kwargs or {}))
-        if func is not nn.functional.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
-        return _FusedAttention.apply(given["query"], given["key"], given["value"])  # type: ignore[no-untyped-call]
+    def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        return _FusedAttention.apply(query, key, value)  # type: ignore[no-any-return, no-untyped-call]
 
-
-def _backward(tensor: Tensor, gradient: Tensor | None = None, retain_graph: bool | None = None,
-              create_graph: bool = False, inputs: Any = None) -> None:
-    """`Tensor.backward`, with its arguments."""
-    torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
+    nn.functional.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        nn.functional.scaled_dot_product_attention = given
 
 
 class _FusedAttention(torch.autograd.Function):

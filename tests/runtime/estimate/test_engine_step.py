@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,10 @@ def test_steps_without_data_are_those_of_a_job(work: Path) -> None:
         for one, other in zip(found.phases, job.phases, strict=True):
             assert one.what == other.what
             assert one.bytes == pytest.approx(other.bytes, rel=0.03), given
+        if given.activation_checkpointing:
+            fused = without_data(work / "plan.json", dataclasses.replace(given, device="cuda"))
+            assert fused.traffic == found.traffic and fused.backward_operations == found.backward_operations
+            assert fused.peak == pytest.approx(job.peak, rel=0.03), "on the CPU this attention is fused, too"
         if given.zero_stage == 1:
             masks = without_data(work / "plan.json", given, planted="masks")
             assert masks.peak > 1.03 * job.peak, "masks that a job does not make would be found"
