@@ -31,6 +31,7 @@ HEAVY = {"torch", "transformers", "deepspeed", "accelerate", "safetensors", "num
 
 ROOMS = (
     "schemas.untrusted", "schemas", "schemas.plan", "schemas.storage", "schemas.shards", "schemas.jobs",
+    "schemas.estimate",
     "dequantize",
     "sources.transfer", "sources.torch_files", "sources.places", "sources",
     "probes",

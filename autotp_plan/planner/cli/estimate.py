@@ -16,8 +16,8 @@ from autotp_plan.planner.cli.output import reported, say, say_json, table_width
 from autotp_plan.schemas.errors import Fault, MissingDependencyError, OptionError, visible
 
 if TYPE_CHECKING:
-    from autotp_plan.planner.estimate.document import Estimate
-    from autotp_plan.planner.estimate.settings import Settings
+    from autotp_plan.schemas.estimate.document import Estimate
+    from autotp_plan.schemas.estimate.settings import Settings
     from autotp_plan.schemas.plan.document import Plan
 
 _NEEDED = ("torch", "transformers", "deepspeed", "accelerate")
@@ -114,7 +114,7 @@ def _config(path: Path | None) -> dict[str, Any]:
 
 
 def _settings(plan: Plan, config: dict[str, Any], where: str, given: dict[str, Any]) -> Settings:
-    from autotp_plan.planner.estimate.settings import Settings, check_settings, longest_sequence, of_ds_config
+    from autotp_plan.schemas.estimate.settings import Settings, check_settings, longest_sequence, of_ds_config
 
     said = {name: value for name, value in given.items() if value is not None and value is not False}
     settings = Settings(**{**of_ds_config(config, where), **said})

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from autotp_plan.planner.estimate.document import Estimate, Part, RankEstimate
 from autotp_plan.planner.plan_table import human_bytes
+from autotp_plan.schemas.estimate.document import Estimate, Part, RankEstimate
 
 
 def headline(estimate: Estimate) -> str:

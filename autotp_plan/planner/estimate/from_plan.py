@@ -6,10 +6,8 @@ part of the optimizer's states, from stage 2 on of the gradients, at stage 3 of 
 
 from __future__ import annotations
 
-from collections import defaultdict
-
-from autotp_plan.planner.estimate.document import Estimate, Part, RankEstimate, Traffic
-from autotp_plan.planner.estimate.settings import OPTIMIZERS, Settings, check_settings
+from autotp_plan.schemas.estimate.document import Estimate, Part, RankEstimate, Traffic, kinds_of_ranks
+from autotp_plan.schemas.estimate.settings import OPTIMIZERS, Settings, check_settings
 from autotp_plan.schemas.names import expand
 from autotp_plan.schemas.plan.document import Plan
 
@@ -20,14 +18,6 @@ MISSING = (
     "floating-point operations",
 )
 _FLOAT32 = 4
-
-
-def kinds_of_ranks(plan: Plan) -> list[tuple[int, ...]]:
-    """The TP ranks in groups whose shards have the same shapes, by their lowest."""
-    kinds: dict[tuple[tuple[int, ...], ...], list[int]] = defaultdict(list)
-    for rank in range(plan.tp_size):
-        kinds[tuple(layout.rank_shape(rank) for layout in plan.layouts.values())].append(rank)
-    return [tuple(ranks) for ranks in kinds.values()]
 
 
 def elements_of_rank(plan: Plan, rank: int) -> int:

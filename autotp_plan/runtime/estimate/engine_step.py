@@ -14,8 +14,6 @@ from deepspeed.utils import groups
 from torch import nn
 
 from autotp_plan.huggingface.internals import with_sequences_unpacked
-from autotp_plan.planner.estimate.document import RankEstimate
-from autotp_plan.planner.estimate.settings import Settings
 from autotp_plan.runtime.deepspeed.engine_config import engine_config
 from autotp_plan.runtime.deepspeed.internals import skip_sums_over_one_rank
 from autotp_plan.runtime.deepspeed.mesh import Ranks
@@ -27,6 +25,8 @@ from autotp_plan.runtime.estimate.fake_rank import fake_rank
 from autotp_plan.runtime.estimate.step_watch import Seen
 from autotp_plan.runtime.optimizers.grad_norm import use_global_norm
 from autotp_plan.runtime.tensor_parallel.gathered_weight import showing_shards
+from autotp_plan.schemas.estimate.document import RankEstimate
+from autotp_plan.schemas.estimate.settings import Settings
 from autotp_plan.schemas.plan.document import Plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -6,11 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from autotp_plan.planner.estimate.document import Estimate, RankEstimate
-from autotp_plan.planner.estimate.from_plan import kinds_of_ranks
-from autotp_plan.planner.estimate.settings import Settings, check_settings
 from autotp_plan.runtime.verify.workers import RankError, run_ranks
 from autotp_plan.schemas.errors import CompileError, Fault
+from autotp_plan.schemas.estimate.document import Estimate, RankEstimate, kinds_of_ranks
+from autotp_plan.schemas.estimate.settings import Settings, check_settings
 from autotp_plan.schemas.plan.document import Plan
 
 TIMEOUT = 600

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autotp_plan.planner.estimate.document import Part, RankEstimate, Traffic
-from autotp_plan.planner.estimate.settings import Settings
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.runtime.deepspeed.zero_internals import flat_groups, partition_of
 from autotp_plan.runtime.estimate.fake_internals import Watch, count_operations, maker_of
+from autotp_plan.schemas.estimate.document import Part, RankEstimate, Traffic
+from autotp_plan.schemas.estimate.settings import Settings
 
 _OPERATIONS = {
     "allreduce_": "all-reduce", "_allgather_base_": "all-gather", "allgather_": "all-gather",

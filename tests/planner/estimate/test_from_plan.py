@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from autotp_plan.planner import compile_plan
-from autotp_plan.planner.estimate.from_plan import elements_of_rank, estimate_from_plan, kinds_of_ranks
-from autotp_plan.planner.estimate.settings import Settings
+from autotp_plan.planner.estimate.from_plan import elements_of_rank, estimate_from_plan
 from autotp_plan.planner.plan_table import human_bytes
+from autotp_plan.schemas.estimate.document import kinds_of_ranks
+from autotp_plan.schemas.estimate.settings import Settings
 from autotp_plan.schemas.plan.document import Plan
 from tests.helpers.checkpoints import write_llama
 from tests.helpers.paths import PLANS

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from autotp_plan.planner import compile_plan
-from autotp_plan.planner.estimate.document import RankEstimate
-from autotp_plan.planner.estimate.settings import Settings
+from autotp_plan.schemas.estimate.document import RankEstimate
+from autotp_plan.schemas.estimate.settings import Settings
 from autotp_plan.schemas.plan.document import Plan
 from tests.helpers.launch import launch
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from autotp_plan.planner.estimate.settings import Settings
+from autotp_plan.schemas.estimate.settings import Settings
+from autotp_plan.schemas.plan.document import Plan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,3 +98,11 @@ class Estimate:
         document = dataclasses.asdict(self)
         tp_size = document.pop("tp_size")
         return {**document, "settings": {"tp_size": tp_size, **document["settings"]}}
+
+
+def kinds_of_ranks(plan: Plan) -> list[tuple[int, ...]]:
+    """The TP ranks in groups whose shards have the same shapes, by their lowest."""
+    kinds: dict[tuple[tuple[int, ...], ...], list[int]] = defaultdict(list)
+    for rank in range(plan.tp_size):
+        kinds[tuple(layout.rank_shape(rank) for layout in plan.layouts.values())].append(rank)
+    return [tuple(ranks) for ranks in kinds.values()]

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from autotp_plan.planner import compile_plan
-from autotp_plan.planner.estimate.settings import Settings, check_settings, longest_sequence, of_ds_config
 from autotp_plan.schemas.errors import OptionError
+from autotp_plan.schemas.estimate.settings import Settings, check_settings, longest_sequence, of_ds_config
 from autotp_plan.schemas.plan.document import Plan
 from tests.helpers.checkpoints import write_llama
 

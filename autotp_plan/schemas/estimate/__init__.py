@@ -1,0 +1,1 @@
+"""What is asked of an estimate, and what it says."""
