@@ -163,7 +163,7 @@ def test_a_change_is_said_exactly_where_it_changes_what_the_plan_means(change: t
     check(change[1])
 
 
-@pytest.mark.sweep
+@pytest.mark.slow
 @settings(max_examples=1500, suppress_health_check=list(HealthCheck))
 @given(changes())
 def test_many_changes(change: tuple[Any, Document]) -> None:
