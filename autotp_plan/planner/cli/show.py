@@ -20,7 +20,7 @@ _FILE = click.Path(path_type=Path)
 @click.argument("plan_file", metavar="PLAN", type=_FILE)
 @click.option("--format", "output_format", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @click.option("--html", type=_FILE, help="Write a page that draws the model, each weight with the parts of the ranks.")
-@click.option("--svg", type=_FILE, help="Write a picture of one layer: of the kind that the model has most of.")
+@click.option("--svg", type=_FILE, help="Write a picture of one layer: of the kind that holds most of the model.")
 @click.option(
     "--estimate", type=_FILE, help="Draw this too on the page: what `autotp-plan estimate --format json` printed."
 )

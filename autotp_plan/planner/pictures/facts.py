@@ -193,7 +193,7 @@ def _blocks(weights: Sequence[Weight], group: layers.Group, tp_size: int) -> lis
             same = [weight for weight in of if styles.get(_weight_of(weight.label), weight.style) == style]
             if same:
                 stages.append(Stage(style=style, weights=tuple(sorted(same, key=_matrices_first))))
-        before, after = _collectives(of, tp_size)
+        before, after = _collectives(of, tp_size, bool(group.numbers))
         if group.numbers and name in group.modules:
             found_before, found_after = _crossings(group.modules[name])
             before, after = before + found_before, after + found_after
@@ -216,7 +216,7 @@ def _matrices_first(weight: Weight) -> tuple[bool, bool, bool, int]:
     return len(weight.shape) < 2, not is_query, weight.label.endswith("bias"), -math.prod(weight.shape)
 
 
-def _collectives(weights: Sequence[Weight], tp_size: int) -> tuple[list[Collective], list[Collective]]:
+def _collectives(weights: Sequence[Weight], tp_size: int, in_layer: bool) -> tuple[list[Collective], list[Collective]]:
     """What the styles of a block's matrices make the ranks exchange."""
     matrices = [weight for weight in weights if len(weight.shape) > 1 and tp_size > 1]
     styles = [weight.style for weight in matrices]
@@ -231,7 +231,8 @@ def _collectives(weights: Sequence[Weight], tp_size: int) -> tuple[list[Collecti
         times = f" x {rows}" if rows > 1 else ""
         after.append(Collective(what=f"all-reduce{times}", why=f"sums the partial outputs of {tp_size} ranks"))
     if any("output gathered" in weight.notes for weight in matrices):
-        after.append(Collective(what="all-gather", why="every rank gets the full output"))
+        lazily = "" if in_layer else ", unless only the loss of the labels reads it"
+        after.append(Collective(what="all-gather", why=f"every rank gets the full output{lazily}"))
     if any("input split" in weight.notes for weight in matrices):
         before.append(Collective(what="all-reduce", why="of the split input's gradient", backward=True))
     return before, after

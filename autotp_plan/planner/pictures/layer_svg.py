@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -30,13 +31,13 @@ class Placed:
 
 
 def layer_svg(plan: Plan) -> str:
-    """The picture of one layer: of the kind that the model has most of.
+    """The picture of one layer: of the kind that holds most of the model.
 
     Returns:
         an SVG file, in colours for light and dark.
     """
     drawn = picture(plan)
-    section = _most_common(drawn)
+    section = _largest(drawn)
     name = plain(plan.model.architecture or plan.model.model_type or "a model without a config", 60)
     heading = f"{title(section)} of {name} at TP={plan.tp_size}"
     y = MARGIN + 14
@@ -72,9 +73,15 @@ def layer_svg(plan: Plan) -> str:
     return f"{whole}\n"
 
 
-def _most_common(drawn: Picture) -> Section:
+def _largest(drawn: Picture) -> Section:
+    """The kind of layer that holds most of the model's elements."""
     nothing = Section(stem="", numbers=(), num_layers=0, blocks=())
-    return max(drawn.sections, key=lambda one: (len(one.numbers), len(one.blocks)), default=nothing)
+    return max(drawn.sections, key=lambda one: (bool(one.numbers), len(one.numbers) * _elements(one)), default=nothing)
+
+
+def _elements(section: Section) -> int:
+    stages = (stage for block in section.blocks for stage in block.stages)
+    return sum(weight.count * math.prod(weight.shape) for stage in stages for weight in stage.weights)
 
 
 def _hatch() -> Markup:
@@ -120,10 +127,11 @@ def _block(block: Block, y: float) -> Placed:
     for at, stage in enumerate(block.stages):
         width = _stage_width(stage)
         if at:
+            parts.append(_text(x + _STAGE_GAP / 2 - 8, y + 44, "\u2192", "soft"))
+            right = max(right, x + _STAGE_GAP / 2)
             if x + _STAGE_GAP + width > WIDTH - MARGIN:
                 y, x, row = y + row + 12, MARGIN + 26, 0.0
             else:
-                parts.append(_text(x + _STAGE_GAP / 2 - 8, y + 44, "\u2192", "soft"))
                 x += _STAGE_GAP
         placed = _stage(stage, x, y, bool(block.name))
         parts += placed.parts
@@ -157,7 +165,8 @@ def _lines(weight: Weight) -> list[str]:
         return [label(weight), words.shape(weight.shape)]
     held = "all" if weight.drawing.is_shared else weight.share
     copies = f" \u00b7 {weight.count} of them" if weight.count > 1 else ""
-    return [label(weight), words.shape(weight.shape) + copies, held, f"{human_bytes(weight.rank_bytes)} each"]
+    size_line = f"{human_bytes(weight.rank_bytes)} each"
+    return [label(weight), words.shape(weight.shape) + copies, held, size_line, *weight.notes]
 
 
 def _weight_width(weight: Weight) -> float:

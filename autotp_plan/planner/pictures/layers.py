@@ -22,7 +22,7 @@ _EMBEDDING = re.compile(r"embed|wte|wpe", re.IGNORECASE)
 _HEAD = re.compile(r"lm_head|embed_out|output|score|classifier", re.IGNORECASE)
 _ATTENTION = re.compile(r"att|mixer|mamba|ssm|conv", re.IGNORECASE)
 _NORM = re.compile(r"norm|ln", re.IGNORECASE)
-_BEFORE_MLP = re.compile(r"post_?att|pre_?(ff|feed|mlp)|ln_?2|norm_?2|ffn|mlp", re.IGNORECASE)
+_BEFORE_MLP = re.compile(r"post_?att|pre_?(ff|feed|mlp)|ln_?2|norm_?2|ffn|mlp|final", re.IGNORECASE)
 _AFTER_MLP = re.compile(r"post_?(ff|feed|mlp)", re.IGNORECASE)
 
 

@@ -255,6 +255,8 @@ def test_the_picture_of_a_layer_is_a_file_of_its_own() -> None:
             if one.get("class") == "weight":
                 assert x + float(one.attrib["width"]) <= width and y + float(one.attrib["height"]) <= height
     assert "Layers 0 to 31 of LlamaForCausalLM at TP=4" in layer_svg(read("llama_3_1_8b/tp4"))
+    assert "Layers 0 to 27 of Qwen2_5_VL" in layer_svg(read("qwen2_5_vl_7b/tp4")), "and not the smaller vision tower"
+    assert "Layers 3 to 60 of DeepseekV3" in layer_svg(read("deepseek_v3/tp8"))
 
 
 def estimate(one: Plan, **changes: Any) -> dict[str, Any]:
