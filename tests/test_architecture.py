@@ -39,7 +39,7 @@ ROOMS = (
     "factories",
     "inference.regions", "inference.small", "inference.spec", "inference",
     "planner.model", "planner.deepspeed", "planner.wrappers", "planner.rules", "planner.fallback", "planner.copying",
-    "planner.shards", "planner.diff", "planner.pictures", "planner.estimate",
+    "planner.shards", "planner.diff", "planner.estimate", "planner.pictures",
     "runtime.deepspeed", "runtime.data", "runtime.parameters", "runtime.tensor_parallel", "runtime.losses",
     "runtime.loading", "runtime.optimizers", "runtime.checkpoint", "runtime.calls", "runtime.integrations",
     "runtime.verify", "runtime.estimate",

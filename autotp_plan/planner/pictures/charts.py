@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+from autotp_plan.planner.estimate.document import Part, RankEstimate
 from autotp_plan.planner.pictures import words
 from autotp_plan.planner.pictures.colours import group_of
-from autotp_plan.planner.pictures.estimate_file import EstimateFile, RankEstimate
+from autotp_plan.planner.pictures.estimate_file import EstimateFile
 from autotp_plan.planner.pictures.markup import Markup, join, tag
 from autotp_plan.planner.plan_table import Summary, human_bytes
 from autotp_plan.schemas.names import some
@@ -69,13 +70,11 @@ def _rank_bar(ranks: Sequence[int], totals: Summary, whole: int) -> Iterator[Mar
 
 def estimate_chart(estimate: EstimateFile) -> Markup:
     """The peak of each kind of rank as a stacked bar, with a legend, and the memory of a device as a line."""
-    names = list(dict.fromkeys(what for rank in estimate.ranks for what, _ in rank.at_peak))
+    names = list(dict.fromkeys(part.what for rank in estimate.ranks for part in rank.at_peak))
     longest = max([rank.peak for rank in estimate.ranks] + [estimate.memory or 0])
     drawn = []
     for rank in estimate.ranks:
-        sizes: dict[str, int] = defaultdict(int)
-        for what, size in rank.at_peak:
-            sizes[what] += size
+        sizes = _sizes(rank.at_peak)
         parts = [(f"e{at}", sizes[name], f"{name}: {human_bytes(sizes[name])}") for at, name in enumerate(names)]
         drawn += [
             tag("span", _ranks(rank), class_="what"),
@@ -89,16 +88,21 @@ def estimate_chart(estimate: EstimateFile) -> Markup:
     )
 
 
+def _sizes(parts: Sequence[Part]) -> dict[str, int]:
+    sizes: dict[str, int] = defaultdict(int)
+    for part in parts:
+        sizes[part.what] += part.bytes
+    return sizes
+
+
 def _ranks(rank: RankEstimate) -> str:
-    return f"rank{'s' if len(rank.tp_ranks) > 1 else ''} {words.numbers(sorted(rank.tp_ranks))}"
+    return f"rank{'s' if len(rank.tp_ranks) > 1 else ''} {words.numbers(rank.tp_ranks)}"
 
 
 def _legend(names: Sequence[str], estimate: EstimateFile) -> Markup:
     """A table: each part of the peak with its colour, and its bytes on the fullest rank."""
-    fullest = max(estimate.ranks, key=lambda rank: rank.peak)
-    sizes: dict[str, int] = defaultdict(int)
-    for what, size in fullest.at_peak:
-        sizes[what] += size
+    fullest = estimate.fullest
+    sizes = _sizes(fullest.at_peak)
     rows = [
         tag(
             "tr",
@@ -118,7 +122,7 @@ def swatch(class_: str) -> Markup:
 
 
 def _sentences(estimate: EstimateFile) -> Iterator[str]:
-    fullest = max(estimate.ranks, key=lambda rank: rank.peak)
+    fullest = estimate.fullest
     if fullest.when:
         yield f"The peak of {human_bytes(fullest.peak)} is reached in: {fullest.when}."
     if estimate.memory is not None:
@@ -133,24 +137,32 @@ def _sentences(estimate: EstimateFile) -> Iterator[str]:
         yield "The model's code was not run: these are the plan's numbers alone."
     if estimate.missing:
         yield f"Not in it: {some(estimate.missing, 12)}."
-    if fullest.operations:
-        yield f"{fullest.operations:.3g} floating-point operations in a step on this rank."
+    if operations := fullest.forward_operations + fullest.backward_operations:
+        yield f"{operations:.3g} floating-point operations in a step on this rank."
 
 
-def traffic_table(estimate: EstimateFile) -> Markup | None:
-    """What the fullest rank sends and receives in a step; None where the estimate does not say."""
-    fullest = max(estimate.ranks, key=lambda rank: rank.peak)
-    if not fullest.traffic:
-        return None
-    head = tag("tr", *(tag("th", name) for name in ("collective", "group", "in a step", "bytes")))
-    rows = [
-        tag(
-            "tr",
-            tag("td", operation),
-            tag("td", group),
-            tag("td", f"{count:,}", class_="number"),
-            tag("td", human_bytes(size), class_="number"),
-        )
-        for operation, group, count, size in fullest.traffic
-    ]
-    return tag("div", tag("table", tag("thead", head), tag("tbody", *rows)), class_="scroll")
+def estimate_tables(estimate: EstimateFile) -> Iterator[Markup]:
+    """What the fullest rank holds in each part of the job, has on the host, and sends and receives in a step."""
+    fullest = estimate.fullest
+    for title, parts in (("most in each part of the job", fullest.phases), ("in the memory of the host", fullest.host)):
+        if parts:
+            yield _table((title, "bytes"), [(part.what, human_bytes(part.bytes)) for part in parts])
+    if fullest.traffic:
+        sent = [
+            (f"{one.operation} over {_GROUPS.get(one.group, one.group)}", f"{one.count:,}", human_bytes(one.bytes))
+            for one in fullest.traffic
+        ]
+        yield _table(("communicated in a step", "count", "bytes of tensors"), sent)
+
+
+_GROUPS = {"tensor": "tensor-parallel ranks", "data": "data-parallel ranks", "all": "all ranks"}
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
+    """A table whose first column is text and whose others are numbers."""
+
+    def cells(name: str, row: Sequence[str]) -> Markup:
+        return tag("tr", *(tag(name, cell, class_="number" if at else None) for at, cell in enumerate(row)))
+
+    body = tag("tbody", *(cells("td", row) for row in rows))
+    return tag("div", tag("table", tag("thead", cells("th", titles)), body), class_="scroll")

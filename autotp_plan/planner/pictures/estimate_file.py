@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autotp_plan.planner.estimate.document import Part, RankEstimate, Traffic
 from autotp_plan.planner.pictures.markup import plain
 from autotp_plan.schemas import documents
 from autotp_plan.schemas.errors import DocumentError, Fault, MismatchError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RankEstimate:
-    """A kind of rank: which TP ranks, its peak in bytes, when, what is there then, and what it sends in a step."""
-
-    tp_ranks: tuple[int, ...]
-    peak: int
-    when: str
-    at_peak: tuple[tuple[str, int], ...]
-    traffic: tuple[tuple[str, str, int, int], ...]
-    operations: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class EstimateFile:
-    """An estimate. `memory` are the bytes of one device, where the settings have them."""
+    """An estimate. `memory` are the bytes of one device, where it was asked whether they are enough."""
 
     settings: tuple[tuple[str, str], ...]
     memory: int | None
     measured: bool
     missing: tuple[str, ...]
     ranks: tuple[RankEstimate, ...]
+
+    @property
+    def fullest(self) -> RankEstimate:
+        """The kind of rank that holds most."""
+        return max(self.ranks, key=lambda rank: rank.peak)
 
 
 def read_estimate(path: Path, fingerprint: str) -> EstimateFile:
@@ -58,32 +53,37 @@ def read_estimate(path: Path, fingerprint: str) -> EstimateFile:
                 next="run `autotp-plan estimate --format json` with this plan",
             )
         )
-    ranks = tuple(_rank(one) for one in data["ranks"])
-    _check_sums(path, ranks)
-    settings = data["settings"]
+    _check_sums(path, data["ranks"])
     return EstimateFile(
-        settings=tuple(
-            (plain(name.replace("_", " ")), _said(value)) for name, value in settings.items() if name != "memory"
-        ),
-        memory=settings.get("memory"),
+        settings=tuple((plain(name.replace("_", " ")), _said(value)) for name, value in data["settings"].items()),
+        memory=data["memory"]["bytes"] if data.get("memory") is not None else None,
         measured=data["measured"],
         missing=tuple(map(plain, data.get("missing", ()))),
-        ranks=ranks,
+        ranks=tuple(_rank(one) for one in data["ranks"]),
     )
 
 
 def _rank(data: dict[str, Any]) -> RankEstimate:
     return RankEstimate(
-        tp_ranks=tuple(data["tp_ranks"]),
+        tp_ranks=tuple(sorted(data["tp_ranks"])),
         peak=data["peak"],
         when=plain(data.get("when", "")),
-        at_peak=tuple((plain(part["what"]), part["bytes"]) for part in data["at_peak"]),
+        at_peak=_parts(data["at_peak"]),
+        phases=_parts(data.get("phases", ())),
+        host=_parts(data.get("host", ())),
         traffic=tuple(
-            (plain(one["operation"]), plain(one["group"]), one["count"], one["bytes"])
+            Traffic(
+                operation=plain(one["operation"]), group=plain(one["group"]), count=one["count"], bytes=one["bytes"]
+            )
             for one in data.get("traffic", ())
         ),
-        operations=data.get("forward_operations", 0) + data.get("backward_operations", 0),
+        forward_operations=data.get("forward_operations", 0),
+        backward_operations=data.get("backward_operations", 0),
     )
+
+
+def _parts(data: Iterable[dict[str, Any]]) -> tuple[Part, ...]:
+    return tuple(Part(what=plain(part["what"]), bytes=part["bytes"]) for part in data)
 
 
 def _said(value: Any) -> str:
@@ -92,18 +92,19 @@ def _said(value: Any) -> str:
     return "none" if value is None else plain(str(value))
 
 
-def _check_sums(path: Path, ranks: tuple[RankEstimate, ...]) -> None:
+def _check_sums(path: Path, ranks: Sequence[dict[str, Any]]) -> None:
+    sums = [sum(part["bytes"] for part in rank["at_peak"]) for rank in ranks]
     faults = [
         Fault(
             code="estimate-does-not-add-up",
             what="the parts of a peak are not its bytes",
             where=f"{path}: ranks[{at}].at_peak",
-            got=str(sum(size for _, size in rank.at_peak)),
-            expected=str(rank.peak),
+            got=str(held),
+            expected=str(rank["peak"]),
             next="run `autotp-plan estimate --format json` again",
         )
-        for at, rank in enumerate(ranks)
-        if sum(size for _, size in rank.at_peak) != rank.peak
+        for at, (held, rank) in enumerate(zip(sums, ranks))
+        if held != rank["peak"]
     ]
     if faults:
         raise DocumentError(faults)

@@ -90,7 +90,7 @@ def _policy(style: str, script: str) -> str:
 def _estimate_colours(estimate: EstimateFile | None) -> str:
     if estimate is None:
         return ""
-    names = {what for rank in estimate.ranks for what, _ in rank.at_peak}
+    names = {part.what for rank in estimate.ranks for part in rank.at_peak}
     return "".join(f".e{at}{{fill:{colour}}}" for at, colour in enumerate(apart(len(names))))
 
 
@@ -166,12 +166,11 @@ def _estimate(estimate: EstimateFile | None) -> Iterator[Markup]:
     if estimate is None:
         return
     settings = some([f"{name} {value}" for name, value in estimate.settings], 24)
-    traffic = charts.traffic_table(estimate)
     yield _section(
         "What a training step takes",
         tag("p", f"Estimated for: {settings}.", class_="how"),
         charts.estimate_chart(estimate),
-        *([] if traffic is None else [traffic]),
+        tag("div", *charts.estimate_tables(estimate), class_="tables"),
         id_="estimate",
     )
 

@@ -270,6 +270,8 @@ def estimate(one: Plan, **changes: Any) -> dict[str, Any]:
             {"what": "optimizer states", "bytes": 16 * 2**30},
             {"what": "activations", "bytes": 40 * 2**30},
         ],
+        "phases": [{"what": "forward", "bytes": 50 * 2**30}],
+        "host": [{"what": "master weights", "bytes": 7 * 2**30}],
         "traffic": [{"operation": "all-reduce", "group": "tensor", "count": 129, "bytes": 2**30}],
         "forward_operations": 10**15,
         "backward_operations": 2 * 10**15,
@@ -295,7 +297,18 @@ def test_an_estimate_is_drawn(tmp_path: Path) -> None:
     text = page(one, given(tmp_path, one))
     words = said(text)
     parts = (
-        *("ranks 0 to 3", "60.00 GiB", "optimizer states", "66.7%", "backward, gradient 12 of 291", "129", "3e+15"),
+        *(
+            "ranks 0 to 3",
+            "60.00 GiB",
+            "optimizer states",
+            "66.7%",
+            "backward, gradient 12 of 291",
+            "129",
+            "3e+15",
+            "50.00 GiB",
+            "7.00 GiB",
+            "over tensor-parallel ranks",
+        ),
         *("offload none", "activation checkpointing no", "The model's code was not run", "Not in it: temporary"),
     )
     for part in parts:
@@ -313,7 +326,7 @@ def test_an_estimate_is_drawn(tmp_path: Path) -> None:
 )
 def test_the_memory_of_a_device_is_a_line(tmp_path: Path, memory: int, verdict: str) -> None:
     one = read("llama_3_1_8b/tp4")
-    text = page(one, given(tmp_path, one, settings={"memory": memory}))
+    text = page(one, given(tmp_path, one, memory={"bytes": memory, "margin": 0}))
     assert verdict in said(text) and 'class="limit"' in text
 
 
@@ -347,7 +360,9 @@ def test_texts_of_an_estimate_stay_text(tmp_path: Path) -> None:
     rank = estimate(one)["ranks"][0]
     for name in HOSTILE:
         rank = {**rank, "when": name, "at_peak": [{"what": name, "bytes": rank["peak"]}],
-                "traffic": [{"operation": name, "group": name, "count": 1, "bytes": 1}]}  # fmt: skip
+                "phases": [{"what": "forward", "bytes": 50 * 2**30}],
+        "host": [{"what": "master weights", "bytes": 7 * 2**30}],
+        "traffic": [{"operation": name, "group": name, "count": 1, "bytes": 1}]}  # fmt: skip
         text = page(one, given(tmp_path, one, ranks=[rank], missing=[name], settings={name: name}))
         parsed = Parsed(text)
         assert [tag for tag, _ in parsed.tags].count("script") == 1 and "img" not in {tag for tag, _ in parsed.tags}
