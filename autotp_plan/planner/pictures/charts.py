@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from autotp_plan.planner.estimate.document import Part, RankEstimate
 from autotp_plan.planner.pictures import words
 from autotp_plan.planner.pictures.colours import group_of
 from autotp_plan.planner.pictures.estimate_file import EstimateFile
 from autotp_plan.planner.pictures.markup import Markup, join, tag
 from autotp_plan.planner.plan_table import Summary, human_bytes
+from autotp_plan.schemas.estimate.document import Part, RankEstimate
 from autotp_plan.schemas.names import some
 
 MOST_BARS = 16

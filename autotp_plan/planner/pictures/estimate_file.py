@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autotp_plan.planner.estimate.document import Part, RankEstimate, Traffic
 from autotp_plan.planner.pictures.markup import plain
 from autotp_plan.schemas import documents
 from autotp_plan.schemas.errors import DocumentError, Fault, MismatchError
+from autotp_plan.schemas.estimate.document import Part, RankEstimate, Traffic
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,12 +13,14 @@ from xml.etree import ElementTree
 
 import pytest
 
+from autotp_plan.planner.estimate.from_plan import estimate_from_plan
 from autotp_plan.planner.pictures.estimate_file import EstimateFile, read_estimate
 from autotp_plan.planner.pictures.facts import picture
 from autotp_plan.planner.pictures.layer_svg import layer_svg
 from autotp_plan.planner.pictures.model_part import title
 from autotp_plan.planner.pictures.page import page
 from autotp_plan.schemas.errors import DocumentError, MismatchError
+from autotp_plan.schemas.estimate.settings import Settings
 from autotp_plan.schemas.plan.document import Plan, PlannedModule
 from autotp_plan.schemas.plan.stamp import Stamp
 from tests.helpers.paths import PLANS
@@ -320,6 +322,17 @@ def test_an_estimate_is_drawn(tmp_path: Path) -> None:
     assert 'class="limit"' not in text
 
 
+@pytest.mark.parametrize("name", ["llama_3_1_8b/tp4", "falcon_7b/tp4"])
+def test_what_the_command_writes_is_read(tmp_path: Path, name: str) -> None:
+    one = read(name)
+    made = estimate_from_plan(one, Settings(dp_size=2, zero_stage=2, offload="optimizer"))
+    (tmp_path / "estimate.json").write_text(json.dumps(made.to_dict()))
+    found = read_estimate(tmp_path / "estimate.json", one.fingerprint)
+    assert found.ranks == made.ranks and found.missing == made.missing and found.measured == made.measured
+    assert ("dp size", "2") in found.settings and found.memory is None
+    assert "in the memory of the host" in said(page(one, found))
+
+
 @pytest.mark.parametrize(
     ("memory", "verdict"),
     [(80 * 2**30, "It fits, with 20.00 GiB left"), (40 * 2**30, "It does not fit: 20.00 GiB too much")],
@@ -348,7 +361,7 @@ def test_an_estimate_that_is_none_or_of_another_plan_is_refused(tmp_path: Path) 
         {"ranks": []},
         {"settings": []},
         {"measured": "yes"},
-        {"settings": {"memory": 0}},
+        {"memory": {"bytes": 0}},
     )
     for changes in tops:
         with pytest.raises(DocumentError):
