@@ -6,6 +6,7 @@ A new version of DeepSpeed fails here first, in a second, and says what would br
 from __future__ import annotations
 
 import importlib
+import io
 import time
 from datetime import timedelta
 from types import SimpleNamespace
@@ -53,6 +54,18 @@ def threads_have_a_name(gloo: Any) -> bool:
     while not gloo_threads().keys() - before and time.monotonic() < deadline:
         time.sleep(0.01)  # a thread takes its name when it first runs
     return group.size() == 1 and len(gloo_threads().keys() - before) > 0
+
+
+def says_where_tensors_are(load: Any) -> bool:
+    from autotp_plan.runtime.tensor_parallel.torch_internals import position_in_file, says_where_tensors_lie
+
+    if torch.__version__.split(".")[:2] in (["2", "6"], ["2", "7"]):
+        return True  # it need not be there yet
+    file = io.BytesIO()
+    torch.save({"one": torch.ones(3), "two": torch.arange(9)[4:]}, file)
+    file.seek(0)
+    start = position_in_file(load(file, map_location="meta", weights_only=True)["two"])
+    return says_where_tensors_lie() and file.getvalue()[start : start + 8] == (4).to_bytes(8, "little")
 
 
 def description_needs_the_world_size_alone(describe: Any) -> bool:
@@ -287,6 +300,8 @@ CANARIES = [
     Canary("torch.optim._muon:_single_tensor_muon", "verify --optimizer muon", uses("_zeropower_via_newtonschulz")),
     Canary("torch.utils._python_dispatch:TorchDispatchMode.__torch_dispatch__",
            "finding that an optimizer communicates"),
+    Canary("torch:load", "reading a saved job on another mesh by bytes (a disk error would be SIGBUS)",
+           says_where_tensors_are),
     Canary(f"{STAGES_1_2}.step", FINITE, uses("averaged_gradients", "zero_grad", "overflow")),
     Canary(f"{STAGES_1_2}.scaled_global_norm", FINITE, uses("averaged_gradients", "params_in_partition")),
     Canary(f"{STAGE_3}._overflow_clean_up", FINITE, uses("zero_grad", "averaged_gradients")),

@@ -192,7 +192,7 @@ def _load_unoptimized(engine: Any, saved: SavedJob, plan: Plan, ranks: Ranks) ->
         shard = saved.shard(parameter.name, WEIGHTS, layout, ranks.tp_rank)
         for one, target in wanted:
             target.copy_(slice_held(one, shard, layout, ranks.tp_rank).reshape(target.shape))
-    module: dict[str, Tensor] = saved.engine_state["module"]
     for name, target in targets.items():
-        if name in module:
-            target.copy_(module[name])
+        found = saved.buffer(name)
+        if found is not None:
+            target.copy_(found)

@@ -166,14 +166,14 @@ def _check_is_data(tag_folder: Path, share: slice) -> None:
 def _read_files(engine: Any, tag_folder: Path, ranks: Ranks, trust: bool) -> dict[Path, Any]:
     """What the engine reads on this rank: a read that fails in its midst would leave the other ranks waiting.
 
-    Of the first TP rank's file it uses a number alone: that one is mapped.
+    Of the first TP rank's file it uses a number alone: its tensors are not read.
     """
     stage = engine.zero_optimization_stage()
     first = tag_folder / model_states_file(stage, 0, ranks.dp_rank)
     own = model_states_file(stage, ranks.tp_rank, ranks.dp_rank)
     paths = [tag_folder / name for name in (own, *optimizer_states_files(ranks.tp_rank, ranks.dp_rank))]
     held = {path: read_saved(path, trust=trust) for path in paths if path.exists()}
-    return held if first in held else {first: read_saved(first, trust=trust, mmap=True), **held}
+    return held if first in held else {first: read_saved(first, trust=trust, map_location="meta"), **held}
 
 
 def _with_another(error: AutoTPError, folder: Path, asked: str | None) -> AutoTPError:

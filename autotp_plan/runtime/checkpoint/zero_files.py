@@ -1,8 +1,9 @@
 """What DeepSpeed saved of a job under ZeRO 1, 2 or 3, parameter by parameter, to resume on a different mesh.
 
 Every file of a job belongs to one TP rank and one DP rank: ZeRO gives each DP rank a range of the elements of what the
-TP rank holds (`partly_replicated`). The files are mapped into memory, and only the bytes that are asked for are read.
-They are pickles, as DeepSpeed writes them, of which only data is read (`job_files.read_saved`).
+TP rank holds (`partly_replicated`). They are pickles, as DeepSpeed writes them, of which only data is read
+(`job_files.read_saved`). Of their tensors only those elements are read that are asked for, and they are not mapped: a
+disk that fails, or a file that is shortened, would end the process by a signal, or give zeros.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autotp_plan.runtime.deepspeed.job_files import read_saved
+from autotp_plan.runtime.deepspeed.job_files import read_saved, unreadable
 from autotp_plan.runtime.deepspeed.zero_internals import (
     SavedOptimizer,
     model_states_file,
@@ -27,13 +28,17 @@ from autotp_plan.runtime.deepspeed.zero_internals import (
 )
 from autotp_plan.runtime.parameters.partly_replicated import HeldParameter, held_parameters, join_held
 from autotp_plan.runtime.tensor_parallel.collectives import take
+from autotp_plan.runtime.tensor_parallel.torch_internals import map_tensors, position_in_file, says_where_tensors_lie
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.errors import CheckpointError, Fault
 from autotp_plan.schemas.layout import Layout, parameter_shape
 from autotp_plan.schemas.plan.document import Plan
+from autotp_plan.schemas.storage.files import ByteRange, Reader
 
 WEIGHTS = "fp32"
 """The key of the float32 weights, next to the optimizer's keys, such as `exp_avg`."""
+_SMALL_BYTES = 4096
+"""A tensor of so many bytes is read with the rest of its file: `step`, say, and the other scalars of an optimizer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +59,7 @@ class SavedJob:
         plan: the plan of the job that was saved.
         dp_size: its number of DP ranks.
         zero_stage: its ZeRO stage: 1, 2 or 3.
-        trust: unpickle its files, whatever they hold.
+        trust: unpickle its files, whatever they hold. They are mapped then.
     """
 
     def __init__(self, folder: Path, plan: Plan, dp_size: int, zero_stage: int, trust: bool = False) -> None:
@@ -75,12 +80,21 @@ class SavedJob:
 
     @functools.cached_property
     def engine_state(self) -> dict[str, Any]:
-        """What is the same for all ranks (scheduler, counters, buffers), as the first rank saved it."""
-        return self._model_states(0)
+        """What is the same for all ranks (scheduler, counters, client state), as the first rank saved it."""
+        states = self._model_states(0)
+        name = model_states_file(self.zero_stage, 0)
+        rest = {key: value for key, value in states.items() if key != "module"}
+        in_memory: dict[str, Any] = map_tensors(Tensor, lambda tensor: self._read(name, tensor), rest)
+        return in_memory
+
+    def buffer(self, name: str) -> Tensor | None:
+        """A buffer that the first rank saved, and that is no parameter of the plan; None where it saved none."""
+        found = self._model_states(0)["module"].get(name)
+        return None if found is None else self._read(model_states_file(self.zero_stage, 0), found)
 
     @property
     def optimizer_state(self) -> SavedOptimizer:
-        """The optimizer's state of the first rank, with its hyperparameters."""
+        """The optimizer's state of the first rank, with its hyperparameters. Its weights are not in memory."""
         return self._optimizer(0, 0)
 
     def keys(self, name: str) -> list[str]:
@@ -166,8 +180,14 @@ class SavedJob:
         ranges = self._ranges(tp_rank).get(name)
         if ranges is None:  # frozen, or a buffer
             module: Mapping[str, Tensor] = self._model_states(tp_rank)["module"]
-            return module[name].detach()
-        parts = [self._flat(tp_rank, one.dp_rank, one.group, key).narrow(0, one.at, one.numel) for one in ranges]
+            return self._read(model_states_file(self.zero_stage, tp_rank), module[name])
+        parts = [
+            self._read(
+                self._optimizer_file(tp_rank, one.dp_rank),
+                self._flat(tp_rank, one.dp_rank, one.group, key).narrow(0, one.at, one.numel),
+            )
+            for one in ranges
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _flat(self, tp_rank: int, dp_rank: int, group: int, key: str) -> Tensor:
@@ -244,14 +264,45 @@ class SavedJob:
         return self._load(model_states_file(self.zero_stage, tp_rank))
 
     def _optimizer(self, tp_rank: int, dp_rank: int) -> SavedOptimizer:
+        return SavedOptimizer.of_file(self._load(self._optimizer_file(tp_rank, dp_rank)), self.zero_stage)
+
+    def _optimizer_file(self, tp_rank: int, dp_rank: int) -> str:
         names = optimizer_states_files(tp_rank, dp_rank)
-        name = next((name for name in names if (self.folder / name).exists()), names[0])
-        return SavedOptimizer.of_file(self._load(name), self.zero_stage)
+        return next((name for name in names if (self.folder / name).exists()), names[0])
 
     @functools.cache  # noqa: B019 - a SavedJob lives as long as one load
     def _load(self, name: str) -> dict[str, Any]:
-        loaded: dict[str, Any] = read_saved(self.folder / name, trust=self.trust, mmap=True)
+        """What a file holds, of its larger tensors the place alone; they are mapped where torch does not say that."""
+        if self.trust or not says_where_tensors_lie():
+            mapped: dict[str, Any] = read_saved(self.folder / name, trust=self.trust, mmap=True)
+            return mapped
+        placed = read_saved(self.folder / name, trust=False, map_location="meta")
+
+        def small(tensor: Tensor) -> Tensor:
+            return self._read(name, tensor) if tensor.nbytes <= _SMALL_BYTES else tensor
+
+        loaded: dict[str, Any] = map_tensors(Tensor, small, placed)
         return loaded
+
+    def _read(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor that `_load` found in the file `name`, or a part of one, in memory.
+
+        Raises:
+            CheckpointError: the file cannot be read, or was shortened meanwhile.
+        """
+        tensor = tensor.detach()
+        if not tensor.is_meta or not tensor.numel():
+            return torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor
+        path = self.folder / name
+        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+        found = torch.empty(span, dtype=tensor.dtype)
+        memory = memoryview(found.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        try:
+            with Reader() as reader:
+                reader.read_into(memory, [ByteRange(path, position_in_file(tensor), len(memory))])
+        except (OSError, EOFError) as error:
+            raise CheckpointError(unreadable(path, error)) from None
+        return found.as_strided(tensor.shape, tensor.stride())
 
 
 def _is_flat(value: Any, weights: Tensor) -> bool:

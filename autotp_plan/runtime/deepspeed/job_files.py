@@ -124,9 +124,9 @@ def read_saved(path: Path, *, trust: bool, map_location: Any = "cpu", mmap: bool
     except pickle.UnpicklingError as error:
         if not trust:
             raise CheckpointError(_needs_trust(path, str(error).partition("\n")[0])) from None
-        raise CheckpointError(_unreadable(path, error)) from None
+        raise CheckpointError(unreadable(path, error)) from None
     except (OSError, RuntimeError, EOFError) as error:
-        raise CheckpointError(_unreadable(path, error)) from None
+        raise CheckpointError(unreadable(path, error)) from None
 
 
 def check_is_data(path: Path) -> None:
@@ -148,7 +148,8 @@ def _saved_classes() -> list[Any]:
     return found
 
 
-def _unreadable(path: Path, error: Exception) -> Fault:
+def unreadable(path: Path, error: Exception) -> Fault:
+    """The fault of a file of a job that cannot be read."""
     return Fault(
         code="job-unreadable",
         what="a file of the saved job cannot be read",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import io
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -53,6 +55,28 @@ def assert_without_waiting(condition: Tensor, message: str) -> None:
 def map_tensors(kind: type[Tensor], function: Callable[[Any], Any], tree: Any) -> Any:
     """`tree` (tuples, lists, dicts) with `function` applied to each `kind` in it. Relies on `torch.utils._pytree`."""
     return pytree.tree_map_only(kind, function, tree)
+
+
+@functools.cache
+def says_where_tensors_lie() -> bool:
+    """Whether `torch.load(..., map_location="meta")` says where in the file the elements are: torch 2.7 or later.
+
+    Relies on `UntypedStorage._checkpoint_offset`.
+    """
+    file = io.BytesIO()
+    torch.save(torch.ones(2), file)
+    file.seek(0)
+    found = torch.load(file, map_location="meta", weights_only=True)
+    return getattr(found.untyped_storage(), "_checkpoint_offset", None) is not None
+
+
+def position_in_file(tensor: Tensor) -> int:
+    """The byte at which the first element lies of a tensor that `torch.load(file, map_location="meta")` made.
+
+    Only where `says_where_tensors_lie()`. Relies on `UntypedStorage._checkpoint_offset`.
+    """
+    start: Any = tensor.untyped_storage()._checkpoint_offset
+    return int(start) + int(tensor.storage_offset()) * tensor.element_size()
 
 
 def holds_a_tensor(tree: Any) -> bool:
