@@ -35,7 +35,18 @@ def without_data() -> FakeTensorMode:
 
     Relies on `torch._subclasses.fake_tensor.FakeTensorMode`. Its `from_tensor` gives a tensor's shape without its data.
     """
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    return _WithoutData(allow_non_fake_inputs=True)
+
+
+class _WithoutData(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """torch's rule for the shape of products in groups refuses all dtypes but bf16; the operator takes others too."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten._grouped_mm.default or args[0].dtype == torch.bfloat16:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        factors = [one.to(torch.bfloat16) for one in args[:2]]
+        product: Any = super().__torch_dispatch__(func, types, (*factors, *args[2:]), kwargs)
+        return product.to(args[0].dtype)
 
 
 def count_operations() -> FlopCounterMode:

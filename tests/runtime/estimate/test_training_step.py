@@ -28,9 +28,7 @@ def step_in_a_job(plan_file: Path, checkpoint: Path, activation_checkpointing: b
     return run_step(model.train(), plan.ranks, contextlib.nullcontext(), batch, activation_checkpointing)
 
 
-def step_without_data(
-    plan_file: Path, rank: int, dp_size: int, batch: tuple[int, int], dtype: str, checkpointing: bool, planted: str
-) -> Any:
+def step_without_data(plan_file: Path, rank: int, dtype: str, checkpointing: bool, planted: str) -> Any:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,44 +38,42 @@ def step_without_data(
         estimate.with_sequences_unpacked = contextlib.nullcontext  # type: ignore[attr-defined]
     if planted == "counts by module":
         estimate.count_operations = lambda: FlopCounterMode(display=False)  # type: ignore[attr-defined]
-    return estimate.training_step(
-        Plan.read(plan_file), rank, dp_size, estimate.Batch(sequences=batch[0], length=batch[1]),
-        getattr(torch, dtype), checkpointing,
-    )  # fmt: skip
+    batch = estimate.Batch(sequences=SEQUENCES, length=LENGTH)
+    return estimate.training_step(Plan.read(plan_file), rank, 1, batch, getattr(torch, dtype), checkpointing)
 
 
 def without_data(
-    plan_file: Path, rank: int, dp_size: int = 1, batch: tuple[int, int] = (SEQUENCES, LENGTH),
-    dtype: str = "float32", checkpointing: bool = False, planted: str = "",
-) -> Any:  # fmt: skip
-    arguments = (plan_file, rank, dp_size, batch, dtype, checkpointing, planted)
-    return launch(step_without_data, 1, *arguments)[0]
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.helpers.models import save_checkpoint
-
-    folder = tmp_path_factory.mktemp("estimate")
-    save_checkpoint(folder / "checkpoint", "llama")
-    (folder / "plan.json").write_text(compile_plan(folder / "checkpoint", tp_size=2).to_json())
-    return folder
+    plan_file: Path, rank: int, dtype: str = "float32", checkpointing: bool = False, planted: str = ""
+) -> Any:
+    return launch(step_without_data, 1, plan_file, rank, dtype, checkpointing, planted)[0]
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(270)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_without_data_is_the_step_of_a_job(work: Path, checkpointing: bool) -> None:
+@pytest.mark.parametrize(
+    ("variant", "checkpointing"),
+    [
+        ("llama", False), ("llama", True), ("qwen3_moe", False),
+        pytest.param("qwen3_moe", True, marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", False, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_a_step_without_data_is_the_step_of_a_job(tmp_path: Path, variant: str, checkpointing: bool) -> None:
     """Every collective and operation; memory to 2 %: a job's first forward makes a few small tensors besides."""
-    for rank, real in enumerate(launch(step_in_a_job, 2, work / "plan.json", work / "checkpoint", checkpointing)):
-        found = without_data(work / "plan.json", rank, checkpointing=checkpointing)
+    from tests.helpers.models import save_checkpoint
+
+    checkpoint, plan_file = tmp_path / "checkpoint", tmp_path / "plan.json"
+    save_checkpoint(checkpoint, variant)
+    plan_file.write_text(compile_plan(checkpoint, tp_size=2).to_json())
+    for rank, real in enumerate(launch(step_in_a_job, 2, plan_file, checkpoint, checkpointing)):
+        found = without_data(plan_file, rank, checkpointing=checkpointing)
         for field in ("parameters", "buffers", "forward_operations", "backward_operations", "collectives"):
             assert getattr(found, field) == getattr(real, field), field
         for field in ("kept", "forward_peak", "backward_peak"):
             assert getattr(found, field) == pytest.approx(getattr(real, field), rel=0.02), field
         assert [size for size, _ in found.backward] == [size for size, _ in real.backward]
-        if rank == 0 and not checkpointing:
-            masks = without_data(work / "plan.json", rank, planted="masks")
+        if rank == 0 and variant == "llama" and not checkpointing:
+            masks = without_data(plan_file, rank, planted="masks")
             assert masks.kept > 1.02 * real.kept, "masks that a job does not make would be found"
 
 
