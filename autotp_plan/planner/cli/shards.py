@@ -104,7 +104,7 @@ def merge(shards: Path, output: Path, workers: int, quiet: bool) -> None:
 
     started = time.monotonic()
     with progress("merge", quiet) as shown:
-        size = run(shards, output, workers=workers, progress=shown)
+        size = run(shards, output, workers=workers, progress=shown, notes=_noted(quiet))
     if not quiet:
         folder = read_shards(shards)
         quantized, torch_files = folder.plan.dequantize, converted_from(folder)

@@ -50,7 +50,8 @@ def convert(
     Raises:
         CheckpointError: the checkpoint cannot be read, changed while it was read, or is of safetensors files already.
         OptionError: `workers` is not positive.
-        OutputError: `output` cannot be written, or the operating system stopped the command.
+        OutputError: `output` cannot be written, the operating system stopped the command, or `output` is finished and
+            the checkpoint has changed since.
     """
     check_options("convert", workers)
     output = Path(output)
@@ -76,11 +77,11 @@ def convert(
         small = (file_copy(file.path, output / file.name, file.size) for file in copied)
         return watch.with_modes(itertools.chain(weights, small))
 
-    if is_finished(output, sizes, original.source) and not watch.differing(groups, sizes):
+    if is_finished(output, sizes, original.source, "convert", lambda names: watch.differing(groups, names)):
         return sum(sizes.values())
     with OutputFolder(output, task, "convert") as folder:
         folder.resume(sizes, workers, progress)
-        watch.resume(folder, groups)
+        watch.resume(folder, groups, notes)
         total = sum(file.size - _data(file).start for file in checkpoint.files) + sum(file.size for file in copied)
         write_groups(groups(), folder, total=total, workers=workers, progress=progress)
         watch.finish(folder, groups, sizes)

@@ -101,9 +101,9 @@ def write_shards(
 
     finished = _finished(new, output, workers, share)
     if finished is not None:
-        _refuse_if_source_changed(watch.differing(groups, share), output, command)
+        refuse_if_source_changed(watch.differing(groups, share), output, command)
         return finished
-    _refuse_if_source_changed(_otherwise(new, output), output, command)
+    refuse_if_source_changed(_otherwise(new, output), output, command)
     task = {
         "command": command,
         "plan": plan.fingerprint,
@@ -115,9 +115,7 @@ def write_shards(
         return SourceCheck(new, digests or NOTHING_KNOWN, matrices, output, workers)
 
     def write(folder: OutputFolder, completed: Callable[[], None] = lambda: None) -> None:
-        again = watch.resume(folder, groups)
-        if again:
-            notes(f"{len(again)} files in {output} are written again, as what they are made of has changed: {again[0]}")
+        watch.resume(folder, groups, notes)
         folder.mode = watch.files.strictest_mode(filter(_describes, watch.files.stamps))
         total = _total(new, share)
         if digests is not None and digests.computed_from:
@@ -185,7 +183,8 @@ def _compare_parts(folder: PartFolder, watch: Watch, groups: Callable[[Container
             )
 
 
-def _refuse_if_source_changed(wrong: list[str], output: Path, command: str) -> None:
+def refuse_if_source_changed(wrong: list[str], output: Path, command: str) -> None:
+    """Raise OutputError where a finished folder has other bytes in the files `wrong` than its source has now."""
     if wrong:
         raise OutputError(
             Fault(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from autotp_plan.planner.copying.copy_engine import write_groups
@@ -22,7 +22,7 @@ from autotp_plan.planner.copying.copy_plan import (
     matrices_on_disk,
     stored_shards,
 )
-from autotp_plan.planner.shards.folder_writer import check_options
+from autotp_plan.planner.shards.folder_writer import Notes, check_options, nobody, refuse_if_source_changed
 from autotp_plan.planner.shards.same_checkpoint import check_same_checkpoint
 from autotp_plan.planner.shards.watch import watch_shards
 from autotp_plan.schemas.errors import AutoTPError, Fault, ShardsError
@@ -56,6 +56,7 @@ def merge(
     *,
     workers: int = 4,
     progress: Progress | None = None,
+    notes: Notes = nobody,
 ) -> int:
     """Write the checkpoint that shards were split from; returns its size in bytes.
 
@@ -64,6 +65,7 @@ def merge(
         output: a new folder, or one that an earlier attempt did not finish: that is resumed.
         workers: reads and writes at the same time.
         progress: called with the bytes read and the bytes in all, from worker threads.
+        notes: called with what a user should know, one sentence at a time.
 
     Raises:
         ShardsError: the folder is not what its manifest and plan say, or does not make up the checkpoint.
@@ -72,7 +74,8 @@ def merge(
         CheckpointError: a header of the checkpoint in its manifest is broken, or the shards changed while they were
             read.
         OptionError: `workers` is not positive.
-        OutputError: `output` cannot be written, or the operating system stopped the command.
+        OutputError: `output` cannot be written, the operating system stopped the command, or `output` is finished and
+            the shards have changed since.
     """
     check_options("merge", workers)
     output = Path(output)
@@ -90,11 +93,11 @@ def merge(
         small = (file_copy(file.path, output / file.name, file.size) for file in copied)
         return watch.with_modes(itertools.chain(_groups(originals, tensors), small))
 
-    if is_finished(output, sizes, shards.manifest.source) and not watch.differing(groups, sizes):
+    if is_finished(output, sizes, shards.manifest.source, "merge", lambda names: watch.differing(groups, names)):
         return sum(sizes.values())
     with OutputFolder(output, task, "merge") as folder:
         folder.resume(sizes, workers, progress)
-        watch.resume(folder, groups)
+        watch.resume(folder, groups, notes)
         write_groups(groups(), folder, total=total, workers=workers, progress=progress)
         watch.finish(folder, groups, sizes)
         folder.complete()
@@ -108,14 +111,36 @@ def converted_from(shards: ShardsFolder) -> list[str]:
     return [metadata[CONVERTED_FROM] for metadata in headers if CONVERTED_FROM in metadata]
 
 
-def is_finished(output: Path, sizes: dict[str, int], source: Source) -> bool:
-    """Whether `output` holds all of a checkpoint already: an earlier attempt was stopped as it ended."""
+def is_finished(
+    output: Path,
+    sizes: dict[str, int],
+    source: Source,
+    command: str,
+    differing: Callable[[Collection[str]], list[str]],
+) -> bool:
+    """Whether `output` holds all of a checkpoint already: an earlier attempt was stopped as it ended.
+
+    Args:
+        output: the folder.
+        sizes: the sizes of the files that the command writes.
+        source: of the checkpoint that it writes.
+        command: what messages call it.
+        differing: the files, among those of these names, that hold other bytes than the command would write.
+
+    Raises:
+        OutputError: it holds these files, as they were made of what the source held before.
+    """
     try:
-        if {path.name: path.stat().st_size for path in output.iterdir()} != sizes:
+        found = {path.name: path.stat().st_size for path in output.iterdir()}
+        if not found or found.keys() != sizes.keys():
             return False
-        return source_of(read_checkpoint(output)) == source
-    except (AutoTPError, OSError):
+        other_sizes = {name for name, size in sizes.items() if found[name] != size}
+        wrong = sorted({*other_sizes, *differing(sizes.keys() - other_sizes)})
+        finished = source_of(read_checkpoint(output)) == source
+    except (AutoTPError, OSError, EOFError):
         return False
+    refuse_if_source_changed(wrong, output, command)
+    return finished
 
 
 def check_shards(

@@ -47,11 +47,13 @@ class Watch:
     workers: int
     progress: Progress | None
 
-    def resume(self, folder: OutputFolder, groups: Groups) -> list[str]:
+    def resume(self, folder: OutputFolder, groups: Groups, notes: Callable[[str], None]) -> None:
         """Forget complete files that do not hold what the source holds now, and note what is read from now on.
 
-        Returns:
-            the names of these files.
+        Args:
+            folder: what was begun.
+            groups: how it is filled.
+            notes: told of the files that are written again.
 
         Raises:
             OSError, EOFError: a file cannot be read.
@@ -60,8 +62,9 @@ class Watch:
         wrong = self.differing(groups, folder.finished, changed) if changed and folder.finished else []
         if wrong:
             folder.forget(wrong)
+            files = "1 file" if len(wrong) == 1 else f"{len(wrong)} files"
+            notes(f"{files} in {folder.path} written again, as what they are made of has changed: {some(wrong)}")
         folder.note_read(self.files.stamps)
-        return wrong
 
     def finish(self, folder: OutputFolder, groups: Groups, names: Collection[str]) -> None:
         """Make sure that all was made of one state of the source.
