@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from autotp_plan.schemas.errors import AutoTPError, OptionError
-from tests.helpers.communication import planted
+from tests.helpers.communication import all_reduces, planted
 from tests.helpers.launch import launch
 from tests.runtime.losses.test_vocab_parallel_loss import widest
 
@@ -217,6 +217,54 @@ def planted_errors(work: Path) -> dict[str, float]:
     return found
 
 
+def neighbours(work: Path) -> dict[str, Any]:
+    """Recomputed activations, autocast, a copy of the model, what is communicated, what others ask of the forward."""
+    import copy
+    import inspect
+
+    import torch
+
+    from autotp_plan.runtime.verify.float64_passes import PromoteToFloat64
+    from tests.helpers import parity
+    from tests.helpers.models import batch
+
+    found: dict[str, Any] = {}
+    inputs = {"input_ids": batch(0), "labels": batch(0)}
+    plan, model = load(work, "gemma2", 2)
+    _, without = load(work, "gemma2", 2, loss_chunks=None)
+    dense = torch.load(work / "gemma2.dense")
+    for reentrant in (True, False):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        found[f"recomputed, reentrant {reentrant}"] = max(parity.errors_against(dense, model, plan).values())
+        model.zero_grad()
+    model.gradient_checkpointing_disable()
+    found["copy"] = max(parity.errors_against(dense, copy.deepcopy(model), plan).values())
+    found["copy, untouched"] = model.lm_head.get_parameter("weight").grad
+    found["arguments"] = list(inspect.signature(model.forward).parameters) == list(
+        inspect.signature(without.forward).parameters
+    )
+    shapes, numbers = [], []
+    for one in (model, without):
+        one(**inputs)  # whose first forward compares the batches of the ranks
+        with all_reduces() as reduced, PromoteToFloat64():
+            one(**inputs).loss.backward()
+        shapes.append(sorted(reduced))
+        one.zero_grad()
+        one.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = one(**inputs).loss
+        loss.backward()
+        numbers.append(
+            (loss.item(), one.model.norm.weight.grad.clone(), one.lm_head.get_parameter("weight").grad.clone())
+        )
+    found["communicated"] = shapes
+    found["autocast"] = [
+        abs(numbers[0][0] - numbers[1][0]),
+        *(((one - other).norm() / other.norm()).item() for one, other in zip(numbers[0][1:], numbers[1][1:])),
+    ]
+    return found
+
+
 def in_two_ranks(work: Path) -> dict[str, Any]:
     from tests.helpers.models import batch
 
@@ -228,6 +276,7 @@ def in_two_ranks(work: Path) -> dict[str, Any]:
     found["evaluation"] = type(model(input_ids=batch(0), labels=batch(0)).logits).__name__
     found["planted"] = planted_errors(work)
     found["refusals"] = refusals(work)
+    found["neighbours"] = neighbours(work)
     found["adapters"] = with_adapters(work)
     found["engines"] = engines(work)
     found["own loss under ZeRO 3"] = own_loss_under_zero_3(work)
@@ -243,6 +292,25 @@ def two_ranks(work: Path) -> dict[str, Any]:
 def test_losses_and_every_gradient_equal_the_dense_models(two_ranks: dict[str, Any]) -> None:
     assert two_ranks["errors"].keys() == VARIANTS.keys()
     assert max(two_ranks["errors"].values()) < 1e-9, two_ranks["errors"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_preset(tmp_path: Path) -> None:
+    import torch
+
+    from autotp_plan.planner import compile_plan
+    from tests.helpers import parity
+    from tests.helpers.models import PRESET_VARIANTS, eager_experts, load_dense, save_checkpoint
+
+    for variant in PRESET_VARIANTS:
+        folder = save_checkpoint(tmp_path / variant, variant)
+        (tmp_path / f"{variant}.tp2.json").write_text(compile_plan(folder, tp_size=2).to_json())
+        dense = load_dense(folder, torch.float64, **eager_experts(torch.float64))
+        torch.save(parity.gradients(dense), tmp_path / f"{variant}.dense")
+    found = launch(equal_the_dense_model, 2, tmp_path, 2, PRESET_VARIANTS, timeout=800)[0]
+    assert found.keys() == set(PRESET_VARIANTS)
+    assert max(found.values()) < 1e-9, found
 
 
 @pytest.mark.parametrize("tp_size", [1, 4])
@@ -277,6 +345,24 @@ def test_adapters_of_other_layers_are_right_and_in_chunks(two_ranks: dict[str, A
     wide, error = two_ranks["adapters"]
     assert error < 1e-12
     assert wide == FEATURES
+
+
+def test_recomputed_activations_and_copies(two_ranks: dict[str, Any]) -> None:
+    found = two_ranks["neighbours"]
+    for name in ("recomputed, reentrant True", "recomputed, reentrant False", "copy"):
+        assert found[name] < 1e-9, name
+    assert found["copy, untouched"] is None
+    assert found["arguments"], "Trainer chooses a dataset's columns by them"
+
+
+def test_ranks_send_what_they_send_without_chunks(two_ranks: dict[str, Any]) -> None:
+    in_chunks, without = two_ranks["neighbours"]["communicated"]
+    assert in_chunks == without and (24,) in without and (2, 24) in without
+
+
+def test_products_are_of_the_dtype_of_autocast(two_ranks: dict[str, Any]) -> None:
+    loss, of_norm, of_head = two_ranks["neighbours"]["autocast"]
+    assert loss < 1e-5 and 0 < of_norm < 0.02 and of_head < 0.02
 
 
 def test_errors_planted_in_chunks_are_noticed(two_ranks: dict[str, Any]) -> None:

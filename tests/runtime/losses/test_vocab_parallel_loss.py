@@ -178,6 +178,17 @@ def vocabulary(work: Path) -> dict[str, Any]:
     with gathers() as seen:
         found["losses"] = {name: (dense[name] - value).abs().max().item() for name, value in losses(model).items()}
     found["gathered for losses"] = len(seen)
+    _, in_chunks = load(work, "llama_bias_tied", loss_chunks=5)
+    with gathers() as seen:
+        found["in chunks"] = {
+            name: (dense[name] - value).abs().max().item() for name, value in losses(in_chunks).items()
+        }
+    found["gathered in chunks"] = len(seen)
+    words = in_chunks(input_ids=batch(3), labels=torch.full_like(batch(3), -100)).loss.item()
+    found["nothing counts in chunks"] = words
+    found["too few labels in chunks"] = refused(in_chunks, labels=batch(3), logits_to_keep=4)
+    found["no such word in chunks"] = refused(in_chunks, labels=batch(3).masked_fill(batch(3) == batch(3)[1, 3], WORDS))
+    found["after an error in chunks"] = in_chunks.lm_head.defer_product
     for function in (scaled, set_in_place, view_in_place, flipped, normalised, learned):
         name = function.__name__
         with gathers() as seen:
@@ -285,6 +296,16 @@ def test_losses_are_the_dense_models_and_gather_no_logits(vocabularies: dict[str
     assert all(error < 1e-12 for error in vocabularies["losses"].values()), vocabularies["losses"]
     assert vocabularies["gathered for losses"] == 0
     assert vocabularies["nothing counts"] != vocabularies["nothing counts"], "the mean of nothing, as transformers' is"
+
+
+def test_losses_in_chunks_are_the_dense_models(vocabularies: dict[str, Any]) -> None:
+    assert vocabularies["in chunks"].keys() == vocabularies["losses"].keys()
+    assert all(error < 1e-12 for error in vocabularies["in chunks"].values()), vocabularies["in chunks"]
+    assert vocabularies["gathered in chunks"] == 0
+    assert vocabularies["nothing counts in chunks"] != vocabularies["nothing counts in chunks"]
+    for name in ("too few labels", "no such word"):
+        assert vocabularies[f"{name} in chunks"] == vocabularies[name]
+    assert vocabularies["after an error in chunks"] is None
 
 
 @pytest.mark.parametrize("name", BETWEEN)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from autotp_plan.runtime.estimate.fake_internals import Watch
 from autotp_plan.runtime.losses.word_chunks import Divergences, TokenValues, WordChunks
 from autotp_plan.runtime.tensor_parallel.lazy_logits import LastDimSharding
 
@@ -79,6 +80,22 @@ def test_only_gradients_that_are_wanted_are_computed() -> None:
     targets = torch.zeros(TOKENS, dtype=torch.int64)
     TokenValues.apply(chunks(4), targets, False, hidden, weight, bias)[0].sum().backward()
     assert hidden.grad is not None and bias.grad is not None and weight.grad is None
+
+
+def test_less_than_a_twentieth_of_the_logits_is_alive() -> None:
+    words, tokens, features = 32768, 256, 64
+    hidden = torch.randn(tokens, features, requires_grad=True)
+    weight = torch.randn(words, features, requires_grad=True)
+    of_words = WordChunks(sharding=LastDimSharding(None, (((0, words),),), 0), count=64)
+    targets = torch.randint(0, words, (tokens,))
+    with Watch(lambda *_: None, held=[hidden, weight, targets]) as watch:
+        loss = -TokenValues.apply(of_words, targets, False, hidden, weight, None)[0].mean()
+        forward, kept = watch.restart_peak(), watch.live
+        loss.backward()
+        backward = watch.restart_peak() - 4 * (hidden.numel() + weight.numel())
+    logits = 4 * tokens * words
+    assert max(forward, backward) < 0.05 * logits
+    assert kept < 0.001 * logits
 
 
 def test_bfloat16_gradients_are_as_exact_as_without_chunks() -> None:
