@@ -6,6 +6,7 @@ dimension. Everything here is pure integer code on tuples. It knows nothing of t
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -80,14 +81,18 @@ def faults(per_rank: Sequence[Sequence[Interval]], size: int) -> list[str]:
 
 def holders(per_rank: Sequence[Sequence[Interval]]) -> list[tuple[Interval, tuple[int, ...]]]:
     """The longest intervals that one set of ranks holds, ascending, with the ranks that hold each."""
-    edges = sorted({edge for intervals in per_rank for interval in intervals for edge in interval})
+    ordered = sorted((start, stop, rank) for rank, intervals in enumerate(per_rank) for start, stop in intervals)
+    edges = sorted({edge for start, stop, _ in ordered for edge in (start, stop)})
     found: list[tuple[Interval, tuple[int, ...]]] = []
+    begun: list[tuple[int, int]] = []  # a heap: where an interval that has begun stops, and its rank
+    at = 0
     for start, stop in zip(edges, edges[1:]):
-        ranks = tuple(
-            rank
-            for rank, intervals in enumerate(per_rank)
-            if any(first <= start and stop <= last for first, last in intervals)
-        )
+        while at < len(ordered) and ordered[at][0] == start:
+            heapq.heappush(begun, ordered[at][1:])
+            at += 1
+        while begun and begun[0][0] <= start:
+            heapq.heappop(begun)
+        ranks = tuple(sorted({rank for _, rank in begun}))
         if not ranks:
             continue
         if found and found[-1][1] == ranks and found[-1][0][1] == start:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -94,6 +96,23 @@ def test_holders_says_who_holds_each_index(tiling: tuple[int, Parts]) -> None:
             by_hand = tuple(r for r, parts in enumerate(ranks) if any(a <= index < b for a, b in parts))
             assert holding == by_hand
     assert all(one[1] != other[1] for one, other in zip(found, found[1:])), "intervals are the longest"
+
+
+def test_holders_of_the_most_ranks_that_a_plan_may_have() -> None:
+    ranks = [[one] for one in iv.divide(65_537, 65_536)]
+    started = time.process_time()
+    found = iv.holders(ranks)
+    assert time.process_time() - started < 5
+    assert found == [(interval, (rank,)) for rank, (interval,) in enumerate(ranks)]
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=4), max_size=4))
+def test_holders_of_intervals_that_are_no_layout(ranks: list[list[tuple[int, int]]]) -> None:
+    held = [[(min(one), max(one)) for one in rank] for rank in ranks]
+    found = {index: ranks for (start, stop), ranks in iv.holders(held) for index in range(start, stop)}
+    for index in range(13):
+        expected = [rank for rank, of in enumerate(held) if any(start <= index < stop for start, stop in of)]
+        assert list(found.get(index, ())) == expected
 
 
 @given(tilings(), st.data())

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from autotp_plan.planner.pictures import layers
 from autotp_plan.planner.pictures.geometry import Drawing, draw
-from autotp_plan.planner.plan_table import share_words
+from autotp_plan.planner.plan_table import elements_per_rank, share_words
 from autotp_plan.schemas.names import num_names
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.plan.entries import Parameter, PlannedModule, Style
-from autotp_plan.schemas.storage.safetensors_header import num_bytes
+from autotp_plan.schemas.storage.safetensors_header import item_size
 
 MOST_WEIGHTS, MOST_GROUPS, ALL_PIECES = 240, 40, 12_000
 """What is drawn of a plan at most: weights, kinds of layers, pieces in all."""
@@ -102,6 +102,11 @@ def picture(plan: Plan) -> Picture:
     def drawing(layout: str, shape: tuple[int, ...], style: Style) -> Drawing:
         return draw(plan.layouts[layout], shape, style, plan.tp_size)
 
+    @functools.cache
+    def held(layout: str) -> tuple[str, int]:
+        one = plan.layouts[layout]
+        return share_words(one, plan.tp_size), max(elements_per_rank(one, plan.tp_size))
+
     sections: list[Section] = []
     weights = pieces = 0
     drawn: set[str] = set()
@@ -115,8 +120,24 @@ def picture(plan: Plan) -> Picture:
                 continue
             weights, pieces = weights + 1, pieces + len(one.pieces)
             drawn.add(entry.name)
-            module = group.modules.get(label.rpartition(".")[0])
-            kept.append(_weight(plan, label, entry, one, _module_notes(module), tied.get(entry.name)))
+            share, most = held(entry.layout)
+            count = num_names(label)
+            kept.append(
+                Weight(
+                    name=entry.name,
+                    label=label,
+                    count=count,
+                    shape=plan.shape_of(entry),
+                    dtype=entry.dtype,
+                    style=entry.style,
+                    share=share,
+                    rule=str(entry.rule),
+                    rank_bytes=count * most * item_size(entry.dtype),
+                    notes=_notes(entry, group.modules.get(label.rpartition(".")[0])),
+                    drawing=one,
+                    tied_to=tied.get(entry.name),
+                )
+            )
         if kept:
             blocks = _blocks(kept, group, plan.tp_size)
             sections.append(
@@ -127,40 +148,17 @@ def picture(plan: Plan) -> Picture:
     )
 
 
-def _weight(
-    plan: Plan, label: str, entry: Parameter, drawing: Drawing, exchanged: tuple[str, ...], tied_to: str | None
-) -> Weight:
-    layout = plan.layouts[entry.layout]
-    shapes = {layout.rank_shape(rank) for rank in range(plan.tp_size)}
-    count = num_names(label)
-    notes = {
+def _notes(entry: Parameter, module: PlannedModule | None) -> tuple[str, ...]:
+    """What is special of a weight, and what ranks exchange at the output of its own module."""
+    said = {
         "output gathered": entry.gather_output,
         "gradient all-reduced": entry.partial_gradient,
         "added once": entry.add_once,
         "input split": entry.split_input,
+        "its mean all-reduced": module is not None and module.mean_over_ranks,
     }
-    return Weight(
-        name=entry.name,
-        label=label,
-        count=count,
-        shape=plan.shape_of(entry),
-        dtype=entry.dtype,
-        style=entry.style,
-        share=share_words(layout, plan.tp_size),
-        rule=str(entry.rule),
-        rank_bytes=count * max(num_bytes(entry.dtype, shape) for shape in shapes),
-        notes=tuple(note for note, said in notes.items() if said) + exchanged,
-        tied_to=tied_to,
-        drawing=drawing,
-    )
-
-
-def _module_notes(module: PlannedModule | None) -> tuple[str, ...]:
-    """What ranks exchange at the output of the weight's own module, such as one of a replicated latent."""
-    if module is None:
-        return ()
-    notes = ("its mean all-reduced",) if module.mean_over_ranks else ()
-    if module.output is None or module.output.operation != "copy":
+    notes = tuple(note for note, is_so in said.items() if is_so)
+    if module is None or module.output is None or module.output.operation != "copy":
         return notes
     interval = module.output.interval
     part = f" [{interval[0]}, {interval[1]})" if interval else ""

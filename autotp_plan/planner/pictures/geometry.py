@@ -7,7 +7,6 @@ along it, parts are to linear scale.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -167,7 +166,7 @@ def _pixels(indices: int) -> float:
 def _pieces(per_rank: Sequence[Sequence[iv.Interval]], tp_size: int) -> Iterator[Piece]:
     """The pieces of one block, ascending; touching ones of one colour joined."""
     waiting: Piece | None = None
-    for start, stop, ranks in _holders(per_rank):
+    for (start, stop), ranks in iv.holders(per_rank):
         for piece in _lanes(start, stop, ranks, tp_size):
             if waiting is not None and _continues(waiting, piece):
                 waiting = Piece(group=piece.group, start=waiting.start, stop=piece.stop)
@@ -198,19 +197,3 @@ def _lanes(start: int, stop: int, ranks: Sequence[int], tp_size: int) -> Iterato
         bottom = top + groups[top:].count(groups[top])
         yield Piece(group=groups[top], start=start, stop=stop, top=top, bottom=bottom, lanes=len(groups))
         top = bottom
-
-
-def _holders(per_rank: Sequence[Sequence[iv.Interval]]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-    """As `intervals.holders`, in one pass over the intervals: a plan may have 65,536 ranks."""
-    intervals = sorted((start, stop, rank) for rank, held in enumerate(per_rank) for start, stop in held)
-    edges = sorted({edge for start, stop, _ in intervals for edge in (start, stop)})
-    open_: list[tuple[int, int]] = []
-    at = 0
-    for start, stop in zip(edges, edges[1:]):
-        while at < len(intervals) and intervals[at][0] <= start:
-            heapq.heappush(open_, (intervals[at][1], intervals[at][2]))
-            at += 1
-        while open_ and open_[0][0] <= start:
-            heapq.heappop(open_)
-        if open_:
-            yield start, stop, tuple(sorted(rank for _, rank in open_))

@@ -53,12 +53,24 @@ def drawn_areas(svg: str) -> dict[str, Fraction]:
     return dict(areas)
 
 
+def segments(layout: Layout) -> list[tuple[iv.Interval, list[int]]]:
+    """Between every two edges of intervals: the ranks that hold what is there, each asked by itself."""
+    edges = sorted({edge for held in layout.intervals for interval in held for edge in interval})
+    return [
+        (
+            (start, stop),
+            [rank for rank, held in enumerate(layout.intervals) if any(a <= start and stop <= b for a, b in held)],
+        )
+        for start, stop in zip(edges, edges[1:])
+    ]
+
+
 def expected_areas(layout: Layout, tp_size: int) -> dict[str, Fraction]:
     """The same from the layout: the area of what several ranks hold is shared between them."""
     if layout.dim is None:
         return {"all": Fraction(1)}
     areas: dict[str, Fraction] = defaultdict(Fraction)
-    for (start, stop), ranks in iv.holders(layout.intervals):
+    for (start, stop), ranks in segments(layout):
         share = Fraction(stop - start, layout.shape[layout.dim])
         for rank in ranks:
             colour = "all" if len(ranks) == tp_size > 1 else f"r{group_of(rank, tp_size)}"
@@ -81,7 +93,7 @@ def expected_indices(layout: Layout, tp_size: int, length: int) -> dict[str, iv.
     size = layout.shape[layout.dim]
     found: dict[str, list[iv.Interval]] = defaultdict(list)
     for number in range(length // size):
-        for (start, stop), ranks in iv.holders(layout.intervals):
+        for (start, stop), ranks in segments(layout):
             for rank in ranks:
                 colour = "all" if len(ranks) == tp_size > 1 else f"r{group_of(rank, tp_size)}"
                 found[colour].append((number * size + start, number * size + stop))
