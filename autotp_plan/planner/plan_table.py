@@ -196,7 +196,7 @@ def share_words(layout: Layout, tp_size: int) -> str:
     if len(set(lengths)) == 1 and lengths[0] * tp_size == size:
         return f"1/{tp_size} of {where}"
     held = f"{min(lengths)}" if len(set(lengths)) == 1 else f"{min(lengths)} to {max(lengths)}"
-    several = max(len(ranks) for _, ranks in iv.holders(layout.intervals))
+    several = iv.most_holders(layout.intervals)
     shared = f", some on {several} ranks" if several > 1 else ""
     return f"{held} of {size} of {where}{shared}"
 

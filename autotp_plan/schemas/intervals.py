@@ -7,6 +7,7 @@ dimension. Everything here is pure integer code on tuples. It knows nothing of t
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -81,11 +82,16 @@ def faults(per_rank: Sequence[Sequence[Interval]], size: int) -> list[str]:
 
 def holders(per_rank: Sequence[Sequence[Interval]]) -> list[tuple[Interval, tuple[int, ...]]]:
     """The longest intervals that one set of ranks holds, ascending, with the ranks that hold each."""
+    return list(each_holders(per_rank))
+
+
+def each_holders(per_rank: Sequence[Sequence[Interval]]) -> Iterator[tuple[Interval, tuple[int, ...]]]:
+    """As `holders`, one after the other: many ranks may hold each of many intervals."""
     ordered = sorted((start, stop, rank) for rank, intervals in enumerate(per_rank) for start, stop in intervals)
     edges = sorted({edge for start, stop, _ in ordered for edge in (start, stop)})
-    found: list[tuple[Interval, tuple[int, ...]]] = []
     begun: list[tuple[int, int]] = []  # a heap: where an interval that has begun stops, and its rank
     at = 0
+    waiting: tuple[Interval, tuple[int, ...]] | None = None
     for start, stop in zip(edges, edges[1:]):
         while at < len(ordered) and ordered[at][0] == start:
             heapq.heappush(begun, ordered[at][1:])
@@ -93,13 +99,20 @@ def holders(per_rank: Sequence[Sequence[Interval]]) -> list[tuple[Interval, tupl
         while begun and begun[0][0] <= start:
             heapq.heappop(begun)
         ranks = tuple(sorted({rank for _, rank in begun}))
-        if not ranks:
+        if waiting is not None and waiting[1] == ranks and waiting[0][1] == start:
+            waiting = ((waiting[0][0], stop), ranks)
             continue
-        if found and found[-1][1] == ranks and found[-1][0][1] == start:
-            found[-1] = ((found[-1][0][0], stop), ranks)
-        else:
-            found.append(((start, stop), ranks))
-    return found
+        if waiting is not None:
+            yield waiting
+        waiting = ((start, stop), ranks) if ranks else None
+    if waiting is not None:
+        yield waiting
+
+
+def most_holders(per_rank: Sequence[Sequence[Interval]]) -> int:
+    """How many ranks hold the index that most ranks hold, where no rank holds one twice."""
+    steps = [step for intervals in per_rank for start, stop in intervals for step in ((start, 1), (stop, -1))]
+    return max(itertools.accumulate(step for _, step in sorted(steps)), default=0)
 
 
 def replica_groups(per_rank: Sequence[Sequence[Interval]]) -> list[tuple[int, ...]] | None:

@@ -96,6 +96,7 @@ def test_holders_says_who_holds_each_index(tiling: tuple[int, Parts]) -> None:
             by_hand = tuple(r for r, parts in enumerate(ranks) if any(a <= index < b for a, b in parts))
             assert holding == by_hand
     assert all(one[1] != other[1] for one, other in zip(found, found[1:])), "intervals are the longest"
+    assert iv.most_holders(ranks) == max(len(holding) for _, holding in found)
 
 
 def test_holders_of_the_most_ranks_that_a_plan_may_have() -> None:

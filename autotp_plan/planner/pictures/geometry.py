@@ -7,6 +7,7 @@ along it, parts are to linear scale.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -48,11 +49,11 @@ class Drawing:
         height: pixels from top to bottom.
         length: indices along the sharded side.
         across: whether that side runs from left to right.
-        pieces: who holds what; together they fill the rectangle once, unless `hidden`.
+        pieces: who holds what; together they fill the rectangle once, if all are here.
         parts: where a fused weight's parts begin and end, in indices; only the two ends of others.
         units: indices that stay together, such as a head's; 1 where each stands for itself.
         depth: how many such matrices there are: experts, for example.
-        hidden: intervals that are not drawn.
+        is_complete: whether all pieces are here, and not the first `MOST_PIECES`.
     """
 
     width: float
@@ -63,7 +64,7 @@ class Drawing:
     parts: tuple[int, ...]
     units: int = 1
     depth: int = 1
-    hidden: int = 0
+    is_complete: bool = True
 
     @property
     def is_shared(self) -> bool:
@@ -92,16 +93,9 @@ def draw(layout: Layout, shape: Sequence[int], style: Style, tp_size: int) -> Dr
         one = Piece(group=None, start=0, stop=1)
         return Drawing(width=width, height=height, length=1, across=True, pieces=(one,), parts=(0, 1), depth=depth)
     size = layout.shape[layout.dim]
-    pieces: list[Piece] = []
-    hidden = 0
-    block = list(_pieces(layout.intervals, tp_size))
-    for number in range(repeat):
-        if len(pieces) + len(block) > MOST_PIECES:
-            room = MOST_PIECES - len(pieces)
-            pieces += [_moved(piece, number * size, inner) for piece in block[:room]]
-            hidden = repeat * len(block) - len(pieces)
-            break
-        pieces += [_moved(piece, number * size, inner) for piece in block]
+    block = tuple(itertools.islice(_pieces(layout.intervals, tp_size), MOST_PIECES + 1))
+    every = (_moved(piece, number * size, inner) for number in range(repeat) for piece in block)
+    pieces = tuple(itertools.islice(every, MOST_PIECES))
     edges = [0]
     for sub in layout.sub_parameters:
         edges.append(edges[-1] + sub.size)
@@ -111,11 +105,11 @@ def draw(layout: Layout, shape: Sequence[int], style: Style, tp_size: int) -> Dr
         height=height,
         length=repeat * size * inner,
         across=is_across,
-        pieces=tuple(pieces),
+        pieces=pieces,
         parts=tuple(edge * inner for edge in edges) if repeat == 1 else (0, repeat * size * inner),
         units=units.pop() * inner if len(units) == 1 and repeat == 1 else 1,
         depth=depth,
-        hidden=hidden,
+        is_complete=len(pieces) == repeat * len(block),
     )
 
 
@@ -166,7 +160,7 @@ def _pixels(indices: int) -> float:
 def _pieces(per_rank: Sequence[Sequence[iv.Interval]], tp_size: int) -> Iterator[Piece]:
     """The pieces of one block, ascending; touching ones of one colour joined."""
     waiting: Piece | None = None
-    for (start, stop), ranks in iv.holders(per_rank):
+    for (start, stop), ranks in iv.each_holders(per_rank):
         for piece in _lanes(start, stop, ranks, tp_size):
             if waiting is not None and _continues(waiting, piece):
                 waiting = Piece(group=piece.group, start=waiting.start, stop=piece.stop)

@@ -35,7 +35,7 @@ def model_section(picture: Picture) -> Markup:
     if picture.not_drawn:
         said = f"{picture.not_drawn:,} further entries are not drawn: the page is kept short."
         children.append(tag("p", said, class_="note"))
-    if any(weight.drawing.hidden for weight in picture.weights()):
+    if not all(weight.drawing.is_complete for weight in picture.weights()):
         said = f"Of weights with more than {MOST_PIECES} pieces, the first {MOST_PIECES} are drawn."
         children.append(tag("p", said, class_="note"))
     return tag("section", tag("h2", "The model, top to bottom"), *children, id="model")

@@ -61,7 +61,7 @@ def layouts(draw_: st.DrawFn) -> tuple[Layout, tuple[int, ...], int]:
 def test_each_rank_has_its_share_of_the_area(given_: tuple[Layout, tuple[int, ...], int], style: Style) -> None:
     layout, shape, tp_size = given_
     drawing = draw(layout, shape, style, tp_size)
-    assert not drawing.hidden
+    assert drawing.is_complete
     assert SHORTEST <= drawing.width <= LONGEST and SHORTEST <= drawing.height <= LONGEST
     assert_drawn(weight_svg(drawing, "a weight"), layout, tp_size, drawing.across)
 
@@ -146,7 +146,7 @@ def test_many_ranks_share_colours_and_many_pieces_are_counted() -> None:
         intervals=tuple(((rank * 3, rank * 3 + 3),) for rank in range(ranks)),
     )
     drawing = draw(layout, layout.shape, "column", ranks)
-    assert len(drawing.pieces) == 64 and not drawing.hidden
+    assert len(drawing.pieces) == 64 and drawing.is_complete
     assert_drawn(weight_svg(drawing, ""), layout, ranks, True)
     alternating = Layout(
         shape=(4000, 2),
@@ -155,4 +155,4 @@ def test_many_ranks_share_colours_and_many_pieces_are_counted() -> None:
         intervals=tuple(tuple((at, at + 1) for at in range(rank, 4000, 2)) for rank in range(2)),
     )
     drawing = draw(alternating, alternating.shape, "column", 2)
-    assert len(drawing.pieces) == 600 and drawing.hidden == 3400
+    assert len(drawing.pieces) == 600 and not drawing.is_complete
