@@ -2,73 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
-import logging
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.utils import groups, log_dist
 from torch import nn
 
-from autotp_plan.runtime.calls.finite_engine import become_checked_engine
-from autotp_plan.runtime.calls.loaded import Loaded, loaded_of
-from autotp_plan.runtime.calls.sharded_engine import become_sharded_engine
-from autotp_plan.runtime.calls.sharded_model import become_sharded
+from autotp_plan.runtime.calls.loaded import loaded_of
 from autotp_plan.runtime.checkpoint.job import save_checkpoint
-from autotp_plan.runtime.checkpoint.mesh_change import why_this_mesh_only
 from autotp_plan.runtime.checkpoint.outputs import check_outputs
 from autotp_plan.runtime.checkpoint.resume import load_checkpoint
 from autotp_plan.runtime.checkpoint.save_shards import save_shards
-from autotp_plan.runtime.data.batch_check import check_batches, check_interval
-from autotp_plan.runtime.data.loader import training_loader
-from autotp_plan.runtime.data.random_numbers import check_random_numbers
 from autotp_plan.runtime.data.sampler import ResumableSampler, tp_sampler
-from autotp_plan.runtime.deepspeed.agreement import are_several, check_same, in_step, is_first_rank, together
-from autotp_plan.runtime.deepspeed.attendance import SECONDS_FOR_FIRST, check_all_call
-from autotp_plan.runtime.deepspeed.autotp_calls import check_autotp_calls
-from autotp_plan.runtime.deepspeed.engine_config import check_settings, engine_config
-from autotp_plan.runtime.deepspeed.internals import skip_sums_over_one_rank
-from autotp_plan.runtime.deepspeed.mesh import Ranks, check_timeout, check_world_size, init_ranks, start_distributed
+from autotp_plan.runtime.deepspeed.engine_config import engine_config
+from autotp_plan.runtime.deepspeed.mesh import Ranks, check_timeout, init_ranks
 from autotp_plan.runtime.deepspeed.store_internals import set_time_limit
-from autotp_plan.runtime.loading.check_model import check_model
-from autotp_plan.runtime.loading.empty_model import empty_model
-from autotp_plan.runtime.loading.read_weights import read_weights
-from autotp_plan.runtime.loading.shard_model import shard_model
-from autotp_plan.runtime.loading.weights import WeightSource, open_weights
-from autotp_plan.runtime.losses.chunked_loss import check_loss_chunks
+from autotp_plan.runtime.load_model import load_model
+from autotp_plan.runtime.make_engine import make_engine
 from autotp_plan.runtime.optimizers.choose import (
-    adapt_engine,
     adapt_optimizer,
-    check_every_optimizer,
-    check_optimizer,
 )
-from autotp_plan.runtime.optimizers.finite import FiniteCheck
-from autotp_plan.runtime.optimizers.grad_norm import use_global_norm
 from autotp_plan.runtime.optimizers.sharded_weights import sharded_weights
-from autotp_plan.runtime.parameters.compared import (
-    config_of,
-    dtypes_of,
-    flat,
-    lenient_versions,
-    optimizer_of,
-    settings_of,
-    versions,
-)
-from autotp_plan.runtime.tensor_parallel.dropout_rng import has_dropout, use_sharded_regions
 from autotp_plan.schemas.errors import Fault, MismatchError
 from autotp_plan.schemas.plan.document import Plan
-from autotp_plan.sources.model_folder import ModelFolder, model_folder
-
-_NO_MESH = "the process groups could not be made"
-_NOT_READ = "the weights could not be read"
-_NO_ENGINE = "the engine could not be made"
-_deepspeed_initialize = deepspeed.initialize  # which `adapt_trainer` replaces while a Trainer prepares its engine
+from autotp_plan.sources.model_folder import model_folder
 
 
 def load_plan(path: str | os.PathLike[str]) -> TrainingPlan:
@@ -206,80 +166,20 @@ class TrainingPlan:
 
         All of them before anything is loaded; where one rank raises, the others do, and none waits for it.
         """
-        if are_several():  # first the means to tell the others what was found
-            start_distributed()
-            check_all_call("plan.load_model", seconds=SECONDS_FOR_FIRST)
-            together(self.init_mesh, _NO_MESH, "correct what is wrong")
-        check_world_size(self.tp_size)
-
-        def found() -> tuple[ModelFolder, WeightSource, nn.Module, dict[str, torch.dtype], str]:
-            check_interval(check_batches_every)
-            check_loss_chunks(loss_chunks, vocab_parallel_loss)
-            place = model_folder(path)
-            source = open_weights(
-                place,
-                self.document,
-                verify_checksums=verify_checksums,
-                map_shards=map_shards,
-                keep_open=is_first_rank(),
-            )
-            built, dtypes = empty_model(place, self.document, model, dtype, options)
-            check_model(built, self.document)
-            return place, source, built, dtypes, source.fingerprint() if are_several() else ""
-
-        place, source, built, dtypes, fingerprint = together(found, _NOT_READ, "correct what is wrong")
-        ranks = self.init_mesh()
-        check_same(
-            {
-                "plan": self.document.fingerprint,
-                "checkpoint": fingerprint,
-                "config": config_of(built),
-                "dtypes": {name: str(dtype) for name, dtype in dtypes.items()},
-                "options": flat([share_input_gradients, vocab_parallel_loss, check_batches_every, loss_chunks]),
-                "versions": versions(),
-            },
-            what="the ranks would load parts of different models",
-            where=f"load_model({str(path)!r})",
-            next_step="give every rank the same plan, arguments, and shards or a checkpoint of the same weights; "
-            "install the same versions on all hosts",
-            warn_of={"other versions": lenient_versions()},
+        return load_model(
+            self.document,
+            self.init_mesh,
+            path,
+            model=model,
+            dtype=dtype,
+            verify_checksums=verify_checksums,
+            map_shards=map_shards,
+            share_input_gradients=share_input_gradients,
+            vocab_parallel_loss=vocab_parallel_loss,
+            check_batches_every=check_batches_every,
+            loss_chunks=loss_chunks,
+            options=options,
         )
-        shards = source.of_rank(ranks.tp_rank)
-
-        def load() -> None:
-            read = read_weights(shards, ranks.device, dtypes, once=ranks.dp_size == 1)
-            shard_model(
-                built,
-                self.document,
-                ((weight.name, tensor) for weight, tensor in read),
-                ranks,
-                share_input_gradients=share_input_gradients,
-                vocab_parallel_loss=vocab_parallel_loss,
-                loss_chunks=loss_chunks,
-            )
-
-        together(
-            load,
-            _NOT_READ,
-            "free memory or correct what is wrong on that rank, and load the model again",
-        )
-        if self.tp_size > 1 and has_dropout(built):
-            use_sharded_regions(ranks.tp_group)
-        if self.tp_size > 1:
-            check_batches(built, ranks, check_batches_every, has_dropout(built))
-            use_global_norm()
-            _guard_peft()
-            check_every_optimizer()
-        become_sharded(
-            built,
-            Loaded(
-                plan=self.document,
-                ranks=ranks,
-                place=dataclasses.replace(place, folder=place.folder.absolute()),
-                original=source.original,
-            ),
-        )
-        return built
 
     def initialize(
         self,
@@ -328,61 +228,22 @@ class TrainingPlan:
                 another mesh; or `training_data` is no dataset.
             DocumentError: the config file cannot be read.
         """
-        ranks = self.init_mesh()
-        check_all_call("plan.initialize", seconds=SECONDS_FOR_FIRST)
-        steps_in_full = self.tp_size > 1 or split_fused
-
-        def prepared() -> dict[str, Any]:
-            settings = engine_config(config, self.document)
-            check_autotp_calls(kwargs.pop("mpu", None), ranks)
-            check_settings(settings, groups)
-            if kwargs.get("model_parameters") is None:
-                kwargs["model_parameters"] = [p for p in model.parameters() if p.requires_grad]
-            if steps_in_full:
-                kwargs["optimizer"] = check_optimizer(kwargs.get("optimizer"), settings, model)
-            return settings
-
-        settings = together(prepared, _NO_ENGINE, "correct what is wrong")
-        check_same(
-            {
-                "plan": self.document.fingerprint,
-                "DeepSpeed config": settings_of(settings),
-                "parameters": dtypes_of(model),
-                "optimizer": optimizer_of(kwargs.get("optimizer")),
-                "options": flat(
-                    [seed, data_is_sharded, skip_lone_sums, split_fused, training_data is None, check_finite]
-                ),
-            },
-            what="the ranks would make engines that differ",
-            where="initialize",
-            next_step="give every rank the same plan and arguments",
+        return make_engine(
+            self.document,
+            self.init_mesh(),
+            model,
+            config,
+            training_data=training_data,
+            collate_fn=collate_fn,
+            seed=seed,
+            num_workers=num_workers,
+            data_is_sharded=data_is_sharded,
+            skip_lone_sums=skip_lone_sums,
+            split_fused=split_fused,
+            check_finite=check_finite,
+            timeout=self._timeout,
+            arguments=kwargs,
         )
-
-        if self.tp_size > 1 and has_dropout(model):
-            check_random_numbers(ranks, "initialize")
-
-        def made() -> tuple[Any, Any, Any]:
-            engine, optimizer, _, scheduler = _deepspeed_initialize(model=model, config=settings, mpu=groups, **kwargs)
-            if self._timeout is not None:
-                set_time_limit(self._timeout)  # of the groups that the engine has made, too
-            if steps_in_full:
-                adapt_engine(engine, settings, model, split_fused)
-            return engine, optimizer, scheduler
-
-        engine, optimizer, scheduler = in_step(made, _NO_ENGINE, "correct what is wrong on that rank, and start again")
-        if self.tp_size > 1:
-            become_sharded_engine(engine, ranks)
-        become_checked_engine(engine, FiniteCheck(engine, ranks.dp_rank, check_finite))
-        if skip_lone_sums:
-            skip_sums_over_one_rank(engine)
-        if reason := why_this_mesh_only(engine):
-            log_dist(f"Checkpoints of this job cannot be resumed on every mesh: {reason}", [0], logging.WARNING)
-        loader = None
-        if training_data is not None:
-            loader = training_loader(
-                engine, training_data, ranks, collate_fn, seed=seed, num_workers=num_workers, is_sharded=data_is_sharded
-            )
-        return engine, optimizer, loader, scheduler
 
     def adapt_optimizer(self, model: nn.Module, optimizer: Any, *, split_fused: bool = False) -> None:
         """Let an optimizer step a model from `load_model` in a loop without an engine. Every rank calls it.
@@ -607,13 +468,6 @@ class TrainingPlan:
             seed: decides the order, together with the epoch.
         """
         return tp_sampler(dataset, self.init_mesh(), shuffle=shuffle, seed=seed)
-
-
-def _guard_peft() -> None:
-    if importlib.util.find_spec("peft") is not None:
-        from autotp_plan.runtime.integrations.lora import guard_peft
-
-        guard_peft()
 
 
 def _refuse_adapters(model: nn.Module) -> None:

@@ -54,7 +54,7 @@ def in_two_ranks(work: Path) -> dict[str, str]:
     import torch
     import torch.distributed as dist
 
-    from autotp_plan.runtime import load_plan, training_plan
+    from autotp_plan.runtime import load_model, load_plan, make_engine
     from autotp_plan.runtime.loading import shard_model
     from autotp_plan.runtime.parameters import compared
     from tests.helpers.parity import engine_settings
@@ -72,8 +72,8 @@ def in_two_ranks(work: Path) -> dict[str, str]:
     # load_model
     found["plans of other TP sizes"] = refusal(lambda: load_plan(work / ("plan.json", "plan1.json")[me]).init_mesh())
     found["no folder"] = refusal(lambda: plan.load_model((shards, work / "nowhere")[me]))
-    found["memory, before"] = planted(training_plan, "open_weights", _fails(MemoryError("32 GiB")), load)
-    found["memory, reading"] = planted(training_plan, "read_weights", _fails(MemoryError("1 GiB")), load)
+    found["memory, before"] = planted(load_model, "open_weights", _fails(MemoryError("32 GiB")), load)
+    found["memory, reading"] = planted(load_model, "read_weights", _fails(MemoryError("1 GiB")), load)
     found["a mistake on rank 0"] = planted(shard_model, "restore_ties", _fails(KeyError("tie")), load, on=0)
     found["a function of one's own fails on all"] = refusal(lambda: plan.load_model(shards, model=_fails(ValueError())))
     found["dtype"] = refusal(lambda: plan.load_model(shards, dtype=(torch.float32, torch.bfloat16)[me]))
@@ -82,8 +82,8 @@ def in_two_ranks(work: Path) -> dict[str, str]:
     found["attention"] = refusal(lambda: plan.load_model(shards, attn_implementation=("sdpa", "eager")[me]))
     found["config"] = refusal(lambda: plan.load_model(work / ("model", "other-config")[me]))
     old = compared.versions() | {"torch": "2.4.0"}
-    found["versions"] = planted(training_plan, "versions", lambda: old, load)
-    found["versions that may differ"] = planted(training_plan, "lenient_versions", lambda: {"python": "3.9"}, load)
+    found["versions"] = planted(load_model, "versions", lambda: old, load)
+    found["versions that may differ"] = planted(load_model, "lenient_versions", lambda: {"python": "3.9"}, load)
 
     # initialize
     model = load()
@@ -104,7 +104,7 @@ def in_two_ranks(work: Path) -> dict[str, str]:
     adam = [torch.optim.AdamW(model.parameters(), lr=rate) for rate in (1e-3, 2e-3)]
     without = {key: value for key, value in config.items() if key != "optimizer"}
     found["optimizers"] = refusal(lambda: initialize(without, optimizer=adam[me]))
-    found["a mistake"] = planted(training_plan, "check_optimizer", _fails(RuntimeError("no compiler")), initialize)
+    found["a mistake"] = planted(make_engine, "check_optimizer", _fails(RuntimeError("no compiler")), initialize)
     found["at last"] = refusal(initialize)
     return found
 

@@ -9,6 +9,7 @@ import copyreg
 import enum
 import importlib
 import pickle
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,7 +124,7 @@ def read_saved(path: Path, *, trust: bool, map_location: Any = "cpu", mmap: bool
             return torch.load(path, map_location=map_location, mmap=mmap, weights_only=not trust)
     except pickle.UnpicklingError as error:
         if not trust:
-            raise CheckpointError(_needs_trust(path, str(error).partition("\n")[0])) from None
+            raise CheckpointError(_needs_trust(path, _reason(error))) from None
         raise CheckpointError(unreadable(path, error)) from None
     except (OSError, RuntimeError, EOFError) as error:
         raise CheckpointError(unreadable(path, error)) from None
@@ -135,7 +136,7 @@ def check_is_data(path: Path) -> None:
         try:
             found = get_unsafe_globals_in_checkpoint(path)
         except (RuntimeError, ValueError, pickle.UnpicklingError) as error:  # no zip file, or none of torch's
-            raise CheckpointError(_needs_trust(path, str(error).partition("\n")[0])) from None
+            raise CheckpointError(_needs_trust(path, _reason(error))) from None
     if found:
         raise CheckpointError(_needs_trust(path, ", ".join(sorted(found))))
 
@@ -146,6 +147,13 @@ def _saved_classes() -> list[Any]:
         module, _, attribute = name.partition(":")
         found.append(private(importlib.import_module(module), attribute, _PACKAGE, _AS_DATA))
     return found
+
+
+def _reason(error: Exception) -> str:
+    """What torch found, in one line; not the advice around it, which has escapes for a terminal."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    found = text.rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__
+    return found.splitlines()[0].split(". ")[0].strip()
 
 
 def unreadable(path: Path, error: Exception) -> Fault:

@@ -136,13 +136,13 @@ def one_is_killed(work: Path) -> None:
     """Rank 1 ends without a word while it loads the model."""
     import os
 
-    from autotp_plan.runtime import load_plan, training_plan
+    from autotp_plan.runtime import load_model, load_plan
 
     def end(*_: Any, **__: Any) -> None:
         os._exit(0)
 
     plan = load_plan(work / "plan.json")
-    said = planted_on(1, training_plan, "open_weights", end, lambda: plan.load_model(work / "model"))
+    said = planted_on(1, load_model, "open_weights", end, lambda: plan.load_model(work / "model"))
     (work / "said of a killed one").write_text(said)
 
 
