@@ -103,9 +103,9 @@ def run_engine(
                 with seen.phase("backward"):
                     engine.backward(loss)
                 del loss
-            seen.times = 1
-            with seen.phase("optimizer step"):
-                engine.step()
+                with seen.phase("optimizer step"):  # which it is after the last of them
+                    engine.step()
+            assert engine.global_steps == step + 1, "the optimizer has stepped"
             seen.stepped(engine)
     return seen.estimate(ranks, settings)
 
