@@ -187,10 +187,11 @@ _VALUES: dict[Any, Any] = {torch.bool: False}
 def engine_without_data(model: nn.Module) -> Iterator[None]:
     """While active, DeepSpeed's engine can be made of a model without data, and trains it.
 
-    Its tensors cannot be moved by `Module.to`, so their dtypes are changed in place. What ZeRO 3 gathers from all ranks
-    to compare it is not there to be compared. Relies on `assert_ints_same_as_other_ranks` of DeepSpeed's
-    `partitioned_param_coordinator`.
+    Its tensors cannot be moved by `Module.to`, so their dtypes are changed in place. What ZeRO 3 gathers from all
+    ranks to compare it is not there to be compared. fp16 is trained in on any machine. Relies on
+    `assert_ints_same_as_other_ranks` of DeepSpeed's `partitioned_param_coordinator`.
     """
+    from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
 
     for name, dtype in (("bfloat16", torch.bfloat16), ("half", torch.float16), ("float", torch.float32)):
@@ -198,9 +199,12 @@ def engine_without_data(model: nn.Module) -> Iterator[None]:
     model.to = lambda *_, **__: model  # type: ignore[method-assign]
     compare = coordinator.assert_ints_same_as_other_ranks
     coordinator.assert_ints_same_as_other_ranks = lambda _: None
+    accelerator = get_accelerator()
+    accelerator.is_fp16_supported = lambda: True
     try:
         yield
     finally:
+        del accelerator.is_fp16_supported
         coordinator.assert_ints_same_as_other_ranks = compare
 
 
