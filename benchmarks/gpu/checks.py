@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from benchmarks.gpu import calls, gradients, large_model, training
+from benchmarks.gpu import calls, estimates, gradients, large_model, training
 from benchmarks.gpu.hybrids import HYBRIDS
 from benchmarks.gpu.work import FLOAT32, FLOAT64, Check
 
@@ -48,6 +48,14 @@ CHECKS = (
     Check(name="hybrid in bf16", function=gradients.hybrid_kernels, limit=3e-2),
     Check(name="large loading", function=large_model.loading, limit=0.01),
     Check(name="large loss", function=large_model.large_loss, limit=1e-2),
+    *(
+        Check(
+            name=f"estimate ZeRO {stage}" + ", checkpointing" * again,
+            function=functools.partial(estimates.memory, stage, again),
+            limit=0.1,
+        )
+        for stage, again in ((0, False), (1, True), (2, False), (3, False))
+    ),
     Check(name="large batch comparison", function=large_model.steps, limit=0.005),
     Check(name="waits for the card", function=calls.synchronizing_calls, limit=0.0, needs_cuda=True),
     Check(name="too few cards", function=calls.too_few_devices, needs_cuda=True),

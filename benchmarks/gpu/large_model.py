@@ -33,7 +33,7 @@ def _write_large(work: Work) -> Path:
             torch.set_default_dtype(torch.float32)
         model.save_pretrained(path)
         del model
-        _reset_memory(work)
+        reset_memory(work)
 
     return work.once("large", write)
 
@@ -54,7 +54,7 @@ def loading(work: Work) -> Found:
     figures: dict[str, Any] = {}
     excess = 0.0
     for name, source in (("shards", shards), ("checkpoint", folder)):
-        before = _reset_memory(work)
+        before = reset_memory(work)
         dist.barrier()
         began = time.perf_counter()
         model = plan.load_model(source)
@@ -91,7 +91,7 @@ def large_loss(work: Work) -> Found:
             found.append([loss.item(), norm.item()])
         dist.barrier()
         del model
-        _reset_memory(work)
+        reset_memory(work)
     figures: dict[str, Any] = {"loss": found[0][0], "gradient norm": found[0][1]}
     if len(found) == 1:
         return None, figures
@@ -120,7 +120,8 @@ def steps(work: Work) -> Found:
     return max(share, 0.0), {**figures, "share at every 100th, %": share * 100}
 
 
-def _reset_memory(work: Work) -> int:
+def reset_memory(work: Work) -> int:
+    """Forget the peak; the bytes that are held now."""
     if work.device != "cuda":
         return 0
     torch.cuda.empty_cache()

@@ -61,7 +61,8 @@ def fake_rank(plan: Plan, rank: int, dp_size: int, dtype: torch.dtype) -> tuple[
     start_distributed()
     ranks = make_ranks(plan.tp_size)
     with tempfile.TemporaryDirectory(prefix="autotp-estimate-") as name:
-        (Path(name) / CONFIG_NAME).write_text(format_json(plan.model.config), encoding="utf-8")
+        config = {**plan.model.config, "pad_token_id": 0}  # plans hold no token ids, and a default may be out of range
+        (Path(name) / CONFIG_NAME).write_text(format_json(config), encoding="utf-8")
         model, dtypes = empty_model(model_folder(name), plan, None, dtype, {})
     check_model(model, plan)
     mode = without_data()
