@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from autotp_plan.planner.pictures import words
@@ -45,13 +46,25 @@ def title(section: Section) -> str:
     """`Layers 0 to 31`, `Layer 0`, or what is outside of layers."""
     if section.numbers:
         return f"Layer{'s' if len(section.numbers) > 1 else ''} {words.numbers(section.numbers)}"
-    labels = [weight.label for block in section.blocks for stage in block.stages for weight in stage.weights]
+    labels = _labels(section)
     return plain(labels[0], 80) if len(labels) == 1 else "Outside of layers"
+
+
+def _labels(section: Section) -> list[str]:
+    return [weight.label for block in section.blocks for stage in block.stages for weight in stage.weights]
+
+
+def _module_of(section: Section) -> str:
+    """The module that several weights outside of layers are in; empty for one weight, or where they have none."""
+    labels = [label.split(".")[:-1] for label in _labels(section)]
+    same = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*labels))
+    return ".".join(parts[0] for parts in same) if len(labels) > 1 else ""
 
 
 def _part(section: Section) -> Markup:
     several = len(section.numbers) > 1
-    said = f"{len(section.numbers)} layers of {plain(section.stem)}, all the same" if several else plain(section.stem)
+    stem = plain(section.stem if section.numbers else _module_of(section))
+    said = f"{len(section.numbers)} layers of {stem}, all the same" if several else stem
     return tag(
         "article",
         tag("div", tag("h3", title(section)), tag("span", said, class_="stem"), class_="title"),

@@ -135,7 +135,7 @@ def _tile(what: str, number: str, said: str, class_: str | None = None) -> Marku
 
 def _stamp_tile(stamp: Stamp | None) -> Markup:
     if stamp is None:
-        return _tile("Proof", "Not verified", "run `autotp-plan verify`", "bad")
+        return _tile("Proof", "Not verified", "autotp-plan verify proves it", "bad")
     if stamp.seal is None:
         return _tile("Proof", "Not bound", "a stamp of version 0.1", "bad")
     return _tile("Proof", f"{stamp.float64_error:.1e}", "largest error, float64", "good")

@@ -162,6 +162,7 @@ def test_the_page_says_bytes_rules_proof_and_what_is_replicated() -> None:
     ):
         assert words in text
     assert "\u00d7" in text and "Note: qwen2_5_vl" in text
+    assert "Outside of layers model.visual" in text
     stamped = dataclasses.replace(read("llama_3_1_8b/tp4"), verified=STAMP)
     text = said(page(stamped))
     assert "2.5e-15" in text and "3.0e-07" in text and "torch 2.13.0" in text and "Not verified" not in text
