@@ -59,3 +59,16 @@ def test_an_estimate_needs_a_page_and_is_of_this_plan(tmp_path: Path) -> None:
     assert not (tmp_path / "other.html").exists()
     done = CliRunner().invoke(main, ["show", str(PLAN), "--estimate", str(tmp_path / "no"), "--html", str(page)])
     assert done.exit_code == 2 and "cannot read the estimate" in done.stderr
+
+
+def test_an_estimate_of_another_plan_is_made_anew_as_the_error_says(tmp_path: Path) -> None:
+    path, page = tmp_path / "estimate.json", tmp_path / "report.html"
+    show = ["show", str(PLAN), "--html", str(page), "--estimate", str(path)]
+    for plan, wanted in ((PLANS / "llama_3_1_8b" / "tp2.json", 2), (PLAN, 0)):
+        made = CliRunner().invoke(main, ["estimate", str(plan), "--no-run", "--memory", "80GB", "--format", "json"])
+        assert made.exit_code in (0, 1), made.output
+        path.write_text(made.stdout)
+        done = CliRunner().invoke(main, show)
+        assert done.exit_code == wanted, done.output
+        assert ("run `autotp-plan estimate --format json` with this plan" in done.stderr) == (wanted == 2)
+    assert "the memory of a device" in page.read_text(encoding="utf-8")
