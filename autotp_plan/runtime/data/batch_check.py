@@ -56,10 +56,12 @@ def check_batches(model: nn.Module, ranks: Ranks, every: int | None, drops_out: 
         if number == 0:
             check_all_call("model.forward", _ON_ALL_TP_RANKS, ranks.tp_group)
         seen[module.training] += 1
+        if number and (every is None or number % every):
+            return
         states = random_states() if drops_out and module.training else {}
         if number == 0 and states:
             name_random_numbers(states, ranks, "the first forward in training")
-        if every is None or number % every:
+        if every is None:
             return
         inputs: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         batch = {place: value for name, given in inputs.items() for place, value in _tensors(name, given)}
