@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from autotp_plan.runtime.deepspeed.internals import are_all_of_deepspeed
-from autotp_plan.runtime.losses.deferred_logits import DeferredLogits, Forward, Origin, sharding_of
+from autotp_plan.runtime.losses.deferred_logits import DeferredLogits, Forward, Origin, sharding_of, weights_now
 from autotp_plan.runtime.losses.vocab_loss import causal_lm_loss
 from autotp_plan.runtime.losses.word_chunks import WordChunks
 from autotp_plan.runtime.tensor_parallel.linear import ColumnParallelLinear
@@ -155,6 +155,7 @@ def _deferred_product(model: nn.Module, chunks: int) -> Iterator[None]:
             chunks=of_words,
             dtype=dtype or hidden.dtype,
             forward=running,
+            weights=weights_now(head),
             is_detached=not torch.is_grad_enabled(),
         )
         return DeferredLogits.of_hidden(hidden, origin)

@@ -14,9 +14,15 @@ import torch
 from torch import Tensor
 
 from autotp_plan.runtime.losses.word_chunks import WordChunks
+from autotp_plan.runtime.tensor_parallel.gathered_weight import state_of
 from autotp_plan.runtime.tensor_parallel.lazy_logits import LastDimSharding, LazilyGathered, is_elementwise
 from autotp_plan.runtime.tensor_parallel.linear import ColumnParallelLinear
-from autotp_plan.runtime.tensor_parallel.torch_internals import map_tensors, tensor_functions, without_torch_function
+from autotp_plan.runtime.tensor_parallel.torch_internals import (
+    map_tensors,
+    tensor_functions,
+    version_of,
+    without_torch_function,
+)
 from autotp_plan.schemas.errors import Fault, MismatchError
 
 
@@ -45,6 +51,7 @@ class Origin:
         chunks: how they are computed from its input.
         dtype: theirs.
         forward: that of the model.
+        weights: `weights_now(head)` in the forward.
         is_detached: whether they were detached; then they have a gradient only where their hidden states do.
     """
 
@@ -52,7 +59,18 @@ class Origin:
     chunks: WordChunks
     dtype: torch.dtype
     forward: Forward
+    weights: object
     is_detached: bool = False
+
+    def check_weights(self) -> None:
+        """Raise MismatchError where the logits would be of other weights than those of the forward."""
+        if self.weights != weights_now(self.head):
+            raise MismatchError(_weights_changed(self.forward.model))
+
+
+def weights_now(head: ColumnParallelLinear) -> object:
+    """What is another after a step or an assignment has changed the head."""
+    return [state_of(one) if one.requires_grad else version_of(one) for one in head.parameters()]
 
 
 class DeferredLogits(LazilyGathered):
@@ -100,6 +118,7 @@ class DeferredLogits(LazilyGathered):
         def of_tokens(input: Tensor, *weights: Tensor | None) -> Tensor:
             return function(self.origin.chunks, input.flatten(0, -2), *self.with_gradient(weights))
 
+        self.origin.check_weights()
         return self.origin.head(self.hidden, compute=of_tokens)
 
     def with_gradient(self, weights: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -114,6 +133,7 @@ class DeferredLogits(LazilyGathered):
             return self._full
         if self.origin.forward.running:
             raise MismatchError(_used_in_forward(self.origin.forward.model, "a function that needs all logits"))
+        self.origin.check_weights()
         with torch.set_grad_enabled(self.needs_gradient):  # whoever asks first may not need one, and others may
             full = self.origin.head(self.hidden)
             for step in self.origin.chunks.steps:
@@ -192,6 +212,17 @@ def _used_in_forward(model: str, function: str) -> Fault:
         got=f"a call of {function} on the logits",
         expected="numbers that scale or cap each logit, another dtype, or a choice of tokens",
         next="load_model without loss_chunks",
+    )
+
+
+def _weights_changed(model: str) -> Fault:
+    return Fault(
+        code="logits-of-other-weights",
+        what="logits that were not computed yet are used after the head's weights have changed",
+        where=f"output.logits of {model}",
+        got="a use after an optimizer step, or another change of the weights",
+        expected="a use before it, with the weights of the forward",
+        next="compute what you need of the logits before the step, or load_model without loss_chunks",
     )
 
 

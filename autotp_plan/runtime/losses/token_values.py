@@ -169,6 +169,8 @@ def _of_one_head(logits: DeferredLogits, other: DeferredLogits) -> Tensor:
     """Of two logits of one head, which is called once: ZeRO 3 counts how often it needs the weight."""
 
     head, chunks = logits.origin.head, logits.origin.chunks
+    logits.origin.check_weights()
+    other.origin.check_weights()
 
     def of_both(input: Tensor, *weights: Tensor | None) -> Tensor:
         hidden, sharding = input.flatten(0, -2), chunks.sharding

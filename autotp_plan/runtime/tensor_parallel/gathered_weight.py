@@ -93,7 +93,7 @@ class GatheredWeight(Tensor):
 
     def gathered(self) -> Tensor:
         """The full tensor as an ordinary one; a collective unless it is known already."""
-        sharded, state = self.sharded, _state(self.sharded.parameter)
+        sharded, state = self.sharded, state_of(self.sharded.parameter)
         if self._full is not None and self._full[1] == state:
             return self._full[0]
         with torch.set_grad_enabled(self.with_gradient), _materialized(sharded.parameter):
@@ -168,7 +168,7 @@ class _Steps:
         cls.count += 1
 
 
-def _state(parameter: nn.Parameter) -> object:
+def state_of(parameter: nn.Parameter) -> object:
     """What is another after `parameter` was changed."""
     if _Steps.hook is None:
         _Steps.hook = register_optimizer_step_post_hook(_Steps.add)

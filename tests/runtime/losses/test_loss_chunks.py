@@ -141,6 +141,13 @@ def refusals(work: Path) -> dict[str, str]:
         _, without = load(work, "llama_bias_tied", 2, loss_chunks=None)
         found["softmax first"] = said(lambda: other(**inputs))
         found["softmax first, without"] = said(lambda: without(**inputs))
+    _, stepped = load(work, "llama_bias_tied", 2)
+    late, early = stepped(**inputs), stepped(**inputs)
+    computed = early.logits.softmax(-1)
+    late.loss.backward()
+    torch.optim.SGD(stepped.parameters(), lr=0.1).step()
+    found["after a step"] = said(lambda: late.logits.softmax(-1))
+    found["before the step"] = str(torch.equal(early.logits.softmax(-1), computed))
     for value in (0, True, "5"):
         found[repr(value)] = said(lambda value=value: load(work, "llama_bias_tied", 2, loss_chunks=value))
     found["full logits"] = said(lambda: load(work, "llama_bias_tied", 2, vocab_parallel_loss=False))
@@ -381,6 +388,7 @@ def test_errors_planted_in_chunks_are_noticed(two_ranks: dict[str, Any]) -> None
         "hook": ("LlamaForCausalLM", "its head has a forward hook", "load_model without loss_chunks"),
         "compiled": ("its forward is compiled by torch.compile",),
         "softmax first": ("LlamaForCausalLM.forward", "a call of softmax", "load_model without loss_chunks"),
+        "after a step": ("output.logits of LlamaForCausalLM", "before the step, or load_model without loss_chunks"),
         "0": ("got:      0", "a whole number from 1"),
         "True": ("got:      True",),
         "'5'": ("got:      '5'",),
@@ -394,6 +402,7 @@ def test_what_is_not_known_to_be_right_is_refused(two_ranks: dict[str, Any], cas
 
 
 def test_what_a_refusal_proposes_works(two_ranks: dict[str, Any]) -> None:
+    assert two_ranks["refusals"]["before the step"] == "True"
     assert (
         two_ranks["refusals"]["hook removed"] == two_ranks["refusals"]["softmax first, without"] == "nothing was said"
     )
