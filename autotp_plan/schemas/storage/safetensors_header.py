@@ -24,6 +24,8 @@ from autotp_plan.schemas.storage.files import File, Reader, Span, StoredFile
 MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = MAX_NAMES
 """Of a checkpoint: a plan has at most as many parameters, and the largest models have a fifth of it."""
+MAX_NAME = 4096
+"""Characters of a tensor's name; real ones have a hundred. A name is looked at once for each module it is in."""
 _MAX_BRACKETS = 4 * MAX_TENSORS
 """Of a header: a tensor takes three."""
 FIRST_READ_BYTES = 8192
@@ -199,6 +201,8 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def _entry(path: File, name: str, value: Any, begin: int) -> TensorEntry:
+    if len(name) > MAX_NAME:
+        raise _broken(path, f"a tensor with a name of {len(name)} characters, where {MAX_NAME} are the most")
     try:
         dtype, shape, (first, last) = value["dtype"], value["shape"], value["data_offsets"]
     except (TypeError, KeyError, ValueError):
