@@ -96,10 +96,12 @@ class Seen:
         """While active, a part of a step is done."""
         self._end()
         self._phase, self._at = name, ""
-        with count_operations() as flops:
-            yield
         if self.steps == 1:
+            with count_operations() as flops:
+                yield
             self._operations[name] += self.times * int(flops.get_total_flops())
+        else:
+            yield
         self._end()
 
     def _end(self) -> None:
