@@ -84,7 +84,7 @@ def rewrite(text: str, path: str) -> tuple[str, list[str]]:
 def main() -> None:
     """Write the pages, and everything in `docs/` that is not a page, to `build/docs/`."""
     shutil.rmtree(STAGE, ignore_errors=True)
-    shutil.copytree(DOCS, STAGE, ignore=shutil.ignore_patterns("*.md", "benchmark.json", "scale.json"))
+    shutil.copytree(DOCS, STAGE, ignore=shutil.ignore_patterns("*.md", "benchmark.json", "scale.json", "estimate.json"))
     for page, text in pages().items():
         file = STAGE / page
         file.parent.mkdir(parents=True, exist_ok=True)
