@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from autotp_plan.schemas.estimate.settings import Settings
     from autotp_plan.schemas.plan.document import Plan
 
-_NEEDED = ("torch", "transformers", "deepspeed", "accelerate")
+NEEDED = ("torch", "transformers", "deepspeed", "accelerate")
+"""Packages that running a step without data takes."""
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)[bB]?")
 _FILE = click.Path(path_type=Path)
 
@@ -126,7 +127,7 @@ def _settings(plan: Plan, config: dict[str, Any], where: str, given: dict[str, A
 
 
 def _run(plan: Plan, settings: Settings, config: dict[str, Any]) -> Estimate:
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingDependencyError(
             Fault(
@@ -134,7 +135,7 @@ def _run(plan: Plan, settings: Settings, config: dict[str, Any]) -> Estimate:
                 what="running a training step without data needs packages that planning does not need",
                 where="estimate",
                 got=f"no {', '.join(missing)}",
-                expected=", ".join(_NEEDED),
+                expected=", ".join(NEEDED),
                 next="pip install 'autotp-plan[train]'; or --no-run, for what the plan alone says",
             )
         )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from autotp_plan.planner.cli.advise import advise
 from autotp_plan.planner.cli.diff import diff
 from autotp_plan.planner.cli.estimate import estimate
 from autotp_plan.planner.cli.export import export, presets
@@ -54,6 +55,7 @@ def main() -> None:
     autotp-plan diff old.json new.json
     autotp-plan verify plan.json
     autotp-plan estimate plan.json --dp-size 4 --zero-stage 2 --memory 80GB
+    autotp-plan advise --model CHECKPOINT --gpus 16 --gpu-memory 80GB
     autotp-plan presplit plan.json --checkpoint CHECKPOINT -o SHARDS
     autotp-plan check SHARDS
     autotp-plan merge SHARDS -o CHECKPOINT
@@ -280,6 +282,7 @@ def _print_proof(proof: Proof) -> None:
         console.print(visible(line))
 
 
+main.add_command(advise)
 main.add_command(diff)
 main.add_command(estimate)
 main.add_command(export)
