@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from autotp_plan.schemas.estimate.step import Step, StepCase
     from autotp_plan.schemas.plan.document import Plan
 
+_MOST_RANKS = 64
+"""Tensor-parallel ranks that are tried."""
+
 
 @click.command()
 @click.option(
@@ -127,7 +130,7 @@ def _plans(model: str, gpus: int, batch: int) -> tuple[dict[int, Plan], set[int]
     uneven: set[int] = set()
     refused: dict[int, str] = {}
     faults: list[Fault] = []
-    for tp_size in (size for size in range(1, gpus + 1) if gpus % size == 0):
+    for tp_size in (size for size in range(1, min(gpus, _MOST_RANKS) + 1) if gpus % size == 0):
         if batch % (gpus // tp_size):
             refused[tp_size] = f"{batch} sequences of a step are no multiple of DP={gpus // tp_size}"
             continue

@@ -10,11 +10,12 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from autotp_plan.planner.estimate.extrapolate import SmallSteps, small_cases, whole_step
+from autotp_plan.planner.estimate.extrapolate import SmallCases, SmallSteps, small_cases, whole_step, whole_traffic
 from autotp_plan.planner.estimate.from_plan import elements_of_rank, estimate_from_plan
 from autotp_plan.planner.estimate.memory import Held, held, held_all_the_time
 from autotp_plan.planner.estimate.step_time import Cluster, StepTime, step_time
-from autotp_plan.schemas.estimate.document import Estimate, RankEstimate, Traffic
+from autotp_plan.schemas.errors import CheckpointError, CompileError, MismatchError
+from autotp_plan.schemas.estimate.document import Estimate, RankEstimate
 from autotp_plan.schemas.estimate.settings import Settings
 from autotp_plan.schemas.estimate.step import Step, StepCase
 from autotp_plan.schemas.plan.document import Plan
@@ -115,8 +116,20 @@ def with_steps(given: Sequence[Sharded], length: int, run: RunSteps) -> list[Sha
         length: tokens of a sequence.
         run: runs them: `autotp_plan.runtime.estimate.small_steps.run_small_steps`.
     """
-    wanted = [(one, again, small_cases(one.plan, one.rank, length, again)) for one in given for again in (False, True)]
-    steps = iter(run([case for _, _, small in wanted for case in small.cases]))
+
+    def cases(all_layers: bool) -> list[tuple[Sharded, bool, SmallCases]]:
+        return [
+            (one, again, small_cases(one.plan, one.rank, length, again, all_layers))
+            for one in given
+            for again in (False, True)
+        ]
+
+    wanted = cases(all_layers=False)
+    try:
+        steps = iter(run([case for _, _, small in wanted for case in small.cases]))
+    except (MismatchError, CheckpointError, CompileError):  # the config of fewer layers may be of no model
+        wanted = cases(all_layers=True)
+        steps = iter(run([case for _, _, small in wanted for case in small.cases]))
     found: dict[int, dict[bool, SmallSteps]] = {}
     for one, again, small in wanted:
         found.setdefault(one.plan.tp_size, {})[again] = small.of([next(steps) for _ in small.cases])
@@ -181,14 +194,8 @@ def way_of(one: Sharded, settings: Settings, wanted: Wanted) -> Way:
     step = whole_step(one.steps[settings.activation_checkpointing], settings.micro_batch_size)
     passes = settings.gradient_accumulation_steps
     traffic = [
-        Traffic(
-            operation="all-reduce",
-            group="tensor",
-            count=passes * sent.count,
-            bytes=passes * sent.count * sent.tensor_bytes,
-        )
-        for sent in step.collectives
-        if sent.group == "tensor"
+        dataclasses.replace(sent, count=passes * sent.count, bytes=passes * sent.bytes)
+        for sent in whole_traffic(one.steps[settings.activation_checkpointing], settings.micro_batch_size)
     ]
     operations = passes * (step.forward_operations + step.backward_operations)
     of_states = estimate_from_plan(one.plan, settings).ranks[0].traffic

@@ -7,12 +7,17 @@ amounts: three small steps say the rest.
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from autotp_plan.planner.estimate.fewer_layers import of_first_layers, repeating
-from autotp_plan.schemas.estimate.step import Collective, Step, StepCase
+from autotp_plan.schemas.estimate.document import Traffic
+from autotp_plan.schemas.estimate.step import Step, StepCase
 from autotp_plan.schemas.plan.document import Plan
+
+_OPERATIONS = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter"}
+"""What torch.distributed's operators do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +50,9 @@ class SmallCases:
         return SmallSteps(less=less[0] if less else None, more=more, more_of_two=more_of_two, times=self.times)
 
 
-def small_cases(plan: Plan, rank: int, length: int, activation_checkpointing: bool) -> SmallCases:
+def small_cases(
+    plan: Plan, rank: int, length: int, activation_checkpointing: bool, all_layers: bool = False
+) -> SmallCases:
     """What is to be run to know the step of a plan: of a few layers where they repeat, else of all.
 
     Args:
@@ -53,6 +60,7 @@ def small_cases(plan: Plan, rank: int, length: int, activation_checkpointing: bo
         rank: TP rank.
         length: tokens of a sequence.
         activation_checkpointing: whether layers are computed again in the backward.
+        all_layers: run all of them in any case.
     """
 
     def case(of: Plan, sequences: int) -> StepCase:
@@ -64,7 +72,7 @@ def small_cases(plan: Plan, rank: int, length: int, activation_checkpointing: bo
             activation_checkpointing=activation_checkpointing,
         )
 
-    layers = repeating(plan)
+    layers = None if all_layers else repeating(plan)
     if layers is None:
         return SmallCases(cases=(case(plan, 1), case(plan, 2)), times=1)
     less = of_first_layers(plan, layers.fewer + layers.period)
@@ -73,7 +81,7 @@ def small_cases(plan: Plan, rank: int, length: int, activation_checkpointing: bo
 
 
 def whole_step(small: SmallSteps, sequences: int) -> Step:
-    """The step of all layers.
+    """The step of all layers, without its collectives, which `whole_traffic` has.
 
     Args:
         small: steps of one sequence and of two.
@@ -84,6 +92,34 @@ def whole_step(small: SmallSteps, sequences: int) -> Step:
         return step
     layer = small.more.kept - small.less.kept
     return _of_layers(small.less, small.more, step, layer * sequences, sequences, small.times)
+
+
+def whole_traffic(small: SmallSteps, sequences: int) -> tuple[Traffic, ...]:
+    """What the step of all layers sends over the tensor-parallel ranks. Arguments as for `whole_step`."""
+    less, one, two = (_sent(step) for step in (small.less or small.more, small.more, small.more_of_two))
+    found = []
+    for operation, (count, size) in sorted(one.items()):
+        further = count - less[operation][0], size - less[operation][1]
+        grown = size + (sequences - 1) * (two[operation][1] - size)
+        found.append(
+            Traffic(
+                operation=_OPERATIONS.get(operation, operation.strip("_")),
+                group="tensor",
+                count=count + (small.times - 1) * further[0],
+                bytes=grown + (small.times - 1) * further[1] * sequences,
+            )
+        )
+    return tuple(found)
+
+
+def _sent(step: Step) -> dict[str, tuple[int, int]]:
+    """Numbers and bytes of the collectives over the tensor-parallel ranks, by operation."""
+    found: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
+    for one in step.collectives:
+        if one.group == "tensor":
+            count, size = found[one.operation]
+            found[one.operation] = (count + one.count, size + one.count * one.tensor_bytes)
+    return found
 
 
 def _of_batch(one: Step, two: Step, sequences: int) -> Step:
@@ -102,12 +138,7 @@ def _of_batch(one: Step, two: Step, sequences: int) -> Step:
         ),
         forward_operations=grown(lambda step: step.forward_operations),
         backward_operations=grown(lambda step: step.backward_operations),
-        collectives=tuple(
-            dataclasses.replace(
-                first, tensor_bytes=first.tensor_bytes + (sequences - 1) * (second.tensor_bytes - first.tensor_bytes)
-            )
-            for first, second in zip(one.collectives, two.collectives, strict=True)
-        ),
+        collectives=(),
     )
 
 
@@ -117,7 +148,6 @@ def _of_layers(less: Step, more: Step, step: Step, kept: int, sequences: int, ti
     def grown(get: Callable[[Step], int], scale: int = 1) -> int:
         return get(step) + (times - 1) * scale * (get(more) - get(less))
 
-    counts = {(one.operation, one.group, one.tensor_bytes): one.count for one in less.collectives}
     return Step(
         parameters=grown(lambda one: one.parameters),
         buffers=grown(lambda one: one.buffers),
@@ -126,16 +156,7 @@ def _of_layers(less: Step, more: Step, step: Step, kept: int, sequences: int, ti
         backward=_timeline(less, step, kept, times),
         forward_operations=grown(lambda one: one.forward_operations, sequences),
         backward_operations=grown(lambda one: one.backward_operations, sequences),
-        collectives=tuple(
-            Collective(
-                operation=grown_one.operation,
-                group=grown_one.group,
-                tensor_bytes=grown_one.tensor_bytes,
-                count=one.count
-                + (times - 1) * (one.count - counts.get((one.operation, one.group, one.tensor_bytes), 0)),
-            )
-            for one, grown_one in zip(more.collectives, step.collectives, strict=True)
-        ),
+        collectives=(),
     )
 
 

@@ -192,11 +192,12 @@ class Symbols:
         if value is not _MISSING and value is not None:
             raise SymbolError(f"the config's {name!r} is {value!r}, not an integer")
         known = {*extra, *self.definitions, *(key for key, found in self.config.items() if type(found) is int)}
-        hint = did_you_mean(name, known - {name})
+        hint = _hint(name, frozenset(known - {name}))
         raise SymbolError(f"the config has no {name!r}" + (f"; {hint}" if hint else ""))
 
 
 _MISSING = object()
+_hint = functools.lru_cache(maxsize=256)(did_you_mean)  # of the same names for each TP size that is tried
 
 
 @functools.lru_cache(maxsize=4096)

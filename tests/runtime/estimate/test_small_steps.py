@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from autotp_plan.planner import compile_plan
-from autotp_plan.planner.estimate.extrapolate import small_cases, whole_step
+from autotp_plan.planner.estimate.extrapolate import small_cases, whole_step, whole_traffic
 from autotp_plan.planner.estimate.fewer_layers import Repeating, repeating
 from autotp_plan.planner.estimate.from_plan import elements_of_rank
 from autotp_plan.planner.estimate.memory import held
@@ -53,8 +53,12 @@ def test_a_step_from_small_ones(plan: Plan) -> None:
     found = [small[0].of(ran[:3]), small[1].of(ran[3:6])]
     for one, whole in zip(found, ran[6:], strict=True):
         got = whole_step(one, 3)
-        for name in ("parameters", "buffers", "forward_operations", "backward_operations", "collectives"):
+        for name in ("parameters", "buffers", "forward_operations", "backward_operations"):
             assert getattr(got, name) == getattr(whole, name), name
+        (sent,) = whole_traffic(one, 3)
+        assert (sent.operation, sent.group) == ("all-reduce", "tensor")
+        assert sent.count == sum(each.count for each in whole.collectives)
+        assert sent.bytes == sum(each.count * each.tensor_bytes for each in whole.collectives)
         assert got.kept == pytest.approx(whole.kept, rel=1e-4)  # numbers of 4 bytes do not grow with the batch
         assert got.forward_peak == pytest.approx(whole.forward_peak, rel=5e-3)
         assert [size for size, _ in got.backward] == [size for size, _ in whole.backward]
