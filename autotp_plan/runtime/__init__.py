@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         token_log_probs_and_entropies,
     )
     from autotp_plan.runtime.parameters.state_dicts import shards_in_state_dict
+    from autotp_plan.runtime.tensor_parallel.kept_results import selective_checkpointing
     from autotp_plan.runtime.training_plan import TrainingPlan, load_plan
     from autotp_plan.runtime.verify.run import try_plan, verify_plan
 
@@ -32,6 +33,7 @@ __all__ = [
     "load_plan",
     "local_shard",
     "logits_from_parts",
+    "selective_checkpointing",
     "shards_in_state_dict",
     "token_entropies",
     "token_kl_divergences",
@@ -47,6 +49,7 @@ _HOMES = {
     "load_plan": "training_plan",
     "local_shard": "loading.local_shard",
     "logits_from_parts": "losses.token_values",
+    "selective_checkpointing": "tensor_parallel.kept_results",
     "shards_in_state_dict": "parameters.state_dicts",
     "token_entropies": "losses.token_values",
     "token_kl_divergences": "losses.token_values",

@@ -17,6 +17,10 @@ from autotp_plan.runtime.data.batch_check import check_batches, check_interval
 from autotp_plan.runtime.deepspeed.agreement import are_several, check_same, is_first_rank, together
 from autotp_plan.runtime.deepspeed.attendance import SECONDS_FOR_FIRST, check_all_call
 from autotp_plan.runtime.deepspeed.mesh import Ranks, check_world_size, start_distributed
+from autotp_plan.runtime.loading.activation_checkpointing import (
+    check_activation_checkpointing,
+    use_activation_checkpointing,
+)
 from autotp_plan.runtime.loading.check_model import check_model
 from autotp_plan.runtime.loading.empty_model import empty_model
 from autotp_plan.runtime.loading.read_weights import read_weights
@@ -54,6 +58,7 @@ def load_model(
     vocab_parallel_loss: bool,
     check_batches_every: int | None,
     loss_chunks: int | None,
+    activation_checkpointing: str | None,
     options: Mapping[str, Any],
 ) -> nn.Module:
     """As `TrainingPlan.load_model`, for the plan `plan`; `init_mesh` makes the process groups, or gives them."""
@@ -76,6 +81,7 @@ def load_model(
         )
         built, dtypes = empty_model(place, plan, model, dtype, options)
         check_model(built, plan)
+        check_activation_checkpointing(activation_checkpointing, built)
         return place, source, built, dtypes, source.fingerprint() if are_several() else ""
 
     place, source, built, dtypes, fingerprint = together(found, _NOT_READ, "correct what is wrong")
@@ -86,7 +92,9 @@ def load_model(
             "checkpoint": fingerprint,
             "config": config_of(built),
             "dtypes": {name: str(dtype) for name, dtype in dtypes.items()},
-            "options": flat([share_input_gradients, vocab_parallel_loss, check_batches_every, loss_chunks]),
+            "options": flat(
+                [share_input_gradients, vocab_parallel_loss, check_batches_every, loss_chunks, activation_checkpointing]
+            ),
             "versions": versions(),
         },
         what="the ranks would load parts of different models",
@@ -114,6 +122,8 @@ def load_model(
         _NOT_READ,
         "free memory or correct what is wrong on that rank, and load the model again",
     )
+    if activation_checkpointing is not None:
+        use_activation_checkpointing(built, activation_checkpointing)
     if plan.tp_size > 1 and has_dropout(built):
         use_sharded_regions(ranks.tp_group)
     if plan.tp_size > 1:

@@ -68,6 +68,11 @@ STOPPED = 75
 @click.option(
     "--loss-chunks", type=click.IntRange(1), help="Compute the loss from this many chunks of the logits, one at a time."
 )
+@click.option(
+    "--activation-checkpointing",
+    type=click.Choice(["selective", "full"]),
+    help="Compute again in the backward: selective: what is cheap; full: everything between inputs of layers.",
+)
 @click.option("--local_rank", type=int, hidden=True, expose_value=False, help="The deepspeed launcher gives it.")
 def main(**options: Any) -> None:
     """Train a pre-split model under DeepSpeed, with the plan's tensor parallelism and ZeRO."""
@@ -87,7 +92,8 @@ def _train(
     plan_file: Path, shards: str, dp_size: int | None, seq_length: int, num_steps: int, data: Path | None, seed: int,
     metrics: Path | None, checkpoints: Path | None, save_every: int | None, save_shards: Path | None,
     keep_last: int | None = None, take_over: bool = False, resume: str = "latest", trust_checkpoint: bool = False,
-    timeout: float | None = None, allow_nonfinite: bool = False, loss_chunks: int | None = None, **options: Any,
+    timeout: float | None = None, allow_nonfinite: bool = False, loss_chunks: int | None = None,
+    activation_checkpointing: str | None = None, **options: Any,
 ) -> bool:  # fmt: skip
     """Train; returns whether it came to its end, and was not asked to stop before."""
     from autotp_plan.runtime import load_plan
@@ -110,7 +116,9 @@ def _train(
         plan, config, dtype, checkpoints, save_shards, metrics, num_steps, save_every, keep_last, take_over
     )
     started = time.monotonic()
-    model = plan.load_model(shards, dtype=dtype, loss_chunks=loss_chunks)
+    model = plan.load_model(
+        shards, dtype=dtype, loss_chunks=loss_chunks, activation_checkpointing=activation_checkpointing
+    )
     ranks = plan.ranks
     report = Report(metrics, _is_first())
     report.say(f"loaded rank 0 of {plan.tp_size} from {shards} in {time.monotonic() - started:.1f} s")

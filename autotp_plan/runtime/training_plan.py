@@ -120,6 +120,7 @@ class TrainingPlan:
         vocab_parallel_loss: bool = True,
         loss_chunks: int | None = None,
         check_batches_every: int | None = 100,
+        activation_checkpointing: str | None = None,
         **options: Any,
     ) -> nn.Module:
         """Load this rank's part of the model, ready for `initialize`. Every rank calls it.
@@ -151,6 +152,9 @@ class TrainingPlan:
                 None computes a rank's logits at once.
             check_batches_every: n: the batches of the TP ranks are compared, by one small all-reduce, at the forwards
                 1, n + 1, 2n + 1, ..., counted in training and in evaluation. None compares nothing.
+            activation_checkpointing: `"full"`: layers keep their inputs alone and compute the rest again in the
+                backward, with its all-reduces. `"selective"`: they keep results of matrix products with weights and of
+                collectives too, and compute attention, norms and activation functions again. None keeps everything.
             options: for transformers, such as `attn_implementation`.
 
         Returns:
@@ -158,11 +162,13 @@ class TrainingPlan:
 
         Raises:
             MismatchError: plan, folder, model and world size do not belong together; or the weights are of several
-                dtypes, and none is named; or the model's loss cannot be computed in chunks.
+                dtypes, and none is named; or the model's loss cannot be computed in chunks, or the model does not
+                know activation checkpointing.
             ShardsError: the shards folder is not complete, or not what its manifest says.
             CheckpointError: the checkpoint cannot be read, or transformers cannot build its model.
             DocumentError: a JSON file in the folder is not what it should be.
-            OptionError: `check_batches_every` or `loss_chunks` is less than 1.
+            OptionError: `check_batches_every` or `loss_chunks` is less than 1; or there is no such
+                `activation_checkpointing`.
 
         All of them before anything is loaded; where one rank raises, the others do, and none waits for it.
         """
@@ -178,6 +184,7 @@ class TrainingPlan:
             vocab_parallel_loss=vocab_parallel_loss,
             check_batches_every=check_batches_every,
             loss_chunks=loss_chunks,
+            activation_checkpointing=activation_checkpointing,
             options=options,
         )
 

@@ -159,6 +159,11 @@ def version_counts_changes(_: Any) -> bool:
     return tensor._version == before + 1
 
 
+def base_is_what_a_view_is_of(_: Any) -> bool:
+    weight = nn.Parameter(torch.zeros(2, 3, 4))
+    return weight.transpose(1, 2)._base is weight and weight._base is None
+
+
 def assertion_raises(assert_async: Any) -> bool:
     assert_async(torch.tensor(True), "said")
     try:
@@ -324,6 +329,7 @@ CANARIES = [
            threads_have_a_name),
     Canary("torch:Tensor._version", "sharing input gradients, after a tensor was changed in place",
            version_counts_changes),
+    Canary("torch:Tensor._base", "selective activation checkpointing of experts", base_is_what_a_view_is_of),
     Canary("torch:_assert_async", "refusing labels that are not in the vocabulary", assertion_raises),
     Canary("torch:_C.DisableTorchFunctionSubclass", "logits that are gathered at first use"),
     Canary("torch.utils._pytree:tree_map_only", "logits that are gathered at first use",

@@ -17,6 +17,7 @@ from deepspeed import comm as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from autotp_plan.runtime.tensor_parallel.kept_results import kept, kept_sum
 from autotp_plan.runtime.tensor_parallel.torch_internals import eager, version_of
 from autotp_plan.schemas import intervals as iv
 
@@ -43,9 +44,15 @@ def copy_to_ranks(input: Tensor, group: Any, *, shared: bool = False) -> Tensor:
 
 
 @eager
-def sum_over_ranks(input: Tensor, group: Any) -> Tensor:
-    """The sum of every rank's `input`, by an all-reduce; the gradient passes unchanged, as it is equal on all ranks."""
-    result: Tensor = _SumOverRanks.apply(input, group)  # type: ignore[no-untyped-call]
+def sum_over_ranks(input: Tensor, group: Any, *, is_product: bool = False) -> Tensor:
+    """The sum of every rank's `input`, by an all-reduce; the gradient passes unchanged, as it is equal on all ranks.
+
+    Args:
+        input: this rank's part of the sum.
+        group: the TP process group.
+        is_product: `input` was computed by a matrix product just now, and nothing else reads it.
+    """
+    result: Tensor = _SumOverRanks.apply(input, group, is_product)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -159,21 +166,19 @@ class _SumOfGradients(torch.autograd.Function):
 
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, group: Any) -> Tensor:
-        output = input.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(output, group=group)
-        return output
+    def forward(ctx: Any, input: Tensor, group: Any, is_product: bool) -> Tensor:
+        return kept_sum(lambda parts: dist.all_reduce(parts, group=group), input, is_product=is_product)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        return grad_output, None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        return grad_output, None, None
 
 
 class _GatherLastDim(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, group: Any, intervals: tuple[iv.Intervals, ...], tp_rank: int) -> Tensor:
         ctx.held = intervals[tp_rank]
-        return gather_shards(input, group, intervals, input.dim() - 1)
+        return kept(lambda: gather_shards(input, group, intervals, input.dim() - 1))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:

@@ -236,7 +236,7 @@ class RowParallelLinear(_Linear):
             input = take(copied, held, input.dim() - 1)
         output: Tensor = F.linear(input, self.local_weight)
         if self.is_tp_parallel:
-            output = sum_over_ranks(output, self.mp_group)
+            output = sum_over_ranks(output, self.mp_group, is_product=True)
             if self.training:
                 leave_sharded_region()
         output = output if self.bias is None else output + self.bias

@@ -41,6 +41,11 @@ def version_of(tensor: Tensor) -> int:
     return tensor._version
 
 
+def base_of(tensor: Tensor) -> Tensor | None:
+    """The tensor that `tensor` is a view of, or None. Relies on `Tensor._base`."""
+    return tensor._base
+
+
 def without_torch_function() -> AbstractContextManager[None]:
     """While active, subclasses of Tensor are ordinary tensors. Relies on `torch._C.DisableTorchFunctionSubclass`."""
     guard: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()

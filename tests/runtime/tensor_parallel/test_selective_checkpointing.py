@@ -1,0 +1,230 @@
+"""Selective activation checkpointing: the numbers of a model without it, and no product or collective made again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.launch import launch
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(270)]
+
+DROPOUT = {"gpt2": (), "bloom": ("hidden_dropout", "attention_dropout"), "llama": ("attention_dropout",), "mixtral": ()}
+IN_FLOAT64 = "gpt2"
+"""A model that casts nothing to float32."""
+KINDS = (None, "full", "selective")
+
+
+def prepare(work: Path, name: str, tp_size: int, **changes: Any) -> None:
+    """`name/` and `name.json`."""
+    from autotp_plan.planner import compile_plan
+    from tests.helpers.models import save_checkpoint
+
+    folder = save_checkpoint(work / name, name, **changes)
+    (work / f"{name}.json").write_text(compile_plan(folder, tp_size=tp_size).to_json())
+
+
+def load(work: Path, name: str, **options: Any) -> Any:
+    import torch
+
+    from autotp_plan.runtime import load_plan
+
+    options = {"dtype": torch.float64, "experts_implementation": "eager", **options}
+    plan = load_plan(work / f"{name}.json")
+    return plan, plan.load_model(work / name, **options).train()
+
+
+def counted(function: Any) -> tuple[Any, Counter[str]]:
+    """What `function` returns, and how often each operator has run."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    ran: Counter[str] = Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            ran[func.name().partition(".")[0]] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        found = function()
+    return found, ran
+
+
+def in_float64(model: Any, tokens: Any) -> Any:
+    """Loss and logits; transformers' loss casts logits to float32."""
+    logits = model(input_ids=tokens, use_cache=False).logits
+    return -logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).mean(), logits
+
+
+def gradients(plan: Any, model: Any) -> Any:
+    import torch
+
+    from tests.helpers import parity
+
+    torch.manual_seed(3)
+    names = [parameter.name for parameter in plan.document.expanded()]
+    model.zero_grad()
+    return parity.sharded_gradients(model, names, in_float64, promote=False)
+
+
+def numbers(work: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Inside a rank: differences that checkpointing makes, dropout on, and the error against the dense model."""
+    import torch
+
+    from tests.helpers import parity
+
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        of: dict[str | None, Any] = {}
+        ran: dict[str | None, Counter[str]] = {}
+        for kind in KINDS:
+            plan, model = load(work, name, activation_checkpointing=kind, attn_implementation="eager")
+            of[kind], ran[kind] = counted(partial(gradients, plan, model))
+        found[name] = {
+            kind: max(parity.differences(of[None], of[kind], plan).values()) for kind in ("full", "selective")
+        }
+        for operator in ("c10d::allreduce_", "aten::mm", "aten::addmm", "aten::_softmax", "aten::native_dropout"):
+            found[name][operator] = [ran[kind][operator] for kind in KINDS]
+        if name == IN_FLOAT64:
+            found[name]["dense"] = max(parity.errors(torch.load(work / "dense"), of["selective"], plan).values())
+    return found
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_numbers_and_what_is_computed_again(tmp_path: Path, tp_size: int) -> None:
+    import torch
+
+    from autotp_plan.runtime.verify.float64_passes import dense_reader, run_passes
+    from tests.helpers.models import batch, load_dense
+
+    names = list(DROPOUT) if tp_size == 2 else [IN_FLOAT64]
+    for name in names:
+        prepare(tmp_path, name, tp_size, **dict.fromkeys(DROPOUT[name], 0.3))
+    dense = load_dense(tmp_path / IN_FLOAT64, torch.float64)
+    of_all = [name for name, _ in dense.named_parameters()]
+    torch.save(
+        run_passes(dense, dense_reader(dense), of_all, batch, forward=in_float64, promote=False), tmp_path / "dense"
+    )
+    for found in launch(numbers, tp_size, tmp_path, names):
+        for name, of in found.items():
+            assert of["full"] < 1e-12 and of["selective"] < 1e-12, (name, of)
+            assert of.get("dense", 0) < 1e-12, (name, of)
+            none, full, selective = of["c10d::allreduce_"]
+            assert selective == none and (full > none or tp_size == 1), f"{name}: no all-reduce is made again"
+            for product in ("aten::mm", "aten::addmm"):
+                none, full, selective = of[product]
+                assert selective == none <= full, f"{name}: no {product} is made again"
+            none, full, selective = of["aten::_softmax"]
+            assert selective == full > none, f"{name}: attention is computed again"
+
+
+def adapters(work: Path) -> float:
+    """Inside a rank: the difference that it makes to the gradients of LoRA."""
+    import torch
+    from peft import LoraConfig
+
+    from tests.helpers.models import batch
+
+    found = []
+    for kind in (None, "selective"):
+        plan, model = load(work, "llama", activation_checkpointing=kind)
+        torch.manual_seed(5)
+        with_lora = plan.add_lora(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"]))
+        trained = [parameter for parameter in with_lora.parameters() if parameter.requires_grad]
+        torch.manual_seed(7)
+        for parameter in trained:
+            torch.nn.init.normal_(parameter, std=0.1)
+        with_lora.train()(input_ids=batch(1), labels=batch(1)).loss.backward()
+        found.append([parameter.grad for parameter in trained])
+    assert all(one is not None and one.abs().max() > 0 for one in found[0])
+    return max(float((one - other).abs().max()) for one, other in zip(*found, strict=True))
+
+
+def planted_errors(work: Path) -> dict[str, Any]:
+    """Inside a rank: what is seen of errors in what is kept."""
+    from autotp_plan.runtime.tensor_parallel import collectives, kept_results
+    from autotp_plan.schemas.errors import MismatchError
+    from autotp_plan.schemas.upstream import replaced
+    from tests.helpers import parity
+    from tests.helpers.models import batch
+
+    plan, model = load(work, "llama", activation_checkpointing="selective")
+    right, ran = counted(partial(gradients, plan, model))
+    found: dict[str, Any] = {"right": ran["c10d::allreduce_"]}
+
+    def always(add_up: Any, input: Any, *, is_product: bool) -> Any:
+        return kept_results._summed(add_up, input)
+
+    with replaced(collectives, "kept_sum", always):
+        wrong, ran = counted(partial(gradients, plan, model))
+        found["not kept"] = ran["c10d::allreduce_"], max(parity.differences(right, wrong, plan).values())
+        kind = kept_results._kind
+
+        def in_place_too(operator: Any) -> str:
+            return "product" if operator.name().startswith("c10d::allreduce_") else kind(operator)
+
+        with replaced(kept_results, "_kind", in_place_too):
+            wrong = gradients(plan, model)
+            found["torch keeps it"] = max(parity.differences(right, wrong, plan).values())
+    hook = model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda _, __, output: output.mul_(1.5))
+    try:
+        model(input_ids=batch(1), labels=batch(1)).loss.backward()
+    except MismatchError as error:
+        found["changed in place"] = str(error)
+    hook.remove()
+    loss = model(input_ids=batch(1), labels=batch(1)).loss
+    loss.backward(retain_graph=True)
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        found["twice"] = str(error)
+    except MismatchError as error:
+        found["twice"] = str(error)
+    return found
+
+
+def others(work: Path) -> tuple[float, dict[str, Any]]:
+    return adapters(work), planted_errors(work)
+
+
+def test_adapters_and_planted_errors(tmp_path: Path) -> None:
+    prepare(tmp_path, "llama", 2)
+    for difference, found in launch(others, 2, tmp_path):
+        assert difference < 1e-12
+        count, error = found["not kept"]
+        assert count > found["right"] and error < 1e-12, "sums that are made again are right, and cost"
+        assert found["torch keeps it"] > 1e-6, "what torch keeps of an operator in place is not the sum"
+        assert "changed in place" in found["changed in place"]
+        assert "backward" in found["twice"]
+
+
+def steps(work: Path) -> dict[int, Any]:
+    """Inside a rank: (loss, gradient norm) of each step by ZeRO stage."""
+    import torch
+
+    from tests.helpers import parity
+
+    found = {}
+    for stage in range(4):
+        zero: Any = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}} if stage == 3 else {}
+        plan, model = load(work, "llama", dtype=torch.float32, activation_checkpointing="selective")
+        found[stage] = parity.engine_steps(plan, model, stage, **zero)
+    return found
+
+
+def test_steps_of_every_zero_stage_are_the_dense_models(tmp_path: Path) -> None:
+    import torch
+
+    from tests.helpers import parity
+    from tests.helpers.models import load_dense
+
+    prepare(tmp_path, "llama", 2)
+    dense = parity.dense_steps(load_dense(tmp_path / "llama", torch.float32), dp_size=2)
+    for found in launch(steps, 4, tmp_path):
+        for stage, of_stage in found.items():
+            for one, other in zip(of_stage, dense, strict=True):
+                assert one == pytest.approx(other, rel=1e-5), stage
