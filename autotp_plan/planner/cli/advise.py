@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from autotp_plan.planner.estimate.would_fit import Would
     from autotp_plan.schemas.estimate.step import Step, StepCase
     from autotp_plan.schemas.plan.document import Plan
+    from autotp_plan.sources.model_folder import ModelFolder
 
 _MOST_RANKS = 64
 """Tensor-parallel ranks that are tried."""
@@ -101,7 +103,8 @@ def advise(
     if not found.fits:
         from autotp_plan.planner.estimate.would_fit import what_would_fit
 
-        would = what_would_fit(given, wanted, _run_steps if runs else None)
+        more = [sharded(plan) for plan in _further_plans(model, plans)]
+        would = what_would_fit(given, wanted, _run_steps if runs else None, more)
     best = next(iter(found.chosen or found.fits), None)
     if output_format == "json":
         document = _document(found, wanted, refused, would)
@@ -121,8 +124,6 @@ def advise(
 
 def _plans(model: str, gpus: int, batch: int) -> tuple[dict[int, Plan], set[int], dict[int, str]]:
     """Plans by TP size, the TP sizes that are uneven, and why there is none for others."""
-    from autotp_plan.planner.compiler import compile_plan
-    from autotp_plan.schemas.spec import SpecFile
     from autotp_plan.sources.model_folder import model_folder
 
     folder = model_folder(model)
@@ -136,13 +137,7 @@ def _plans(model: str, gpus: int, batch: int) -> tuple[dict[int, Plan], set[int]
             continue
         for equal in (True, False):
             try:
-                plans[tp_size] = compile_plan(
-                    folder,
-                    tp_size=tp_size,
-                    uneven=not equal,
-                    prove=lambda plan: prove_on_twin(plan, None),
-                    infer=lambda given: SpecFile.from_dict(infer_with_limits(given, TIMEOUT)),
-                )
+                plans[tp_size] = _compiled(folder, tp_size, uneven=not equal)
             except CompileError as error:
                 fault = error.faults[0]
                 refused[tp_size] = f"{fault.what}: {fault.where}, {fault.got}"
@@ -166,6 +161,30 @@ def _plans(model: str, gpus: int, batch: int) -> tuple[dict[int, Plan], set[int]
             )
         )
     return plans, uneven, refused
+
+
+def _compiled(folder: ModelFolder, tp_size: int, uneven: bool) -> Plan:
+    from autotp_plan.planner.compiler import compile_plan
+    from autotp_plan.schemas.spec import SpecFile
+
+    return compile_plan(
+        folder,
+        tp_size=tp_size,
+        uneven=uneven,
+        prove=lambda plan: prove_on_twin(plan, None),
+        infer=lambda given: SpecFile.from_dict(infer_with_limits(given, TIMEOUT)),
+    )
+
+
+def _further_plans(model: str, plans: dict[int, Plan]) -> list[Plan]:
+    """Plans of two and four times the largest TP size, where there are any, for more GPUs."""
+    from autotp_plan.sources.model_folder import model_folder
+
+    found = []
+    for tp_size in (2 * max(plans), 4 * max(plans)):
+        with contextlib.suppress(CompileError):
+            found.append(_compiled(model_folder(model), tp_size, uneven=False))
+    return found
 
 
 def _check_numbers(gpus: int, per_node: int, memory: int, given: str, reserve: str, batch: int | None) -> None:

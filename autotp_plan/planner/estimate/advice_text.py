@@ -12,7 +12,7 @@ from autotp_plan.planner.plan_table import human_bytes
 MOST_ROWS = 16
 """Of a table; JSON has all."""
 _SETTINGS = ("TP", "DP", "ZeRO", "recompute", "batch", "passes")
-_TIMES = ("step s", "compute", "TP", "DP")
+_TIMES = ("step s", "compute", "TP s", "DP s")
 
 
 def headline(model: str, wanted: Wanted) -> str:

@@ -28,8 +28,10 @@ class Held:
         forward: the most in the forward.
         backward: the most in the backward.
         optimizer_step: the most in the optimizer's step.
+        initialize: the most while the engine is made: the weights before they are shared out, and their copy.
     """
 
+    initialize: int
     states: int
     forward: int
     backward: int
@@ -38,7 +40,7 @@ class Held:
     @property
     def peak(self) -> int:
         """The most of all."""
-        return max(self.forward, self.backward, self.optimizer_step)
+        return max(self.initialize, self.forward, self.backward, self.optimizer_step)
 
 
 def held_all_the_time(elements: int, settings: Settings) -> int:
@@ -77,15 +79,16 @@ def held(
     before = [0, *(total for total, _ in step.backward)]
     alive = [amount for _, amount in step.backward]
     bucket = _BF16 * bucket_elements
+    made = gradients + _BF16 * (part if settings.zero_stage == 3 else elements) if settings.zero_stage else base
     if settings.zero_stage == 0:
         kept = gradients if accumulates else 0
         growing = max((amount + (kept or total) for amount, total in zip(alive, before)), default=0)
         reduced = gradients + min(bucket, gradients) if settings.dp_size > 1 else gradients
-        return _held(base, kept + step.forward_peak, max(growing, reduced), gradients + _FLOAT32 * elements)
+        return _held(made, base, kept + step.forward_peak, max(growing, reduced), gradients + _FLOAT32 * elements)
     if settings.zero_stage == 3:
         there = _BF16 * part + bucket + min(gradients, _BF16 * most_live)
         return _held(
-            base, there + step.forward_peak, there + step.backward_peak, (2 * _BF16 + _FLOAT32) * part + bucket
+            made, base, there + step.forward_peak, there + step.backward_peak, (2 * _BF16 + _FLOAT32) * part + bucket
         )
     kept = 0 if not accumulates else gradients + bucket if settings.zero_stage == 1 else _BF16 * part
     first = kept + alive[0] if alive else kept
@@ -95,8 +98,14 @@ def held(
         own = gradients - _BF16 * part  # the first rank's part has the first layers, whose gradients come last
         later = (bucket + amount + (kept or max(0, total - own)) for amount, total in zip(alive[1:], before[1:]))
     stepping = max((2 * _BF16 + _FLOAT32) * part, kept)
-    return _held(base, kept + step.forward_peak, max(first, *later, 0), stepping)
+    return _held(made, base, kept + step.forward_peak, max(first, *later, 0), stepping)
 
 
-def _held(base: int, forward: int, backward: int, optimizer_step: int) -> Held:
-    return Held(states=base, forward=base + forward, backward=base + backward, optimizer_step=base + optimizer_step)
+def _held(made: int, base: int, forward: int, backward: int, optimizer_step: int) -> Held:
+    return Held(
+        initialize=made,
+        states=base,
+        forward=base + forward,
+        backward=base + backward,
+        optimizer_step=base + optimizer_step,
+    )

@@ -38,20 +38,25 @@ class Would:
     way: Way
 
 
-def what_would_fit(given: Sequence[Sharded], wanted: Wanted, run: RunSteps | None) -> list[Would]:
+def what_would_fit(
+    given: Sequence[Sharded], wanted: Wanted, run: RunSteps | None, further: Sequence[Sharded] = ()
+) -> list[Would]:
     """What would make a model fit that does not.
 
     Args:
         given: the model at each TP size that its GPUs allow.
         wanted: what it does not fit.
         run: runs small steps; None where the model's code is not to be run. Then states alone are judged.
+        further: the model at larger TP sizes, which more GPUs would allow.
     """
     if run is not None and not any(one.steps for one in given):
         largest = max(given, key=lambda one: one.plan.tp_size)
         given = with_steps([largest], wanted.seq_length, run)
     elif run is not None:
         given = [one for one in given if one.steps]
-    found = [_more_gpus(given, wanted), _offloaded(given, wanted)]
+    if run is not None and further:
+        further = with_steps(further, wanted.seq_length, run)
+    found = [_more_gpus([*given, *further], wanted), _offloaded(given, wanted)]
     if run is not None:
         found.append(_shorter(given, wanted, run))
     return [one for one in found if one is not None]
@@ -65,7 +70,7 @@ def _more_gpus(given: Sequence[Sharded], wanted: Wanted) -> Would | None:
             cluster=dataclasses.replace(wanted.cluster, gpus=gpus),
             global_batch_size=times * wanted.global_batch_size,
         )
-        fits = ways(given, more).fits
+        fits = ways((one for one in given if gpus % one.plan.tp_size == 0), more).fits
         if fits:
             return Would(what="gpus", number=gpus, way=fits[0])
     return None
