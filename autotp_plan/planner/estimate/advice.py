@@ -231,10 +231,10 @@ def confirmed(
         number: how many ways are chosen.
         progress: called with each way before it is run.
     """
-    chosen: list[Way] = []
-    dropped: list[Way] = []
-    for way in found.fits[:_MOST_TRIED]:
-        if len(chosen) == number:
+    listed, dropped = list(found.fits), []
+    for _ in range(_MOST_TRIED):
+        way = next((one for one in listed[:number] if one.estimate is None), None)
+        if way is None:
             break
         progress(way)
         estimate = run(given[way.tp_size].plan, way.settings)
@@ -244,16 +244,13 @@ def confirmed(
             estimate=estimate,
             time=max((_time_of_rank(one, way, given, wanted) for one in estimate.ranks), key=lambda time: time.total),
         )
-        (chosen if full.peak <= wanted.memory else dropped).append(full)
-    exact = {(way.tp_size, way.settings): way for way in chosen}
-    lost = {(way.tp_size, way.settings) for way in dropped}
-    kept = [exact.get((way.tp_size, way.settings), way) for way in found.fits]
-    return dataclasses.replace(
-        found,
-        fits=tuple(sorted((way for way in kept if (way.tp_size, way.settings) not in lost), key=_seconds)),
-        chosen=tuple(sorted(chosen, key=_seconds)),
-        dropped=tuple(dropped),
-    )
+        listed.remove(way)
+        if full.peak <= wanted.memory:
+            listed = sorted([*listed, full], key=_seconds)  # a time in full may be longer: the next one is tried
+        else:
+            dropped.append(full)
+    chosen = [way for way in listed if way.estimate is not None][:number]
+    return dataclasses.replace(found, fits=tuple(listed), chosen=tuple(chosen), dropped=tuple(dropped))
 
 
 def _time_of_rank(rank: RankEstimate, way: Way, given: Mapping[int, Sharded], wanted: Wanted) -> StepTime:

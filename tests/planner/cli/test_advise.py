@@ -103,7 +103,7 @@ def test_what_is_advised_is_what_estimate_says(llama: Path, tmp_path: Path) -> N
     chosen = document["chosen"]
     assert len(chosen) == 3
     seconds = [way["seconds"]["total"] for way in chosen]
-    assert seconds == sorted(seconds) and {*seconds} <= {way["seconds"]["total"] for way in document["fits"]}
+    assert seconds == [way["seconds"]["total"] for way in document["fits"][:3]] == sorted(seconds)
     compiles, estimates = document["commands"]
     plan = str(tmp_path / "plan.json")
     assert CliRunner().invoke(main, [*shlex.split(compiles)[1:-1], plan]).exit_code == 0
