@@ -13,6 +13,8 @@ from autotp_plan.schemas.plan.document import Plan
 from tests.helpers.launch import launch
 
 SEQUENCES, LENGTH = 2, 96
+SUMMED = SEQUENCES * LENGTH * 64 * 4
+"""Bytes of a tensor that a layer of these models sums over the ranks."""
 
 
 def step_in_a_job(plan_file: Path, checkpoint: Path, activation_checkpointing: bool) -> Any:
@@ -59,7 +61,10 @@ def without_data(
     ],
 )  # fmt: skip
 def test_a_step_without_data_is_the_step_of_a_job(tmp_path: Path, variant: str, checkpointing: bool) -> None:
-    """Every collective and operation; memory to 2 %: a job's first forward makes a few small tensors besides."""
+    """Every collective and operation; memory to 2 %: a job's first forward makes a few small tensors besides.
+
+    And gloo's thread may hold a tensor of a job for a moment after it was summed.
+    """
     from tests.helpers.models import save_checkpoint
 
     checkpoint, plan_file = tmp_path / "checkpoint", tmp_path / "plan.json"
@@ -70,11 +75,12 @@ def test_a_step_without_data_is_the_step_of_a_job(tmp_path: Path, variant: str, 
         for field in ("parameters", "buffers", "forward_operations", "backward_operations", "collectives"):
             assert getattr(found, field) == getattr(real, field), field
         for field in ("kept", "forward_peak", "backward_peak"):
-            assert getattr(found, field) == pytest.approx(getattr(real, field), rel=0.02), field
+            held, most = getattr(found, field), getattr(real, field)
+            assert 0.98 * (most - SUMMED) <= held <= 1.02 * most, field
         assert [size for size, _ in found.backward] == [size for size, _ in real.backward]
         if rank == 0 and variant == "llama" and not checkpointing:
             masks = without_data(plan_file, rank, planted="masks")
-            assert masks.kept > 1.02 * real.kept, "masks that a job does not make would be found"
+            assert masks.kept > 1.02 * found.kept, "masks that a job does not make would be found"
 
 
 def test_what_is_computed_again_is_freed_layer_by_layer(tmp_path: Path) -> None:
