@@ -130,7 +130,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func.namespace == "c10d":
             self._see(func, args)
         result = func(*args, **(kwargs or {}))
-        for one in pytree.tree_leaves(result):
+        for one in (result,) if isinstance(result, Tensor) else pytree.tree_leaves(result):
             if isinstance(one, Tensor) and not one.is_meta:
                 self._count(one, None)
         return result
