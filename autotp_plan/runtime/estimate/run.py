@@ -6,14 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from autotp_plan.runtime.verify.workers import RankError, run_ranks
-from autotp_plan.schemas.errors import CompileError, Fault
+from autotp_plan.runtime.estimate.processes import TIMEOUT, run_without_data
 from autotp_plan.schemas.estimate.document import Estimate, RankEstimate, kinds_of_ranks
 from autotp_plan.schemas.estimate.settings import Settings, check_settings
 from autotp_plan.schemas.plan.document import Plan
 
-TIMEOUT = 600
-"""Seconds that a kind of rank may take."""
 _MISSING = ("what the device's libraries take: contexts, workspaces, buffers of NCCL, fragments of the allocator",)
 
 
@@ -37,19 +34,10 @@ def estimate_by_running(
     check_settings(settings, plan)
     found = []
     for ranks in kinds_of_ranks(plan):
-        try:
-            (one,) = run_ranks(_run_rank, 1, plan, ranks[0], settings, dict(config or {}), timeout=timeout)
-        except RankError as error:
-            raise CompileError(
-                Fault(
-                    code="estimate-stopped",
-                    what="the training step could not be run without data",
-                    where=f"TP rank {ranks[0]} of {plan.tp_size}",
-                    got=str(error),
-                    expected=f"two steps within {timeout:.0f} s",
-                    next="estimate from the plan alone with --no-run",
-                )
-            ) from error
+        (one,) = run_without_data(
+            _run_rank, 1, plan, ranks[0], settings, dict(config or {}),
+            where=f"TP rank {ranks[0]} of {plan.tp_size}", what="two steps", timeout=timeout,
+        )  # fmt: skip
         found.append(dataclasses.replace(one, tp_ranks=ranks))
     return Estimate(
         model=plan.model.architecture or plan.model.model_type or "",

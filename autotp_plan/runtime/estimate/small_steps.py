@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
-from autotp_plan.runtime.verify.workers import RankError, run_ranks
-from autotp_plan.schemas.errors import CompileError, Fault
+from autotp_plan.runtime.estimate.processes import TIMEOUT, run_without_data
 from autotp_plan.schemas.estimate.step import Step, StepCase
 
-TIMEOUT = 600
-"""Seconds that the steps that run at the same time may take."""
 MOST_PROCESSES = 8
 """Each of them takes half a GiB."""
 
@@ -37,19 +34,8 @@ def run_small_steps(
     processes = max(1, min(MOST_PROCESSES, len(os.sched_getaffinity(0))))
     for start in range(0, len(cases), processes):
         some = cases[start : start + processes]
-        try:
-            found += run_ranks(_run_case, len(some), list(some), timeout=timeout)
-        except RankError as error:
-            raise CompileError(
-                Fault(
-                    code="estimate-stopped",
-                    what="the training step could not be run without data",
-                    where=f"TP={some[0].plan.tp_size}",
-                    got=str(error),
-                    expected=f"a step within {timeout:.0f} s",
-                    next="advice from the plans alone: --no-run",
-                )
-            ) from error
+        where = f"TP={some[0].plan.tp_size}"
+        found += run_without_data(_run_case, len(some), list(some), where=where, what="a step", timeout=timeout)
         if progress is not None:
             progress(len(found), len(cases))
     return found

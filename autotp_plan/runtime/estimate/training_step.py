@@ -104,8 +104,8 @@ def run_step(
 def _take_gradients(model: nn.Module, watch: Watch, collect: bool) -> list[tuple[int, int]]:
     """Take each gradient away when it is made, as ZeRO does, and note what was alive before; the list grows with them.
 
-    With `collect`, circles of references are freed each time: tensors without data that are computed again are in some,
-    as tensors with data are not.
+    With `collect`, circles of references are freed each time, so that what layers computed again counts no longer than
+    it is needed.
     """
     found: list[tuple[int, int]] = []
 
