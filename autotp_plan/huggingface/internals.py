@@ -30,6 +30,17 @@ def model_of_config(architecture: type[Any], config: Any, **options: Any) -> Any
     return private(architecture, "_from_config", _TRANSFORMERS, "building a model from its config")(config, **options)
 
 
+def is_capturing(what: str) -> bool:
+    """Whether a forward collects `what` (`hidden_states`) of its layers now, by hooks.
+
+    Relies on `transformers.utils.output_capturing._active_collector`.
+    """
+    from transformers.utils import output_capturing
+
+    collector = private(output_capturing, "_active_collector", _TRANSFORMERS, "hidden states of sharded sequences")
+    return what in (collector.get() or ())
+
+
 @contextmanager
 def without_zero_init() -> Iterator[None]:
     """While active, transformers does not let ZeRO 3 partition a model as it builds it.

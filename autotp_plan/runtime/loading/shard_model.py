@@ -20,6 +20,7 @@ from autotp_plan.runtime.loading.check_model import layers_with_collectives
 from autotp_plan.runtime.loading.replace_modules import add_boundaries, replace_layers, skip_fused_kernels
 from autotp_plan.runtime.losses.chunked_loss import use_chunked_loss
 from autotp_plan.runtime.losses.vocab_loss import use_vocab_parallel_loss
+from autotp_plan.runtime.sequence_parallel.apply import shard_sequence
 from autotp_plan.runtime.tensor_parallel.collectives import take
 from autotp_plan.runtime.tensor_parallel.linear import PlannedLayer
 from autotp_plan.runtime.tensor_parallel.module_boundary import WithCollectives
@@ -54,6 +55,7 @@ def shard_model(
         MismatchError: the model's loss cannot be computed in chunks.
     """
     sharded = {**replace_layers(model, plan, ranks), **add_boundaries(model, plan, ranks)}
+    shard_sequence(model, plan, ranks)
     if ranks.tp_size > 1:
         skip_fused_kernels(model, layers_with_collectives(plan))
     for module in model.modules():

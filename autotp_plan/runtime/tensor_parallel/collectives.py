@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from autotp_plan.runtime.tensor_parallel.kept_results import kept, kept_sum
-from autotp_plan.runtime.tensor_parallel.torch_internals import eager, version_of
+from autotp_plan.runtime.tensor_parallel.torch_internals import base_of, eager, version_of
 from autotp_plan.schemas import intervals as iv
 
 
@@ -76,6 +76,17 @@ def gather_last_dim(input: Tensor, group: Any, intervals: Sequence[iv.Intervals]
     return result
 
 
+def sum_copies_by(input: Tensor, group: Any, summed: Tensor) -> None:
+    """Let shared copies of `input`, and of views of all of it, add their gradients to `summed`'s.
+
+    Args:
+        input: a tensor that is the same on every rank.
+        group: the TP process group.
+        summed: a tensor without data, of `input`'s shape; its backward adds up every rank's gradient.
+    """
+    _shared_sums.given[input] = (version_of(input), group, summed)
+
+
 def gather_shards(shard: Tensor, group: Any, intervals: Sequence[iv.Intervals], dim: int) -> Tensor:
     """All-gather the tensor of which `shard` is this rank's shard. No gradient.
 
@@ -120,6 +131,8 @@ class _SharedSums(threading.local):
 
     def __init__(self) -> None:
         self.by_input: MutableMapping[Tensor, tuple[int, Any, weakref.ref[Tensor]]] = WeakTensorKeyDictionary()
+        self.given: MutableMapping[Tensor, tuple[int, Any, Tensor]] = WeakTensorKeyDictionary()
+        """The gradient sums of `sum_copies_by`, as long as their inputs live."""
 
 
 _shared_sums = _SharedSums()
@@ -132,12 +145,27 @@ def _gradient_sum(input: Tensor, group: Any) -> Tensor:
 
 
 def _shared_sum(input: Tensor, group: Any) -> Tensor:
+    given = _given_sum(input, group)
+    if given is not None:
+        return given
     version, of_group, found = _shared_sums.by_input.get(input, (None, None, None))
     summed = found() if found is not None else None
     if summed is None or version != version_of(input) or of_group is not group:
         summed = _gradient_sum(input, group)
         _shared_sums.by_input[input] = (version_of(input), group, weakref.ref(summed))
     return summed
+
+
+def _given_sum(input: Tensor, group: Any) -> Tensor | None:
+    """The gradient sum that was given for `input`, or for the tensor of all of which it is a view."""
+    base = base_of(input)
+    original = input if base is None else base
+    if input.numel() != original.numel() or not (input.is_contiguous() and original.is_contiguous()):
+        return None
+    version, of_group, summed = _shared_sums.given.get(original, (None, None, None))
+    if summed is None or version != version_of(input) or of_group is not group:
+        return None
+    return summed.view(input.shape)
 
 
 class _CopyToRanks(torch.autograd.Function):

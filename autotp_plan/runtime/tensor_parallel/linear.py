@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,15 @@ from autotp_plan.schemas.layout import Layout
 
 Compute = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """A function of an input, a weight `(out_features, in_features)` and a bias."""
+
+
+class SequenceStream(Protocol):
+    """A residual stream that may be sharded along the sequence: `shape` is None where it is not."""
+
+    shape: Any
+
+    def reduce_scatter(self, part: Tensor) -> Tensor:
+        """This rank's tokens of the sum over the ranks."""
 
 
 class PlannedLayer(HoldsShards, ShardedLayer):
@@ -226,23 +235,35 @@ class RowParallelLinear(_Linear):
         super().__init__(module, **kwargs)
         self.split_input = split_input
         self.copy_output = False
+        self.stream: SequenceStream | None = None
 
     @eager
     def forward(self, input: Tensor) -> Tensor:
-        """This rank's part of `(..., in_features)` to `(..., out_features)`, the same on every rank."""
+        """This rank's part of `(..., in_features)` to `(..., out_features)`, the same on every rank.
+
+        With a `stream` that is sharded, to this rank's tokens of that.
+        """
         if self.split_input and self.is_tp_parallel:
             held = self.shards.layouts["weight"].intervals[self.tp_index]
             copied = copy_to_ranks(input, self.mp_group, shared=self.share_input_gradients)
             input = take(copied, held, input.dim() - 1)
         output: Tensor = F.linear(input, self.local_weight)
         if self.is_tp_parallel:
-            output = sum_over_ranks(output, self.mp_group, is_product=True)
-            if self.training:
-                leave_sharded_region()
+            output = self._sum(output)
         output = output if self.bias is None else output + self.bias
         if self.copy_output and self.is_tp_parallel:
             output = copy_to_ranks(output, self.mp_group, shared=self.share_input_gradients)
         return output
+
+    def _sum(self, part: Tensor) -> Tensor:
+        """The sum over the ranks; outside of the sharded region, and of a sharded stream in one of its own."""
+        stream = None if self.stream is None or self.stream.shape is None else self.stream
+        total = sum_over_ranks(part, self.mp_group, is_product=True) if stream is None else stream.reduce_scatter(part)
+        if self.training:
+            leave_sharded_region()
+            if stream is not None:
+                enter_sharded_region(f"{self.name}.stream", self.tp_index)
+        return total
 
 
 class _OverlappedColumn(torch.autograd.Function):

@@ -21,7 +21,15 @@ from autotp_plan.huggingface.meta_model import parameters_and_buffers
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.layout import Layout, SubParameter, group_view
 from autotp_plan.schemas.names import expand, is_index
-from autotp_plan.schemas.plan.document import Crossing, ModuleAttribute, Parameter, Plan, PlannedModule, RuntimeOptions
+from autotp_plan.schemas.plan.document import (
+    Crossing,
+    ModuleAttribute,
+    Parameter,
+    Plan,
+    PlannedModule,
+    RuntimeOptions,
+    SequenceParallel,
+)
 from autotp_plan.schemas.plan.rule_ref import NO_RULE
 
 _FLOATS = frozenset({"F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2"})
@@ -90,6 +98,7 @@ def twin_plan(plan: Plan, original: nn.Module, twin: nn.Module, divisor: int, dt
             for name in expand(entry.module)
             if name in modules
         ),
+        sequence_parallel=_scaled_stream(plan.sequence_parallel, modules),
         tied=tuple(tie for tie in plan.tied if tie.to in held and tie.name in shapes),
         ignored=(),
         runtime=RuntimeOptions(tp_overlap_comm=plan.runtime.tp_overlap_comm),
@@ -264,6 +273,19 @@ def _value(module: nn.Module, path: str) -> int:
     for step in path.split("."):
         found = getattr(found, step)
     return int(found)
+
+
+def _scaled_stream(planned: SequenceParallel | None, modules: Mapping[str, nn.Module]) -> SequenceParallel | None:
+    """The same in a model with fewer layers."""
+    if planned is None:
+        return None
+
+    def held(patterns: Sequence[str]) -> tuple[str, ...]:
+        return tuple(name for pattern in patterns for name in expand(pattern) if name in modules)
+
+    layers = held(planned.layers)
+    end = layers[-1] if planned.end in {name for pattern in planned.layers for name in expand(pattern)} else planned.end
+    return SequenceParallel(layers=layers, gather=held(planned.gather), scatter=held(planned.scatter), end=end)
 
 
 def _scaled_module(module: PlannedModule, config: Mapping[str, Any], divisor: int) -> PlannedModule:

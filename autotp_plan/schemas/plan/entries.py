@@ -159,6 +159,24 @@ class PlannedModule:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SequenceParallel:
+    """Where the residual stream is sharded along the sequence. Names of modules, braces as in parameter names.
+
+    Attributes:
+        layers: the layers; the stream is sharded in front of the first.
+        gather: modules that need every token: an all-gather of their first input.
+        scatter: modules behind which each rank has its tokens again: of a row-parallel layer the sum over the ranks is
+            a reduce-scatter; of others, whose output every rank has, each rank takes its tokens.
+        end: the last module of the sharded stream; its output is all-gathered.
+    """
+
+    layers: tuple[str, ...]
+    gather: tuple[str, ...]
+    scatter: tuple[str, ...]
+    end: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Dequantization:
     """How the weights are quantised in the checkpoint, and the dtype that they have in the plan and in shards.
 
@@ -198,6 +216,7 @@ class PlanEntries:
     parameters: tuple[Parameter, ...]
     module_attributes: tuple[ModuleAttribute, ...] = ()
     modules: tuple[PlannedModule, ...] = ()
+    sequence_parallel: SequenceParallel | None = None
     tied: tuple[Tie, ...] = ()
     ignored: tuple[str, ...] = ()
     dequantize: Dequantization | None = None

@@ -1,0 +1,49 @@
+"""Sequence parallelism of a model, as its plan says. Decides nothing."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from autotp_plan.runtime.deepspeed.mesh import Ranks
+from autotp_plan.runtime.sequence_parallel.modules import (
+    EndOfStream,
+    GatherInput,
+    SplitOutput,
+    StreamLayer,
+    become,
+)
+from autotp_plan.runtime.sequence_parallel.stream import Stream
+from autotp_plan.runtime.tensor_parallel.linear import RowParallelLinear
+from autotp_plan.schemas.names import expand
+from autotp_plan.schemas.plan.document import Plan
+
+
+def shard_sequence(model: nn.Module, plan: Plan, ranks: Ranks) -> None:
+    """Let the layers of `model` hold this rank's tokens between them, in place.
+
+    Args:
+        model: a model whose modules were replaced by the plan's.
+        plan: its plan.
+        ranks: this process's place in the mesh.
+    """
+    planned = plan.sequence_parallel
+    if planned is None or plan.tp_size == 1:
+        return
+    stream = Stream(ranks.tp_group, ranks.tp_rank, ranks.tp_size)
+    for name in _names(planned.scatter):
+        module = model.get_submodule(name)
+        if isinstance(module, RowParallelLinear):
+            module.stream = stream
+        else:
+            become(module, SplitOutput, stream, name)
+    for name in _names(planned.gather):
+        become(model.get_submodule(name), GatherInput, stream, name)
+    for position, name in enumerate(_names(planned.layers)):
+        layer = model.get_submodule(name)
+        become(layer, StreamLayer, stream, name)
+        layer.tp_is_first = position == 0  # type: ignore[assignment]
+    become(model.get_submodule(planned.end), EndOfStream, stream, planned.end)
+
+
+def _names(patterns: tuple[str, ...]) -> list[str]:
+    return [name for pattern in patterns for name in expand(pattern)]
