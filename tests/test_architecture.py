@@ -40,9 +40,9 @@ ROOMS = (
     "inference.regions", "inference.small", "inference.spec", "inference",
     "planner.model", "planner.deepspeed", "planner.wrappers", "planner.rules", "planner.fallback", "planner.copying",
     "planner.shards", "planner.diff", "planner.estimate", "planner.pictures",
-    "runtime.deepspeed", "runtime.data", "runtime.parameters", "runtime.tensor_parallel", "runtime.losses",
-    "runtime.loading", "runtime.optimizers", "runtime.checkpoint", "runtime.calls", "runtime.integrations",
-    "runtime.verify", "runtime.estimate",
+    "runtime.deepspeed", "runtime.data", "runtime.parameters", "runtime.tensor_parallel", "runtime.sequence_parallel",
+    "runtime.losses", "runtime.loading", "runtime.optimizers", "runtime.checkpoint", "runtime.calls",
+    "runtime.integrations", "runtime.verify", "runtime.estimate",
     "planner.cli", "planner.presets", "plans",
 )  # fmt: skip
 """Every folder, the lowest first: a room imports only rooms that come before it. Files that lie in `planner/` or

@@ -34,6 +34,17 @@ def zero_3_is_read_from_it(_: Any) -> bool:
         deepspeed._hf_deepspeed_config_weak_ref = before
 
 
+def says_what_is_collected(collector: Any) -> bool:
+    from autotp_plan.huggingface.internals import is_capturing
+
+    before = is_capturing("hidden_states")
+    token = collector.set({"hidden_states": []})
+    try:
+        return not before and is_capturing("hidden_states") and not is_capturing("attentions")
+    finally:
+        collector.reset(token)
+
+
 def loss_is_of_causal_lms(loss: Any) -> bool:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -124,6 +135,9 @@ CANARIES = [
     Canary("transformers.integrations.deepspeed:_hf_deepspeed_config_weak_ref",
            "a model under TrainingArguments with ZeRO 3: transformers would partition it before it is sharded",
            zero_3_is_read_from_it),
+    Canary("transformers.utils.output_capturing:_active_collector",
+           "hidden states of layers in a step with sequence parallelism: each rank's would be a part of them",
+           says_what_is_collected),
     Canary("transformers:PreTrainedModel._get_dtype_plan",
            "tensors kept in float32: they would be planned and loaded in bf16", float32_is_kept_by_pattern),
     Canary(f"{LOADING}:build_glob_alternation", "tensors kept in float32: which ones they are",

@@ -18,9 +18,12 @@ from autotp_plan.runtime.tensor_parallel.kept_results import kept
 from autotp_plan.runtime.tensor_parallel.torch_internals import eager
 from autotp_plan.schemas import intervals as iv
 
+_DIM = 1
+"""The dimension of the tokens."""
+
 
 @eager
-def gather_sequence(shard: Tensor, group: Any, tokens: Sequence[iv.Interval], tp_rank: int, dim: int) -> Tensor:
+def gather_sequence(shard: Tensor, group: Any, tokens: Sequence[iv.Interval], tp_rank: int) -> Tensor:
     """All-gather a tensor that is sharded along the sequence.
 
     Copies of the result (`copy_to_ranks`) sum their gradients by a reduce-scatter. Whatever else uses the result
@@ -31,12 +34,11 @@ def gather_sequence(shard: Tensor, group: Any, tokens: Sequence[iv.Interval], tp
         group: the TP process group.
         tokens: the tokens that each rank holds.
         tp_rank: this rank.
-        dim: the dimension of the tokens.
 
     Returns:
         All tokens, on every rank: `(batch, tokens, ...)`.
     """
-    full, summed = _Gather.apply(shard, group, tuple(tokens), tp_rank, dim)  # type: ignore[no-untyped-call]
+    full, summed = _Gather.apply(shard, group, tuple(tokens), tp_rank)  # type: ignore[no-untyped-call]
     if summed.requires_grad:
         sum_copies_by(full, group, summed)
     result: Tensor = full
@@ -44,7 +46,7 @@ def gather_sequence(shard: Tensor, group: Any, tokens: Sequence[iv.Interval], tp
 
 
 @eager
-def reduce_scatter_sequence(part: Tensor, group: Any, tokens: Sequence[iv.Interval], tp_rank: int, dim: int) -> Tensor:
+def reduce_scatter_sequence(part: Tensor, group: Any, tokens: Sequence[iv.Interval], tp_rank: int) -> Tensor:
     """This rank's tokens of the sum of every rank's `part`; the gradient is all-gathered.
 
     Args:
@@ -52,17 +54,16 @@ def reduce_scatter_sequence(part: Tensor, group: Any, tokens: Sequence[iv.Interv
         group: the TP process group.
         tokens: the tokens that each rank holds.
         tp_rank: this rank.
-        dim: the dimension of the tokens.
 
     Returns:
         `(batch, tokens of this rank, ...)`.
     """
-    result: Tensor = _ReduceScatter.apply(part, group, tuple(tokens), tp_rank, dim)  # type: ignore[no-untyped-call]
+    result: Tensor = _ReduceScatter.apply(part, group, tuple(tokens), tp_rank)  # type: ignore[no-untyped-call]
     return result
 
 
 @eager
-def split_sequence(full: Tensor, group: Any, tokens: Sequence[iv.Interval], tp_rank: int, dim: int) -> Tensor:
+def split_sequence(full: Tensor, group: Any, tokens: Sequence[iv.Interval], tp_rank: int) -> Tensor:
     """This rank's tokens of a tensor that is the same on every rank; the gradient is all-gathered.
 
     Args:
@@ -70,23 +71,22 @@ def split_sequence(full: Tensor, group: Any, tokens: Sequence[iv.Interval], tp_r
         group: the TP process group.
         tokens: the tokens that each rank holds.
         tp_rank: this rank.
-        dim: the dimension of the tokens.
 
     Returns:
         `(batch, tokens of this rank, ...)`.
     """
-    result: Tensor = _Split.apply(full, group, tuple(tokens), tp_rank, dim)  # type: ignore[no-untyped-call]
+    result: Tensor = _Split.apply(full, group, tuple(tokens), tp_rank)  # type: ignore[no-untyped-call]
     return result
 
 
-def _gathered(shard: Tensor, group: Any, tokens: Sequence[iv.Interval], dim: int) -> Tensor:
-    return gather_shards(shard, group, [(one,) for one in tokens], dim)
+def _gathered(shard: Tensor, group: Any, tokens: Sequence[iv.Interval]) -> Tensor:
+    return gather_shards(shard, group, [(one,) for one in tokens], _DIM)
 
 
-def _reduce_scattered(part: Tensor, group: Any, tokens: Sequence[iv.Interval], tp_rank: int, dim: int) -> Tensor:
+def _reduce_scattered(part: Tensor, group: Any, tokens: Sequence[iv.Interval], tp_rank: int) -> Tensor:
     """Ranks with fewer tokens than others are padded to the most for the collective."""
     most = max(stop - start for start, stop in tokens)
-    along = part.movedim(dim, 0)
+    along = part.movedim(_DIM, 0)
     if all(stop - start == most for start, stop in tokens):
         padded = along.contiguous()
     else:
@@ -96,7 +96,7 @@ def _reduce_scattered(part: Tensor, group: Any, tokens: Sequence[iv.Interval], t
     output = padded.new_empty((most, *padded.shape[1:]))
     dist.reduce_scatter_tensor(output, padded, group=group)
     start, stop = tokens[tp_rank]
-    return output[: stop - start].movedim(0, dim).contiguous()
+    return output[: stop - start].movedim(0, _DIM).contiguous()
 
 
 class _Gather(torch.autograd.Function):
@@ -104,44 +104,40 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, shard: Tensor, group: Any, tokens: tuple[iv.Interval, ...], tp_rank: int, dim: int
+        ctx: Any, shard: Tensor, group: Any, tokens: tuple[iv.Interval, ...], tp_rank: int
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.sharding = group, tokens, tp_rank, dim
-        full = _gathered(shard, group, tokens, dim)
+        ctx.sharding = group, tokens, tp_rank
+        full = _gathered(shard, group, tokens)
         return full, full.new_empty(()).expand(full.shape)
 
     @staticmethod
     def backward(ctx: Any, same: Tensor | None, part: Tensor | None) -> tuple[Any, ...]:
-        group, tokens, tp_rank, dim = ctx.sharding
-        grad = None if part is None else _reduce_scattered(part, group, tokens, tp_rank, dim)
+        group, tokens, tp_rank = ctx.sharding
+        grad = None if part is None else _reduce_scattered(part, group, tokens, tp_rank)
         if same is not None:
-            own = take(same, (tokens[tp_rank],), dim)
+            own = take(same, (tokens[tp_rank],), _DIM)
             grad = own if grad is None else grad + own
-        return grad, None, None, None, None
+        return grad, None, None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, part: Tensor, group: Any, tokens: tuple[iv.Interval, ...], tp_rank: int, dim: int
-    ) -> Tensor:
-        ctx.sharding = group, tokens, dim
-        return kept(lambda: _reduce_scattered(part, group, tokens, tp_rank, dim))
+    def forward(ctx: Any, part: Tensor, group: Any, tokens: tuple[iv.Interval, ...], tp_rank: int) -> Tensor:
+        ctx.sharding = group, tokens
+        return kept(lambda: _reduce_scattered(part, group, tokens, tp_rank))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _gathered(grad, *ctx.sharding), None, None, None, None
+        return _gathered(grad, *ctx.sharding), None, None, None
 
 
 class _Split(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, full: Tensor, group: Any, tokens: tuple[iv.Interval, ...], tp_rank: int, dim: int
-    ) -> Tensor:
-        ctx.sharding = group, tokens, dim
-        return take(full, (tokens[tp_rank],), dim)
+    def forward(ctx: Any, full: Tensor, group: Any, tokens: tuple[iv.Interval, ...], tp_rank: int) -> Tensor:
+        ctx.sharding = group, tokens
+        return take(full, (tokens[tp_rank],), _DIM)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _gathered(grad, *ctx.sharding), None, None, None, None
+        return _gathered(grad, *ctx.sharding), None, None, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ class _OfStream(nn.Module):
 
     tp_stream: Stream
     tp_stream_name: str
+    tp_first_input: str
 
 
 class StreamLayer(_OfStream):
@@ -55,7 +57,7 @@ class StreamLayer(_OfStream):
             stream.shape = None
             if torch.is_grad_enabled():
                 _refuse_capture()
-                args, kwargs = _with_first(super().forward, args, kwargs, stream.begin)
+                args, kwargs = _with_first(self.tp_first_input, args, kwargs, stream.begin)
         elif torch.is_grad_enabled() and stream.shape is None:
             raise MismatchError(_not_begun(self.tp_stream_name))
         return args, kwargs, stream.shape
@@ -73,7 +75,7 @@ class GatherInput(_OfStream):
     def _gathered(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self.training:
             leave_sharded_region()
-        return _with_first(super().forward, args, kwargs, self.tp_stream.gather)
+        return _with_first(self.tp_first_input, args, kwargs, self.tp_stream.gather)
 
 
 class GatherInputOfLayer(_OfStream):
@@ -120,17 +122,28 @@ def become(module: nn.Module, kind: type[_OfStream], stream: Stream, name: str) 
     if kind is GatherInput and isinstance(module, PlannedLayer):
         kind = GatherInputOfLayer
     module.__class__ = type(cls.__name__, (kind, cls), {"__module__": cls.__module__})
-    module.tp_stream, module.tp_stream_name = stream, name  # type: ignore[assignment]
+    settings = {"tp_stream": stream, "tp_stream_name": name, "tp_first_input": _first_input(cls)}
+    for attribute, value in settings.items():
+        setattr(module, attribute, value)
 
 
 def _with_first(
-    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of `forward`, the first of them changed."""
+    """The arguments of a forward whose first is `name`, the first of them changed."""
     if args:
         return (change(args[0]), *args[1:]), kwargs
-    name = next(iter(inspect.signature(forward).parameters))
     return args, {**kwargs, name: change(kwargs[name])}
+
+
+def _first_input(cls: type) -> str:
+    """The name of the first argument of a class's forward, behind those that hand on whatever they get."""
+    for one in cls.__mro__:
+        if "forward" in vars(one):
+            first = next(itertools.islice(inspect.signature(one.forward).parameters.values(), 1, None), None)  # type: ignore[attr-defined]
+            if first is not None and first.kind is not inspect.Parameter.VAR_POSITIONAL:
+                return first.name
+    raise AssertionError(f"{cls.__name__} has no forward with an input")
 
 
 def _changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

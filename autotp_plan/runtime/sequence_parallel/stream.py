@@ -7,7 +7,7 @@ argument, because a layer that is computed again in the backward is called after
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,24 +68,21 @@ class Stream:
 
     def gather(self, hidden: Tensor) -> Tensor:
         """All tokens of a tensor that is sharded along the sequence."""
-        return gather_sequence(hidden, self.group, *self._sharding(hidden))
+        return self._along(gather_sequence, hidden)
 
     def reduce_scatter(self, part: Tensor) -> Tensor:
         """This rank's tokens of the sum over the ranks."""
-        return reduce_scatter_sequence(part, self.group, *self._sharding(part))
+        return self._along(reduce_scatter_sequence, part)
 
     def split(self, full: Tensor) -> Tensor:
         """This rank's tokens of a tensor that is the same on every rank."""
-        return split_sequence(full, self.group, *self._sharding(full))
+        return self._along(split_sequence, full)
 
-    def _sharding(self, tensor: Tensor) -> tuple[list[iv.Interval], int, int]:
-        """The tokens of each rank, this rank, and the dimension of the tokens.
-
-        Code that makes `(batch * tokens, hidden size)` of the stream looks at each token by itself: there, all of a
-        rank's tokens lie together, and the ranks' follow each other.
-        """
+    def _along(self, collective: Callable[..., Tensor], tensor: Tensor) -> Tensor:
+        """A collective along the tokens of `(batch, tokens, ...)`, or of `(batch * tokens, hidden size)`."""
         assert self.shape is not None
         tokens = iv.divide(self.shape.length, self.tp_size)
         if tensor.dim() > 2:
-            return tokens, self.tp_rank, 1
-        return [iv.scale(one, self.shape.batch) for one in tokens], self.tp_rank, 0
+            return collective(tensor, self.group, tokens, self.tp_rank)
+        by_sequence = tensor.reshape(self.shape.batch, tensor.shape[0] // self.shape.batch, tensor.shape[1])
+        return collective(by_sequence, self.group, tokens, self.tp_rank).flatten(0, 1)
