@@ -103,7 +103,7 @@ def measure(family: str, setting: Setting) -> dict[str, Any]:
         plan = compile_plan(name, tp_size=setting.tp)
     batch = Batch(sequences=setting.micro_batch, length=setting.length)
     model, ranks, mode = fake_rank(plan, 0, setting.dp, torch.bfloat16)
-    step = run_step(model, ranks, mode, batch, setting.checkpointing)
+    step = run_step(model, ranks, mode, batch, "full" if setting.checkpointing else None)
     alive = max(step.forward_peak, max(gradients + rest for gradients, rest in step.backward))
     return {
         "weights": step.parameters,

@@ -58,6 +58,8 @@ def size_in_bytes(text: str, where: str) -> int:
 @click.option("--optimizer", help="adamw, adam, lion, sgd or momentum (SGD with momentum); adamw if not given.")
 @click.option("--offload", help="none, or optimizer: master weights and optimizer states lie in the host's memory.")
 @click.option("--activation-checkpointing", is_flag=True, help="Layers compute their insides again in the backward.")
+@click.option("--selective-checkpointing", is_flag=True, help="Instead: they keep matrix products and all-reduces.")
+@click.option("--loss-chunks", type=int, help="The loss from this many chunks of the logits; all at once if not given.")
 @click.option("--device", help="cuda: attention by fused kernels, as on a GPU (the default); cpu: as on the CPU.")
 @click.option("--ds-config", type=_FILE, help="DeepSpeed config: what it says, where no option says otherwise.")
 @click.option("--memory", help="Memory of a device, such as 80GB or 74.5GiB: does the fullest rank fit?")

@@ -24,6 +24,8 @@ MOST_SEQUENCES = 64
 """In a micro-batch."""
 _MOST_TRIED = 8
 """Ways that are estimated in full, where the first ones do not fit."""
+RECOMPUTED = (None, "full")
+"""Kinds of activation checkpointing that are tried."""
 RunSteps = Callable[[Sequence[StepCase]], list[Step]]
 
 
@@ -88,13 +90,13 @@ class Sharded:
         plan: of it.
         rank: the TP rank that holds most.
         elements: that it holds.
-        steps: small steps, by whether layers are computed again; none where the model's code is not run.
+        steps: small steps, by the kind of activation checkpointing; none where the model's code is not run.
     """
 
     plan: Plan
     rank: int
     elements: int
-    steps: Mapping[bool, SmallSteps] = dataclasses.field(default_factory=dict)
+    steps: Mapping[str | None, SmallSteps] = dataclasses.field(default_factory=dict)
 
 
 def sharded(plan: Plan) -> Sharded:
@@ -117,11 +119,11 @@ def with_steps(given: Sequence[Sharded], length: int, run: RunSteps) -> list[Sha
         run: runs them: `autotp_plan.runtime.estimate.small_steps.run_small_steps`.
     """
 
-    def cases(all_layers: bool) -> list[tuple[Sharded, bool, SmallCases]]:
+    def cases(all_layers: bool) -> list[tuple[Sharded, str | None, SmallCases]]:
         return [
             (one, again, small_cases(one.plan, one.rank, length, again, all_layers))
             for one in given
-            for again in (False, True)
+            for again in RECOMPUTED
         ]
 
     wanted = cases(all_layers=False)
@@ -130,7 +132,7 @@ def with_steps(given: Sequence[Sharded], length: int, run: RunSteps) -> list[Sha
     except (MismatchError, CheckpointError, CompileError):  # the config of fewer layers may be of no model
         wanted = cases(all_layers=True)
         steps = iter(run([case for _, _, small in wanted for case in small.cases]))
-    found: dict[int, dict[bool, SmallSteps]] = {}
+    found: dict[int, dict[str | None, SmallSteps]] = {}
     for one, again, small in wanted:
         found.setdefault(one.plan.tp_size, {})[again] = small.of([next(steps) for _ in small.cases])
     return [dataclasses.replace(one, steps=found[one.plan.tp_size]) for one in given]
@@ -155,7 +157,7 @@ def ways(given: Iterable[Sharded], wanted: Wanted) -> Advice:
     for one in given:
         dp_size = dp_size_of(one.plan.tp_size, wanted)
         for stage in range(4) if dp_size > 1 else [0]:
-            for again in (False, True) if one.steps else [False]:
+            for again in one.steps or [None]:
                 tried = [way_of(one, settings, wanted) for settings in _batches(dp_size, stage, again, wanted, one)]
                 fitting = [way for way in tried if way.peak <= wanted.memory]
                 if fitting:
@@ -168,7 +170,7 @@ def ways(given: Iterable[Sharded], wanted: Wanted) -> Advice:
     )
 
 
-def _batches(dp_size: int, stage: int, again: bool, wanted: Wanted, one: Sharded) -> Iterable[Settings]:
+def _batches(dp_size: int, stage: int, again: str | None, wanted: Wanted, one: Sharded) -> Iterable[Settings]:
     """Settings with micro-batches of 1, 2, 4, ... sequences that the global batch is a multiple of."""
     sequences = 1
     while sequences == 1 or (one.steps and sequences <= MOST_SEQUENCES):
@@ -181,8 +183,7 @@ def _batches(dp_size: int, stage: int, again: bool, wanted: Wanted, one: Sharded
             micro_batch_size=sequences,
             seq_length=wanted.seq_length,
             gradient_accumulation_steps=steps,
-            activation_checkpointing=again,
-        )
+        ).recomputing(again)
         sequences *= 2
 
 
@@ -191,11 +192,11 @@ def way_of(one: Sharded, settings: Settings, wanted: Wanted) -> Way:
     tp_size = one.plan.tp_size
     if not one.steps:
         return Way(tp_size=tp_size, settings=settings, peak=estimate_from_plan(one.plan, settings).fullest.peak)
-    step = whole_step(one.steps[settings.activation_checkpointing], settings.micro_batch_size)
+    step = whole_step(one.steps[settings.recomputed], settings.micro_batch_size)
     passes = settings.gradient_accumulation_steps
     traffic = [
         dataclasses.replace(sent, count=passes * sent.count, bytes=passes * sent.bytes)
-        for sent in whole_traffic(one.steps[settings.activation_checkpointing], settings.micro_batch_size)
+        for sent in whole_traffic(one.steps[settings.recomputed], settings.micro_batch_size)
     ]
     operations = passes * (step.forward_operations + step.backward_operations)
     of_states = estimate_from_plan(one.plan, settings).ranks[0].traffic
@@ -209,7 +210,7 @@ def way_of(one: Sharded, settings: Settings, wanted: Wanted) -> Way:
 
 def held_of(one: Sharded, settings: Settings) -> Held:
     """What the fullest rank of a model with small steps holds."""
-    step = whole_step(one.steps[settings.activation_checkpointing], settings.micro_batch_size)
+    step = whole_step(one.steps[settings.recomputed], settings.micro_batch_size)
     return held(step, one.elements, settings)
 
 

@@ -17,7 +17,11 @@ def headline(estimate: Estimate) -> str:
         settings.dtype,
         settings.optimizer + (" on the host" if settings.offload == "optimizer" else ""),
     ]
-    return ", ".join(words + ["activation checkpointing"] * settings.activation_checkpointing)
+    if settings.recomputed is not None:
+        words.append({"full": "activation checkpointing", "selective": "selective checkpointing"}[settings.recomputed])
+    if settings.loss_chunks is not None:
+        words.append(f"loss in {settings.loss_chunks} chunks")
+    return ", ".join(words)
 
 
 def rank_tables(estimate: Estimate, rank: RankEstimate) -> list[list[tuple[str, ...]]]:

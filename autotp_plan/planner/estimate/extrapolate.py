@@ -51,7 +51,7 @@ class SmallCases:
 
 
 def small_cases(
-    plan: Plan, rank: int, length: int, activation_checkpointing: bool, all_layers: bool = False
+    plan: Plan, rank: int, length: int, activation_checkpointing: str | None, all_layers: bool = False
 ) -> SmallCases:
     """What is to be run to know the step of a plan: of a few layers where they repeat, else of all.
 
@@ -59,7 +59,7 @@ def small_cases(
         plan: of a transformers model.
         rank: TP rank.
         length: tokens of a sequence.
-        activation_checkpointing: whether layers are computed again in the backward.
+        activation_checkpointing: which kind: `full`, `selective` or None.
         all_layers: run all of them in any case.
     """
 

@@ -81,15 +81,14 @@ def _offloaded(given: Sequence[Sharded], wanted: Wanted) -> Would | None:
     for one in given:
         dp_size = dp_size_of(one.plan.tp_size, wanted)
         for stage in (1, 2, 3):
-            for again in (False, True) if one.steps else [False]:
+            for again in one.steps or [None]:
                 settings = Settings(
                     dp_size=dp_size,
                     zero_stage=stage,
                     seq_length=wanted.seq_length,
                     gradient_accumulation_steps=wanted.global_batch_size // dp_size,
-                    activation_checkpointing=again,
                     offload="optimizer",
-                )
+                ).recomputing(again)
                 way = way_of(one, settings, wanted)
                 if way.peak <= wanted.memory:
                     found.append(

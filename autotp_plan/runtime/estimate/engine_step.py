@@ -23,6 +23,7 @@ from autotp_plan.runtime.estimate.fake_internals import (
 )
 from autotp_plan.runtime.estimate.fake_rank import fake_rank
 from autotp_plan.runtime.estimate.step_watch import Seen
+from autotp_plan.runtime.loading.activation_checkpointing import use_activation_checkpointing
 from autotp_plan.runtime.optimizers.grad_norm import use_global_norm
 from autotp_plan.runtime.tensor_parallel.gathered_weight import showing_shards
 from autotp_plan.schemas.estimate.document import RankEstimate
@@ -51,7 +52,7 @@ def engine_step(plan: Plan, tp_rank: int, settings: Settings, config: dict[str, 
             wrong value.
         CheckpointError: transformers cannot build the model.
     """
-    model, ranks, mode = fake_rank(plan, tp_rank, settings.dp_size, DTYPES[settings.dtype])
+    model, ranks, mode = fake_rank(plan, tp_rank, settings.dp_size, DTYPES[settings.dtype], settings.loss_chunks)
     return run_engine(plan, model, ranks, mode, settings, config or {})
 
 
@@ -73,8 +74,8 @@ def run_engine(
         settings: as for `engine_step`.
         config: as for `engine_step`.
     """
-    if settings.activation_checkpointing:
-        model.gradient_checkpointing_enable()
+    if settings.recomputed is not None:
+        use_activation_checkpointing(model, settings.recomputed)
     run = min(settings.gradient_accumulation_steps, _MOST_RUN)
     further = settings.gradient_accumulation_steps - run
     seen = Seen(model, ranks, "gradients and buckets" if settings.zero_stage else "gradients")

@@ -26,7 +26,9 @@ from autotp_plan.schemas.storage.checkpoint import CONFIG_NAME
 from autotp_plan.sources.model_folder import model_folder
 
 
-def fake_rank(plan: Plan, rank: int, dp_size: int, dtype: torch.dtype) -> tuple[Any, Ranks, Any]:
+def fake_rank(
+    plan: Plan, rank: int, dp_size: int, dtype: torch.dtype, loss_chunks: int | None = None
+) -> tuple[Any, Ranks, Any]:
     """Make this process a rank of a world that is not there, with its part of the model.
 
     A process can do it once, and nothing else with torch.distributed.
@@ -36,12 +38,14 @@ def fake_rank(plan: Plan, rank: int, dp_size: int, dtype: torch.dtype) -> tuple[
         rank: in the world of `plan.tp_size * dp_size` ranks; TP ranks are neighbours.
         dp_size: number of data-parallel ranks.
         dtype: of the weights that a checkpoint's dtype decides.
+        loss_chunks: as for `load_model`.
 
     Returns:
         The model in training mode, whose tensors have no data; the ranks; and the mode in which it runs.
 
     Raises:
-        MismatchError: the plan has no config, or its model is not the one that transformers builds.
+        MismatchError: the plan has no config, or its model is not the one that transformers builds, or its loss cannot
+            be computed in chunks.
         CheckpointError: transformers cannot build the model.
     """
     if plan.model.config is None:
@@ -66,11 +70,12 @@ def fake_rank(plan: Plan, rank: int, dp_size: int, dtype: torch.dtype) -> tuple[
         model, dtypes = empty_model(model_folder(name), plan, None, dtype, {})
     check_model(model, plan)
     mode = without_data()
-    shard_model(model, plan, _empty_shards(plan, ranks, dtypes, mode), ranks)
+    shard_model(model, plan, _empty_shards(plan, ranks, dtypes, mode), ranks, loss_chunks=loss_chunks)
     for module in model.modules():
         for leaf, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
             setattr(module, leaf, mode.from_tensor(buffer))
-    keep_logits_sharded(model)
+    if loss_chunks is None:
+        keep_logits_sharded(model)
     return model.train(), ranks, mode
 
 

@@ -68,15 +68,14 @@ class Seen:
         layers = max(lists, key=len, default=nn.ModuleList())
         for number, layer in enumerate(layers):
             layer.register_forward_pre_hook(self._sets(f"layer {number + 1} of {len(layers)}"))
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        if head is not None:
-            head.register_forward_pre_hook(self._sets("head and loss"))
+        inner = getattr(model, "base_model", model)  # a head that computes its loss in chunks takes no hooks
+        inner.register_forward_hook(self._sets("head and loss"))
         trained = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
         for name, parameter in trained:
             parameter.register_post_accumulate_grad_hook(self._gradient(name))  # type: ignore[no-untyped-call]
 
-    def _sets(self, where: str) -> Callable[[nn.Module, Any], None]:
-        def hook(_: nn.Module, __: Any) -> None:
+    def _sets(self, where: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
             if self._phase == "forward":
                 self._at = where
 

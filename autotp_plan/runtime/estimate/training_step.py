@@ -15,6 +15,7 @@ from autotp_plan.huggingface.internals import with_sequences_unpacked
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.runtime.estimate.fake_internals import Watch, count_operations
 from autotp_plan.runtime.estimate.fake_rank import bytes_of, fake_rank
+from autotp_plan.runtime.loading.activation_checkpointing import use_activation_checkpointing
 from autotp_plan.runtime.tensor_parallel.gathered_weight import showing_shards
 from autotp_plan.schemas.estimate.step import Collective, Step
 from autotp_plan.schemas.plan.document import Plan
@@ -34,7 +35,7 @@ def training_step(
     dp_size: int,
     batch: Batch,
     dtype: torch.dtype = torch.bfloat16,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: str | None = None,
 ) -> Step:
     """Run a step of one rank of a world that is not there, on tensors without data. See `fake_rank` for the process.
 
@@ -44,7 +45,7 @@ def training_step(
         dp_size: number of data-parallel ranks.
         batch: what the rank is given.
         dtype: of the weights that a checkpoint's dtype decides.
-        activation_checkpointing: keep the inputs of layers alone, and compute the rest again in the backward.
+        activation_checkpointing: `full`, `selective` or None, as for `load_model`.
 
     Raises:
         MismatchError, CheckpointError: as `fake_rank`.
@@ -54,7 +55,7 @@ def training_step(
 
 
 def run_step(
-    model: Any, ranks: Ranks, mode: AbstractContextManager[Any], batch: Batch, activation_checkpointing: bool
+    model: Any, ranks: Ranks, mode: AbstractContextManager[Any], batch: Batch, activation_checkpointing: str | None
 ) -> Step:
     """As `training_step`, of a model in training mode that is there; its gradients are taken away.
 
@@ -65,15 +66,15 @@ def run_step(
         batch: what the rank is given.
         activation_checkpointing: as for `training_step`.
     """
-    if activation_checkpointing:
-        model.gradient_checkpointing_enable()
+    if activation_checkpointing is not None:
+        use_activation_checkpointing(model, activation_checkpointing)
     groups = {ranks.tp_group: "tensor", ranks.dp_group: "data"}
     found: Counter[tuple[str, str, int]] = Counter()
     watch = Watch(
         lambda operation, group, size: found.update([(operation, groups[group], size)]),
         held=[*model.parameters(), *model.buffers()],
     )
-    backward = _take_gradients(model, watch, collect=activation_checkpointing)
+    backward = _take_gradients(model, watch, collect=activation_checkpointing is not None)
     gc.collect()
     gc.freeze()  # so that collecting what a layer left behind takes milliseconds
     with mode, watch, showing_shards(), with_sequences_unpacked():

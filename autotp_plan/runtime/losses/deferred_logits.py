@@ -81,11 +81,15 @@ class DeferredLogits(LazilyGathered):
     """
 
     origin: Origin
+    _hidden: Tensor | None
+    """A tensor without data, which is of a subclass and cannot be of this one."""
 
     @classmethod
     def of_hidden(cls, hidden: Tensor, origin: Origin) -> DeferredLogits:
         """The logits that the head of `origin` computes from `hidden`, `(..., in_features)`."""
-        made = hidden.as_subclass(cls)
+        is_plain = type(hidden) is Tensor
+        made = (hidden if is_plain else _NO_DATA).as_subclass(cls)
+        made._hidden = None if is_plain else hidden
         made.origin, made.sharding, made._full = origin, origin.chunks.sharding, None
         return made
 
@@ -101,6 +105,8 @@ class DeferredLogits(LazilyGathered):
     @property
     def hidden(self) -> Tensor:
         """The input of the head, an ordinary tensor `(..., in_features)`."""
+        if self._hidden is not None:
+            return self._hidden
         with without_torch_function():
             return self.as_subclass(Tensor)
 
@@ -157,10 +163,9 @@ class DeferredLogits(LazilyGathered):
         if func in _REQUIRES_GRAD:
             return first.needs_gradient
         if func in _ABOUT_HIDDEN:
-            with without_torch_function():
-                return func(*args, **kwargs)
+            return func(first.hidden, *args[1:], **kwargs)
         if func in _OF_HIDDEN or (func in _INDEX and _is_of_tokens(first.dim(), *args[1:])):
-            return first._of_tokens(func, args, kwargs)
+            return first._of_tokens(func, args[1:], kwargs)
         if is_elementwise(func, (args[1:], kwargs)):
             return first._after(func, args[1:], kwargs)
         if first.origin.forward.running:
@@ -168,11 +173,9 @@ class DeferredLogits(LazilyGathered):
         args, kwargs = map_tensors(cls, cls.gathered, (args, kwargs))
         return func(*args, **kwargs)
 
-    def _of_tokens(self, func: Any, args: Any, kwargs: Any) -> DeferredLogits:
+    def _of_tokens(self, func: Any, others: Any, kwargs: Any) -> DeferredLogits:
         origin = replace(self.origin, is_detached=True) if func in _DETACH else self.origin
-        with without_torch_function():
-            hidden = func(*args, **kwargs)
-        return self.of_hidden(hidden, origin)
+        return self.of_hidden(func(self.hidden, *others, **kwargs), origin)
 
     def _after(self, func: Any, others: Any, options: Any) -> DeferredLogits:
         def step(logits: Tensor) -> Tensor:
@@ -226,6 +229,7 @@ def _weights_changed(model: str) -> Fault:
     )
 
 
+_NO_DATA = torch.empty(0)
 _DETACH = tensor_functions("detach")
 _OF_HIDDEN = tensor_functions("detach", "clone", "contiguous")
 _INDEX = {Tensor.__getitem__}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ class Settings:
         optimizer: one of `OPTIMIZERS`.
         offload: `none`, or `optimizer`: master weights and optimizer states lie in the memory of the host.
         activation_checkpointing: layers keep their inputs, and compute the rest again in the backward.
+        selective_checkpointing: layers keep results of matrix products and all-reduces too; instead of the former.
+        loss_chunks: the loss is computed from this many chunks of a rank's words; None: from all its logits at once.
         device: `cuda`: attention by fused kernels, as on a GPU; `cpu`: as on the CPU.
     """
 
@@ -47,12 +50,25 @@ class Settings:
     optimizer: str = "adamw"
     offload: str = "none"
     activation_checkpointing: bool = False
+    selective_checkpointing: bool = False
+    loss_chunks: int | None = None
     device: str = "cuda"
 
     @property
     def tokens(self) -> int:
         """Tokens that a data-parallel rank is given in a step."""
         return self.micro_batch_size * self.seq_length * self.gradient_accumulation_steps
+
+    @property
+    def recomputed(self) -> str | None:
+        """`full` or `selective` activation checkpointing, as `load_model(activation_checkpointing=...)` is given it."""
+        return "full" if self.activation_checkpointing else "selective" if self.selective_checkpointing else None
+
+    def recomputing(self, kind: str | None) -> Settings:
+        """The same with another `recomputed`."""
+        return dataclasses.replace(
+            self, activation_checkpointing=kind == "full", selective_checkpointing=kind == "selective"
+        )
 
     @property
     def element_bytes(self) -> int:
@@ -80,6 +96,11 @@ def check_settings(settings: Settings, plan: Plan) -> None:
             faults.append(_fault(name, value, " or ".join(known), f"give one of {', '.join(known)}"))
     if settings.offload == "optimizer" and settings.zero_stage == 0:
         faults.append(_fault("offload", "optimizer, at ZeRO stage 0", "stage 1, 2 or 3", "give a stage from 1 on"))
+    if settings.activation_checkpointing and settings.selective_checkpointing:
+        got = "activation_checkpointing and selective_checkpointing"
+        faults.append(_fault("selective_checkpointing", got, "one of the two, or none", "leave one of them out"))
+    if settings.loss_chunks is not None and settings.loss_chunks < 1:
+        faults.append(_fault("loss_chunks", str(settings.loss_chunks), "a number from 1 on", "give a number from 1 on"))
     most = longest_sequence(plan)
     if most is not None and settings.seq_length > most:
         what = "a number of tokens that the model has positions for"

@@ -16,14 +16,14 @@ class StepCase:
         tp_rank: whose shards.
         sequences: that the rank is given.
         length: tokens of each.
-        activation_checkpointing: layers keep their inputs, and compute the rest again in the backward.
+        activation_checkpointing: `full`, `selective` or None, as `load_model` is given it.
     """
 
     plan: Plan
     tp_rank: int
     sequences: int
     length: int
-    activation_checkpointing: bool
+    activation_checkpointing: str | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)

@@ -59,6 +59,14 @@ def test_a_ds_config_that_is_no_object(tmp_path: Path) -> None:
     assert result.exit_code == 2 and "not a JSON object" in result.output
 
 
+def test_activation_checkpointing_and_chunks_of_the_loss() -> None:
+    result = run("--no-run", "--selective-checkpointing", "--loss-chunks", "8")
+    assert "bf16, adamw, selective checkpointing, loss in 8 chunks" in result.output, result.output
+    for options in (("--selective-checkpointing", "--activation-checkpointing"), ("--loss-chunks", "0")):
+        result = run("--no-run", *options)
+        assert result.exit_code == 2 and "cannot be estimated so" in result.output, result.output
+
+
 def test_names_that_nobody_knows() -> None:
     for option, value in (("--optimizer", "adamx"), ("--dtype", "fp8"), ("--seq-length", "1000000")):
         result = run("--no-run", option, value)
@@ -78,7 +86,8 @@ def test_sizes() -> None:
 @pytest.mark.timeout(200)
 def test_by_running() -> None:
     """Llama-3.1-8B: in seconds, and with what the plan alone does not say."""
-    result = run("--dp-size", "4", "--zero-stage", "1", "--seq-length", "1024", "--memory", "80GB")
+    options = ("--dp-size", "4", "--zero-stage", "1", "--seq-length", "1024", "--memory", "80GB")
+    result = run(*options, "--selective-checkpointing", "--loss-chunks", "16")
     assert result.exit_code == 0, result.output
     assert "optimizer states" in result.output and "all-reduce over the tensor-parallel ranks" in result.output
     assert "fits: " in result.output

@@ -35,7 +35,7 @@ def steps_in_a_job(plan_file: Path, checkpoint: Path, given: list[Settings]) -> 
     plan, found = load_plan(plan_file), []
     for one in given:
         dtype: torch.dtype = DTYPES[one.dtype]
-        model = plan.load_model(checkpoint, dtype=dtype, check_batches_every=None).train()
+        model = plan.load_model(checkpoint, dtype=dtype, check_batches_every=None, loss_chunks=one.loss_chunks).train()
         found.append(run_engine(plan.document, model, plan.ranks, None, one, CONFIG))
     return found
 
@@ -69,6 +69,7 @@ CASES = [
     settings(1, gradient_accumulation_steps=4),
     settings(2, activation_checkpointing=True),
     settings(3, micro_batch_size=4),
+    settings(1, selective_checkpointing=True, loss_chunks=4),
 ]
 
 
@@ -97,6 +98,10 @@ def test_steps_without_data_are_those_of_a_job(work: Path) -> None:
             fused = without_data(work / "plan.json", dataclasses.replace(given, device="cuda"))
             assert fused.traffic == found.traffic and fused.backward_operations == found.backward_operations
             assert as_in_a_job(fused.peak, job.peak, given), "on the CPU this attention is fused, too"
-        if given.zero_stage == 1:
+        if given.loss_chunks is not None:
+            more = without_data(work / "plan.json", dataclasses.replace(given, loss_chunks=None).recomputing(None))
+            less = without_data(work / "plan.json", given.recomputing("full"))
+            assert less.peak < found.peak < 0.95 * more.peak, "what is kept would be found"
+        elif given.zero_stage == 1:
             masks = without_data(work / "plan.json", given, planted="masks")
             assert masks.peak > 1.03 * found.peak, "masks that a job does not make would be found"

@@ -46,7 +46,7 @@ def run_a_rank(plan_file: Path) -> Facts:
     if dist.is_initialized():
         dist.destroy_process_group()  # the one that the launch has made, for that of 1024 ranks
     model, ranks, mode = fake_rank(Plan.read(plan_file), rank, DP, torch.bfloat16)
-    step = run_step(model, ranks, mode, Batch(sequences=1, length=LENGTH), activation_checkpointing=False)
+    step = run_step(model, ranks, mode, Batch(sequences=1, length=LENGTH), activation_checkpointing=None)
     in_forward: Counter[int] = Counter()
     with mode, torch.no_grad(), Watch(lambda _, __, size: in_forward.update([size])):
         tokens = torch.zeros(1, LENGTH, dtype=torch.long, device=ranks.device)

@@ -39,7 +39,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     return compile_plan(write_llama(folder, num_hidden_layers=12), tp_size=2)
 
 
-def full_case(plan: Plan, sequences: int, again: bool) -> StepCase:
+def full_case(plan: Plan, sequences: int, again: str | None) -> StepCase:
     return StepCase(plan=plan, tp_rank=0, sequences=sequences, length=LENGTH, activation_checkpointing=again)
 
 
@@ -47,8 +47,8 @@ def full_case(plan: Plan, sequences: int, again: bool) -> StepCase:
 @pytest.mark.timeout(270)
 def test_a_step_from_small_ones(plan: Plan) -> None:
     assert repeating(plan) == Repeating(fewer=1, period=1, times=11)
-    small = [small_cases(plan, 0, LENGTH, again) for again in (False, True)]
-    full = [full_case(plan, 3, again) for again in (False, True)]
+    small = [small_cases(plan, 0, LENGTH, again) for again in (None, "full")]
+    full = [full_case(plan, 3, again) for again in (None, "full")]
     ran = run_small_steps([*(case for one in small for case in one.cases), *full])
     found = [small[0].of(ran[:3]), small[1].of(ran[3:6])]
     for one, whole in zip(found, ran[6:], strict=True):
@@ -74,7 +74,7 @@ def test_a_step_from_small_ones(plan: Plan) -> None:
 def test_what_the_engine_holds(plan: Plan, settings: Settings) -> None:
     settings = dataclasses.replace(settings, seq_length=LENGTH)
     elements = elements_of_rank(plan, 0)
-    (step,) = run_small_steps([full_case(plan, settings.micro_batch_size, settings.activation_checkpointing)])
+    (step,) = run_small_steps([full_case(plan, settings.micro_batch_size, settings.recomputed)])
     found = held(step, elements, settings, bucket_elements=BUCKET, most_live=BUCKET)
     full = estimate_by_running(plan, settings, CONFIG).fullest
     phases: dict[str, Any] = {part.what: part.bytes for part in full.phases}

@@ -17,7 +17,7 @@ SUMMED = SEQUENCES * LENGTH * 64 * 4
 """Bytes of a tensor that a layer of these models sums over the ranks."""
 
 
-def step_in_a_job(plan_file: Path, checkpoint: Path, activation_checkpointing: bool) -> Any:
+def step_in_a_job(plan_file: Path, checkpoint: Path, activation_checkpointing: str | None) -> Any:
     """What `Watch` sees of a real step, with the loss that a job has."""
     import torch
 
@@ -30,7 +30,7 @@ def step_in_a_job(plan_file: Path, checkpoint: Path, activation_checkpointing: b
     return run_step(model.train(), plan.ranks, contextlib.nullcontext(), batch, activation_checkpointing)
 
 
-def step_without_data(plan_file: Path, rank: int, dtype: str, checkpointing: bool, planted: str) -> Any:
+def step_without_data(plan_file: Path, rank: int, dtype: str, checkpointing: str | None, planted: str) -> Any:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -45,7 +45,7 @@ def step_without_data(plan_file: Path, rank: int, dtype: str, checkpointing: boo
 
 
 def without_data(
-    plan_file: Path, rank: int, dtype: str = "float32", checkpointing: bool = False, planted: str = ""
+    plan_file: Path, rank: int, dtype: str = "float32", checkpointing: str | None = None, planted: str = ""
 ) -> Any:
     return launch(step_without_data, 1, plan_file, rank, dtype, checkpointing, planted)[0]
 
@@ -55,12 +55,13 @@ def without_data(
 @pytest.mark.parametrize(
     ("variant", "checkpointing"),
     [
-        ("llama", False), ("llama", True), ("qwen3_moe", False),
-        pytest.param("qwen3_moe", True, marks=pytest.mark.slow),
-        pytest.param("deepseek_v3", False, marks=pytest.mark.slow),
+        ("llama", None), ("llama", "full"), ("llama", "selective"), ("qwen3_moe", None),
+        pytest.param("qwen3_moe", "full", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", "selective", marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", None, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
-def test_a_step_without_data_is_the_step_of_a_job(tmp_path: Path, variant: str, checkpointing: bool) -> None:
+def test_a_step_without_data_is_the_step_of_a_job(tmp_path: Path, variant: str, checkpointing: str | None) -> None:
     """Every collective and operation; memory to 2 %: a job's first forward makes a few small tensors besides.
 
     And gloo's thread may hold a tensor of a job for a moment after it was summed.
@@ -90,7 +91,7 @@ def test_what_is_computed_again_is_freed_layer_by_layer(tmp_path: Path) -> None:
     make_config("qwen3_moe", num_hidden_layers=4).save_pretrained(tmp_path)
     (tmp_path / "plan.json").write_text(compile_plan(tmp_path, tp_size=2).to_json())
     found, planted = (
-        without_data(tmp_path / "plan.json", 0, dtype="bfloat16", checkpointing=True, planted=planted)
+        without_data(tmp_path / "plan.json", 0, dtype="bfloat16", checkpointing="full", planted=planted)
         for planted in ("", "counts by module")
     )
     assert found.backward[-1][1] < found.backward[0][1] < planted.backward[-1][1]

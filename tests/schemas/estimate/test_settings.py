@@ -33,6 +33,8 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
         ({"offload": "disk"}, "offload"),
         ({"offload": "optimizer", "zero_stage": 0}, "offload"),
         ({"device": "tpu"}, "device"),
+        ({"activation_checkpointing": True, "selective_checkpointing": True}, "selective_checkpointing"),
+        ({"loss_chunks": 0}, "loss_chunks"),
         ({"seq_length": 10**7}, "seq_length"),
     ],
 )
