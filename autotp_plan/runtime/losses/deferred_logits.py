@@ -6,13 +6,16 @@ afterwards (`TokenValues`, `Divergences`) does the same to a chunk at a time.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
+from autotp_plan.runtime.deepspeed.internals import are_all_of_deepspeed
 from autotp_plan.runtime.losses.word_chunks import WordChunks
 from autotp_plan.runtime.tensor_parallel.gathered_weight import state_of
 from autotp_plan.runtime.tensor_parallel.lazy_logits import LastDimSharding, LazilyGathered, is_elementwise
@@ -53,6 +56,7 @@ class Origin:
         forward: that of the model.
         weights: `weights_now(head)` in the forward.
         is_detached: whether they were detached; then they have a gradient only where their hidden states do.
+        hooks: those that DeepSpeed's engine registered, for what is computed of the logits after that.
     """
 
     head: ColumnParallelLinear
@@ -61,6 +65,7 @@ class Origin:
     forward: Forward
     weights: object
     is_detached: bool = False
+    hooks: dict[int, Callable[[Tensor], Tensor]] = field(default_factory=OrderedDict)
 
     def check_weights(self) -> None:
         """Raise MismatchError where the logits would be of other weights than those of the forward."""
@@ -125,7 +130,7 @@ class DeferredLogits(LazilyGathered):
             return function(self.origin.chunks, input.flatten(0, -2), *self.with_gradient(weights))
 
         self.origin.check_weights()
-        return self.origin.head(self.hidden, compute=of_tokens)
+        return self._with_hooks(self.origin.head(self.hidden, compute=of_tokens))
 
     def with_gradient(self, weights: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """The weights of the head, detached where these logits are."""
@@ -144,9 +149,21 @@ class DeferredLogits(LazilyGathered):
             full = self.origin.head(self.hidden)
             for step in self.origin.chunks.steps:
                 full = step(full)
+        full = self._with_hooks(full)
         if not torch.is_inference_mode_enabled():
             self._full = full
         return full
+
+    def _with_hooks(self, computed: Tensor) -> Tensor:
+        for hook in self.origin.hooks.values() if computed.requires_grad else ():
+            computed.register_hook(hook)  # type: ignore[no-untyped-call]
+        return computed
+
+    def _hook_later(self, hook: Callable[[Tensor], Tensor]) -> RemovableHandle:
+        """The engine registers a hook on each output: the logits are not computed for it."""
+        handle = RemovableHandle(self.origin.hooks)
+        self.origin.hooks[handle.id] = hook
+        return handle
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         return repr(self._full) if self._full is not None else f"{type(self).__name__}(shape={list(self.shape)})"
@@ -160,6 +177,8 @@ class DeferredLogits(LazilyGathered):
             return func(*args, **kwargs)
         if func in _ABOUT_LOGITS:
             return func(first._outline(), *args[1:], **kwargs)
+        if func in _HOOK and are_all_of_deepspeed(args[1:]):
+            return first._hook_later(args[1])
         if func in _REQUIRES_GRAD:
             return first.needs_gradient
         if func in _ABOUT_HIDDEN:
@@ -233,6 +252,7 @@ _NO_DATA = torch.empty(0)
 _DETACH = tensor_functions("detach")
 _OF_HIDDEN = tensor_functions("detach", "clone", "contiguous")
 _INDEX = {Tensor.__getitem__}
+_HOOK = {Tensor.register_hook}
 _REQUIRES_GRAD = tensor_functions("requires_grad")
 _ABOUT_LOGITS = tensor_functions(
     "shape", "size", "numel", "nelement", "dim", "ndim", "ndimension", "stride", "is_contiguous", "dtype",

@@ -99,6 +99,8 @@ def test_steps_without_data_are_those_of_a_job(work: Path) -> None:
             assert fused.traffic == found.traffic and fused.backward_operations == found.backward_operations
             assert as_in_a_job(fused.peak, job.peak, given), "on the CPU this attention is fused, too"
         if given.loss_chunks is not None:
+            gathered = [one for one in job.traffic if one.group == "tensor" and one.operation != "all-reduce"]
+            assert not gathered, "the engine looks at outputs, and no logits are computed for it"
             more = without_data(work / "plan.json", dataclasses.replace(given, loss_chunks=None).recomputing(None))
             less = without_data(work / "plan.json", given.recomputing("full"))
             assert less.peak < found.peak < 0.95 * more.peak, "what is kept would be found"
