@@ -1,0 +1,68 @@
+"""Models whose residual stream is sharded along the sequence, beside the dense ones, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autotp_plan.planner import Plan, compile_plan
+from autotp_plan.planner.sequence_parallel import with_sequence_parallel
+from tests.helpers.models import batch, eager_experts, load_dense, save_checkpoint
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Batches of two rows by seed, of one length after another."""
+
+    lengths: tuple[int, ...]
+
+    def __call__(self, seed: int) -> Tensor:
+        tokens: Tensor = replace(batch, length=self.lengths[seed % len(self.lengths)])(seed)
+        return tokens
+
+
+def save_case(work: Path, variant: str, tp_sizes: Sequence[int], lengths: Lengths) -> None:
+    """The checkpoint `variant/`, the plans `variant.tpN.json`, and the dense model's numbers `variant.pt`."""
+    from autotp_plan.runtime.verify.float64_passes import dense_reader, run_passes_and_steps
+
+    folder = save_checkpoint(work / variant, variant, torch.float64)
+    for tp_size in tp_sizes:
+        plan = with_sequence_parallel(compile_plan(folder, tp_size=tp_size))
+        (work / f"{variant}.tp{tp_size}.json").write_text(plan.to_json())
+    dense = load_dense(folder, torch.float64, **eager_experts(torch.float64))
+    names = [name for name, _ in dense.named_parameters()]
+    torch.save(run_passes_and_steps(dense, dense_reader(dense), names, lengths), work / f"{variant}.pt")
+
+
+def errors(work: Path, cases: Mapping[str, str], tp_size: int, lengths: Lengths) -> dict[str, dict[str, float]]:
+    """Inside a rank: by case, a plan `case.tpN.json` of a variant, the errors against the dense model's numbers.
+
+    A model that does not run has an infinite error, under the message.
+    """
+    from autotp_plan.runtime import load_plan
+    from autotp_plan.runtime.verify import compare
+    from autotp_plan.runtime.verify.float64_passes import run_passes_and_steps, shard_reader
+
+    found: dict[str, dict[str, float]] = {}
+    for case, variant in cases.items():
+        plan = load_plan(work / f"{case}.tp{tp_size}.json")
+        dense = torch.load(work / f"{variant}.pt")
+        options: Any = eager_experts(torch.float64)
+        try:
+            model = plan.load_model(work / variant, dtype=torch.float64, **options).train()
+            numbers = run_passes_and_steps(model, shard_reader(model), list(dense["stepped"]), lengths)
+        except Exception as error:  # what a wrong plan leads to
+            found[case] = {f"{type(error).__name__}: {error}": float("inf")}
+            continue
+        by_kind = compare.errors(dense, numbers, plan.document, plan.ranks.tp_rank)
+        found[case] = {f"{kind} {name}": error for kind, of in by_kind.items() for name, error in of.items()}
+    return found
+
+
+def read(work: Path, variant: str, tp_size: int) -> Plan:
+    return Plan.read(work / f"{variant}.tp{tp_size}.json")
