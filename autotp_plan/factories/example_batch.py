@@ -51,7 +51,8 @@ class Batch:
 class Batches:
     """Batches of token ids by seed: arguments by name, each `(2, length)`, random numbers below `words`.
 
-    `off` are arguments that are False: a cache, which would hold what was computed before.
+    `off` are arguments that are False: a cache, which would hold what was computed before. With `uneven`, batches of
+    odd seeds are a token shorter.
     """
 
     ids: str
@@ -59,9 +60,11 @@ class Batches:
     words: int
     length: int
     off: tuple[str, ...] = ()
+    uneven: bool = False
 
     def __call__(self, seed: int) -> Batch:
-        tokens = torch.randint(self.words, (_ROWS, self.length), generator=torch.Generator().manual_seed(seed))
+        length = self.length - seed % 2 if self.uneven else self.length
+        tokens = torch.randint(self.words, (_ROWS, length), generator=torch.Generator().manual_seed(seed))
         return Batch(kwargs={**dict.fromkeys((self.ids, *self.labels), tokens), **dict.fromkeys(self.off, False)})
 
 

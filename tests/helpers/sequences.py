@@ -21,22 +21,27 @@ class Lengths:
 
     lengths: tuple[int, ...]
 
+    def __str__(self) -> str:
+        return "-".join(map(str, self.lengths))
+
     def __call__(self, seed: int) -> Tensor:
         tokens: Tensor = replace(batch, length=self.lengths[seed % len(self.lengths)])(seed)
         return tokens
 
 
-def save_case(work: Path, variant: str, tp_sizes: Sequence[int], lengths: Lengths) -> None:
-    """The checkpoint `variant/`, the plans `variant.tpN.json`, and the dense model's numbers `variant.pt`."""
+def save_case(work: Path, variant: str, tp_sizes: Sequence[int], *every: Lengths) -> None:
+    """The checkpoint `variant/`, the plans `variant.tpN.json`, and the dense model's numbers of batches."""
     from autotp_plan.runtime.verify.float64_passes import dense_reader, run_passes_and_steps
 
     folder = save_checkpoint(work / variant, variant, torch.float64)
     for tp_size in tp_sizes:
         plan = with_sequence_parallel(compile_plan(folder, tp_size=tp_size))
         (work / f"{variant}.tp{tp_size}.json").write_text(plan.to_json())
-    dense = load_dense(folder, torch.float64, **eager_experts(torch.float64))
-    names = [name for name, _ in dense.named_parameters()]
-    torch.save(run_passes_and_steps(dense, dense_reader(dense), names, lengths), work / f"{variant}.pt")
+    for lengths in every:
+        dense = load_dense(folder, torch.float64, **eager_experts(torch.float64))
+        names = [name for name, _ in dense.named_parameters()]
+        numbers = run_passes_and_steps(dense, dense_reader(dense), names, lengths)
+        torch.save(numbers, work / f"{variant}.{lengths}.pt")
 
 
 def errors(work: Path, cases: Mapping[str, str], tp_size: int, lengths: Lengths) -> dict[str, dict[str, float]]:
@@ -51,7 +56,7 @@ def errors(work: Path, cases: Mapping[str, str], tp_size: int, lengths: Lengths)
     found: dict[str, dict[str, float]] = {}
     for case, variant in cases.items():
         plan = load_plan(work / f"{case}.tp{tp_size}.json")
-        dense = torch.load(work / f"{variant}.pt")
+        dense = torch.load(work / f"{variant}.{lengths}.pt")
         options: Any = eager_experts(torch.float64)
         try:
             model = plan.load_model(work / variant, dtype=torch.float64, **options).train()

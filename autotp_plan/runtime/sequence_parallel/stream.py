@@ -19,6 +19,7 @@ from autotp_plan.runtime.sequence_parallel.collectives import (
     split_sequence,
 )
 from autotp_plan.schemas import intervals as iv
+from autotp_plan.schemas.errors import Fault, MismatchError
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class Stream:
 
     def gather(self, hidden: Tensor) -> Tensor:
         """All tokens of a tensor that is sharded along the sequence."""
-        return self._along(gather_sequence, hidden)
+        return self._along(gather_sequence, hidden, is_full=False)
 
     def reduce_scatter(self, part: Tensor) -> Tensor:
         """This rank's tokens of the sum over the ranks."""
@@ -78,11 +79,26 @@ class Stream:
         """This rank's tokens of a tensor that is the same on every rank."""
         return self._along(split_sequence, full)
 
-    def _along(self, collective: Callable[..., Tensor], tensor: Tensor) -> Tensor:
+    def _along(self, collective: Callable[..., Tensor], tensor: Tensor, is_full: bool = True) -> Tensor:
         """A collective along the tokens of `(batch, tokens, ...)`, or of `(batch * tokens, hidden size)`."""
         assert self.shape is not None
         tokens = iv.divide(self.shape.length, self.tp_size)
+        start, stop = (0, self.shape.length) if is_full else tokens[self.tp_rank]
+        found = tensor.shape[1] if tensor.dim() > 2 else tensor.shape[0] / self.shape.batch
+        if found != stop - start:
+            raise MismatchError(_other_length(found, stop - start, self.shape.length))
         if tensor.dim() > 2:
             return collective(tensor, self.group, tokens, self.tp_rank)
-        by_sequence = tensor.reshape(self.shape.batch, tensor.shape[0] // self.shape.batch, tensor.shape[1])
+        by_sequence = tensor.reshape(self.shape.batch, stop - start, tensor.shape[1])
         return collective(by_sequence, self.group, tokens, self.tp_rank).flatten(0, 1)
+
+
+def _other_length(found: float, expected: int, length: int) -> Fault:
+    return Fault(
+        code="tokens-of-the-stream",
+        what="a module of the sharded stream has another number of tokens than the plan says",
+        where="sequence_parallel of the plan",
+        got=f"{found:g} tokens, where {length} are sharded along the sequence",
+        expected=f"{expected} tokens",
+        next="prove the plan with autotp-plan verify; compile it without --sequence-parallel",
+    )

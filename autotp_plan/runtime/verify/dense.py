@@ -221,7 +221,8 @@ def _try(plan: Plan, original: Any, folder: Path, sizes: Sizes, attention: tuple
     words = min(table.weight.shape[0] for table in tables)
     images, no_images = _images(folder / "float64", plan)
     padding = getattr(twin.config, "pad_token_id", None)
-    batches = Batches(vocab_size=words, length=_LENGTH, padding=padding, images=images)
+    uneven = plan.sequence_parallel is not None
+    batches = Batches(vocab_size=words, length=_LENGTH, padding=padding, images=images, uneven=uneven)
     weights, ungraded, operations = _write_float64(folder, plan, scaled, attention, batches)
     scaled = twin_plan(plan, original, twin, sizes.divisor, "F32")
     rounding = _write_float32(folder, plan, scaled, attention[0], batches, weights)

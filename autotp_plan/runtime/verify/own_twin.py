@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from autotp_plan.factories.example_batch import Batch, batches_for, run, settle, without_dropout
+from autotp_plan.factories.example_batch import Batches as TokenBatches
 from autotp_plan.factories.module_factory import ModuleFactory
 from autotp_plan.factories.small_sizes import Changes, roles_of
 from autotp_plan.huggingface.meta_model import parameters_and_buffers
@@ -150,6 +151,8 @@ def _write(
     randomise(model)
     batches = batches_for(model, _LENGTH)
     training = settle(model, batches)
+    if plan.sequence_parallel is not None and isinstance(batches, TokenBatches):
+        batches = replace(batches, uneven=True)
     steps = Training(batches=batches, optimizer=optimizer)
     seeds = [one.seed for one in Pass] + [steps.seed(step, 0, 0) for step in range(steps.num_steps)]
     torch.save({seed: batches(seed) for seed in seeds}, folder / _BATCHES)

@@ -56,17 +56,20 @@ class Images:
 class Batches:
     """Batches of two rows of `length` token ids. Nothing is padded, but the id of the padding token occurs.
 
-    With `images` a batch is the inputs of a forward by name, and its rows are longer by an image.
+    With `images` a batch is the inputs of a forward by name, and its rows are longer by an image. With `uneven` those
+    of odd seeds are a token shorter: ranks that share an even number of tokens evenly then hold different numbers.
     """
 
     vocab_size: int
     length: int
     padding: int | None
     images: Images | None = None
+    uneven: bool = False
 
     def __call__(self, seed: int) -> Any:
         generator = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(self.vocab_size, (2, self.length), generator=generator)
+        length = self.length - seed % 2 if self.uneven else self.length
+        tokens = torch.randint(self.vocab_size, (2, length), generator=generator)
         if self.padding is not None and 0 <= self.padding < self.vocab_size:
             tokens[0, 0] = self.padding
         return tokens if self.images is None else self.images.inputs(tokens, generator)
