@@ -21,6 +21,7 @@ from autotp_plan.planner.fold_plan import fold_plan
 from autotp_plan.planner.model.inventory import Inventory, take_inventory
 from autotp_plan.planner.model.model_input import ModelInput
 from autotp_plan.planner.plan_checks import check_plan
+from autotp_plan.planner.proven_stream import with_proven_stream
 from autotp_plan.planner.remembered_rules import remembered
 from autotp_plan.planner.rules.preset_checks import notes_on_gradients
 from autotp_plan.planner.rules.preset_files import AUTO, INFER
@@ -50,6 +51,7 @@ def compile_plan(
     infer: Callable[[Any], SpecFile] | None = None,
     factory: ModuleFactory | None = None,
     cut_vision: bool = False,
+    sequence_parallel: bool = False,
     dtype: str | None = None,
 ) -> Plan:
     """The plan for `model` at `tp_size`.
@@ -72,6 +74,8 @@ def compile_plan(
         factory: makes a model that is not from transformers
             (`autotp_plan.factories.module_factory.ModuleFactory`); what the specs leave open is inferred.
         cut_vision: shard the vision tower's attention and MLPs too, where that is proven with images.
+        sequence_parallel: shard the residual stream along the sequence too. A preset's plan is taken as it is; any
+            other is proven with the stream sharded. At TP=1 nothing is sharded, and the plan remembers the option.
         dtype: what weights become that are quantised on disk: BF16, F16 or F32; None for BF16.
 
     Returns:
@@ -102,6 +106,9 @@ def compile_plan(
         )
     else:
         plan = _planned(given, rules, options, prove, infer)
+    if sequence_parallel:
+        known = _is_of_preset_alone(given, rules, options) and not (specs or cut_vision)
+        plan = with_proven_stream(plan, prove, known=known, where=given.where)
     kept = remembered(
         preset=preset,
         specs=specs,
@@ -109,6 +116,7 @@ def compile_plan(
         deepspeed=deepspeed,
         strict=strict,
         cut_vision=cut_vision,
+        sequence_parallel=sequence_parallel,
         factory=factory,
     )
     return dataclasses.replace(plan, rules=kept)
@@ -214,6 +222,13 @@ class _Options:
     deepspeed: TensorParallelSection | None
     strict: bool
     inferred: bool
+
+
+def _is_of_preset_alone(given: ModelInput, rules: RuleSet, options: _Options) -> bool:
+    """Whether a folder's model is planned by the preset of its family and nothing else, and is not in a wrapper."""
+    by_preset = rules.preset is not None and rules.wrapper is None and not rules.user_files
+    section = options.deepspeed
+    return by_preset and given.is_folder and (section is None or section.written.keys() <= {"autotp_size"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

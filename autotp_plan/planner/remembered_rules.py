@@ -23,12 +23,14 @@ def remembered(
     deepspeed: TensorParallelSection | None,
     strict: bool,
     cut_vision: bool,
+    sequence_parallel: bool,
     factory: ModuleFactory | None,
 ) -> Rules | None:
     """The rules to keep in a plan; None where its entries name them all, which are those of a preset."""
     written = {} if deepspeed is None else deepspeed.written
     section = {key: value for key, value in written.items() if key != _TP_SIZE}
-    if preset not in (NONE, INFER) and not (specs or section or strict or cut_vision or factory):
+    more = specs or section or strict or cut_vision or sequence_parallel or factory
+    if preset not in (NONE, INFER) and not more:
         return None
     return Rules(
         preset=preset,
@@ -37,6 +39,7 @@ def remembered(
         strict=strict,
         uneven=uneven,
         cut_vision=cut_vision,
+        sequence_parallel=sequence_parallel,
         module=None if factory is None else factory.name,
     )
 
@@ -54,4 +57,5 @@ def arguments(rules: Rules) -> dict[str, Any]:
         "strict": rules.strict,
         "uneven": rules.uneven,
         "cut_vision": rules.cut_vision,
+        "sequence_parallel": rules.sequence_parallel,
     }

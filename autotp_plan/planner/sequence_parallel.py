@@ -16,6 +16,10 @@ from autotp_plan.schemas.errors import CompileError, Fault
 from autotp_plan.schemas.names import expand, fold, is_index, natural_key
 from autotp_plan.schemas.plan.document import Crossing, Parameter, Plan, SequenceParallel
 
+OPTION = "--sequence-parallel"
+"""The option of `compile`; `sequence_parallel=True` of `compile_plan`."""
+WITHOUT = f"compile without {OPTION}"
+"""What is proposed where it cannot be."""
 _FINAL_NORMS = ("norm", "ln_f", "norm_f", "final_layer_norm", "final_layernorm", "final_norm")
 """Names of the norm behind the last layer, next to the list of layers."""
 _COPY = Crossing(operation="copy")
@@ -226,8 +230,8 @@ def _fault(got: str, expected: str) -> Fault:
     return Fault(
         code="no-sequence-parallel",
         what="this model's residual stream cannot be sharded along the sequence",
-        where="--sequence-parallel",
+        where=OPTION,
         got=got,
         expected=expected,
-        next="compile without --sequence-parallel",
+        next=WITHOUT,
     )

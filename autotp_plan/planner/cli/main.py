@@ -76,6 +76,7 @@ def main() -> None:
     "--spec", "specs", type=_FILE, multiple=True, help="Spec file; may be repeated, the first has precedence."
 )
 @click.option("--cut-vision", is_flag=True, help="Shard the vision tower too, where that is proven with images.")
+@click.option("--sequence-parallel", is_flag=True, help="Shard the residual stream along the sequence too.")
 @click.option("--uneven", is_flag=True, help="Give ranks shards of unequal size where the TP size does not divide.")
 @click.option(
     "--dtype",
@@ -97,6 +98,7 @@ def compile(
     strict: bool,
     factory: Callable[[], ModuleFactory | None],
     cut_vision: bool = False,
+    sequence_parallel: bool = False,
     dtype: str | None = None,
     timeout: int = TIMEOUT,
 ) -> None:
@@ -135,6 +137,7 @@ def compile(
         prove=lambda plan: prove_on_twin(plan, made_by),
         strict=strict,
         cut_vision=cut_vision,
+        sequence_parallel=sequence_parallel,
         infer=lambda given: SpecFile.from_dict(infer_with_limits(given, timeout)),
         factory=made_by,
         dtype=dtype,

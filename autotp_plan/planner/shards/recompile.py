@@ -86,7 +86,7 @@ def _candidates(old: Plan) -> Iterator[dict[str, Any]]:
         return
     for preset in (AUTO, *sorted({rule.name for rule in _rules_of(old) if rule.origin is Origin.PRESET})):
         for uneven in (False, True):
-            yield {"preset": preset, "uneven": uneven}
+            yield {"preset": preset, "uneven": uneven, "sequence_parallel": old.sequence_parallel is not None}
 
 
 def _rules_of(plan: Plan) -> set[Any]:

@@ -23,6 +23,7 @@ class Rules:
     strict: bool = False
     uneven: bool = False
     cut_vision: bool = False
+    sequence_parallel: bool = False
     module: str | None = None
 
     def __str__(self) -> str:
@@ -32,5 +33,10 @@ class Rules:
         words += ["a DeepSpeed config"] if self.deepspeed else []
         words += [f"preset {self.preset}"] if self.preset != "auto" else []
         words += [f"--module {self.module}"] if self.module else []
-        flags = {"--strict": self.strict, "--uneven": self.uneven, "--cut-vision": self.cut_vision}
+        flags = {
+            "--strict": self.strict,
+            "--uneven": self.uneven,
+            "--cut-vision": self.cut_vision,
+            "--sequence-parallel": self.sequence_parallel,
+        }
         return ", ".join([*words, *(flag for flag, given in flags.items() if given)])

@@ -44,7 +44,14 @@ def meaning(document: Document, computed_alone: bool) -> list[str]:
         elif key == "runtime":
             said += [[key, name, one] for name, one in value.items() if one is not False]
         elif key == "rules":
-            defaults = {"preset": "auto", "specs": [], "strict": False, "uneven": False, "cut_vision": False}
+            defaults = {
+                "preset": "auto",
+                "specs": [],
+                "strict": False,
+                "uneven": False,
+                "cut_vision": False,
+                "sequence_parallel": False,
+            }
             said.append([key, {name: one for name, one in value.items() if defaults.get(name) != one}])
         elif key == "verified":
             stamp = {name: one for name, one in value.items() if name not in ("plan", "seal")}

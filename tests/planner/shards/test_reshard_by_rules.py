@@ -65,6 +65,7 @@ WITH_RULES: dict[str, dict[str, Any]] = {
     "a DeepSpeed config": {"deepspeed": SECTION},
     "a strict DeepSpeed config and a spec file": {"deepspeed": SECTION, "specs": [HEAD], "strict": True},
     "a preset of DeepSpeed": {"deepspeed": {"preset_model": "llama"}},
+    "sequence parallelism": {"sequence_parallel": True},
 }
 
 
