@@ -53,10 +53,28 @@ def refused(data: dict[str, Any], code: str) -> None:
         ("ignored", [f"x{i}.{MILLION}.w" for i in range(20)]),
         ("module_attributes", [{"module": f"m{i}.{MILLION}", "attribute": "a", "values": [1, 1]} for i in range(200)]),
         ("modules", [{"module": f"m{i}.{MILLION}", "buffers": {"b": "w"}} for i in range(100)]),
+        (
+            "sequence_parallel",
+            {"layers": [f"m{i}.{MILLION}" for i in range(99)], "gather": ["x"], "scatter": ["x"], "end": "x"},
+        ),
     ],
 )
-def test_lists_of_a_million_names_each(llama: Path, key: str, entries: list[Any]) -> None:
+def test_lists_of_a_million_names_each(llama: Path, key: str, entries: Any) -> None:
     refused(sealed(compile_plan(llama, tp_size=2).to_dict(), **{key: entries}), "too-many-names")
+
+
+@pytest.mark.timeout(120)
+def test_a_sharded_stream_of_many_long_names(llama: Path) -> None:
+    """Every layer is in the section, and in the parameters; the names are as long as names may be."""
+    plan = compile_plan(llama, tp_size=2, sequence_parallel=True).to_dict()
+    layer = "a." * 1000 + "{0..19999}"
+    norm = next(one for one in plan["parameters"] if one["name"] == "model.norm.weight")
+    parameters = [*plan["parameters"], {**norm, "name": f"{layer}.norm.weight"}]
+    section = {**plan["sequence_parallel"], "layers": [layer], "end": "model.norm"}
+    refused(sealed(plan, parameters=parameters, sequence_parallel=section), "stream-place-outside")
+    section |= {"layers": [*plan["sequence_parallel"]["layers"], "m.{0..299999}"], "scatter": ["m.{0..299999}"]}
+    parameters = [*plan["parameters"], {**norm, "name": "m.{0..299999}.weight"}]
+    refused(sealed(plan, parameters=parameters, sequence_parallel=section), "stream-order")
 
 
 def test_a_million_ignored_names_are_not_too_many(llama: Path) -> None:

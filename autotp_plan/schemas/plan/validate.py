@@ -14,6 +14,7 @@ from autotp_plan.schemas.errors import DocumentError, Fault
 from autotp_plan.schemas.layout import Layout, group_view
 from autotp_plan.schemas.names import MAX_NAMES, expand, num_names
 from autotp_plan.schemas.plan.entries import Crossing, Parameter, PlanEntries
+from autotp_plan.schemas.plan.stream_faults import SECTION, stream_faults, stream_patterns
 
 MAX_ELEMENTS = 2**62
 """Of a tensor: a file of more bytes is not to be had, and sizes stay numbers that everything can count with."""
@@ -35,7 +36,8 @@ def plan_faults(plan: PlanEntries) -> Iterator[Fault]:
                 expected="intervals inside the dimension that cover it, with boundaries between units",
                 next=_COMPILE_AGAIN,
             )
-    yield from _pattern_faults(plan)
+    unreadable = list(_pattern_faults(plan))
+    yield from unreadable
     too_many = list(_total_faults(plan))
     if too_many:
         yield from too_many
@@ -47,6 +49,8 @@ def plan_faults(plan: PlanEntries) -> Iterator[Fault]:
         yield from _disk_faults(where, entry, plan)
     yield from _name_faults(plan)
     yield from _module_faults(plan)
+    if not unreadable and sum(num_names(entry.name) for entry in plan.parameters) <= MAX_NAMES:
+        yield from stream_faults(plan)
 
 
 def _pattern_faults(plan: PlanEntries) -> Iterator[Fault]:
@@ -55,6 +59,7 @@ def _pattern_faults(plan: PlanEntries) -> Iterator[Fault]:
     patterns += [entry.source for entry in plan.parameters if entry.source is not None]
     patterns += [name for entry in plan.parameters if entry.sources is not None for name in entry.sources.names]
     patterns += [*plan.ignored, *(one.module for one in plan.module_attributes), *(one.module for one in plan.modules)]
+    patterns += [pattern for listed in stream_patterns(plan.sequence_parallel).values() for pattern in listed]
     for pattern in dict.fromkeys(patterns):
         try:
             num_names(pattern)
@@ -68,6 +73,7 @@ def _total_faults(plan: PlanEntries) -> Iterator[Fault]:
         ("ignored", list(plan.ignored)),
         ("module_attributes", [one.module for one in plan.module_attributes]),
         ("modules", [one.module for one in plan.modules]),
+        (SECTION, [one for listed in stream_patterns(plan.sequence_parallel).values() for one in listed]),
     ):
         named = sum(_count(pattern) or 0 for pattern in patterns)
         if named > MAX_NAMES:

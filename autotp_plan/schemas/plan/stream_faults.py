@@ -1,0 +1,210 @@
+"""In what the section `sequence_parallel` of a plan can contradict itself and the plan's parameters.
+
+Between two modules of the stream a rank holds its tokens and no others. So whatever needs every token is given them
+before, and each rank takes its tokens again behind it; what sees a part of the tokens has a part of its gradient.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+
+from autotp_plan.schemas.documents import did_you_mean
+from autotp_plan.schemas.errors import Fault
+from autotp_plan.schemas.names import expand, natural_key
+from autotp_plan.schemas.plan.entries import Crossing, Parameter, PlanEntries, SequenceParallel
+
+SECTION = "sequence_parallel"
+_COPY = Crossing(operation="copy")
+
+
+def stream_patterns(planned: SequenceParallel | None) -> dict[str, tuple[str, ...]]:
+    """The names with braces of a section, by where they stand in the plan."""
+    if planned is None:
+        return {}
+    lists = {"layers": planned.layers, "gather": planned.gather, "scatter": planned.scatter, "end": (planned.end,)}
+    return {f"{SECTION}.{key}": patterns for key, patterns in lists.items()}
+
+
+def stream_faults(plan: PlanEntries) -> Iterator[Fault]:
+    """Everything that is wrong with the section `sequence_parallel` of a plan whose names can be expanded."""
+    planned = plan.sequence_parallel
+    if planned is None:
+        return
+    if plan.tp_size == 1:
+        what, expected = "the stream of a single rank is sharded", "no such section at TP=1"
+        yield _fault("stream-of-one-rank", what, SECTION, "tp_size 1", expected)
+    names = {where: [name for one in patterns for name in expand(one)]
+             for where, patterns in stream_patterns(planned).items()}  # fmt: skip
+    wrong = [*_list_faults(names, planned.end), *_unknown_faults(names, plan)]
+    yield from wrong
+    if not wrong:
+        stream = _Stream.of(names, plan)
+        yield from _place_faults(stream)
+        yield from _parameter_faults(stream, plan)
+
+
+class _Modules:
+    """Modules of which none is inside of another, by the names of what they hold."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._beginnings = sorted(f"{name}." for name in names)
+
+    def holding(self, name: str) -> str | None:
+        """The module that `name` is, or that it is inside of."""
+        at = bisect_right(self._beginnings, f"{name}.") - 1
+        found = at >= 0 and f"{name}.".startswith(self._beginnings[at])
+        return self._beginnings[at].removesuffix(".") if found else None
+
+    def inside(self, name: str) -> str | None:
+        """The first module that is `name`, or is inside of it."""
+        at = bisect_left(self._beginnings, f"{name}.")
+        found = at < len(self._beginnings) and self._beginnings[at].startswith(f"{name}.")
+        return self._beginnings[at].removesuffix(".") if found else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """The section with its names expanded, and the row- and the column-parallel layers of the plan."""
+
+    layers: _Modules
+    gather: _Modules
+    scatter: _Modules
+    names: dict[str, list[str]]
+    rows: Collection[str]
+    columns: Collection[str]
+
+    @classmethod
+    def of(cls, names: dict[str, list[str]], plan: PlanEntries) -> _Stream:
+        layers, gather, scatter = (_Modules(names[f"{SECTION}.{key}"]) for key in ("layers", "gather", "scatter"))
+        rows, columns = (
+            {module for entry in plan.parameters if entry.style == style for module in _modules_of(entry)}
+            for style in ("row", "column")
+        )
+        return cls(layers, gather, scatter, names, rows, columns)
+
+    def takes_again(self, name: str, layer: str) -> bool:
+        """Whether each rank takes its tokens again behind a module that is given every token."""
+        if name in self.columns:
+            return self.scatter.inside(layer) is not None
+        return self.scatter.inside(name) is not None or self.scatter.holding(name) is not None
+
+
+def _list_faults(names: dict[str, list[str]], end: str) -> Iterator[Fault]:
+    """What is wrong with the lists by themselves."""
+    for where, listed in names.items():
+        before = ""
+        for name in sorted(listed, key=lambda one: f"{one}."):
+            if before and f"{name}.".startswith(f"{before}."):
+                what = "a place of the sharded stream is there twice, or inside of another"
+                yield _fault("stream-place-twice", what, where, name, f"no place at or in {before} but this")
+                break
+            before = name
+    where = f"{SECTION}.layers"
+    layers = names[where]
+    if layers != sorted(layers, key=natural_key):
+        what = "the layers of the sharded stream are not in order"
+        yield _fault("stream-order", what, where, ", ".join(layers[:3]), "the first layer first")
+    inside = _Modules(layers).holding(end)
+    if names[f"{SECTION}.end"] != [end] or (inside is not None and end != layers[-1]):
+        what = "the sharded stream does not end behind its layers"
+        yield _fault("stream-end", what, f"{SECTION}.end", end, f"{layers[-1]}, or a module outside of the layers")
+
+
+def _unknown_faults(names: dict[str, list[str]], plan: PlanEntries) -> Iterator[Fault]:
+    """Names of no module that has parameters, one for each list."""
+    known = _Parameters(plan)
+    for where, listed in names.items():
+        missing = next((name for name in listed if not known.are_in(name)), None)
+        if missing is not None:
+            what = "a place of the sharded stream is no module of the plan"
+            modules = (module for entry in plan.parameters for module in _parents(entry.name))
+            yield _fault("stream-unknown-module", what, where, missing, "a module that holds parameters", modules)
+
+
+class _Parameters:
+    """The parameters of a plan, sorted."""
+
+    def __init__(self, plan: PlanEntries) -> None:
+        self._names = sorted(name for entry in plan.parameters for name in expand(entry.name))
+
+    def are_in(self, module: str) -> bool:
+        at = bisect_left(self._names, f"{module}.")
+        return at < len(self._names) and self._names[at].startswith(f"{module}.")
+
+
+def _place_faults(stream: _Stream) -> Iterator[Fault]:
+    """Gathers and scatters that are not in a layer, or lack the other: one of each kind."""
+    told: set[str] = set()
+
+    def once(fault: Fault) -> Iterator[Fault]:
+        if fault.code not in told:
+            told.add(str(fault.code))
+            yield fault
+
+    for key in ("gather", "scatter"):
+        for name in stream.names[f"{SECTION}.{key}"]:
+            layer = stream.layers.holding(name)
+            if layer is None:
+                what = "a place of the sharded stream is in none of its layers"
+                yield from once(_fault("stream-place-outside", what, f"{SECTION}.{key}", name, "a module of a layer"))
+            elif key == "gather" and not stream.takes_again(name, layer):
+                what = "a module is given every token, and no rank takes its tokens again"
+                expected = f"a scatter at or in {name}; of a column-parallel layer, in its layer"
+                yield from once(_fault("stream-gather-alone", what, f"{SECTION}.gather", name, expected))
+            elif key == "scatter" and stream.gather.holding(name) is None:
+                fed = name in stream.rows and stream.gather.inside(layer) is not None
+                if not fed:
+                    what = "each rank takes its tokens of what has no others"
+                    expected = f"a gather at {name} or around it; of a row-parallel layer, in its layer"
+                    yield from once(_fault("stream-scatter-alone", what, f"{SECTION}.scatter", name, expected))
+
+
+def _parameter_faults(stream: _Stream, plan: PlanEntries) -> Iterator[Fault]:
+    """Entries of the plan that do not run as the section says."""
+    copied = {name for one in plan.modules if one.output == _COPY for name in expand(one.module)}
+    summed = {
+        name for one in plan.modules if one.output is not None and one.output.operation == "reduce"
+        for name in expand(one.module)
+    }  # fmt: skip
+    end = _Modules(stream.names[f"{SECTION}.end"])
+    for index, entry in enumerate(plan.parameters):
+        for module in _modules_of(entry):
+            layer = stream.layers.holding(module)
+            if layer is None and end.holding(module) is None:
+                continue
+            gathered = stream.gather.holding(module) is not None
+            scattered = stream.scatter.holding(module)
+            where = f"parameters[{index}]"
+            if entry.style == "replicated":
+                if not entry.partial_gradient and (not gathered or module == scattered in stream.rows):
+                    what = "a parameter sees a part of the tokens, and its gradient is not summed"
+                    yield _fault("stream-gradient", what, where, entry.name, "partial_gradient")
+                    break
+            elif (entry.style == "row" or module in summed) and module not in copied:
+                if scattered is None:
+                    what = "a sum over the ranks goes into the sharded stream with every token"
+                    expected = f"{module}, or a module around it, among {SECTION}.scatter"
+                    yield _fault("stream-sum-not-scattered", what, where, entry.name, expected)
+                    break
+            elif not gathered:
+                what = "a sharded weight is given a part of the tokens"
+                expected = f"{module}, or a module around it, among {SECTION}.gather"
+                yield _fault("stream-weight-not-gathered", what, where, entry.name, expected)
+                break
+
+
+def _modules_of(entry: Parameter) -> list[str]:
+    return [name.rpartition(".")[0] for name in expand(entry.name)]
+
+
+def _parents(name: str) -> Iterator[str]:
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _fault(code: str, what: str, where: str, got: str, expected: str, known: Iterable[str] = ()) -> Fault:
+    next_step = did_you_mean(got, known) or "compile the plan again; plans are not written by hand"
+    return Fault(code=code, what=what, where=where, got=got[:200], expected=expected[:400], next=next_step)
