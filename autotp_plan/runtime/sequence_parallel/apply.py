@@ -10,7 +10,9 @@ from autotp_plan.runtime.sequence_parallel.modules import (
     GatherInput,
     SplitOutput,
     StreamLayer,
+    StreamModel,
     become,
+    has_forward,
 )
 from autotp_plan.runtime.sequence_parallel.stream import Stream
 from autotp_plan.runtime.tensor_parallel.linear import RowParallelLinear
@@ -38,11 +40,22 @@ def shard_sequence(model: nn.Module, plan: Plan, ranks: Ranks) -> None:
             become(module, SplitOutput, stream, name)
     for name in _names(planned.gather):
         become(model.get_submodule(name), GatherInput, stream, name)
-    for position, name in enumerate(_names(planned.layers)):
+    layers = _names(planned.layers)
+    around = _caller(model, layers[0])
+    become(model.get_submodule(around), StreamModel, stream, around)
+    for position, name in enumerate(layers):
         layer = model.get_submodule(name)
         become(layer, StreamLayer, stream, name)
         layer.tp_is_first = position == 0  # type: ignore[assignment]
     become(model.get_submodule(planned.end), EndOfStream, stream, planned.end)
+
+
+def _caller(model: nn.Module, layer: str) -> str:
+    """The module that calls a layer: the one around it that has a forward, unlike a list."""
+    name = layer.rpartition(".")[0]
+    while name and not has_forward(model.get_submodule(name)):
+        name = name.rpartition(".")[0]
+    return name
 
 
 def _names(patterns: tuple[str, ...]) -> list[str]:

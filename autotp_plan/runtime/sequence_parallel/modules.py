@@ -26,6 +26,21 @@ class _OfStream(nn.Module):
     tp_first_input: str
 
 
+class StreamModel(_OfStream):
+    """The module that calls the layers. Whatever way it ends, an error too, the stream is not sharded after it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        asked = kwargs.get("output_hidden_states")
+        if asked is None:
+            asked = getattr(getattr(self, "config", None), "output_hidden_states", None)
+        if asked and torch.is_grad_enabled():
+            raise MismatchError(_states_of_shards())
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            self.tp_stream.shape = None
+
+
 class StreamLayer(_OfStream):
     """A layer between two points of the sharded stream, a decoder layer; the first shards it.
 
@@ -122,9 +137,16 @@ def become(module: nn.Module, kind: type[_OfStream], stream: Stream, name: str) 
     if kind is GatherInput and isinstance(module, PlannedLayer):
         kind = GatherInputOfLayer
     module.__class__ = type(cls.__name__, (kind, cls), {"__module__": cls.__module__})
-    settings = {"tp_stream": stream, "tp_stream_name": name, "tp_first_input": _first_input(cls)}
+    settings = {"tp_stream": stream, "tp_stream_name": name}
+    if kind in (StreamLayer, GatherInput):
+        settings["tp_first_input"] = _first_input(cls)
     for attribute, value in settings.items():
         setattr(module, attribute, value)
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Whether the module computes something itself, unlike a list of modules."""
+    return any("forward" in vars(cls) for cls in type(module).__mro__ if cls is not nn.Module)
 
 
 def _with_first(
@@ -153,16 +175,18 @@ def _changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def _refuse_capture() -> None:
     if is_capturing("hidden_states"):
-        raise MismatchError(
-            Fault(
-                code="hidden-states-of-shards",
-                what="the hidden states of layers are asked for, and each rank holds its tokens of them",
-                where="output_hidden_states=True",
-                got="a training step of a plan with sequence parallelism",
-                expected="a forward without output_hidden_states, or one under torch.no_grad()",
-                next="call the model under torch.no_grad(), or compile the plan without --sequence-parallel",
-            )
-        )
+        raise MismatchError(_states_of_shards())
+
+
+def _states_of_shards() -> Fault:
+    return Fault(
+        code="hidden-states-of-shards",
+        what="the hidden states of layers are asked for, and each rank holds its tokens of them",
+        where="output_hidden_states=True",
+        got="a training step of a plan with sequence parallelism",
+        expected="a forward without output_hidden_states, or one under torch.no_grad()",
+        next="call the model under torch.no_grad(), or compile the plan without --sequence-parallel",
+    )
 
 
 def _not_begun(layer: str) -> Fault:
