@@ -92,8 +92,8 @@ $(VENV)/ready-to-bench: $(VENV)/ready
 bench: $(VENV)/ready-to-bench  ## load and train beside AutoTP and transformers; writes docs/benchmark.* (twenty minutes)
 	$(BIN)/python -m benchmarks.training
 
-gpu: setup  ## on a machine with a CUDA card: what holds on CPU holds there; writes docs/gpu.md (five minutes)
-	$(BIN)/python -m benchmarks.gpu --output docs/gpu.md
+gpu: setup  ## on a machine with a CUDA card: what holds on CPU holds there; writes docs/gpu.md and gpu.json (8 minutes)
+	$(BIN)/python -m benchmarks.gpu --output docs
 
 # an environment of its own: the site needs neither torch nor DeepSpeed
 $(VENV)-docs/ready: pyproject.toml constraints.txt

@@ -210,7 +210,7 @@ def main() -> None:
     times["imports"] = time.monotonic()
     read = bytes_read()
     if job["device"] != "cpu":
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if world_size > 1:
         store = dist.FileStore(job["store"], world_size)  # type: ignore[attr-defined]
         dist.init_process_group(job["backend"], store=store, rank=rank, world_size=world_size)
@@ -246,6 +246,7 @@ def main() -> None:
         "step_cpu_seconds": cpu_seconds,
         "ready_cpu_seconds": ready_cpu,
         "cuda_bytes": torch.cuda.max_memory_allocated() if job["device"] != "cpu" else None,
+        "cuda_held": torch.cuda.memory_allocated() if job["device"] != "cpu" else None,
         "sent": count_sent(lambda: step(tokens[0])),
     }
     Path(job["results"], f"result-{rank}.json").write_text(json.dumps(result))

@@ -1,27 +1,158 @@
-"""The checks of `make gpu`, on CPU: they run, and they notice what is wrong."""
+"""The checks of `make gpu`, on CPU: they run, they notice what is wrong, and what they found is read back."""
 
 from __future__ import annotations
 
-import sys
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.helpers.programs import output_of
+from benchmarks.gpu.__main__ import chosen
+from benchmarks.gpu.checks import CHECKS
+from benchmarks.gpu.record import Outcome, Record, Run, State
+from benchmarks.gpu.report import page
+from benchmarks.gpu.supervise import run_checks, together
+from benchmarks.gpu.work import Check, Found, relative
+from tests.helpers.paths import ROOT
+from tests.helpers.programs import output_of, started
 
-COMMAND = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--hidden", "64", "--layers", "1"]
+COMMAND = ["python", "-m", "benchmarks.gpu", "--device", "cpu"]
+RECORD = Record.from_json((ROOT / "docs" / "gpu.json").read_text(encoding="utf-8"))
+
+
+def nothing(_: Any) -> Found:
+    return Found()
+
+
+def check(name: str = "a check", **changes: Any) -> Check:
+    return Check(name=name, function=nothing, topic="A topic", **{"limit": 1e-5, **changes})
+
+
+def found(**changes: Any) -> dict[str, Any]:
+    """What a rank writes down of a check."""
+    return {"worst": 0.0, "planted": 1.0, "figures": {}, "absent": "", "error": "", "seconds": 1.0, **changes}
+
+
+def run(card: str | None, date: str, *outcomes: Outcome) -> Run:
+    return Run(date=date, card=card, versions={"torch": "2"}, seconds=1.0, outcomes=outcomes)
+
+
+def outcome(name: str, state: State = State.PASSED, **changes: Any) -> Outcome:
+    return Outcome(name=name, topic="A topic", state=state, **changes)
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(270)
-def test_the_checks_run_on_cpu() -> None:
-    chosen = [
-        "float64 phi3",
-        "float64 planted",
-        "engine phi3 ZeRO 1",
-        "large loading",
-        "save_pretrained",
-        "estimate ZeRO 1",
-    ]
-    page = output_of([*COMMAND, *(word for name in chosen for word in ("--only", name))], timeout=200)
-    assert "6 checks in" in page and "0 failed" in page
-    assert all(f"| {name}" in page for name in chosen)
+def test_the_small_mode(tmp_path: Path) -> None:
+    output_of([*COMMAND, "--small", "--output", tmp_path], timeout=250)
+    record = Record.from_json((tmp_path / "gpu.json").read_text())
+    (small,) = record.runs
+    assert [one.name for one in small.outcomes] == [one.name for one in chosen(None, True, "cpu")]
+    assert small.card is None and not small.failed
+    assert page(record) == (tmp_path / "gpu.md").read_text()
+    for one in small.outcomes:
+        assert one.state in (State.PASSED, State.MEASURED, State.ABSENT), one
+        if one.state is State.PASSED:
+            assert one.limit is not None and one.worst is not None and one.planted is not None
+            assert one.worst <= one.limit < one.planted, one
+        assert "did not run" not in one.figures, one
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(120)
+def test_a_gradient_that_is_wrong_is_an_error() -> None:
+    wrong = ["float32 qwen3", "save_pretrained"]
+    with started([*COMMAND, "--plant", *(word for name in wrong for word in ("--only", name))]) as program:
+        said, _ = program.communicate(timeout=110)
+    assert program.returncode == 1, said
+    assert "1 of 2 checks failed: float32 qwen3" in said
+
+
+def test_every_kind_of_check_is_in_the_small_mode() -> None:
+    """A function that CI does not call breaks before a card is there."""
+
+    def function(one: Check) -> Any:
+        return getattr(one.function, "func", one.function)
+
+    small = {function(one) for one in chosen(None, True, "cpu")}
+    left_out = {function(one).__name__ for one in CHECKS if not one.needs_cuda} - {one.__name__ for one in small}
+    assert left_out == LEFT_OUT
+
+
+LEFT_OUT = {
+    "overlap", "bf16", "trainer", "hybrid", "hybrid_kernels", "compiled", "unknown_token",
+}  # fmt: skip
+"""They ran on a card before, and other tests call what they call."""
+
+
+def test_names_are_of_one_check() -> None:
+    names = [one.name for one in CHECKS]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [
+        ([{}, {}], State.PASSED),
+        ([{}, {"worst": 2e-5}], State.FAILED),
+        ([{"worst": math.nan}, {}], State.FAILED),
+        ([{}, {"worst": math.nan}], State.FAILED),
+        ([{}, {"planted": 1e-6}], State.FAILED),
+        ([{"planted": None}, {"planted": None}], State.FAILED),
+        ([{}, {"error": "Traceback"}], State.FAILED),
+        ([{"worst": None}, {"worst": None}], State.MEASURED),
+        ([{"worst": None, "absent": "a kernel"}] * 2, State.ABSENT),
+    ],
+)
+def test_what_becomes_of_a_check(ranks: list[dict[str, Any]], expected: State) -> None:
+    assert together(check(), [found(**one) for one in ranks]).state is expected
+
+
+def test_a_planted_error_is_one_of_the_number() -> None:
+    error = relative([1.0, 2.0], [1.0, 2.0])
+    assert error.worst == 0.0 and error.planted == pytest.approx(0.01)
+
+
+def test_what_does_not_fit_the_time_is_not_run(tmp_path: Path) -> None:
+    outcomes: list[Outcome] = []
+    run_checks(tmp_path, {}, [check("first"), check("second", ranks=0)], time.monotonic(), outcomes.append)
+    assert [(one.name, one.state) for one in outcomes] == [("first", State.NO_TIME), ("second", State.NO_TIME)]
+
+
+def test_the_record_is_read_back() -> None:
+    assert Record.from_json(RECORD.to_json()) == RECORD
+    with pytest.raises(TypeError, match="unknown"):
+        Outcome.from_dict({"unknown": 1, **dataclasses.asdict(outcome("a"))})
+    with pytest.raises(ValueError, match="version 2"):
+        Record.from_json(RECORD.to_json().replace('"version": 1', '"version": 2', 1))
+
+
+def test_the_page_is_made_of_the_record() -> None:
+    written = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    assert written == page(RECORD), "run `python -m benchmarks.gpu`"
+
+
+def test_a_run_on_a_card_is_never_dropped() -> None:
+    record = Record()
+    record = record.with_run(run("H200", "2026-01-01", outcome("a", worst=1e-7), outcome("b", worst=1e-8)))
+    record = record.with_run(run(None, "2026-01-02", outcome("c", worst=3e-7)))
+    record = record.with_run(run("H100", "2026-01-03", outcome("a", worst=2e-7), outcome("b", State.NO_TIME)))
+    record = record.with_run(run(None, "2026-01-04", outcome("c", worst=4e-7), outcome("a", worst=5e-7)))
+    assert [(one.card, one.date[-1]) for one in record.runs] == [(None, "4"), ("H100", "3"), ("H200", "1")]
+    text = page(record)
+    never, _, on_card = text.partition("## A topic")
+    assert "| c | passed, 2026-01-04 | 4.0e-07 |" in never and "| c |" not in on_card
+    assert "| a | 2.0e-07 |" in on_card and "H100, 2026-01-03 |" in on_card
+    assert "| b | 1.0e-08 |" in on_card and "H200, 2026-01-01 |" in on_card
+    assert "5.0e-07" not in text
+
+
+def test_figures_of_the_first_card_are_kept() -> None:
+    (first,) = [one for one in RECORD.runs if (one.card, one.date) == ("NVIDIA H200", "2026-11-26")]
+    assert len(first.outcomes) == 63
+    assert {one.name for one in first.outcomes} <= {one.name for one in CHECKS}
+    (loading,) = [one for one in first.outcomes if one.name == "large loading"]
+    assert loading.figures["shards, s"] == 2.005

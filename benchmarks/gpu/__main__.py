@@ -1,105 +1,147 @@
-"""python -m benchmarks.gpu [--device cuda|cpu] [--only NAME] [--hidden 4096] [--layers 32] [--output docs/gpu.md]
+"""python -m benchmarks.gpu [--device cuda|cpu] [--small] [--only NAME] [--seconds 450] [--output docs]
 
-What holds on CPU, on a GPU: the sharded model against the unsharded one, on the same card. Two TP ranks share one card
-and talk over gloo, because NCCL refuses two ranks of one device; so this says what is right, not how fast it is. Writes
-a page, and ends with 1 when anything differs. `--device cpu` tries the program itself on a machine without a card.
+What holds on CPU, on a GPU: the sharded model against the unsharded one, on the same card; and what only a GPU can
+tell: memory and rates of loading. Two TP ranks share one card and talk over gloo, because NCCL refuses two ranks of one
+device; NCCL runs with one rank. Prints a page, writes gpu.md and gpu.json to `--output`, and ends with 1 when anything
+differs. `--device cpu --small` tries the program itself on a machine without a card, in a minute.
+
+The most important checks run first. A check that takes longer than its limit is stopped, and when the time is over the
+rest is not run; the page says which.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import datetime
+import importlib.metadata
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-from benchmarks.gpu import hybrids, programs
-from benchmarks.gpu.report import page
+import torch
 
-RANKS = 2
-LOAD = "load"
+from benchmarks.gpu import hybrids
+from benchmarks.gpu.checks import CHECKS
+from benchmarks.gpu.record import Outcome, Record, Run, State
+from benchmarks.gpu.report import page, row
+from benchmarks.gpu.supervise import run_checks
+from benchmarks.gpu.work import Check
+
 OPERATORS = (
     "import torch; from deepspeed.ops import op_builder;"
     "op_builder.FusedAdamBuilder().load(); op_builder.CPUAdamBuilder().load()"
 )
 CAPABILITY = "import torch; print('.'.join(map(str, torch.cuda.get_device_capability())))"
+PACKAGES = (
+    "torch", "deepspeed", "transformers", "accelerate", "safetensors", "triton", "flash-attn", "mamba-ssm",
+    "causal-conv1d", "flash-linear-attention", "liger-kernel",
+)  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--small", action="store_true", help="one check of each kind")
     parser.add_argument("--only", action="append", help="run the checks whose name begins so; may be given again")
-    parser.add_argument("--hidden", type=int, default=4096, help="hidden size of the model that is loaded and timed")
-    parser.add_argument("--layers", type=int, default=32, help="its layers")
-    parser.add_argument("--seconds", type=float, default=480, help="the ranks are killed then")
-    parser.add_argument("--output", type=Path, help="write a page of Markdown; printed in any case")
+    parser.add_argument("--hidden", type=int, help="hidden size of the model that is loaded and timed (4096; CPU: 64)")
+    parser.add_argument("--layers", type=int, help="its layers (32; CPU: 1)")
+    parser.add_argument("--seconds", type=float, default=450, help="what has not run by then is not run")
+    parser.add_argument("--plant", action="store_true", help="make a gradient of every sharded model wrong")
+    parser.add_argument("--output", type=Path, help="a folder: its gpu.json gets this run, its gpu.md is made of it")
     options = parser.parse_args()
-    environment = {**os.environ, "DS_ACCELERATOR": options.device, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    os.environ.update(environment)
     began = time.monotonic()
-    build = None
-    if options.device == "cuda":  # a minute of nvcc, meanwhile the rest runs
-        # DeepSpeed cannot read every list that an environment may have, such as 9.0a
-        environment["TORCH_CUDA_ARCH_LIST"] = subprocess.check_output(
-            [sys.executable, "-c", CAPABILITY], text=True
-        ).strip()
-        build = subprocess.Popen(
-            [sys.executable, "-c", OPERATORS], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # not without the ranks
+    os.environ.update(DS_ACCELERATOR=options.device, HF_HUB_OFFLINE="1", PYTHONWARNINGS="ignore")
+    checks = chosen(options.only, options.small, options.device)
+    if not checks:
+        sys.exit("no check has such a name")
+    job = {
+        "device": options.device,
+        "hidden": options.hidden or (4096 if options.device == "cuda" else 64),
+        "layers": options.layers or (32 if options.device == "cuda" else 1),
+        "plant": options.plant,
+    }
+    outcomes: list[Outcome] = []
+
+    def report(outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        print(row(outcome), flush=True)
+        if outcome.state is State.FAILED:
+            print(outcome.reason, file=sys.stderr, flush=True)
+
+    build = _build_operators() if options.device == "cuda" else None
     with tempfile.TemporaryDirectory(prefix="autotp-gpu-") as name:
-        work = Path(name)
-        job = {"device": options.device, "only": options.only or [], "hidden": options.hidden, "layers": options.layers}
-        (work / "job.json").write_text(json.dumps(job))
-        needed = not options.only or any(name.startswith("hybrid") for name in options.only)
-        inferring = hybrids.start(work, environment) if needed else []
-        done = _run_ranks(work, environment, options.seconds)
-        for process in inferring:
-            process.kill()
-        found = _results(work)
-        if options.device == "cuda":
-            found["checks"] += programs.checks(work, job["only"])
-    if build is not None:
-        build.kill()
-    text = page(found, time.monotonic() - began)
-    print(text)
-    if not done:
-        print("the ranks did not end: what is missing above did not run", file=sys.stderr)
+        needed = {check.hybrid for check in checks} - {""}
+        inferring = hybrids.start(Path(name), dict(os.environ), sorted(needed))
+        try:
+            run_checks(Path(name), job, checks, began + options.seconds, report)
+        finally:
+            for process in inferring:
+                process.kill()
+            if build is not None:
+                build.kill()
+    run = _run(options, outcomes, time.monotonic() - began)
+    print(page(Record(runs=(run,))))
     if options.output:
-        options.output.write_text(text)
-    sys.exit(0 if done and all(check["ok"] for check in found["checks"]) else 1)
+        _write(options.output, run)
+    if run.failed:
+        sys.exit(f"{len(run.failed)} of {len(outcomes)} checks failed: " + ", ".join(one.name for one in run.failed))
 
 
-def _run_ranks(work: Path, environment: dict[str, str], seconds: float) -> bool:
-    """Whether both ranks ended by themselves."""
-    processes = []
-    for rank in range(RANKS):
-        # LOCAL_RANK names the device: it is the same for both
-        own = {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        with (work / f"output-{rank}").open("w") as output:
-            command = [sys.executable, "-m", "benchmarks.gpu.rank", str(work)]
-            processes.append(subprocess.Popen(command, env={**environment, **own}, stdout=output, stderr=output))
-    try:
-        deadline = time.monotonic() + seconds
-        codes = [process.wait(max(1.0, deadline - time.monotonic())) for process in processes]
-    except subprocess.TimeoutExpired:
-        codes = [1]
-    finally:
-        for process in processes:
-            process.kill()
-    if any(codes):
-        for rank in range(RANKS):
-            print(f"rank {rank}:", (work / f"output-{rank}").read_text()[-3000:], sep="\n", file=sys.stderr)
-    return not any(codes)
+def chosen(only: list[str] | None, small: bool, device: str) -> list[Check]:
+    """The checks to run, those of the names alone if there are any; on a CPU with few starts of ranks."""
+    found = [
+        check
+        for check in CHECKS
+        if (any(check.name.startswith(name) for name in only) if only else check.small or not small)
+        and not (check.needs_cuda and device != "cuda")
+    ]
+    return found if device == "cuda" else sorted(found, key=lambda check: -check.ranks)
 
 
-def _results(work: Path) -> dict[str, Any]:
-    path = work / "results.json"
-    empty: dict[str, Any] = {"machine": {}, "checks": []}
-    return json.loads(path.read_text()) if path.exists() else empty
+def _build_operators() -> subprocess.Popen[bytes]:
+    """DeepSpeed's operators for the card: a minute of nvcc, while other checks run."""
+    # DeepSpeed cannot read every list that an environment may have, such as 9.0a
+    capability = subprocess.check_output([sys.executable, "-c", CAPABILITY], text=True).strip()
+    os.environ["TORCH_CUDA_ARCH_LIST"] = capability
+    return subprocess.Popen([sys.executable, "-c", OPERATORS], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def _run(options: argparse.Namespace, outcomes: list[Outcome], seconds: float) -> Run:
+    on_card = options.device == "cuda"
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if on_card:
+        versions["CUDA"] = str(torch.version.cuda)
+        versions["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return Run(
+        date=datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
+        card=torch.cuda.get_device_name(0) if on_card else None,
+        memory=round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1) if on_card else None,
+        versions=versions,
+        seconds=round(seconds, 1),
+        outcomes=tuple(outcomes),
+    )
+
+
+def _write(folder: Path, run: Run) -> None:
+    """Add a run to the record in a folder, and write the page of it."""
+    path = folder / "gpu.json"
+    record = (Record.from_json(path.read_text(encoding="utf-8")) if path.exists() else Record()).with_run(run)
+    for file, text in ((path, record.to_json()), (folder / "gpu.md", page(record))):
+        unfinished = file.with_name(f"{file.name}.unfinished")
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(file)
 
 
 if __name__ == "__main__":

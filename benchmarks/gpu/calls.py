@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.gpu.work import Found, Work, batches, checkpoint, dense, sharded
+from benchmarks.gpu.work import Error, Found, Work, absolute, batches, checkpoint, dense, sharded
 
 _KEPT: list[BaseException] = []
 
@@ -27,8 +27,7 @@ def saving(work: Work) -> Found:
     for place, tensors in ((checkpoint(work, "phi3"), source), (folder, saved)):
         for path in sorted(place.glob("*.safetensors")):
             tensors.update(load_file(path))
-    assert source.keys() == saved.keys()
-    return max((source[name] - saved[name]).abs().max().item() for name in source), {"tensors": len(source)}
+    return absolute(saved, source).found(tensors=len(source))
 
 
 def generation(work: Work) -> Found:
@@ -43,7 +42,10 @@ def generation(work: Work) -> Found:
     both: list[Any] = [None, None]
     dist.all_gather_object(both, sampled.tolist())
     assert both[0] == both[1], "the ranks sampled different tokens"
-    return float((greedy != expected).sum()), {"tokens": greedy.numel()}
+    wrong = greedy.clone()
+    wrong[0, -1] += 1
+    error = Error(worst=float((greedy != expected).sum()), planted=float((wrong != expected).sum()))
+    return error.found(tokens=greedy.numel())
 
 
 def synchronizing_calls(work: Work) -> Found:
@@ -59,8 +61,11 @@ def synchronizing_calls(work: Work) -> Found:
             one(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
         torch.cuda.set_sync_debug_mode("default")
         counts.append([f"{Path(one.filename).name}:{one.lineno}" for one in caught])
-    return float(len(counts[1]) - len(counts[0])), {"unsharded": len(counts[0]), "sharded": len(counts[1]),
-                                                     "where": " ".join(sorted(set(counts[1])))}  # fmt: skip
+    more = len(counts[1]) - len(counts[0])
+    where = " ".join(sorted(set(counts[1])))
+    return Error(worst=float(more), planted=more + 1.0).found(
+        unsharded=len(counts[0]), sharded=len(counts[1]), where=where
+    )
 
 
 def unknown_token(work: Work) -> Found:
@@ -72,7 +77,7 @@ def unknown_token(work: Work) -> Found:
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.item()
     except (RuntimeError, IndexError) as error:
         _KEPT.append(error)  # with its frames: to free a tensor on that card would end the process
-        return None, {"says": str(error).splitlines()[0]}
+        return Found(figures={"says": str(error).splitlines()[0]})
     raise AssertionError("a loss was computed")
 
 
@@ -87,7 +92,7 @@ def too_few_devices(work: Work) -> Found:
     try:
         init_ranks(dist.get_world_size())
     except MismatchError as error:
-        return 0.0, {"says": str(error).splitlines()[0]}
+        return Found(figures={"says": str(error).splitlines()[0]})
     finally:
         os.environ["LOCAL_RANK"] = "0"
     raise AssertionError("nothing was said")

@@ -11,9 +11,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.gpu.work import Found, Work, batches, checkpoint, dense, relative, sharded
+from benchmarks.gpu.work import (
+    Error,
+    Found,
+    Work,
+    absolute,
+    batches,
+    checkpoint,
+    dense,
+    planted_in,
+    relative,
+    sharded,
+    spoiled,
+)
 
-_INFERENCE_SECONDS = 240
+INFERENCE_SECONDS = 240
 
 
 def parity(variant: str, work: Work, document: Any = None) -> Found:
@@ -26,7 +38,7 @@ def parity(variant: str, work: Work, document: Any = None) -> Found:
         plan, model = sharded(work, variant, dtype=torch.float64, **options)
     else:
         plan = TrainingPlan(document)
-        model = plan.load_model(checkpoint(work, variant), dtype=torch.float64, **options).train()
+        model = planted_in(work, plan.load_model(checkpoint(work, variant), dtype=torch.float64, **options).train())
     return _compare(work, plan, dense(work, variant, torch.float64, **options), model)
 
 
@@ -38,8 +50,14 @@ def _compare(work: Work, plan: Any, whole: Any, model: Any) -> Found:
     names = [name for name, _ in whole.named_parameters()]
     expected = run_passes(whole, dense_reader(whole), names, batches(work), forward=causal_lm)
     found = run_passes(model, shard_reader(model), list(expected["gradient"]), batches(work), forward=causal_lm)
-    errors = compare.errors(expected, found, plan.document, plan.ranks.tp_rank, compare.absolute_error)
-    return max(max(of_kind.values()) for of_kind in errors.values()), {"numbers": sum(map(len, errors.values()))}
+
+    def largest(numbers: Any) -> float:
+        errors = compare.errors(expected, numbers, plan.document, plan.ranks.tp_rank, compare.absolute_error)
+        return max(max(of_kind.values()) for of_kind in errors.values())
+
+    wrong = {**found, "gradient": spoiled(found["gradient"], min(found["gradient"]))}
+    error = Error(worst=largest(found), planted=largest(wrong))
+    return error.found(numbers=sum(map(len, expected.values())))
 
 
 def hybrid(family: str, work: Work) -> Found:
@@ -50,7 +68,7 @@ def hybrid(family: str, work: Work) -> Found:
 
     plan, folder = inferred(work, family)
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **EXPERTS).to(work.device).train()
-    model = plan.load_model(folder, dtype=torch.float64, **EXPERTS).train()
+    model = planted_in(work, plan.load_model(folder, dtype=torch.float64, **EXPERTS).train())
     return _compare(work, plan, whole, model)
 
 
@@ -68,7 +86,8 @@ def hybrid_kernels(work: Work) -> Found:
         loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         found.append([loss.item(), torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf).item()])
-    return relative(found[1], found[0]), {"flash-linear-attention": importlib.util.find_spec("fla") is not None}
+    error = relative(found[1], found[0], planted=0.1)
+    return error.found(**{"flash-linear-attention": importlib.util.find_spec("fla") is not None})
 
 
 def inferred(work: Work, family: str) -> tuple[Any, Path]:
@@ -90,7 +109,7 @@ def inferred(work: Work, family: str) -> tuple[Any, Path]:
 
     folder = work.once(f"hybrid-{family}", write)
     rules = work.folder / f"{family}.spec.json"
-    deadline = time.monotonic() + _INFERENCE_SECONDS
+    deadline = time.monotonic() + INFERENCE_SECONDS
     while not rules.exists():
         log = work.folder / f"{family}.log"
         assert time.monotonic() < deadline, f"the rules of {family} were not inferred: {log.read_text()[-2000:]}"
@@ -105,16 +124,17 @@ def planted(work: Work) -> Found:
 
     document = compile_plan(checkpoint(work, "qwen3"), tp_size=dist.get_world_size())
     forgotten = tuple(dataclasses.replace(entry, partial_gradient=False) for entry in document.parameters)
-    error, _ = parity("qwen3", work, dataclasses.replace(document, parameters=forgotten))
+    error = parity("qwen3", work, dataclasses.replace(document, parameters=forgotten)).worst
     assert error is not None and error > 1e-3, f"a wrong plan went unnoticed: its largest error is {error}"
-    return None, {"found": error}
+    return Found(figures={"found": error})
 
 
 def dropout(work: Work) -> Found:
     """Both ranks drop the same activations, and recomputed activations have the same masks."""
     tokens = batches(work)(0)
     _, model = sharded(work, "gpt2", changes={"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2})
-    losses, gradients = [], []
+    losses: list[float] = []
+    gradients: list[dict[str, torch.Tensor]] = []
     for recompute in (False, True):
         if recompute:
             model.gradient_checkpointing_enable()
@@ -122,13 +142,12 @@ def dropout(work: Work) -> Found:
         output = model(input_ids=tokens, labels=tokens, use_cache=False)
         output.loss.backward()
         losses.append(output.loss.item())
-        gradients.append([value.grad.clone() for value in model.parameters() if value.grad is not None])
+        gradients.append(_gradients(model))
         model.zero_grad()
     both: list[Any] = [None, None]
     dist.all_gather_object(both, losses[0])
     assert both[0] == both[1], f"the ranks have different losses: {both}"
-    pairs = zip(*gradients, strict=True)
-    return max((one - other).abs().max().item() / one.abs().max().item() for one, other in pairs), {"loss": losses[0]}
+    return _scaled(gradients[1], gradients[0]).found(loss=losses[0])
 
 
 def compiled(variant: str, work: Work) -> Found:
@@ -139,7 +158,16 @@ def compiled(variant: str, work: Work) -> Found:
     for step in (model, torch.compile(model)):
         loss = step(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
-        found.append([loss.detach(), *(value.grad.clone() for value in model.parameters() if value.grad is not None)])
+        found.append({"loss": loss.detach(), **_gradients(model)})
         model.zero_grad()
-    errors = [(one - other).abs().max() / one.abs().max() for one, other in zip(*found, strict=True)]
-    return max(errors).item(), {}
+    return _scaled(found[1], found[0]).found()
+
+
+def _gradients(model: Any) -> dict[str, torch.Tensor]:
+    return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+
+
+def _scaled(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> Error:
+    """The largest error of tensors by name, each relative to the tensor's largest element."""
+    scales = {name: value.abs().max() for name, value in expected.items()}
+    return absolute(*({name: value / scales[name] for name, value in of.items()} for of in (found, expected)))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.gpu.work import STEPS, Found, Work, adam_losses, batches, checkpoint, dense, relative, sharded
+from benchmarks.gpu.work import STEPS, Error, Found, Work, adam_losses, batches, checkpoint, dense, relative, sharded
 
 
 def engine(variant: str, stage: int, work: Work, **changes: Any) -> Found:
@@ -25,7 +25,7 @@ def engine(variant: str, stage: int, work: Work, **changes: Any) -> Found:
         plan, model, training, zero_stage=stage, forward=causal_lm, norm=norms, **changes
     )
     columns = 1 if stage == 0 else 2  # without ZeRO an engine does not tell its norm
-    return max(relative([s[i] for s in found], [s[i] for s in expected]) for i in range(columns)), {}
+    return Error.of_all(relative([s[i] for s in found], [s[i] for s in expected]) for i in range(columns)).found()
 
 
 def overlap(work: Work) -> Found:
@@ -59,7 +59,7 @@ def offload(stage: int, work: Work) -> Found:
 
 def bf16(work: Work) -> Found:
     """Losses in bfloat16 under each ZeRO stage against the unsharded engine's in bfloat16."""
-    figures: dict[str, Any] = {}
+    errors: dict[str, Error] = {}
     tokens = batches(work)
     whole = dense(work, "llama", torch.bfloat16)
     master = [value.detach().float().requires_grad_() for value in whole.parameters()]
@@ -92,8 +92,8 @@ def bf16(work: Work) -> Found:
             made.step()
             losses.append(loss.item())
         made.destroy()
-        figures[f"ZeRO {stage}"] = relative(losses, expected)
-    return max(figures.values()), figures
+        errors[f"ZeRO {stage}"] = relative(losses, expected, planted=0.03)
+    return Error.of_all(errors.values()).found(**{name: error.worst for name, error in errors.items()})
 
 
 def resume(work: Work) -> Found:
@@ -121,7 +121,7 @@ def resume(work: Work) -> Found:
     second, _, _, _ = plan.initialize(model, config=config)
     plan.load_checkpoint(second, work.folder / "job")
     found = [step(second, seed) for seed in (1, 2)]
-    return relative(found, expected), {}
+    return relative(found, expected).found()
 
 
 def lora(work: Work) -> Found:
@@ -150,7 +150,7 @@ def lora(work: Work) -> Found:
         PeftModel.from_pretrained(dense(work, "llama"), str(adapter), is_trainable=True),
         plan.load_adapter(model, adapter),
     ]
-    return relative(*(adam_losses(work, run) for run in reversed(runs))), {}
+    return relative(adam_losses(work, runs[1]), adam_losses(work, runs[0])).found()
 
 
 def optimizers(name: str, work: Work) -> Found:
@@ -170,7 +170,7 @@ def optimizers(name: str, work: Work) -> Found:
     plan, model = sharded(work, "phi3")
     optimizer = make(model)
     plan.adapt_optimizer(model, optimizer)
-    return relative(adam_losses(work, model, optimizer), adam_losses(work, whole, make(whole))), {}
+    return relative(adam_losses(work, model, optimizer), adam_losses(work, whole, make(whole))).found()
 
 
 def trainer(work: Work) -> Found:
@@ -193,4 +193,4 @@ def trainer(work: Work) -> Found:
     plan.adapt_trainer(made)
     made.train()
     found = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
-    return relative(found, adam_losses(work, dense(work, "llama"))), {}
+    return relative(found, adam_losses(work, dense(work, "llama"))).found()
