@@ -14,7 +14,6 @@ from deepspeed import comm as dist
 from torch import Tensor
 
 from autotp_plan.runtime.tensor_parallel.collectives import gather_shards, sum_copies_by, take
-from autotp_plan.runtime.tensor_parallel.kept_results import kept
 from autotp_plan.runtime.tensor_parallel.torch_internals import eager
 from autotp_plan.schemas import intervals as iv
 
@@ -46,23 +45,6 @@ def gather_sequence(shard: Tensor, group: Any, tokens: Sequence[iv.Interval], tp
 
 
 @eager
-def reduce_scatter_sequence(part: Tensor, group: Any, tokens: Sequence[iv.Interval], tp_rank: int) -> Tensor:
-    """This rank's tokens of the sum of every rank's `part`; the gradient is all-gathered.
-
-    Args:
-        part: this rank's part of the sum, `(batch, tokens, ...)`.
-        group: the TP process group.
-        tokens: the tokens that each rank holds.
-        tp_rank: this rank.
-
-    Returns:
-        `(batch, tokens of this rank, ...)`.
-    """
-    result: Tensor = _ReduceScatter.apply(part, group, tuple(tokens), tp_rank)  # type: ignore[no-untyped-call]
-    return result
-
-
-@eager
 def split_sequence(full: Tensor, group: Any, tokens: Sequence[iv.Interval], tp_rank: int) -> Tensor:
     """This rank's tokens of a tensor that is the same on every rank; the gradient is all-gathered.
 
@@ -79,12 +61,16 @@ def split_sequence(full: Tensor, group: Any, tokens: Sequence[iv.Interval], tp_r
     return result
 
 
-def _gathered(shard: Tensor, group: Any, tokens: Sequence[iv.Interval]) -> Tensor:
+def gathered(shard: Tensor, group: Any, tokens: Sequence[iv.Interval]) -> Tensor:
+    """All tokens, of which this rank has `shard`. No gradient."""
     return gather_shards(shard, group, [(one,) for one in tokens], _DIM)
 
 
-def _reduce_scattered(part: Tensor, group: Any, tokens: Sequence[iv.Interval], tp_rank: int) -> Tensor:
-    """Ranks with fewer tokens than others are padded to the most for the collective."""
+def reduce_scattered(part: Tensor, group: Any, tokens: Sequence[iv.Interval], tp_rank: int) -> Tensor:
+    """This rank's tokens of the sum of every rank's `part`. No gradient.
+
+    Ranks with fewer tokens than others are padded to the most for the collective.
+    """
     most = max(stop - start for start, stop in tokens)
     along = part.movedim(_DIM, 0)
     if all(stop - start == most for start, stop in tokens):
@@ -108,28 +94,17 @@ class _Gather(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.sharding = group, tokens, tp_rank
-        full = _gathered(shard, group, tokens)
+        full = gathered(shard, group, tokens)
         return full, full.new_empty(()).expand(full.shape)
 
     @staticmethod
     def backward(ctx: Any, same: Tensor | None, part: Tensor | None) -> tuple[Any, ...]:
         group, tokens, tp_rank = ctx.sharding
-        grad = None if part is None else _reduce_scattered(part, group, tokens, tp_rank)
+        grad = None if part is None else reduce_scattered(part, group, tokens, tp_rank)
         if same is not None:
             own = take(same, (tokens[tp_rank],), _DIM)
             grad = own if grad is None else grad + own
         return grad, None, None, None
-
-
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, group: Any, tokens: tuple[iv.Interval, ...], tp_rank: int) -> Tensor:
-        ctx.sharding = group, tokens
-        return kept(lambda: _reduce_scattered(part, group, tokens, tp_rank))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _gathered(grad, *ctx.sharding), None, None, None
 
 
 class _Split(torch.autograd.Function):
@@ -140,4 +115,4 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _gathered(grad, *ctx.sharding), None, None, None
+        return gathered(grad, *ctx.sharding), None, None, None

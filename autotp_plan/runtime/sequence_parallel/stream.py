@@ -15,9 +15,9 @@ from torch import Tensor
 
 from autotp_plan.runtime.sequence_parallel.collectives import (
     gather_sequence,
-    reduce_scatter_sequence,
     split_sequence,
 )
+from autotp_plan.runtime.sequence_parallel.products import product_scattered
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.errors import Fault, MismatchError
 
@@ -71,26 +71,29 @@ class Stream:
         """All tokens of a tensor that is sharded along the sequence."""
         return self._along(gather_sequence, hidden, is_full=False)
 
-    def reduce_scatter(self, part: Tensor) -> Tensor:
-        """This rank's tokens of the sum over the ranks."""
-        return self._along(reduce_scatter_sequence, part)
+    def product(self, input: Tensor, weight: Tensor) -> Tensor:
+        """This rank's tokens of the sum over the ranks of a row-parallel product."""
+        return self._along(product_scattered, input, weight)
 
     def split(self, full: Tensor) -> Tensor:
         """This rank's tokens of a tensor that is the same on every rank."""
         return self._along(split_sequence, full)
 
-    def _along(self, collective: Callable[..., Tensor], tensor: Tensor, is_full: bool = True) -> Tensor:
-        """A collective along the tokens of `(batch, tokens, ...)`, or of `(batch * tokens, hidden size)`."""
+    def _along(
+        self, collective: Callable[..., Tensor], tensor: Tensor, *others: Tensor, is_full: bool = True
+    ) -> Tensor:
+        """A collective along the tokens of `(batch, tokens, ...)`, or of `(batch * tokens, features)`."""
         assert self.shape is not None
         tokens = iv.divide(self.shape.length, self.tp_size)
         start, stop = (0, self.shape.length) if is_full else tokens[self.tp_rank]
         found = tensor.shape[1] if tensor.dim() > 2 else tensor.shape[0] / self.shape.batch
         if found != stop - start:
             raise MismatchError(_other_length(found, stop - start, self.shape.length))
+        sharding = self.group, tokens, self.tp_rank
         if tensor.dim() > 2:
-            return collective(tensor, self.group, tokens, self.tp_rank)
+            return collective(tensor, *others, *sharding)
         by_sequence = tensor.reshape(self.shape.batch, stop - start, tensor.shape[1])
-        return collective(by_sequence, self.group, tokens, self.tp_rank).flatten(0, 1)
+        return collective(by_sequence, *others, *sharding).flatten(0, 1)
 
 
 def _other_length(found: float, expected: int, length: int) -> Fault:

@@ -138,7 +138,9 @@ def _policy(layer: _Layer, _: Any, operator: Any, *args: Any, **__: Any) -> Chec
 
 @functools.cache
 def _kind(operator: Any) -> str:
-    name = operator.name().partition(".")[0]
+    name, _, overload = operator.name().partition(".")
+    if overload == "out":  # into a tensor that is given, which the caller keeps
+        return ""
     if name in _PRODUCTS or "grouped_mm" in name:
         return "product"
     return "in batches" if name in _IN_BATCHES else "view" if name in _VIEWS else ""

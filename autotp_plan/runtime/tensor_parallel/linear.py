@@ -37,8 +37,8 @@ class SequenceStream(Protocol):
 
     shape: Any
 
-    def reduce_scatter(self, part: Tensor) -> Tensor:
-        """This rank's tokens of the sum over the ranks."""
+    def product(self, input: Tensor, weight: Tensor) -> Tensor:
+        """This rank's tokens of the sum over the ranks of a row-parallel product."""
 
 
 class PlannedLayer(HoldsShards, ShardedLayer):
@@ -247,23 +247,24 @@ class RowParallelLinear(_Linear):
             held = self.shards.layouts["weight"].intervals[self.tp_index]
             copied = copy_to_ranks(input, self.mp_group, shared=self.share_input_gradients)
             input = take(copied, held, input.dim() - 1)
-        output: Tensor = F.linear(input, self.local_weight)
-        if self.is_tp_parallel:
-            output = self._sum(output)
+        output = self._summed_product(input) if self.is_tp_parallel else F.linear(input, self.local_weight)
         output = output if self.bias is None else output + self.bias
         if self.copy_output and self.is_tp_parallel:
             output = copy_to_ranks(output, self.mp_group, shared=self.share_input_gradients)
         return output
 
-    def _sum(self, part: Tensor) -> Tensor:
-        """The sum over the ranks; outside of the sharded region, and of a sharded stream in one of its own."""
+    def _summed_product(self, input: Tensor) -> Tensor:
+        """The sum over the ranks of the product; behind it, other random numbers than in the sharded region."""
         stream = None if self.stream is None or self.stream.shape is None else self.stream
-        total = sum_over_ranks(part, self.mp_group, is_product=True) if stream is None else stream.reduce_scatter(part)
+        if stream is None:
+            output = sum_over_ranks(F.linear(input, self.local_weight), self.mp_group, is_product=True)
+        else:
+            output = stream.product(input, self.local_weight)
         if self.training:
             leave_sharded_region()
             if stream is not None:
                 enter_sharded_region(f"{self.name}.stream", self.tp_index)
-        return total
+        return output
 
 
 class _OverlappedColumn(torch.autograd.Function):
