@@ -80,9 +80,23 @@ def reduce_scattered(part: Tensor, group: Any, tokens: Sequence[iv.Interval], tp
         for rank, (start, stop) in enumerate(tokens):
             padded[rank * most : rank * most + stop - start] = along[start:stop]
     output = padded.new_empty((most, *padded.shape[1:]))
-    dist.reduce_scatter_tensor(output, padded, group=group)
+    _reduce_scatter(output, padded, group)
     start, stop = tokens[tp_rank]
     return output[: stop - start].movedim(0, _DIM).contiguous()
+
+
+def _reduce_scatter(output: Tensor, parts: Tensor, group: Any) -> None:
+    """Into `output` the sum of every rank's part for this rank.
+
+    gloo's reduce-scatter is an all-reduce of which all but this rank's part is dropped. There, the parts are exchanged
+    and added up here: half the bytes.
+    """
+    if torch.distributed.get_backend(group) == "gloo":
+        received = torch.empty_like(parts)
+        dist.all_to_all_single(received, parts, group=group)
+        torch.sum(received.view(-1, *output.shape), dim=0, out=output)
+    else:
+        dist.reduce_scatter_tensor(output, parts, group=group)
 
 
 class _Gather(torch.autograd.Function):

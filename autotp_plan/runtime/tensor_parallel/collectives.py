@@ -103,18 +103,28 @@ def gather_shards(shard: Tensor, group: Any, intervals: Sequence[iv.Intervals], 
     """
     lengths = [iv.length(rank) for rank in intervals]
     local = shard.movedim(dim, 0)
-    padded = local.new_zeros((max(lengths), *local.shape[1:]))
-    padded[: local.shape[0]] = local
-    parts = padded.new_empty((len(lengths) * max(lengths), *local.shape[1:]))
-    dist.all_gather_into_tensor(parts, padded, group=group)
+    padded = local.contiguous()
+    if local.shape[0] < max(lengths):
+        padded = local.new_zeros((max(lengths), *local.shape[1:]))
+        padded[: local.shape[0]] = local
     size = max(stop for rank in intervals for _, stop in rank)
     full = shard.new_empty((*shard.shape[:dim], size, *shard.shape[dim + 1 :]))
     along = full.movedim(dim, 0)
+    if along.is_contiguous() and _follow_each_other(intervals, lengths):
+        dist.all_gather_into_tensor(along, padded, group=group)
+        return full
+    parts = padded.new_empty((len(lengths) * max(lengths), *local.shape[1:]))
+    dist.all_gather_into_tensor(parts, padded, group=group)
     for rank, held in enumerate(intervals):
         for held_at, at, count in iv.copies(held, ((0, size),)):
             start = rank * max(lengths) + held_at
             along[at : at + count] = parts[start : start + count]
     return full
+
+
+def _follow_each_other(intervals: Sequence[iv.Intervals], lengths: Sequence[int]) -> bool:
+    """Whether each rank holds as many indices, behind those of the rank before it."""
+    return all(held == ((rank * size, (rank + 1) * size),) for rank, (held, size) in enumerate(zip(intervals, lengths)))
 
 
 def take(full: Tensor, intervals: iv.Intervals, dim: int) -> Tensor:
