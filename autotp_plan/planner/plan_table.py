@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from autotp_plan.planner.stream_words import stream_json, stream_words
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.errors import Fault, OptionError
 from autotp_plan.schemas.layout import Layout
@@ -99,6 +100,7 @@ def summary(plan: Plan) -> Summary:
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """`{"tp_size", "parameters": [{"name", "shape", "dtype", "style", "rule", "dim", "intervals"}]}`, expanded.
+    With `"sequence_parallel": {"layers", "gather", "scatter", "end"}` where the stream is sharded.
 
     One entry per module parameter. `dim` is null and every rank holds all of it when a parameter is replicated. Where a
     weight is sharded in a logical view of its shape, the entry has that as `view`, and `dim` is a dimension of it.
@@ -128,12 +130,16 @@ def json_pieces(plan: Plan) -> Iterator[str]:
 
 
 def _json_pieces(plan: Plan) -> Iterator[str]:
-    yield f'{{\n "tp_size": {plan.tp_size},\n "parameters": ['
+    yield f'{{\n "tp_size": {plan.tp_size},\n'
+    if plan.sequence_parallel is not None:
+        said = json.dumps(stream_json(plan.sequence_parallel), indent=1).replace("\n", "\n ")
+        yield f' "sequence_parallel": {said},\n'
+    yield ' "parameters": ['
     between = "\n  "
     for entry in plan.parameters:
         layout = plan.layouts[entry.layout]
         shape = plan.shape_of(entry)
-        said: dict[str, Any] = {
+        facts: dict[str, Any] = {
             "shape": list(shape),
             "dtype": entry.dtype,
             "style": entry.style,
@@ -142,8 +148,8 @@ def _json_pieces(plan: Plan) -> Iterator[str]:
             "intervals": [[list(run) for run in layout.rank_intervals(rank)] for rank in range(plan.tp_size)],
         }
         if shape != layout.shape:
-            said["view"] = list(layout.shape)
-        rest = json.dumps(said, indent=1).removeprefix("{").replace("\n", "\n  ")
+            facts["view"] = list(layout.shape)
+        rest = json.dumps(facts, indent=1).removeprefix("{").replace("\n", "\n  ")
         for name in expand(entry.name):
             yield f'{between}{{\n   "name": {json.dumps(name)},{rest}'
             between = ",\n  "
@@ -284,6 +290,7 @@ def describe(plan: Plan) -> list[str]:
         value = attribute.values[0] if same else list(attribute.values)
         lines.append(f"set on each rank: {attribute.module}.{attribute.attribute} = {value}")
     lines += [f"{module.module}: {collectives(module)}" for module in plan.modules]
+    lines += [said for said in [stream_words(plan)] if said is not None]
     if plan.dequantize is not None:
         lines.append(f"the checkpoint has weights of {plan.dequantize} while they are sharded or loaded")
     lines += [f"note: {note}" for note in plan.notes]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from autotp_plan.schemas.errors import CompileError, Fault
 from autotp_plan.schemas.names import expand, fold, is_index, natural_key
 from autotp_plan.schemas.plan.document import Crossing, Parameter, Plan, SequenceParallel
+from autotp_plan.schemas.plan.stream_places import Stream
 
 OPTION = "--sequence-parallel"
 """The option of `compile`; `sequence_parallel=True` of `compile_plan`."""
@@ -59,6 +60,29 @@ def with_sequence_parallel(plan: Plan) -> Plan:
             end=end,
         ),
     )
+
+
+def without_sequence_parallel(plan: Plan) -> Plan:
+    """The plan of which `with_sequence_parallel` makes `plan`: every rank holds all tokens.
+
+    Args:
+        plan: a plan; one without sequence parallelism stays as it is.
+
+    Returns:
+        The plan, without the sums of gradients over parts of the tokens.
+    """
+    stream = Stream.of(plan)
+    if stream is None:
+        return plan
+    parts = {
+        name
+        for entry in plan.parameters
+        if entry.partial_gradient and not entry.add_once
+        for name in expand(entry.name)
+        if stream.sees_a_part(name.rpartition(".")[0])
+    }
+    parameters = tuple(_with_partial_gradients(plan.parameters, parts, partial=False))
+    return dataclasses.replace(plan, parameters=parameters, sequence_parallel=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,18 +235,18 @@ def _final_norm(layers: Sequence[str], tree: _Tree) -> str | None:
     return found[0] if len(found) == 1 and not tree.multiplies(found[0]) else None
 
 
-def _with_partial_gradients(entries: Iterable[Parameter], stream: set[str]) -> Iterator[Parameter]:
-    """The entries of a plan, those of the sharded stream marked; an entry of both kinds becomes single ones."""
+def _with_partial_gradients(entries: Iterable[Parameter], names: set[str], partial: bool = True) -> Iterator[Parameter]:
+    """The entries of a plan, those of `names` marked, or unmarked; an entry of both kinds becomes single ones."""
     for entry in entries:
-        names = expand(entry.name)
-        inside = sum(name in stream for name in names)
-        if inside in (0, len(names)):
-            yield dataclasses.replace(entry, partial_gradient=True) if inside else entry
+        listed = expand(entry.name)
+        inside = sum(name in names for name in listed)
+        if inside in (0, len(listed)):
+            yield dataclasses.replace(entry, partial_gradient=partial) if inside else entry
             continue
-        one = [None] * len(names) if entry.source is None else expand(entry.source)
-        many = [None] * len(names) if entry.sources is None else list(entry.sources.expanded())
-        for name, source, sources in zip(names, one, many):
-            marked = entry.partial_gradient or name in stream
+        one = [None] * len(listed) if entry.source is None else expand(entry.source)
+        many = [None] * len(listed) if entry.sources is None else list(entry.sources.expanded())
+        for name, source, sources in zip(listed, one, many):
+            marked = partial if name in names else entry.partial_gradient
             yield dataclasses.replace(entry, name=name, source=source, sources=sources, partial_gradient=marked)
 
 

@@ -13,13 +13,25 @@ from click.testing import CliRunner
 
 from autotp_plan.planner import SpecFile, compile_plan
 from autotp_plan.planner.cli.main import main
+from autotp_plan.planner.deepspeed.export import export_to_deepspeed
 from autotp_plan.planner.deepspeed.read_config import parse_section
+from autotp_plan.planner.diff.compare import compare_plans
+from autotp_plan.planner.diff.text import groups, lines
+from autotp_plan.planner.estimate.from_plan import estimate_from_plan
+from autotp_plan.planner.pictures.facts import picture
+from autotp_plan.planner.pictures.page import page
+from autotp_plan.planner.plan_table import as_json, describe
 from autotp_plan.planner.rules.preset_files import read_preset
+from autotp_plan.planner.sequence_parallel import with_sequence_parallel, without_sequence_parallel
 from autotp_plan.planner.shards.recompile import Helpers, recompiled
+from autotp_plan.planner.stream_words import stream_words
 from autotp_plan.schemas.errors import CompileError, Fault, MismatchError, MissingDependencyError
+from autotp_plan.schemas.estimate.settings import Settings
+from autotp_plan.schemas.names import expand
 from autotp_plan.schemas.plan.document import Plan, SequenceParallel
 from autotp_plan.schemas.plan.rules import Rules
 from tests.helpers.checkpoints import write_llama
+from tests.helpers.paths import PLANS
 from tests.helpers.wrappers import save_wrapper
 from tests.planner.fallback.test_vision_tower import Seen
 
@@ -185,3 +197,110 @@ def test_the_command(tmp_path: Path, tp_size: int) -> None:
     assert done.exit_code == 0, done.output
     assert Plan.read(output) == compile_plan(folder, tp_size=tp_size, sequence_parallel=True)
     assert Plan.read(output).rules == Rules(sequence_parallel=True)
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Plan]:
+    """Two plans of a model: without sequence parallelism, and with it."""
+    folder = write_llama(tmp_path_factory.mktemp("llama"))
+    without, plan = (compile_plan(folder, tp_size=2, sequence_parallel=on) for on in (False, True))
+    return without, plan
+
+
+WORDS = (
+    "the stream of 2 layers is sharded; all-gather before mlp, self_attn; "
+    "reduce-scatter behind mlp.down_proj, self_attn.o_proj; all-gather behind model.norm"
+)
+
+
+def test_it_is_shown(both: tuple[Plan, Plan], tmp_path: Path) -> None:
+    without, plan = both
+    assert f"sequence parallel: {WORDS}" in describe(plan)
+    assert not any("sequence parallel" in line for line in describe(without))
+    assert as_json(plan)["sequence_parallel"] == {
+        "layers": ["model.layers.0", "model.layers.1"],
+        "gather": [f"model.layers.{at}.{name}" for name in ("mlp", "self_attn") for at in (0, 1)],
+        "scatter": [f"model.layers.{at}.{name}" for name in ("mlp.down_proj", "self_attn.o_proj") for at in (0, 1)],
+        "end": "model.norm",
+    }
+    assert "sequence_parallel" not in as_json(without)
+    one = compile_plan(write_llama(tmp_path / "model"), tp_size=1, sequence_parallel=True)
+    assert "sequence parallel: not at TP=1, where the one rank holds every token" in describe(one)
+    assert f"Sequence parallel: {WORDS}." in page(plan)
+    assert "equence parallel" not in page(without)
+    experts = with_sequence_parallel(Plan.read(PLANS / "mixtral_8x7b" / "tp2.json"))
+    assert "; each rank takes its tokens behind mlp; " in str(stream_words(experts))
+
+
+def test_what_is_exchanged_is_drawn(both: tuple[Plan, Plan]) -> None:
+    def collectives(plan: Plan, name: str) -> list[list[tuple[str, bool]]]:
+        (block,) = (block for section in picture(plan).sections for block in section.blocks if block.name == name)
+        return [[(one.what, one.backward) for one in found] for found in (block.before, block.after)]
+
+    for name in ("self_attn", "mlp"):
+        around = [[("all-gather", False), ("reduce-scatter", True)], [("reduce-scatter", False)]]
+        assert collectives(both[1], name) == around
+        assert collectives(both[0], name) == [[("all-reduce", True)], [("all-reduce", False)]]
+    without = Plan.read(PLANS / "mixtral_8x7b" / "tp2.json")
+    experts = with_sequence_parallel(without)
+    router = [[("all-gather", False), ("reduce-scatter", True)], [("all-gather", True)]]
+    assert collectives(experts, "mlp") == router
+    assert collectives(experts, "mlp.experts") == collectives(without, "mlp.experts")
+
+
+def test_turning_it_on_and_off_is_said(both: tuple[Plan, Plan]) -> None:
+    without, plan = both
+    for old, new, sign in ((without, plan, "added"), (plan, without, "removed")):
+        differences = compare_plans(old, new)
+        (line,) = (line for line in lines(differences) if line.text.startswith("sequence parallel"))
+        assert (line.text, line.kind) == (f"sequence parallel: {WORDS}", sign)
+        assert not differences.computes_the_same
+        (found,) = (one for one in differences.to_dict()["differences"] if one["of"] == "sequence parallel")
+        side = "new" if sign == "added" else "old"
+        (field,) = found["fields"]
+        assert field[side]["end"] == "model.norm"
+
+
+def test_other_places_are_said_of_their_modules(both: tuple[Plan, Plan]) -> None:
+    _, plan = both
+    assert plan.sequence_parallel is not None
+    scatter = ("model.layers.{0..1}.mlp", "model.layers.{0..1}.self_attn.o_proj")
+    moved = dataclasses.replace(plan, sequence_parallel=dataclasses.replace(plan.sequence_parallel, scatter=scatter))
+    differences = compare_plans(plan, moved)
+    said = {
+        f"{prefix}{row.name} {row.what}: {row.old} -> {row.new}" for prefix, rows in groups(differences) for row in rows
+    }
+    behind = "each rank has its tokens behind it"
+    assert said == {
+        f"model.layers.{{0..1}}.mlp sequence parallel: - -> {behind}",
+        f"model.layers.{{0..1}}.mlp.down_proj sequence parallel removed: {behind} -> -",
+    }
+    assert not differences.computes_the_same
+    unfolded = tuple(name for pattern in plan.sequence_parallel.gather for name in reversed(expand(pattern)))
+    same = dataclasses.replace(plan, sequence_parallel=dataclasses.replace(plan.sequence_parallel, gather=unfolded))
+    assert compare_plans(plan, same).equal
+
+
+def test_it_can_be_taken_out_again(both: tuple[Plan, Plan]) -> None:
+    without, plan = both
+    assert dataclasses.replace(without_sequence_parallel(plan), rules=None) == without
+    assert without_sequence_parallel(without) is without
+    for path in sorted(PLANS.glob("*/tp2.json")):
+        one = Plan.read(path)
+        assert without_sequence_parallel(with_sequence_parallel(one)) == one, path
+
+
+def test_plain_deepspeed_cannot_do_it_and_trains_rightly_without(both: tuple[Plan, Plan]) -> None:
+    exported, plain = export_to_deepspeed(both[1]), export_to_deepspeed(both[0])
+    assert [one.where for one in exported.obstacles] == ["sequence_parallel"]
+    assert exported.trains_rightly
+    assert plain.obstacles == ()
+    assert exported.partition_config == plain.partition_config
+    assert exported.share == plain.share
+
+
+def test_an_estimate_from_the_plan_alone_says_what_it_does_not_count(both: tuple[Plan, Plan]) -> None:
+    without, plan = (estimate_from_plan(one, Settings()) for one in both)
+    assert any("all-gathers and reduce-scatters of activations" in one for one in plan.missing)
+    assert any("all-reduces of activations" in one for one in without.missing)
+    assert without.ranks == plan.ranks

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autotp_plan.planner.deepspeed.limits import Obstacle, obstacles
+from autotp_plan.planner.sequence_parallel import without_sequence_parallel
 from autotp_plan.schemas.layout import Layout
 from autotp_plan.schemas.names import expand, starred
 from autotp_plan.schemas.plan.document import Plan
@@ -53,6 +54,7 @@ def export_to_deepspeed(plan: Plan) -> Export:
         the config, which trains rightly where `Export.trains_rightly`, and what stands in the way of the rest.
     """
     found = obstacles(plan)
+    plan = without_sequence_parallel(plan)
     reasons = {obstacle.where: obstacle for obstacle in found}
     tied = {tie.to for tie in plan.tied}
     rules: dict[str, dict[str, Any] | None] = {}

@@ -40,6 +40,8 @@ def obstacles(plan: Plan) -> list[Obstacle]:
     tied = {tie.to for tie in plan.tied}
     experts = _experts(plan)
     found = []
+    if plan.sequence_parallel is not None:
+        found.append(Obstacle(where="sequence_parallel", reason=_STREAM, may_be_whole=True))
     for entry in plan.parameters:
         if entry.name.startswith(experts) or expand(entry.name)[0].startswith(experts):
             found.append(Obstacle(where=entry.name, reason=_EXPERTS, may_be_whole=True))
@@ -53,6 +55,7 @@ def _experts(plan: Plan) -> tuple[str, ...]:
     return tuple(f"{one}." for module in plan.modules if _is_experts(module) for one in expand(module.module))
 
 
+_STREAM = "DeepSpeed's AutoTP does not shard the sequence: every rank holds all tokens between the blocks"
 _EXPERTS = "fused experts are no linear layers: DeepSpeed leaves them whole on every rank"
 
 

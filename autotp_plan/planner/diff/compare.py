@@ -7,8 +7,19 @@ from typing import Any
 
 from autotp_plan.planner.diff.differences import Difference, Differences, Fact, Side
 from autotp_plan.planner.diff.names import compare_facts, compare_names, compare_values
-from autotp_plan.planner.diff.plan_facts import Stated, attributes, fact, ignored, modules, notes, parameters, ties
+from autotp_plan.planner.diff.plan_facts import (
+    Stated,
+    attributes,
+    fact,
+    ignored,
+    modules,
+    notes,
+    parameters,
+    stream_places,
+    ties,
+)
 from autotp_plan.planner.plan_table import Summary, computed_in_full, headline, human_bytes, summary, verified_words
+from autotp_plan.planner.stream_words import stream_words
 from autotp_plan.schemas.codec import encode
 from autotp_plan.schemas.names import expand
 from autotp_plan.schemas.plan.document import Dequantization, Plan
@@ -31,6 +42,7 @@ def compare_plans(old: Plan, new: Plan) -> Differences:
     found = [*_settings(old, new), *_model(old, new)]
     for of, stated in _FOLDED:
         found += compare_names(of, stated(old), stated(new))
+    found += _stream(old, new)
     found += _inventory(old, new, found)
     found += _totals(old, new)
     found += compare_names("computed in full", _in_full(old), _in_full(new))
@@ -71,6 +83,20 @@ def _model(old: Plan, new: Plan) -> Iterator[Difference]:
     yield from _plain("model", "model_type", old.model.model_type, new.model.model_type)
     yield from _plain("model", "architecture", old.model.architecture, new.model.architecture)
     yield from compare_values("config", old.model.config, new.model.config)
+
+
+def _stream(old: Plan, new: Plan) -> Iterator[Difference]:
+    """Sequence parallelism that is turned on or off, in one sentence; or other places of the sharded stream."""
+    if old.sequence_parallel is not None and new.sequence_parallel is not None:
+        yield from compare_names("stream", stream_places(old), stream_places(new))
+        return
+    sides = (
+        None
+        if plan.sequence_parallel is None
+        else fact("value", encode(plan.sequence_parallel), str(stream_words(plan)).removeprefix("sequence parallel: "))
+        for plan in (old, new)
+    )
+    yield from compare_facts("sequence parallel", "sequence parallel", *sides)
 
 
 def _inventory(old: Plan, new: Plan, found: Iterable[Difference]) -> Iterator[Difference]:

@@ -187,6 +187,24 @@ def _crossing_words(crossing: Crossing, tp_size: int) -> str:
     return f"split, {share.replace('dim 0', f'{crossing.size} in dim {crossing.dim}')}"
 
 
+def stream_places(plan: Plan) -> Iterator[Stated]:
+    """Every module at which something happens to a stream that is sharded along the sequence."""
+    planned = plan.sequence_parallel
+    if planned is None:
+        return
+    said: dict[str, list[Fact]] = {}
+    for key, words, patterns in (
+        ("layer", "a layer of the sharded stream", planned.layers),
+        ("gather", "all-gather before it", planned.gather),
+        ("scatter", "each rank has its tokens behind it", planned.scatter),
+        ("end", "all-gather behind it", (planned.end,)),
+    ):
+        for name in itertools.chain.from_iterable(map(expand, patterns)):
+            said.setdefault(name, []).append(fact(key, True, words, "sequence parallel"))
+    for name, facts in said.items():
+        yield Stated(name, tuple(facts))
+
+
 def ignored(plan: Plan) -> Iterator[Stated]:
     """Every tensor that a checkpoint may hold and that is no parameter."""
     facts = (fact("ignored", True, "yes"),)

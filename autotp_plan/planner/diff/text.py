@@ -8,7 +8,19 @@ from dataclasses import dataclass
 from autotp_plan.planner.diff.differences import Difference, Differences, Fact, FieldChange, Kind
 from autotp_plan.planner.plan_table import MOST_ROWS, layer_prefix
 
-_IN_TABLE = ("plan", "runtime", "model", "config", "parameter", "tied", "attribute", "module", "tensor", "ignored")
+_IN_TABLE = (
+    "plan",
+    "runtime",
+    "model",
+    "config",
+    "parameter",
+    "tied",
+    "attribute",
+    "module",
+    "stream",
+    "tensor",
+    "ignored",
+)
 _ABSENT = "-"
 
 
@@ -51,7 +63,7 @@ def _in_table(differences: Differences) -> list[Difference]:
 
 
 def _rows(one: Difference, name: str) -> Iterator[DiffRow]:
-    if one.of in ("parameter", "tied", "module") and one.kind != "changed":
+    if one.of in _ADDED and one.kind != "changed":
         facts = [fact for field in one.fields if (fact := field.old or field.new) is not None]
         said = ", ".join(_with_title(fact, one.of) for fact in facts)
         old, new = (said, _ABSENT) if one.kind == "removed" else (_ABSENT, said)
@@ -64,13 +76,15 @@ def _rows(one: Difference, name: str) -> Iterator[DiffRow]:
             name = ""
 
 
-_ADDED = {"parameter": "{}", "tied": "tie {}", "module": "collectives {}"}
+_ADDED = {"parameter": "{}", "tied": "tie {}", "module": "collectives {}", "stream": "sequence parallel {}"}
 _BARE = frozenset({"shape", "dtype", "style", "held"})
 
 
 def _with_title(fact: Fact, of: str) -> str:
     """A fact of a parameter that is new or gone, as `show` has it; other facts need their titles."""
     if of == "parameter" and fact.key in _BARE:
+        return fact.words
+    if of == "stream":
         return fact.words
     if fact.key == "bytes_per_rank":
         return f"{fact.words} {fact.title}"

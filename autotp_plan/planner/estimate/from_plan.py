@@ -17,6 +17,13 @@ MISSING = (
     "all-reduces of activations over the tensor-parallel group",
     "floating-point operations",
 )
+MISSING_OF_STREAM = (
+    *MISSING[:2],
+    "all-gathers and reduce-scatters of activations, and all-reduces of gradients of parameters that see a part of the "
+    "tokens, over the tensor-parallel group",
+    *MISSING[3:],
+)
+"""The same of a plan whose stream is sharded along the sequence."""
 _FLOAT32 = 4
 
 
@@ -48,7 +55,7 @@ def estimate_from_plan(plan: Plan, settings: Settings) -> Estimate:
         tp_size=plan.tp_size,
         settings=settings,
         measured=False,
-        missing=MISSING,
+        missing=MISSING if plan.sequence_parallel is None else MISSING_OF_STREAM,
         ranks=tuple(_rank(plan, ranks, settings) for ranks in kinds_of_ranks(plan)),
     )
 

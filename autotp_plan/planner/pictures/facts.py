@@ -15,6 +15,7 @@ from autotp_plan.planner.plan_table import elements_per_rank, share_words
 from autotp_plan.schemas.names import num_names
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.plan.entries import Parameter, PlannedModule, Style
+from autotp_plan.schemas.plan.stream_places import Modules, Stream
 from autotp_plan.schemas.storage.safetensors_header import item_size
 
 MOST_WEIGHTS, MOST_GROUPS, ALL_PIECES = 240, 40, 12_000
@@ -111,6 +112,7 @@ def picture(plan: Plan) -> Picture:
     weights = pieces = 0
     drawn: set[str] = set()
     tied = {tie.name: tie.to for tie in plan.tied}
+    stream = Stream.of(plan)
     entries = [*plan.parameters, *_ties(plan)]
     for group in layers.groups(entries, plan.modules)[:MOST_GROUPS]:
         kept = []
@@ -139,7 +141,7 @@ def picture(plan: Plan) -> Picture:
                 )
             )
         if kept:
-            blocks = _blocks(kept, group, plan.tp_size)
+            blocks = _blocks(kept, group, plan.tp_size, stream)
             sections.append(
                 Section(stem=group.stem, numbers=group.numbers, num_layers=group.num_layers, blocks=tuple(blocks))
             )
@@ -176,7 +178,7 @@ def _ties(plan: Plan) -> Iterator[Parameter]:
             )
 
 
-def _blocks(weights: Sequence[Weight], group: layers.Group, tp_size: int) -> list[Block]:
+def _blocks(weights: Sequence[Weight], group: layers.Group, tp_size: int, stream: Stream | None) -> list[Block]:
     by_block: dict[tuple[str, str], list[Weight]] = defaultdict(list)
     modules = {label.rpartition(".")[0] for label, _ in group.entries if label.endswith(".weight")}
     for weight in weights:
@@ -195,6 +197,8 @@ def _blocks(weights: Sequence[Weight], group: layers.Group, tp_size: int) -> lis
         if group.numbers and name in group.modules:
             found_before, found_after = _crossings(group.modules[name])
             before, after = before + found_before, after + found_after
+        if stream is not None and group.numbers:
+            before, after = _around(stream, f"{group.stem}.{group.numbers[0]}", name, of, before, after)
         found.append(Block(name=name, stages=tuple(stages), before=tuple(before), after=tuple(after)))
     return sorted(found, key=lambda block: (layers.block_place(block.name, _labels(block)), block.name))
 
@@ -234,6 +238,36 @@ def _collectives(weights: Sequence[Weight], tp_size: int, in_layer: bool) -> tup
     if any("input split" in weight.notes for weight in matrices):
         before.append(Collective(what="all-reduce", why="of the split input's gradient", backward=True))
     return before, after
+
+
+def _around(
+    stream: Stream, layer: str, block: str, of: Sequence[Weight], before: list[Collective], after: list[Collective]
+) -> tuple[list[Collective], list[Collective]]:
+    """The collectives of a block, those along the sequence in the place of those that they replace.
+
+    A block that lies deeper in a module that is gathered or scattered keeps its collectives.
+    """
+    modules = [f"{layer}.{weight.label}".rpartition(".")[0] for weight in of]
+    depth = layer.count(".") + len(block.split("."))
+
+    def here(places: Modules) -> set[str]:
+        found = {place for module in modules if (place := places.holding(module)) is not None}
+        return {place for place in found if place.count(".") >= depth}
+
+    if here(stream.gather):
+        before = [_GATHERED, _GATHERED_BACK, *(one for one in before if one.what != "all-reduce")]
+    scattered = here(stream.scatter)
+    if any(place in stream.rows for place in scattered):
+        after = [_SCATTERED, *(one for one in after if not one.what.startswith("all-reduce"))]
+    elif scattered:
+        why = f"of the gradient: each rank took its tokens of what {block or 'the layer'} gives"
+        after = [*after, Collective(what="all-gather", why=why, backward=True)]
+    return before, after
+
+
+_GATHERED = Collective(what="all-gather", why="along the sequence: every rank is given all tokens")
+_GATHERED_BACK = Collective(what="reduce-scatter", why="of the gradient, along the sequence", backward=True)
+_SCATTERED = Collective(what="reduce-scatter", why="sums the partial outputs; each rank has its tokens of them")
 
 
 def _crossings(module: PlannedModule) -> tuple[list[Collective], list[Collective]]:

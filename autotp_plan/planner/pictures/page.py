@@ -14,6 +14,7 @@ from autotp_plan.planner.pictures.facts import picture
 from autotp_plan.planner.pictures.markup import Markup, data_text, plain, tag
 from autotp_plan.planner.pictures.model_part import model_section
 from autotp_plan.planner.plan_table import Summary, TableRow, computed_in_full, groups, human_bytes, rows, summary
+from autotp_plan.planner.stream_words import stream_words
 from autotp_plan.schemas.names import some
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.plan.stamp import Stamp
@@ -285,10 +286,13 @@ def _footer(plan: Plan) -> Iterator[Markup]:
         yield tag("p", f"Compiled by {plain(str(plan.rules))}.")
     if plan.dequantize is not None:
         yield tag("p", f"The checkpoint has weights of {plain(str(plan.dequantize))}.")
+    said = stream_words(plan)
+    if said is not None:
+        yield tag("p", f"{plain(said[:1].upper() + said[1:], 1200)}.")
     for attribute in plan.module_attributes[:MOST_ATTRIBUTES]:
         values = some(sorted({str(value) for value in attribute.values}), 8)
-        said = f"{plain(attribute.module)}.{plain(attribute.attribute)} = {values}"
-        yield tag("p", "Set on each rank: ", tag("code", said))
+        value = f"{plain(attribute.module)}.{plain(attribute.attribute)} = {values}"
+        yield tag("p", "Set on each rank: ", tag("code", value))
     if len(plan.module_attributes) > MOST_ATTRIBUTES:
         yield tag("p", f"and {len(plan.module_attributes) - MOST_ATTRIBUTES:,} more")
     for note in plan.notes[:12]:

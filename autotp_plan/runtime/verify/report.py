@@ -178,6 +178,7 @@ class Proof:
             "proven": self.proven,
             "plan": self.plan.fingerprint,
             "tp_size": self.plan.tp_size,
+            "sequence_parallel": self.plan.sequence_parallel is not None,
             "failure": self.failure,
             "partial_gradients": list(self.partial_gradients),
             "read_elsewhere": dict(self.reads),
@@ -236,6 +237,10 @@ class Proof:
     def conclusions(self) -> list[str]:
         """What the table of parameters does not show, a line each; the last one is the verdict."""
         lines = [f"{kind} attention was not run: {why}" for kind, why in self.twin["refused"].items()]
+        if self.plan.sequence_parallel is not None:
+            lines.append(
+                "the stream was sharded along the sequence: each rank held its tokens alone between the blocks"
+            )
         if self.twin.get("no_images"):
             lines.append(f"run without images, so that only the language model was compared: {self.twin['no_images']}")
         if self.twin["ungraded"]:

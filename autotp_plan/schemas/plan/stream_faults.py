@@ -6,14 +6,14 @@ before, and each rank takes its tokens again behind it; what sees a part of the 
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
 
 from autotp_plan.schemas.documents import did_you_mean
 from autotp_plan.schemas.errors import Fault
 from autotp_plan.schemas.names import expand, natural_key
 from autotp_plan.schemas.plan.entries import Crossing, Parameter, PlanEntries, SequenceParallel
+from autotp_plan.schemas.plan.stream_places import Modules, Stream, layers_of_style, names_of
 
 SECTION = "sequence_parallel"
 _COPY = Crossing(operation="copy")
@@ -35,60 +35,13 @@ def stream_faults(plan: PlanEntries) -> Iterator[Fault]:
     if plan.tp_size == 1:
         what, expected = "the stream of a single rank is sharded", "no such section at TP=1"
         yield _fault("stream-of-one-rank", what, SECTION, "tp_size 1", expected)
-    names = {where: [name for one in patterns for name in expand(one)]
-             for where, patterns in stream_patterns(planned).items()}  # fmt: skip
+    names = {where: names_of(patterns) for where, patterns in stream_patterns(planned).items()}
     wrong = [*_list_faults(names, planned.end), *_unknown_faults(names, plan)]
     yield from wrong
-    if not wrong:
-        stream = _Stream.of(names, plan)
-        yield from _place_faults(stream)
+    stream = None if wrong else Stream.of(plan)
+    if stream is not None:
+        yield from _place_faults(stream, names, layers_of_style(plan, "column"))
         yield from _parameter_faults(stream, plan)
-
-
-class _Modules:
-    """Modules of which none is inside of another, by the names of what they hold."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self._beginnings = sorted(f"{name}." for name in names)
-
-    def holding(self, name: str) -> str | None:
-        """The module that `name` is, or that it is inside of."""
-        at = bisect_right(self._beginnings, f"{name}.") - 1
-        found = at >= 0 and f"{name}.".startswith(self._beginnings[at])
-        return self._beginnings[at].removesuffix(".") if found else None
-
-    def inside(self, name: str) -> str | None:
-        """The first module that is `name`, or is inside of it."""
-        at = bisect_left(self._beginnings, f"{name}.")
-        found = at < len(self._beginnings) and self._beginnings[at].startswith(f"{name}.")
-        return self._beginnings[at].removesuffix(".") if found else None
-
-
-@dataclass(frozen=True, slots=True)
-class _Stream:
-    """The section with its names expanded, and the row- and the column-parallel layers of the plan."""
-
-    layers: _Modules
-    gather: _Modules
-    scatter: _Modules
-    names: dict[str, list[str]]
-    rows: Collection[str]
-    columns: Collection[str]
-
-    @classmethod
-    def of(cls, names: dict[str, list[str]], plan: PlanEntries) -> _Stream:
-        layers, gather, scatter = (_Modules(names[f"{SECTION}.{key}"]) for key in ("layers", "gather", "scatter"))
-        rows, columns = (
-            {module for entry in plan.parameters if entry.style == style for module in _modules_of(entry)}
-            for style in ("row", "column")
-        )
-        return cls(layers, gather, scatter, names, rows, columns)
-
-    def takes_again(self, name: str, layer: str) -> bool:
-        """Whether each rank takes its tokens again behind a module that is given every token."""
-        if name in self.columns:
-            return self.scatter.inside(layer) is not None
-        return self.scatter.inside(name) is not None or self.scatter.holding(name) is not None
 
 
 def _list_faults(names: dict[str, list[str]], end: str) -> Iterator[Fault]:
@@ -106,7 +59,7 @@ def _list_faults(names: dict[str, list[str]], end: str) -> Iterator[Fault]:
     if layers != sorted(layers, key=natural_key):
         what = "the layers of the sharded stream are not in order"
         yield _fault("stream-order", what, where, ", ".join(layers[:3]), "the first layer first")
-    inside = _Modules(layers).holding(end)
+    inside = Modules(layers).holding(end)
     if names[f"{SECTION}.end"] != [end] or (inside is not None and end != layers[-1]):
         what = "the sharded stream does not end behind its layers"
         yield _fault("stream-end", what, f"{SECTION}.end", end, f"{layers[-1]}, or a module outside of the layers")
@@ -134,7 +87,7 @@ class _Parameters:
         return at < len(self._names) and self._names[at].startswith(f"{module}.")
 
 
-def _place_faults(stream: _Stream) -> Iterator[Fault]:
+def _place_faults(stream: Stream, names: dict[str, list[str]], columns: Collection[str]) -> Iterator[Fault]:
     """Gathers and scatters that are not in a layer, or lack the other: one of each kind."""
     told: set[str] = set()
 
@@ -144,12 +97,12 @@ def _place_faults(stream: _Stream) -> Iterator[Fault]:
             yield fault
 
     for key in ("gather", "scatter"):
-        for name in stream.names[f"{SECTION}.{key}"]:
+        for name in names[f"{SECTION}.{key}"]:
             layer = stream.layers.holding(name)
             if layer is None:
                 what = "a place of the sharded stream is in none of its layers"
                 yield from once(_fault("stream-place-outside", what, f"{SECTION}.{key}", name, "a module of a layer"))
-            elif key == "gather" and not stream.takes_again(name, layer):
+            elif key == "gather" and not _is_scattered(name, layer, stream, columns):
                 what = "a module is given every token, and no rank takes its tokens again"
                 expected = f"a scatter at or in {name}; of a column-parallel layer, in its layer"
                 yield from once(_fault("stream-gather-alone", what, f"{SECTION}.gather", name, expected))
@@ -161,34 +114,37 @@ def _place_faults(stream: _Stream) -> Iterator[Fault]:
                     yield from once(_fault("stream-scatter-alone", what, f"{SECTION}.scatter", name, expected))
 
 
-def _parameter_faults(stream: _Stream, plan: PlanEntries) -> Iterator[Fault]:
+def _is_scattered(name: str, layer: str, stream: Stream, columns: Collection[str]) -> bool:
+    """Whether each rank takes its tokens again behind a module that is given every token."""
+    if name in columns:
+        return stream.scatter.inside(layer) is not None
+    return stream.scatter.inside(name) is not None or stream.scatter.holding(name) is not None
+
+
+def _parameter_faults(stream: Stream, plan: PlanEntries) -> Iterator[Fault]:
     """Entries of the plan that do not run as the section says."""
     copied = {name for one in plan.modules if one.output == _COPY for name in expand(one.module)}
     summed = {
         name for one in plan.modules if one.output is not None and one.output.operation == "reduce"
         for name in expand(one.module)
     }  # fmt: skip
-    end = _Modules(stream.names[f"{SECTION}.end"])
     for index, entry in enumerate(plan.parameters):
         for module in _modules_of(entry):
-            layer = stream.layers.holding(module)
-            if layer is None and end.holding(module) is None:
+            if stream.layers.holding(module) is None and stream.end.holding(module) is None:
                 continue
-            gathered = stream.gather.holding(module) is not None
-            scattered = stream.scatter.holding(module)
             where = f"parameters[{index}]"
             if entry.style == "replicated":
-                if not entry.partial_gradient and (not gathered or module == scattered in stream.rows):
+                if not entry.partial_gradient and stream.sees_a_part(module):
                     what = "a parameter sees a part of the tokens, and its gradient is not summed"
                     yield _fault("stream-gradient", what, where, entry.name, "partial_gradient")
                     break
             elif (entry.style == "row" or module in summed) and module not in copied:
-                if scattered is None:
+                if stream.scatter.holding(module) is None:
                     what = "a sum over the ranks goes into the sharded stream with every token"
                     expected = f"{module}, or a module around it, among {SECTION}.scatter"
                     yield _fault("stream-sum-not-scattered", what, where, entry.name, expected)
                     break
-            elif not gathered:
+            elif stream.gather.holding(module) is None:
                 what = "a sharded weight is given a part of the tokens"
                 expected = f"{module}, or a module around it, among {SECTION}.gather"
                 yield _fault("stream-weight-not-gathered", what, where, entry.name, expected)

@@ -97,6 +97,19 @@ EVERYTHING: Document = {
     },
 }  # fmt: skip
 """Of two ranks."""
+WITH_STREAM: Document = {
+    **EVERYTHING,
+    "sequence_parallel": {
+        "layers": ["model.layers.{0..3}"],
+        "gather": [
+            *(f"model.layers.{{0..3}}.{name}" for name in ("q", "k", "up")),
+            "model.layers.{1,3}.experts",
+        ],
+        "scatter": ["model.layers.{0..3}.o", "model.layers.{0,2}.down", "model.layers.{1,3}.experts"],
+        "end": "model.layers.3",
+    },
+}
+"""The same, and its stream is sharded along the sequence."""
 
 
 def plan_of(document: Document) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from autotp_plan.runtime.verify.report import Pass, Proof
 from autotp_plan.schemas.layout import Layout
-from autotp_plan.schemas.plan.document import ModelIdentity, Parameter, Plan
+from autotp_plan.schemas.plan.document import ModelIdentity, Parameter, Plan, SequenceParallel
 from autotp_plan.schemas.plan.rule_ref import NO_RULE
 
 NORM = "model.norm.weight"
@@ -58,3 +59,15 @@ def test_an_infinite_error_is_null_in_json() -> None:
     assert found["proven"] is False and found["float64"]["largest"] is None
     assert found["float64"]["errors"]["eager"]["gradient"] == {NORM: None}
     assert found["float64"]["errors"]["eager"]["loss"] == {"pass 1": 0.0, "pass 2": 0.0, "pass 3": 0.0}
+
+
+def test_a_report_says_that_the_stream_was_sharded() -> None:
+    proof = proof_of("loss", "pass 1", 0.0)
+    assert not any("sequence" in line for line in proof.conclusions())
+    assert proof.to_dict()["sequence_parallel"] is False
+    section = SequenceParallel(layers=("layers.0",), gather=("layers.0.a",), scatter=("layers.0.a",), end="model.norm")
+    sharded = dataclasses.replace(proof, plan=dataclasses.replace(proof.plan, sequence_parallel=section))
+    assert sharded.conclusions()[0] == (
+        "the stream was sharded along the sequence: each rank held its tokens alone between the blocks"
+    )
+    assert sharded.to_dict()["sequence_parallel"] is True
