@@ -16,16 +16,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from autotp_plan.runtime.data.batch_check import CompareBatch, batch_comparison
 from autotp_plan.runtime.verify.workers import run_ranks
 
 DEFAULT_EVERY = 100
 
 
 class Nothing(nn.Module):
-    """A model that computes nothing."""
+    """A model that computes nothing, and compares its batches by `compare`."""
+
+    def __init__(self, compare: CompareBatch | None = None) -> None:
+        super().__init__()
+        self.compare = compare
 
     def forward(self, **inputs: Tensor) -> None:
         """Take any inputs."""
+        if self.compare is not None:
+            self.compare(self.training, (), inputs)
 
 
 def measure(folder: Path, tp_size: int, options: dict[str, int]) -> dict[str, float]:
@@ -35,11 +42,9 @@ def measure(folder: Path, tp_size: int, options: dict[str, int]) -> dict[str, fl
 
     from autotp_plan.planner import compile_plan
     from autotp_plan.runtime import TrainingPlan
-    from autotp_plan.runtime.data import batch_check
 
     plan = TrainingPlan(compile_plan(folder, tp_size=tp_size))
-    model = plan.load_model(folder, check_batches_every=None).train()
-    batch_check.check_batches(model, plan.ranks, 2)  # every second forward
+    model = plan.load_model(folder, check_batches_every=2).train()
     config = {
         "train_micro_batch_size_per_gpu": options["batch"],
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
@@ -59,8 +64,7 @@ def measure(folder: Path, tp_size: int, options: dict[str, int]) -> dict[str, fl
         if step >= 4:
             seconds["without" if step % 2 else "with"].append(time.perf_counter() - began)
     seconds["alone"] = []
-    nothing = Nothing()
-    batch_check.check_batches(nothing, plan.ranks, 1)
+    nothing = Nothing(batch_comparison(plan.ranks, 1))
     for _ in range(options["rounds"] + 1):
         began = time.perf_counter()
         nothing(input_ids=tokens, labels=tokens, attention_mask=torch.ones_like(tokens))

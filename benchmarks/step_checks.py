@@ -61,13 +61,12 @@ def measure(folder: Path, tp_size: int, options: dict[str, int]) -> dict[str, fl
     import torch
     from deepspeed.accelerator import get_accelerator
 
-    from autotp_plan.runtime.data import batch_check
+    from autotp_plan.runtime.data.batch_check import batch_comparison
     from autotp_plan.runtime.tensor_parallel.embedding import VocabParallelEmbedding
     from autotp_plan.schemas.upstream import replaced
 
     plan, engine = start(folder, tp_size, options)
-    comparing, nothing = Nothing(), Nothing()
-    batch_check.check_batches(comparing, plan.ranks, DEFAULT_EVERY)
+    comparing, nothing = Nothing(batch_comparison(plan.ranks, DEFAULT_EVERY)), Nothing()
     tokens = torch.randint(4000, (options["batch"], options["length"]), generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(plan.ranks.device)
     inputs = {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}
@@ -106,15 +105,14 @@ def alone(plan: Any, tokens: Any, engine: Any, seconds_of: Callable[[Callable[[]
     """Seconds of each check, once."""
     import torch
 
-    from autotp_plan.runtime.data import batch_check
+    from autotp_plan.runtime.data.batch_check import batch_comparison
     from autotp_plan.runtime.optimizers import choose
     from autotp_plan.runtime.optimizers.finite import FiniteCheck
 
     inputs = {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}
 
     def forward(every: int | None) -> float:
-        model = Nothing()
-        batch_check.check_batches(model, plan.ranks, every)
+        model = Nothing(batch_comparison(plan.ranks, every))
         model(**inputs)  # the first names what differs
         return statistics.median(seconds_of(lambda: model(**inputs)) for _ in range(200))
 

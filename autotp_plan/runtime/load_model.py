@@ -13,7 +13,7 @@ from torch import nn
 
 from autotp_plan.runtime.calls.loaded import Loaded
 from autotp_plan.runtime.calls.sharded_model import become_sharded
-from autotp_plan.runtime.data.batch_check import check_batches, check_interval
+from autotp_plan.runtime.data.batch_check import batch_comparison, check_interval
 from autotp_plan.runtime.deepspeed.agreement import are_several, check_same, is_first_rank, together
 from autotp_plan.runtime.deepspeed.attendance import SECONDS_FOR_FIRST, check_all_call
 from autotp_plan.runtime.deepspeed.mesh import Ranks, check_world_size, start_distributed
@@ -127,7 +127,6 @@ def load_model(
     if plan.tp_size > 1 and has_dropout(built):
         use_sharded_regions(ranks.tp_group)
     if plan.tp_size > 1:
-        check_batches(built, ranks, check_batches_every, has_dropout(built))
         use_global_norm()
         _guard_peft()
         check_every_optimizer()
@@ -138,6 +137,7 @@ def load_model(
             ranks=ranks,
             place=dataclasses.replace(place, folder=place.folder.absolute()),
             original=source.original,
+            compare_batch=batch_comparison(ranks, check_batches_every, has_dropout(built)),
         ),
     )
     return built

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from autotp_plan.runtime.data.batch_check import CompareBatch
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.shards.origin import Original
@@ -23,12 +24,14 @@ class Loaded:
         place: the shards folder or checkpoint that its weights came from.
         original: what a shards folder held besides the weights, on the first rank in files that stay open; None of a
             checkpoint.
+        compare_batch: called at the begin of every forward; None where no batches are compared.
     """
 
     plan: Plan
     ranks: Ranks
     place: ModelFolder
     original: Original | None = None
+    compare_batch: CompareBatch | None = None
 
     @property
     def source(self) -> Original | ModelFolder:

@@ -92,5 +92,12 @@ def _sharded_class(cls: Any) -> Any:
         """A new model, as `type(model).from_pretrained` makes one, is not sharded; without arguments it is a copy."""
         return cls(*args, **kwargs) if args or kwargs else object.__new__(sharded)
 
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__new__": new}
+    @functools.wraps(cls.forward)  # Trainer and PEFT look at its signature
+    def forward(sharded: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward, after its batch was compared: in a hook it would not be, by `model.forward(...)`."""
+        if sharded.autotp.compare_batch is not None:
+            sharded.autotp.compare_batch(sharded.training, args, kwargs)
+        return cls.forward(sharded, *args, **kwargs)
+
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__new__": new, "forward": forward}
     return type(cls.__name__, (methods, cls), names)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from autotp_plan.runtime.data.random_numbers import name_random_numbers, random_states
 from autotp_plan.runtime.deepspeed.attendance import check_all_call
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.schemas.errors import Fault, MismatchError, OptionError
+
+CompareBatch = Callable[[bool, tuple[Any, ...], dict[str, Any]], None]
 
 _ON_ALL_TP_RANKS = "call the model on every rank of a TP group with the same batch"
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -34,31 +36,34 @@ def check_interval(every: int | None) -> None:
         )
 
 
-def check_batches(model: nn.Module, ranks: Ranks, every: int | None, drops_out: bool = False) -> None:
-    """Let `model` compare over the TP ranks the first batch it gets in training, and in evaluation, and every n-th.
+def batch_comparison(ranks: Ranks, every: int | None, drops_out: bool = False) -> CompareBatch | None:
+    """What compares over the TP ranks the first batch that a model gets in training, and in evaluation, and every n-th.
 
-    If the ranks of one group were given different samples it would compute numbers that belong to neither. Then its
-    forward raises MismatchError, on every rank of the group.
+    If the ranks of one group were given different samples the model would compute numbers that belong to neither. Then
+    it raises MismatchError, on every rank of the group.
 
     Args:
-        model: a model from `load_model`.
         ranks: this process's place in the mesh.
         every: n, counted in training and in evaluation; None compares no batches.
         drops_out: compare the ranks' random states too, in training: at the first forward at least.
+
+    Returns:
+        A function to call at the begin of every forward with the arguments `(training, args, kwargs)`; None where there
+        is nothing to compare.
     """
     if every is None and not drops_out:
-        return
+        return None
     seen = {True: 0, False: 0}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        number = seen[module.training]
+    def compare(training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        number = seen[training]
         if number == 0:
             check_all_call("model.forward", _ON_ALL_TP_RANKS, ranks.tp_group)
-        seen[module.training] += 1
+        seen[training] += 1
         if number and (every is None or number % every):
             return
-        states = random_states() if drops_out and module.training else {}
+        states = random_states() if drops_out and training else {}
         if number == 0 and states:
             name_random_numbers(states, ranks, "the first forward in training")
         if every is None:
@@ -66,11 +71,12 @@ def check_batches(model: nn.Module, ranks: Ranks, every: int | None, drops_out: 
         inputs: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         batch = {place: value for name, given in inputs.items() for place, value in _tensors(name, given)}
         if number == 0 or _are_different({**batch, **states}, ranks):
-            _name_differences(batch, ranks, number + 1, module.training)
+            _name_differences(batch, ranks, number + 1, training)
             if number and states:
                 name_random_numbers(states, ranks, f"{_forward(number + 1)} in training")
 
-    model.register_forward_pre_hook(compare, with_kwargs=True, prepend=True)
+    compare_batch: CompareBatch = compare
+    return compare_batch
 
 
 def _tensors(place: Any, given: Any) -> Iterator[tuple[Any, Tensor]]:

@@ -61,10 +61,10 @@ def shard_model(
     for module in model.modules():
         if isinstance(module, (PlannedLayer, WithCollectives)):
             module.share_input_gradients = share_input_gradients
-    if vocab_parallel_loss:
-        use_vocab_parallel_loss(model)
     if loss_chunks is not None:
         use_chunked_loss(model, loss_chunks)
+    elif vocab_parallel_loss:
+        use_vocab_parallel_loss(model)
     _set_attributes(model, plan, ranks.tp_rank)
     _load_weights(model, sharded, weights)
     restore_ties(model, plan)

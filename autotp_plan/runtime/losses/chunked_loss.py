@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 from collections.abc import Callable, Iterator
-from types import MethodType
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from autotp_plan.runtime.deepspeed.internals import are_all_of_deepspeed
 from autotp_plan.runtime.losses.deferred_logits import DeferredLogits, Forward, Origin, sharding_of, weights_now
+from autotp_plan.runtime.losses.model_forward import run_forward_in
 from autotp_plan.runtime.losses.vocab_loss import causal_lm_loss
 from autotp_plan.runtime.losses.word_chunks import WordChunks
 from autotp_plan.runtime.tensor_parallel.linear import ColumnParallelLinear
@@ -71,7 +70,7 @@ def use_chunked_loss(model: nn.Module, chunks: int) -> None:
         raise MismatchError(_not_in_chunks(model, f"its loss is {name}", "ForCausalLMLoss of transformers"))
     _head(model)
     model.loss_function = causal_lm_loss  # type: ignore[assignment]
-    model.forward = _deferring(type(model).forward, chunks, always=False, model=model)
+    run_forward_in(model, _deferring(chunks, always=False))
 
 
 @contextlib.contextmanager
@@ -94,7 +93,7 @@ def deferred_logits(model: nn.Module, chunks: int = 32) -> Iterator[None]:
     inside: Any = _of_load_model(model)
     _head(inside)
     before = vars(inside).get("forward")
-    inside.forward = _deferring(type(inside).forward, chunks, always=True, model=inside)
+    run_forward_in(inside, _deferring(chunks, always=True))
     try:
         yield
     finally:
@@ -117,30 +116,23 @@ def _of_load_model(model: nn.Module) -> nn.Module:
     return next((one for one in model.modules() if "autotp" in vars(one)), model)
 
 
-def _deferring(forward: Callable[..., Any], chunks: int, *, always: bool, model: nn.Module) -> Any:
-    """`forward` as a method of `model` whose head is asked for no logits: `always`, or for the loss of labels alone.
+def _deferring(chunks: int, *, always: bool) -> Callable[[Any, Any], AbstractContextManager[None] | None]:
+    """What a forward runs in whose head is asked for no logits: `always`, or for the loss of labels alone."""
 
-    A method and no hook: PEFT calls the forward of the model that it wraps, and no hooks of it.
-    """
-    names = list(inspect.signature(forward).parameters)[1:]
-
-    @functools.wraps(forward)
-    def deferring(self: Any, *args: Any, **kwargs: Any) -> Any:
-        labels = {**dict(zip(names, args)), **kwargs}.get("labels")
-        for_loss = self.training and labels is not None and self.loss_function is causal_lm_loss
+    def deferring(model: Any, labels: Any) -> AbstractContextManager[None] | None:
+        for_loss = model.training and labels is not None and model.loss_function is causal_lm_loss
         if not (always or for_loss):
-            return forward(self, *args, **kwargs)
+            return None
         if torch.compiler.is_compiling():
-            raise MismatchError(_not_in_chunks(self, "its forward is compiled by torch.compile", "one that is not"))
-        with _deferred_product(self, chunks):
-            return forward(self, *args, **kwargs)
+            raise MismatchError(_not_in_chunks(model, "its forward is compiled by torch.compile", "one that is not"))
+        head = _head(model)
+        return None if head.defer_product is not None else _deferred_product(model, head, chunks)
 
-    return MethodType(deferring, model)
+    return deferring
 
 
 @contextlib.contextmanager
-def _deferred_product(model: nn.Module, chunks: int) -> Iterator[None]:
-    head = _head(model)
+def _deferred_product(model: nn.Module, head: ColumnParallelLinear, chunks: int) -> Iterator[None]:
     hooks = [*forward_pre_hooks(head), *forward_hooks(head)]
     if hooks and not are_all_of_deepspeed(hooks):
         raise MismatchError(_not_in_chunks(model, "its head has a forward hook", "a head without hooks of others"))

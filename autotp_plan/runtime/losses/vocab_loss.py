@@ -7,9 +7,10 @@ logits, softmax minus one-hot, then needs no communication.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from autotp_plan.runtime.losses.deferred_logits import DeferredLogits
+from autotp_plan.runtime.losses.model_forward import run_forward_in
 from autotp_plan.runtime.losses.word_chunks import TokenValues, WordChunks
 from autotp_plan.runtime.tensor_parallel.embedding import find_held
 from autotp_plan.runtime.tensor_parallel.lazy_logits import LastDimSharding, LazilyGathered
@@ -46,8 +48,7 @@ def use_vocab_parallel_loss(model: nn.Module) -> bool:
     if len(iv.holders(held)) != sum(len(rank) for rank in held) or not all(map(iv.length, held)):
         return False
     model.loss_function = causal_lm_loss  # type: ignore[assignment]
-    model.register_forward_pre_hook(_before_forward, with_kwargs=True)
-    model.register_forward_hook(_after_forward, always_call=True)
+    run_forward_in(model, _deferring_gather)
     return True
 
 
@@ -240,17 +241,20 @@ def _head(model: nn.Module) -> ColumnParallelLinear | None:
     return head if is_sharded else None
 
 
-def _before_forward(model: nn.Module, args: Any, kwargs: Any) -> None:
+def _deferring_gather(model: Any, labels: Any) -> AbstractContextManager[None] | None:
+    """What a forward of `labels` runs in."""
     head = _head(model)
-    if head is not None:
-        positional = list(inspect.signature(type(model).forward).parameters)[1:]
-        labels = {**dict(zip(positional, args)), **kwargs}.get("labels")
-        ours = model.loss_function is causal_lm_loss  # until someone sets another
-        traced = torch.compiler.is_compiling()  # torch.compile guards sizes that a shard only seems to have
-        head.defer_gather = ours and model.training and labels is not None and not traced
+    ours = model.loss_function is causal_lm_loss  # until someone sets another
+    traced = torch.compiler.is_compiling()  # torch.compile guards sizes that a shard only seems to have
+    if head is None or labels is None or traced or not (ours and model.training):
+        return None
+    return _gather_deferred(head)
 
 
-def _after_forward(model: nn.Module, *_: Any) -> None:
-    head = _head(model)
-    if head is not None:
+@contextlib.contextmanager
+def _gather_deferred(head: ColumnParallelLinear) -> Iterator[None]:
+    head.defer_gather = True
+    try:
+        yield
+    finally:
         head.defer_gather = False

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autotp_plan.runtime.data.batch_check import _checksum, check_interval
+from autotp_plan.runtime.data.batch_check import CompareBatch, _checksum, check_interval
 from autotp_plan.schemas.errors import MismatchError, OptionError
 from tests.helpers.launch import launch
 
@@ -47,14 +47,19 @@ def test_an_interval_that_makes_no_sense(every: int) -> None:
 
 
 class Model(nn.Module):
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        return tokens
+    def __init__(self, compare: CompareBatch | None) -> None:
+        super().__init__()
+        self.compare = compare
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> None:
+        if self.compare is not None:
+            self.compare(self.training, args, kwargs)
 
 
 def in_two_ranks(folder: Path) -> dict[str, Any]:
     from autotp_plan.planner import compile_plan
     from autotp_plan.runtime import TrainingPlan
-    from autotp_plan.runtime.data.batch_check import check_batches
+    from autotp_plan.runtime.data.batch_check import batch_comparison
 
     plan = TrainingPlan(compile_plan(folder, tp_size=2))
     ranks = plan.init_mesh()
@@ -68,23 +73,20 @@ def in_two_ranks(folder: Path) -> dict[str, Any]:
         return "passed"
 
     for name, batch in SEEN.items():
-        model = Model()
-        check_batches(model, ranks, 3)
+        model = Model(batch_comparison(ranks, 3))
         found[name] = [call(model, one) for one in (TOKENS, batch, batch, batch, TOKENS, TOKENS, TOKENS)]
         model.eval()
         found[f"{name} in evaluation"] = [call(model, one) for one in (batch, batch, batch, batch)]
-    model = Model()
-    check_batches(model, ranks, 2)
+    model = Model(batch_comparison(ranks, 2))
     own = torch.full((3,), ranks.tp_rank)
     found["by name"] = [call(model, TOKENS), call(model, TOKENS), call(model, TOKENS, mask=own)]
-    model = Model()
-    check_batches(model, ranks, None)
+    model = Model(batch_comparison(ranks, None))
     found["off"] = [call(model, TOKENS + 1)]
 
     loaded = plan.load_model(folder, check_batches_every=2).train()
     tokens = TOKENS + 3
 
-    def forward(model: nn.Module, rank_gets: Tensor) -> str:
+    def forward(model: Any, rank_gets: Tensor) -> str:
         try:
             model(input_ids=rank_gets, labels=rank_gets)
         except MismatchError as error:
@@ -93,6 +95,7 @@ def in_two_ranks(folder: Path) -> dict[str, Any]:
 
     other = tokens + ranks.tp_rank
     found["loaded"] = [forward(loaded, one) for one in (tokens, tokens, other)]
+    found["loaded, forward"] = [forward(loaded.forward, one) for one in (tokens, other)]
     if importlib.util.find_spec("peft") is not None:
         from peft import LoraConfig
 
@@ -100,6 +103,7 @@ def in_two_ranks(folder: Path) -> dict[str, Any]:
             base = plan.load_model(folder, check_batches_every=2).train()
             adapted = plan.add_lora(base, LoraConfig(r=2, target_modules=["q_proj"], task_type=task))
             found[f"adapted {task}"] = [forward(adapted, one) for one in (tokens, tokens, other)]
+            found[f"adapted {task}, forward"] = [forward(base.forward, one) for one in (tokens, other)]
     return found
 
 
@@ -120,3 +124,5 @@ def test_batches_that_differ_later_are_refused_on_every_rank(tmp_path: Path) -> 
         assert found["off"] == ["passed"]
         for name in found.keys() & {"loaded", "adapted None", "adapted CAUSAL_LM"}:
             assert found[name] == ["passed", "passed", "input_ids of forward 3 in training"], name
+            if f"{name}, forward" in found:  # a wrapper may call it, and no hooks
+                assert found[f"{name}, forward"] == ["passed", "input_ids of forward 5 in training"], name
