@@ -6,6 +6,7 @@ Errors are planted in the same ranks.
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,11 @@ import pytest
 from tests.helpers.communication import WORDS, load, planted, prepare
 from tests.helpers.launch import launch
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.timeout(300),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # PEFT asks transformers for it
+]
 
 
 def scaled(logits: Any) -> Any:
@@ -92,7 +97,7 @@ def gathers() -> Iterator[list[None]]:
         yield seen
 
 
-def widest(model: Any, **inputs: Any) -> int:
+def widest(model: Any, *, call: Any = None, **inputs: Any) -> int:
     """The largest last dimension of any tensor that a step makes."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -108,7 +113,7 @@ def widest(model: Any, **inputs: Any) -> int:
             return made
 
     with Widest() as mode:
-        model(use_cache=False, **inputs).loss.backward()
+        (call or model)(use_cache=False, **inputs).loss.backward()
     model.zero_grad()
     return mode.seen
 
@@ -145,6 +150,70 @@ def losses(model: Any) -> dict[str, Any]:
             loss.backward()
         found[f"{name}, loss"], found[f"{name}, gradient"] = loss.detach(), model.model.norm.weight.grad.clone()
         model.zero_grad()
+    return found
+
+
+def adapter_losses(model: Any, call: Any) -> dict[str, Any]:
+    """Loss of each way, and the norms of two adapters' gradients, of a `call` of the PeftModel or of what it wraps."""
+    import torch
+
+    from autotp_plan.runtime.verify.float64_passes import PromoteToFloat64
+    from tests.helpers.models import batch
+
+    found = {}
+    for name, inputs in arguments().items():
+        with PromoteToFloat64():
+            loss = call(input_ids=batch(3), use_cache=False, **inputs).loss
+            loss.backward()
+        found[f"{name}, loss"] = loss.detach()
+        for factor in ("q_proj.lora_A", "down_proj.lora_B"):  # which are replicated
+            grads = [one.grad for key, one in model.named_parameters() if factor in key and one.grad is not None]
+            found[f"{name}, {factor}"] = torch.stack(grads).clone()
+        model.zero_grad()
+    return found
+
+
+def adapters(work: Path, dense: dict[str, Any]) -> dict[str, Any]:
+    """Inside a rank: the losses of LoRA, whoever calls the model, as errors; and what is gathered for them."""
+    import torch
+    from accelerate.utils import convert_outputs_to_fp32
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    from autotp_plan.runtime import deferred_logits
+    from tests.helpers.models import batch
+
+    found: dict[str, Any] = {}
+    inputs = {"input_ids": batch(3), "labels": batch(3)}
+    for chunks in (None, 5):
+        plan, model = load(work, "llama_bias_tied", loss_chunks=chunks)
+        adapted = plan.load_adapter(model, work / "adapter", is_trainable=True).train()
+        for name, call in {"PeftModel": adapted, "forward": model.forward}.items():
+            with gathers() as seen:
+                errors = adapter_losses(adapted, call)
+            key = f"{name} in chunks" if chunks else name
+            found[key] = error(dense, errors), len(seen), widest(adapted, call=call, **inputs)
+    with gathers() as seen, deferred_logits(adapted):
+        found["deferred"] = adapted(**inputs).loss.item()
+    found["deferred"] -= adapted(**inputs).loss.item()
+    model.forward = types.MethodType(convert_outputs_to_fp32(model.forward.__func__), model)
+    others = model.forward
+    with gathers() as seen:
+        found["another's forward"] = error(dense, adapter_losses(adapted, adapted)), len(seen)
+        calls: list[bool] = []
+
+        def counting(**given: Any) -> Any:
+            calls.append(True)
+            return others(**given)
+
+        model.forward = counting
+        with deferred_logits(adapted):
+            adapted(**inputs)
+        found["called by deferred_logits"] = calls
+    model.forward = others
+    model.loss_function = ForCausalLMLoss
+    with gathers() as seen, torch.no_grad():
+        adapted(**inputs)
+    found["of full logits"] = len(seen)
     return found
 
 
@@ -239,6 +308,7 @@ def vocabulary(work: Path) -> dict[str, Any]:
 
     inputs = {"input_ids": tokens, "labels": tokens}
     found["widest"] = widest(model, **inputs)
+    found["called by forward"] = widest(model, call=model.forward, **inputs)
     found["copied model"] = widest(copy.deepcopy(model), **inputs)
     _, without = load(work, "llama_bias_tied", False)
     found["widest, off"] = widest(without, **inputs)
@@ -265,6 +335,7 @@ def vocabulary(work: Path) -> dict[str, Any]:
         found["flipped on each rank"] = error(dense["flipped"], after_head(model, flipped))
     with planted(lazy_logits, "_are_numbers", lambda others: True):
         found["learned on each rank"] = error(dense["learned"], after_head(model, learned))
+    found["adapters"] = adapters(work, torch.load(work / "losses of the adapter"))
     return found
 
 
@@ -278,14 +349,21 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def vocabularies(work: Path) -> dict[str, Any]:
     import torch
+    from peft import get_peft_model
 
     from tests.helpers.models import load_dense
+    from tests.runtime.integrations.test_lora import lora_config, randomise_adapter
 
     dense: Any = load_dense(work / "llama_bias_tied", torch.float64)
     numbers: dict[str, Any] = losses(dense)
     for function in (scaled, set_in_place, view_in_place, flipped, normalised, learned):
         numbers[function.__name__] = after_head(dense, function)
     torch.save(numbers, work / "losses")
+    torch.manual_seed(0)
+    adapted = get_peft_model(load_dense(work / "llama_bias_tied", torch.float64), lora_config()).train()
+    randomise_adapter(adapted)
+    adapted.save_pretrained(str(work / "adapter"), save_embedding_layers=False)
+    torch.save(adapter_losses(adapted, adapted), work / "losses of the adapter")
     one, other = launch(vocabulary, 2, work, timeout=200)
     assert one["losses"].keys() == other["losses"].keys()
     return one
@@ -341,8 +419,20 @@ def test_logits_look_like_full_tensors_and_are_gathered_at_first_use(vocabularie
 
 
 def test_no_rank_holds_full_logits(vocabularies: dict[str, Any]) -> None:
-    assert vocabularies["widest"] == vocabularies["copied model"] == 129, "half of the words, rounded up"
+    seen = {vocabularies[name] for name in ("widest", "copied model", "called by forward")}
+    assert seen == {129}, "half of the words, rounded up"
     assert vocabularies["widest, off"] == WORDS
+
+
+def test_the_loss_of_an_adapter_gathers_no_logits_whoever_calls_the_model(vocabularies: dict[str, Any]) -> None:
+    found = vocabularies["adapters"]
+    for name in ("PeftModel", "forward"):
+        assert found[name][0] < 1e-12 and found[name][1:] == (0, 129), found[name]
+        assert found[f"{name} in chunks"][0] < 1e-12, found[f"{name} in chunks"]
+        assert found[f"{name} in chunks"][1] == 0 and found[f"{name} in chunks"][2] < 129
+    assert found["another's forward"][0] < 1e-12 and found["another's forward"][1] == 0
+    assert abs(found["deferred"]) < 1e-6 and found["called by deferred_logits"] == [True]
+    assert found["of full logits"] == 1, "a loss that is not ours"
 
 
 def test_errors_planted_in_the_loss_are_noticed(vocabularies: dict[str, Any]) -> None:
