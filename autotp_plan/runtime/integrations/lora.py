@@ -2,6 +2,7 @@
 
 The layer computes `W x + s B (A x)`. Of a column-parallel layer, `B` is column-parallel and `A` replicated; of a
 row-parallel layer, `A` is row-parallel and `B` replicated. The sharded factor becomes a tensor-parallel layer too.
+Where the sum of `A` is a reduce-scatter along the sequence, `B` sees a part of the tokens, and its gradient is summed.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from autotp_plan.runtime.deepspeed.attendance import check_all_call
 from autotp_plan.runtime.deepspeed.internals import full_tensors
 from autotp_plan.runtime.integrations.lora_config import check_config, check_kind, name_all_linear
 from autotp_plan.runtime.integrations.peft_calls import guard_calls
+from autotp_plan.runtime.loading.shard_model import sum_gradients
 from autotp_plan.runtime.parameters.partly_replicated import SHARED
 from autotp_plan.runtime.parameters.state_dicts import shards_in_state_dict
+from autotp_plan.runtime.sequence_parallel.modules import GatherInput, GatherInputOfLayer, SplitOutput, become
 from autotp_plan.runtime.tensor_parallel.collectives import take
 from autotp_plan.runtime.tensor_parallel.linear import ColumnParallelLinear, PlannedLayer, RowParallelLinear
 from autotp_plan.runtime.tensor_parallel.module_boundary import WithCollectives
@@ -171,6 +174,7 @@ def _inject(original: Callable[..., None], tuner: Any, model: Any, name: str, *a
     for module in model.modules():
         if isinstance(module, lora.Linear) and name in module.lora_A:
             _shard(module, name)
+            _follow_stream(module, name, model.autotp.ranks.tp_group)
 
 
 @contextlib.contextmanager
@@ -233,22 +237,24 @@ def _shard(adapter: Any, name: str) -> None:
         layer = RowParallelLinear(full, split_input=base.split_input, **options)
     with torch.no_grad():
         layer.shards.assign(layer, "weight", take(full.weight, layout.intervals[base.tp_index], dim).clone())
-    with _trainable(layer):  # it may be later on, by set_adapter
-        layer.shards.finish(layer)
+    layer.shards.finish(layer)
     layer.train(full.training)
     factors[name] = layer
 
 
-@contextlib.contextmanager
-def _trainable(layer: nn.Module) -> Iterator[None]:
-    """While active, the layer's parameters require gradients, as hooks for these do."""
-    before = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
-    layer.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter, requires_grad in before:
-            parameter.requires_grad_(requires_grad)
+def _follow_stream(adapter: Any, name: str, group: Any) -> None:
+    """Let the factors see the tokens that the adapter's layer sees, where the sequence is sharded around it."""
+    base, first, second = adapter.get_base_layer(), adapter.lora_A[name], adapter.lora_B[name]
+    of_tokens = []
+    if isinstance(base, RowParallelLinear):
+        first.stream = base.stream
+        of_tokens = [] if base.stream is None else [second]
+    elif isinstance(base, GatherInputOfLayer):
+        become(first, GatherInput, base.tp_stream, f"{base.name}_lora")
+    elif isinstance(base, SplitOutput):
+        of_tokens = [first, second]
+    for factor in of_tokens:
+        sum_gradients(factor, group)
 
 
 def _faults(adapted: Any, partial: set[str]) -> Iterator[Fault]:

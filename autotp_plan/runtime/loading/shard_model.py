@@ -24,7 +24,7 @@ from autotp_plan.runtime.sequence_parallel.apply import shard_sequence
 from autotp_plan.runtime.tensor_parallel.collectives import take
 from autotp_plan.runtime.tensor_parallel.linear import PlannedLayer
 from autotp_plan.runtime.tensor_parallel.module_boundary import WithCollectives
-from autotp_plan.runtime.tensor_parallel.sharded_params import ShardedParams
+from autotp_plan.runtime.tensor_parallel.sharded_params import ShardedParams, takes_hooks
 from autotp_plan.runtime.tensor_parallel.torch_internals import tensor_of
 from autotp_plan.schemas.names import expand
 from autotp_plan.schemas.plan.document import Plan
@@ -147,12 +147,31 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
 
 def sum_partial_gradients(model: nn.Module, plan: Plan, group: Any) -> None:
     """All-reduce the gradients of replicated parameters of which each rank computes only part."""
+    inside_adapters = model.named_parameters(remove_duplicate=False)
+    named = {name.replace(".base_layer.", "."): parameter for name, parameter in inside_adapters}
+    for parameter in plan.expanded():
+        if parameter.partial_gradient:
+            _sum_gradient(named[parameter.name], group)
+    for module in model.modules():
+        if getattr(module, _SUMMED, False):
+            sum_gradients(module, group)
 
+
+def sum_gradients(module: nn.Module, group: Any) -> None:
+    """All-reduce the gradients of a module that no plan knows, an adapter's, and of copies of it."""
+    setattr(module, _SUMMED, True)
+    for parameter in module.parameters():
+        _sum_gradient(parameter, group)
+
+
+_SUMMED = "tp_sums_gradients"
+
+
+def _sum_gradient(parameter: nn.Parameter, group: Any) -> None:
     def all_reduced(gradient: Tensor) -> Tensor:
         total = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
         return total
 
-    for parameter in plan.expanded():
-        if parameter.partial_gradient:
-            model.get_parameter(parameter.name).register_hook(all_reduced)  # type: ignore[no-untyped-call]
+    with takes_hooks(parameter):
+        parameter.register_hook(all_reduced)  # type: ignore[no-untyped-call]

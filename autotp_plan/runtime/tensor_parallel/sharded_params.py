@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -115,7 +116,8 @@ class ShardedParams:
                 parameter = tensor_of(module, one.name)
                 if one.layout.dim is not None:
                     mark_as_shard(parameter, partial(self.gather_params, module), partial(self.shard_params, module))
-                    self._register_hooks(parameter, one.layout)
+                    with takes_hooks(parameter):
+                        self._register_hooks(parameter, one.layout)
                 self._describe(parameter, name, one)
 
     def _register_hooks(self, parameter: nn.Parameter, layout: Layout) -> None:
@@ -224,3 +226,14 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     for size in reversed(shape[1:]):
         strides.append(strides[-1] * size)
     return tuple(reversed(strides))
+
+
+@contextlib.contextmanager
+def takes_hooks(parameter: nn.Parameter) -> Iterator[None]:
+    """While active, hooks for gradients can be registered, of one that is not trained now too."""
+    trained = parameter.requires_grad
+    parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        parameter.requires_grad_(trained)
