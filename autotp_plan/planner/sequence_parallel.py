@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from autotp_plan.schemas.errors import CompileError, Fault
 from autotp_plan.schemas.names import expand, fold, is_index, natural_key
 from autotp_plan.schemas.plan.document import Crossing, Parameter, Plan, SequenceParallel
-from autotp_plan.schemas.plan.stream_places import Stream
+from autotp_plan.schemas.plan.without_stream import with_partial_gradients
 
 OPTION = "--sequence-parallel"
 """The option of `compile`; `sequence_parallel=True` of `compile_plan`."""
@@ -52,7 +52,7 @@ def with_sequence_parallel(plan: Plan) -> Plan:
         places.stream.update(tree.names_below(end))
     return dataclasses.replace(
         plan,
-        parameters=tuple(_with_partial_gradients(plan.parameters, places.stream)),
+        parameters=tuple(with_partial_gradients(plan.parameters, places.stream)),
         sequence_parallel=SequenceParallel(
             layers=tuple(fold(layers)),
             gather=tuple(fold(places.gather)),
@@ -60,29 +60,6 @@ def with_sequence_parallel(plan: Plan) -> Plan:
             end=end,
         ),
     )
-
-
-def without_sequence_parallel(plan: Plan) -> Plan:
-    """The plan of which `with_sequence_parallel` makes `plan`: every rank holds all tokens.
-
-    Args:
-        plan: a plan; one without sequence parallelism stays as it is.
-
-    Returns:
-        The plan, without the sums of gradients over parts of the tokens.
-    """
-    stream = Stream.of(plan)
-    if stream is None:
-        return plan
-    parts = {
-        name
-        for entry in plan.parameters
-        if entry.partial_gradient and not entry.add_once
-        for name in expand(entry.name)
-        if stream.sees_a_part(name.rpartition(".")[0])
-    }
-    parameters = tuple(_with_partial_gradients(plan.parameters, parts, partial=False))
-    return dataclasses.replace(plan, parameters=parameters, sequence_parallel=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,21 +210,6 @@ def _final_norm(layers: Sequence[str], tree: _Tree) -> str | None:
     beginning = f"{parent}." if parent else ""
     found = [name for name in (beginning + leaf for leaf in _FINAL_NORMS) if name in tree.below]
     return found[0] if len(found) == 1 and not tree.multiplies(found[0]) else None
-
-
-def _with_partial_gradients(entries: Iterable[Parameter], names: set[str], partial: bool = True) -> Iterator[Parameter]:
-    """The entries of a plan, those of `names` marked, or unmarked; an entry of both kinds becomes single ones."""
-    for entry in entries:
-        listed = expand(entry.name)
-        inside = sum(name in names for name in listed)
-        if inside in (0, len(listed)):
-            yield dataclasses.replace(entry, partial_gradient=partial) if inside else entry
-            continue
-        one = [None] * len(listed) if entry.source is None else expand(entry.source)
-        many = [None] * len(listed) if entry.sources is None else list(entry.sources.expanded())
-        for name, source, sources in zip(listed, one, many):
-            marked = partial if name in names else entry.partial_gradient
-            yield dataclasses.replace(entry, name=name, source=source, sources=sources, partial_gradient=marked)
 
 
 def _fault(got: str, expected: str) -> Fault:

@@ -22,7 +22,7 @@ from autotp_plan.planner.pictures.facts import picture
 from autotp_plan.planner.pictures.page import page
 from autotp_plan.planner.plan_table import as_json, describe
 from autotp_plan.planner.rules.preset_files import read_preset
-from autotp_plan.planner.sequence_parallel import with_sequence_parallel, without_sequence_parallel
+from autotp_plan.planner.sequence_parallel import with_sequence_parallel
 from autotp_plan.planner.shards.recompile import Helpers, recompiled
 from autotp_plan.planner.stream_words import stream_words
 from autotp_plan.schemas.errors import CompileError, Fault, MismatchError, MissingDependencyError
@@ -30,6 +30,7 @@ from autotp_plan.schemas.estimate.settings import Settings
 from autotp_plan.schemas.names import expand
 from autotp_plan.schemas.plan.document import Plan, SequenceParallel
 from autotp_plan.schemas.plan.rules import Rules
+from autotp_plan.schemas.plan.without_stream import without_stream
 from tests.helpers.checkpoints import write_llama
 from tests.helpers.paths import PLANS
 from tests.helpers.wrappers import save_wrapper
@@ -283,11 +284,11 @@ def test_other_places_are_said_of_their_modules(both: tuple[Plan, Plan]) -> None
 
 def test_it_can_be_taken_out_again(both: tuple[Plan, Plan]) -> None:
     without, plan = both
-    assert dataclasses.replace(without_sequence_parallel(plan), rules=None) == without
-    assert without_sequence_parallel(without) is without
+    assert dataclasses.replace(without_stream(plan), rules=None) == without
+    assert without_stream(without) is without
     for path in sorted(PLANS.glob("*/tp2.json")):
         one = Plan.read(path)
-        assert without_sequence_parallel(with_sequence_parallel(one)) == one, path
+        assert without_stream(with_sequence_parallel(one)) == one, path
 
 
 def test_plain_deepspeed_cannot_do_it_and_trains_rightly_without(both: tuple[Plan, Plan]) -> None:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from autotp_plan.planner.deepspeed.limits import Obstacle, obstacles
-from autotp_plan.planner.sequence_parallel import without_sequence_parallel
 from autotp_plan.schemas.layout import Layout
 from autotp_plan.schemas.names import expand, starred
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.plan.entries import Parameter
+from autotp_plan.schemas.plan.without_stream import without_stream
 
 TRIED = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "cohere", "starcoder2", "glm"}
@@ -54,7 +54,7 @@ def export_to_deepspeed(plan: Plan) -> Export:
         the config, which trains rightly where `Export.trains_rightly`, and what stands in the way of the rest.
     """
     found = obstacles(plan)
-    plan = without_sequence_parallel(plan)
+    plan = without_stream(plan)
     reasons = {obstacle.where: obstacle for obstacle in found}
     tied = {tie.to for tie in plan.tied}
     rules: dict[str, dict[str, Any] | None] = {}

@@ -17,6 +17,7 @@ from pathlib import Path
 from autotp_plan.schemas.errors import CheckpointError, Fault, MismatchError, ShardsError
 from autotp_plan.schemas.layout import parameter_shape
 from autotp_plan.schemas.plan.document import Plan
+from autotp_plan.schemas.plan.without_stream import differ_in_stream_alone
 from autotp_plan.schemas.shards.manifest import (
     JOURNAL_NAME,
     MANIFEST_NAME,
@@ -95,7 +96,8 @@ def read_shards(folder: Path, plan: Plan | None = None) -> ShardsFolder:
 
     Args:
         folder: a finished shards folder.
-        plan: the plan that its shards must be of; None takes the plan in the folder.
+        plan: the plan that its shards must be of, but for where the stream is sharded along the sequence: no shard
+            depends on that. None takes the plan in the folder.
 
     Raises:
         ShardsError: it is not finished, or not what its manifest and plan say.
@@ -113,6 +115,8 @@ def read_shards(folder: Path, plan: Plan | None = None) -> ShardsFolder:
     plan_inside = Plan.read(folder / PLAN_NAME)
     plan = plan_inside if plan is None else plan
     expected = plan if plan_inside.fingerprint == manifest.plan else plan_inside
+    if expected is plan and differ_in_stream_alone(plan, plan_inside):
+        expected = plan_inside
     if (manifest.plan, manifest.tp_size) != (expected.fingerprint, plan.tp_size):
         raise MismatchError(
             Fault(
