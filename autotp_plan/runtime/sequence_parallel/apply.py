@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from autotp_plan.runtime.deepspeed.mesh import Ranks
+from autotp_plan.runtime.sequence_parallel.lazy_sum import LazilySummed
 from autotp_plan.runtime.sequence_parallel.modules import (
     EndOfStream,
     GatherInput,
@@ -15,6 +16,7 @@ from autotp_plan.runtime.sequence_parallel.modules import (
     has_forward,
 )
 from autotp_plan.runtime.sequence_parallel.stream import Stream
+from autotp_plan.runtime.tensor_parallel.embedding import VocabParallelEmbedding
 from autotp_plan.runtime.tensor_parallel.linear import RowParallelLinear
 from autotp_plan.schemas.names import expand
 from autotp_plan.schemas.plan.document import Plan
@@ -31,6 +33,9 @@ def shard_sequence(model: nn.Module, plan: Plan, ranks: Ranks) -> None:
     planned = plan.sequence_parallel
     if planned is None or plan.tp_size == 1:
         return
+    for module in model.modules():
+        if type(module) is VocabParallelEmbedding:  # a class of its own may do more than look up
+            module.defer_sum = LazilySummed.of
     stream = Stream(ranks.tp_group, ranks.tp_rank, ranks.tp_size)
     for name in _names(planned.scatter):
         module = model.get_submodule(name)

@@ -45,6 +45,23 @@ def gather_sequence(shard: Tensor, group: Any, tokens: Sequence[iv.Interval], tp
 
 
 @eager
+def reduce_scatter_sequence(part: Tensor, group: Any, tokens: Sequence[iv.Interval], tp_rank: int) -> Tensor:
+    """This rank's tokens of the sum of every rank's `part`; the gradient is all-gathered.
+
+    Args:
+        part: this rank's part of the sum, `(batch, tokens, ...)`.
+        group: the TP process group.
+        tokens: the tokens that each rank holds.
+        tp_rank: this rank.
+
+    Returns:
+        `(batch, tokens of this rank, ...)`.
+    """
+    result: Tensor = _ReduceScatter.apply(part, group, tuple(tokens), tp_rank)  # type: ignore[no-untyped-call]
+    return result
+
+
+@eager
 def split_sequence(full: Tensor, group: Any, tokens: Sequence[iv.Interval], tp_rank: int) -> Tensor:
     """This rank's tokens of a tensor that is the same on every rank; the gradient is all-gathered.
 
@@ -119,6 +136,17 @@ class _Gather(torch.autograd.Function):
             own = take(same, (tokens[tp_rank],), _DIM)
             grad = own if grad is None else grad + own
         return grad, None, None, None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: Any, tokens: tuple[iv.Interval, ...], tp_rank: int) -> Tensor:
+        ctx.sharding = group, tokens
+        return reduce_scattered(part, group, tokens, tp_rank)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return gathered(grad, *ctx.sharding), None, None, None
 
 
 class _Split(torch.autograd.Function):

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from autotp_plan.runtime.sequence_parallel.collectives import (
     gather_sequence,
+    reduce_scatter_sequence,
     split_sequence,
 )
+from autotp_plan.runtime.sequence_parallel.lazy_sum import LazilySummed
 from autotp_plan.runtime.sequence_parallel.products import product_scattered
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.errors import Fault, MismatchError
@@ -59,7 +61,8 @@ class Stream:
     def begin(self, hidden: Tensor) -> Tensor:
         """Shard the stream of a new batch: this rank's tokens of `(batch, length, hidden size)`."""
         self.shape = StreamShape(hidden.shape[0], hidden.shape[1])
-        return self.split(hidden)
+        part = hidden.part if isinstance(hidden, LazilySummed) else None
+        return self.split(hidden) if part is None else self._along(reduce_scatter_sequence, part)
 
     def end(self, hidden: Tensor) -> Tensor:
         """All tokens again; the stream is not sharded from here on."""

@@ -7,6 +7,7 @@ given a subclass in which `super().forward` is the vocabulary-parallel lookup.
 from __future__ import annotations
 
 import dis
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from autotp_plan.runtime.tensor_parallel.collectives import sum_over_ranks
 from autotp_plan.runtime.tensor_parallel.linear import PlannedLayer
-from autotp_plan.runtime.tensor_parallel.torch_internals import eager
+from autotp_plan.runtime.tensor_parallel.torch_internals import eager, forward_hooks
 from autotp_plan.schemas import intervals as iv
 
 
@@ -27,7 +28,11 @@ class _Bare(nn.Embedding):
 
 
 class VocabParallelEmbedding(PlannedLayer, _Bare):  # type: ignore[override]  # read-only
-    """An embedding table sharded by rows: each rank looks up the tokens it holds, an all-reduce sums the results."""
+    """An embedding table sharded by rows: each rank looks up the tokens it holds, an all-reduce sums the results.
+
+    With `defer_sum`, a function of this rank's part of the sum and the group, that makes the output in training; not
+    where hooks see it, nor under torch.compile.
+    """
 
     partition_type = "column"
 
@@ -37,17 +42,24 @@ class VocabParallelEmbedding(PlannedLayer, _Bare):  # type: ignore[override]  # 
         self.padding_idx = module.padding_idx
         self.sparse = False  # which DDP asks of every embedding
         self.held = self.shards.layouts["weight"].rank_intervals(self.tp_index)
+        self.defer_sum: Callable[[Tensor, Any], Tensor] | None = None
+        self._defers = False
 
     @property
     def gathers_when_read(self) -> bool:
         """Whether others read the full table: always, as it may be the head's too."""
         return True
 
-    @eager
     def __call__(self, input: Tensor) -> Tensor:
         """As any module's; also the forward of a class of its own, which may read `weight`."""
+        return self._called(input, torch.compiler.is_compiling())
+
+    @eager
+    def _called(self, input: Tensor, at_once: bool) -> Tensor:
+        defer = None if at_once or forward_hooks(self) or not torch.is_grad_enabled() else self.defer_sum
+        self._defers = defer is not None
         output: Tensor = super().__call__(input)
-        return output
+        return output if defer is None else defer(output, self.mp_group)
 
     def forward(self, input: Tensor) -> Tensor:
         """Token ids `(...)` to `(..., embedding_dim)`, the same on every rank.
@@ -64,7 +76,8 @@ class VocabParallelEmbedding(PlannedLayer, _Bare):  # type: ignore[override]  # 
             padding_idx = padded[0][0] if padded else None
         outside = input - input % self.num_embeddings  # 0, but for an id beyond the table a row beyond every shard
         output = F.embedding(local + outside, self.local_weight, padding_idx)
-        return sum_over_ranks(output.masked_fill(~mine.unsqueeze(-1), 0.0), self.mp_group)
+        part = output.masked_fill(~mine.unsqueeze(-1), 0.0)
+        return part if self._defers else sum_over_ranks(part, self.mp_group)
 
 
 def find_held(ids: Tensor, held: iv.Intervals) -> tuple[Tensor, Tensor]:

@@ -103,9 +103,9 @@ class LazilyGathered(Tensor):
         kwargs = kwargs or {}
         first = args[0] if args else None
         if isinstance(first, cls) and first._full is None:
-            if func in _SHAPE:
+            if func in SHAPE:
                 return func(first._outline(), *args[1:], **kwargs)
-            if func in _OF_THE_SHARD or is_elementwise(func, (args[1:], kwargs)):
+            if func in ABOUT or is_elementwise(func, (args[1:], kwargs)):
                 with without_torch_function():
                     result = func(*args, **kwargs)
                 if result is first or not isinstance(result, Tensor):
@@ -120,11 +120,13 @@ class LazilyGathered(Tensor):
             return torch.empty((*self.shape[:-1], self.sharding.size), dtype=self.dtype, device="meta")
 
 
-_SHAPE = tensor_functions("shape", "size", "numel", "nelement", "dim", "ndim", "ndimension", "stride", "is_contiguous")
-_OF_THE_SHARD = tensor_functions(
+SHAPE = tensor_functions("shape", "size", "numel", "nelement", "dim", "ndim", "ndimension", "stride", "is_contiguous")
+"""Functions that ask for the shape of a tensor."""
+ABOUT = tensor_functions(
     "dtype", "device", "layout", "requires_grad", "is_leaf", "grad_fn", "output_nr", "retains_grad", "register_hook",
     "is_floating_point", "is_complex", "is_cuda", "is_cpu", "is_meta", "is_xpu", "get_device", "element_size",
 )  # fmt: skip
+"""Functions that ask for what a tensor is, and not for its shape or elements."""
 _ELEMENTWISE = tensor_functions(
     "mul", "div", "add", "sub", "true_divide", "neg", "tanh", "float", "double", "half", "bfloat16", "to", "clone",
     "contiguous", "detach",
