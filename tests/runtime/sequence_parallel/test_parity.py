@@ -15,7 +15,7 @@ import pytest
 from autotp_plan.planner import Plan
 from tests.helpers.launch import launch
 from tests.helpers.models import PRESET_VARIANTS
-from tests.helpers.sequences import Lengths, errors, read, save_case
+from tests.helpers.sequences import Lengths, errors, read, save_case, write
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
@@ -96,21 +96,17 @@ PLANTED: dict[str, tuple[str, Callable[[Plan], Plan], str]] = {
 
 
 @contextlib.contextmanager
-def tokens_of_another_rank() -> Iterator[None]:
-    """While active, each rank begins with the tokens of the one after it."""
+def tokens_in_other_places() -> Iterator[None]:
+    """While active, each rank begins with its tokens in reverse."""
     from autotp_plan.runtime.sequence_parallel.stream import Stream
     from autotp_plan.schemas.upstream import replaced
 
     begin = Stream.begin
 
-    def swapped(stream: Any, hidden: Any) -> Any:
-        own, stream.tp_rank = stream.tp_rank, (stream.tp_rank + 1) % stream.tp_size
-        try:
-            return begin(stream, hidden)
-        finally:
-            stream.tp_rank = own
+    def reversed_begin(stream: Any, hidden: Any) -> Any:
+        return begin(stream, hidden).flip(1)
 
-    with replaced(Stream, "begin", swapped):
+    with replaced(Stream, "begin", reversed_begin):
         yield
 
 
@@ -127,7 +123,7 @@ def gradients_of_this_rank_alone() -> Iterator[None]:
     backward = collectives._Gather.backward
 
     def without_sum(ctx: Any, *grads: Any) -> Any:
-        with replaced(collectives, "_reduce_scattered", alone):
+        with replaced(collectives, "reduce_scattered", alone):
             return backward(ctx, *grads)
 
     with replaced(collectives._Gather, "backward", staticmethod(without_sum)):
@@ -135,7 +131,7 @@ def gradients_of_this_rank_alone() -> Iterator[None]:
 
 
 IN_CODE = {
-    tokens_of_another_rank: "logits pass 1",
+    tokens_in_other_places: "logits pass 1",
     gradients_of_this_rank_alone: "gradient model.layers.0.self_attn.q_proj.weight",
 }
 
@@ -160,7 +156,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[str]]
     for variant in QUICK:
         save_case(work, variant, (2,), LENGTHS, *([EVEN] if variant in of_planted else []))
     for case, (variant, change, _) in PLANTED.items():
-        (work / f"{case}.tp2.json").write_text(change(read(work, variant, 2)).to_json())
+        write(work, case, 2, change(read(work, variant, 2)))
     cases = {variant: variant for variant in QUICK}
     ranks = launch(in_ranks, 2, work, cases, {case: variant for case, (variant, _, _) in PLANTED.items()}, 2)
     return [{case: wrong(of) for case, of in rank.items()} for rank in ranks]
