@@ -32,6 +32,7 @@ from click.testing import CliRunner
 from autotp_plan.planner import compile_plan, presplit
 from autotp_plan.planner.cli.main import main as command
 from autotp_plan.planner.rules.preset_files import preset_text
+from autotp_plan.planner.sequence_parallel import with_sequence_parallel
 from autotp_plan.schemas import documents
 from autotp_plan.schemas.jobs.job_folder import sealed
 from autotp_plan.schemas.jobs.job_manifest import ABOUT_NAME, LATEST_NAME, JobManifest
@@ -129,8 +130,9 @@ def kinds(work: Path) -> dict[str, Kind]:
     header = (llama / "model.safetensors").read_bytes()
     length = int.from_bytes(header[:8], "little")
     config = work / "with-config" / "config.json"
+    sharded_stream = with_sequence_parallel(plan).to_dict()
     return {
-        "plan": Kind(given, plan.to_dict(), (("show", at(given)), ("check", at(given), "--checkpoint", at(llama)),
+        "plan": Kind(given, sharded_stream, (("show", at(given)), ("check", at(given), "--checkpoint", at(llama)),
                      ("export", at(given), "--to", "deepspeed"), ("show", at(given), "--html", out, "--svg", out),
                      ("diff", at(work / "plan.json"), at(given))), sealed_document),
         "estimate": Kind(given, estimate, (("show", at(work / "plan.json"), "--html", out, "--estimate", at(given)),)),

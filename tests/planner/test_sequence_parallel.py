@@ -45,6 +45,10 @@ STREAM = SequenceParallel(
 )
 
 
+WORDS = (
+    "the stream of 2 layers is sharded; all-gather before mlp, self_attn; "
+    "reduce-scatter behind mlp.down_proj, self_attn.o_proj; all-gather behind model.norm"
+)
 NOTHING_WRONG = Seen()
 
 
@@ -196,6 +200,7 @@ def test_the_command(tmp_path: Path, tp_size: int) -> None:
     command = ["compile", "--model", str(folder), "--tp", str(tp_size), "--sequence-parallel", "-o", str(output)]
     done = CliRunner().invoke(main, command)
     assert done.exit_code == 0, done.output
+    assert ("sequence parallel: not at TP=1" if tp_size == 1 else f"sequence parallel: {WORDS}") in done.output
     assert Plan.read(output) == compile_plan(folder, tp_size=tp_size, sequence_parallel=True)
     assert Plan.read(output).rules == Rules(sequence_parallel=True)
 
@@ -206,12 +211,6 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Plan]:
     folder = write_llama(tmp_path_factory.mktemp("llama"))
     without, plan = (compile_plan(folder, tp_size=2, sequence_parallel=on) for on in (False, True))
     return without, plan
-
-
-WORDS = (
-    "the stream of 2 layers is sharded; all-gather before mlp, self_attn; "
-    "reduce-scatter behind mlp.down_proj, self_attn.o_proj; all-gather behind model.norm"
-)
 
 
 def test_it_is_shown(both: tuple[Plan, Plan], tmp_path: Path) -> None:

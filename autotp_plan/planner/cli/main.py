@@ -148,11 +148,14 @@ def compile(
 
 def _report_compiled(plan: Plan, output: Path) -> None:
     from autotp_plan.planner.plan_table import human_bytes, summary
+    from autotp_plan.planner.stream_words import stream_words
 
     for note in plan.notes:
         say(f"note: {note}", err=True)
     if plan.dequantize is not None:
         say(f"the checkpoint has weights of {plan.dequantize} while they are sharded or loaded", err=True)
+    if (stream := stream_words(plan)) is not None:
+        say(stream, err=True)
     totals = summary(plan)
     largest = max(totals.per_rank)
     say(

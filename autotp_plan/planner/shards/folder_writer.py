@@ -227,7 +227,8 @@ def _finished(new: NewShards, output: Path, workers: int, share: Mapping[str, in
             return None
         shards = read_shards(output, new.plan)
         sizes = {file.name: file.size for file in shards.manifest.files if file.name != PLAN_NAME}
-        if shards.manifest.source != new.original.source or sizes != new.sizes():
+        of_this = (shards.manifest.plan, shards.manifest.source) == (new.plan.fingerprint, new.original.source)
+        if not of_this or sizes != new.sizes():
             return None
         shards.verify(workers, names={*share, PLAN_NAME})
         remove_part_files(output)
@@ -243,6 +244,8 @@ def _otherwise(new: NewShards, output: Path) -> list[str]:
             return []
         shards = read_shards(output, new.plan)
     except (AutoTPError, OSError):
+        return []
+    if shards.manifest.plan != new.plan.fingerprint:
         return []
     ours = {file.name: file.size for file in copied_files(shards)}
     theirs = {file.name: file.size for file in new.original.copied}

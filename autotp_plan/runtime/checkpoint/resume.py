@@ -34,6 +34,7 @@ from autotp_plan.schemas.errors import AutoTPError, CheckpointError, DocumentErr
 from autotp_plan.schemas.jobs.job_folder import file_faults, latest, missing_files, or_newest_sound
 from autotp_plan.schemas.jobs.job_manifest import ABOUT_NAME, LATEST_NAME, PLAN_NAME, JobManifest
 from autotp_plan.schemas.plan.document import Plan
+from autotp_plan.schemas.plan.without_stream import differ_in_stream_alone
 
 _NOT_READ, _READ_AGAIN = "the checkpoint could not be read", "correct what is wrong, or resume from another tag"
 
@@ -44,7 +45,8 @@ def load_checkpoint(
     """Resume `engine` from `folder/tag`; every rank calls it.
 
     Also restores the random state, and the position of the loader that `initialize` made. On a different mesh, or by
-    another plan of the same model, the random number generators are seeded anew.
+    another plan of the same model, the random number generators are seeded anew; a plan that shards the stream along
+    the sequence, where the other does not, is no other one.
 
     Args:
         engine: the DeepSpeed engine, as `initialize` made it.
@@ -65,7 +67,7 @@ def load_checkpoint(
     check_all_call("plan.load_checkpoint")
     asked = tag
     try:
-        tag, about, job = together(
+        tag, about, job, differs = together(
             lambda: _what_to_load(engine, folder, plan, ranks, asked, trust), _NOT_READ, _READ_AGAIN
         )
         check_same(
@@ -80,7 +82,6 @@ def load_checkpoint(
         raise _with_another(error, folder, asked) from None
     if not trust:
         together(lambda: _check_is_data(folder / tag, share), _NOT_READ, _READ_AGAIN)
-    differs = bool(differences_of(about, about_engine(engine, plan, ranks)))
     streams = folder / tag / f"random-{0 if differs else dist.get_rank()}.safetensors"
     state = together(lambda: read_rng_state(streams), _NOT_READ, _READ_AGAIN)
     restore = partial(seed_from_rng_state, state, ranks.dp_rank) if differs else partial(restore_rng_state, state)
@@ -109,8 +110,8 @@ def load_checkpoint(
 
 def _what_to_load(
     engine: Any, folder: Path, plan: Plan, ranks: Ranks, tag: str | None, trust: bool
-) -> tuple[str, JobManifest, SavedJob | None]:
-    """The tag, what was written about it, and its files where DeepSpeed cannot load them on this mesh."""
+) -> tuple[str, JobManifest, SavedJob | None, bool]:
+    """The tag, what is written about it, its files where DeepSpeed cannot load them here, and whether it differs."""
     tag = tag if tag is not None else latest(folder)
     if tag is not None:
         check_tag(tag, folder)
@@ -130,9 +131,11 @@ def _what_to_load(
         raise CheckpointError(missing)
     _check_position(engine, about, ranks, folder / tag)
     differences = differences_of(about, about_engine(engine, plan, ranks))
+    if "plan" in differences and differ_in_stream_alone(Plan.read(folder / tag / PLAN_NAME), plan):
+        differences.remove("plan")  # the ranks hold the same of everything
     if differences and (differences != ["dp_size"] or engine.zero_optimization_stage() > 0):
-        return tag, about, _saved_job(engine, folder / tag, about, plan, ranks, trust)
-    return tag, about, None
+        return tag, about, _saved_job(engine, folder / tag, about, plan, ranks, trust), True
+    return tag, about, None, bool(differences)
 
 
 def _share(tag_folder: Path) -> slice:

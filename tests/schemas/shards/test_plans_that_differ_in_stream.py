@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from autotp_plan.planner import compile_plan, merge, presplit
+from autotp_plan.planner import compile_plan, merge, presplit, reshard
 from autotp_plan.schemas import documents
-from autotp_plan.schemas.errors import MismatchError
+from autotp_plan.schemas.errors import MismatchError, OutputError
 from autotp_plan.schemas.plan.document import Plan
 from autotp_plan.schemas.plan.entries import ModuleAttribute, Repository
 from autotp_plan.schemas.plan.without_stream import differ_in_stream_alone
@@ -144,3 +144,16 @@ def test_a_folder_that_was_put_together_is_refused(shards: dict[bool, Path], pla
     for wanted in plans.values():
         with pytest.raises(MismatchError, match="the shards are of another plan"):
             read_shards(folder, wanted)
+
+
+def test_a_finished_folder_is_not_taken_for_shards_that_the_other_plan_would_write(
+    shards: dict[bool, Path], plans: Both, checkpoint: Path, tmp_path: Path
+) -> None:
+    """They can be read by it; but whoever asks for that plan in the folder is told that another one is there."""
+    for on, plan in plans.items():
+        before = files_of(shards[not on])
+        with pytest.raises(OutputError, match="that is not empty"):
+            presplit(plan, checkpoint, shards[not on])
+        assert files_of(shards[not on]) == before
+        reshard(shards[not on], tmp_path / str(on), plan=plan)
+        assert files_of(tmp_path / str(on)) == files_of(shards[on])
