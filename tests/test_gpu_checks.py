@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.gpu.__main__ import chosen
 from benchmarks.gpu.checks import CHECKS
 from benchmarks.gpu.record import Outcome, Record, Run, State
 from benchmarks.gpu.report import page
 from benchmarks.gpu.supervise import run_checks, together
-from benchmarks.gpu.work import Check, Found, relative
+from benchmarks.gpu.work import Check, Error, Found, absolute, relative
 from tests.helpers.paths import ROOT
 from tests.helpers.programs import output_of, started
 
@@ -114,6 +115,17 @@ def test_what_becomes_of_a_check(ranks: list[dict[str, Any]], expected: State) -
 def test_a_planted_error_is_one_of_the_number() -> None:
     error = relative([1.0, 2.0], [1.0, 2.0])
     assert error.worst == 0.0 and error.planted == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_what_is_not_a_number_is_an_error(place: int) -> None:
+    numbers = [1.0, 1.0]
+    numbers[place] = math.nan
+    of_tensors = absolute(*({"a": torch.tensor(one), "b": torch.ones(1)} for one in (numbers, [1.0, 1.0])))
+    for error in (relative(numbers, [1.0, 1.0]), of_tensors, Error.of_all([Error(worst=0.0, planted=1.0), of_tensors])):
+        one = together(check(), [found(), found(worst=error.worst, planted=error.planted, figures={"loss": math.nan})])
+        assert one.state is State.FAILED and "not a finite number" in one.reason
+        assert Record.from_json(Record().with_run(run("H100", "2026-01-01", one)).to_json()).runs[0].failed
 
 
 def test_what_does_not_fit_the_time_is_not_run(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ CHECKS = (
             topic=MEMORY,
             limit=memory.LIMIT,
             seconds=60,
+            spoils=one.zero_stage == 3,
             small=True,
         )
         for one in memory.OPTIONS
@@ -102,7 +103,7 @@ CHECKS = (
             function=functools.partial(loading.speed, way, state),
             topic=LOADING,
             limit=0.0,
-            seconds=90,
+            seconds=120,  # the first writes the model
             small=True,
         )
         for state in loading.STATES
@@ -115,6 +116,7 @@ CHECKS = (
             topic=ESTIMATES,
             limit=0.1,
             seconds=60,
+            spoils=stage == 3,
             small=stage == 1,
         )
         for stage, again in ((0, False), (1, True), (2, False), (3, False))

@@ -39,13 +39,16 @@ OPTIONS = (
     Option(name="activation checkpointing, selective", load={"activation_checkpointing": "selective"}),
     Option(name="activation checkpointing, full", load={"activation_checkpointing": "full"}),
     Option(name="loss in 16 chunks", load={"loss_chunks": 16}),
+    Option(name="sequence parallelism", compile={"sequence_parallel": True}),
+    Option(
+        name="sequence parallelism, selective, loss in 16 chunks",
+        compile={"sequence_parallel": True},
+        load={"activation_checkpointing": "selective", "loss_chunks": 16},
+    ),
     Option(name="ZeRO 1", zero_stage=1),
     Option(name="ZeRO 2", zero_stage=2),
-    Option(name="ZeRO 3", zero_stage=3),
-    Option(
-        name="selective, loss in 16 chunks", load={"activation_checkpointing": "selective", "loss_chunks": 16}
-    ),
-)  # fmt: skip
+    Option(name="ZeRO 3", zero_stage=3),  # the last: DeepSpeed gives its memory back when the process ends
+)
 """A further option is a further line."""
 
 SYSTEMS = {"autotp": "DeepSpeed AutoTP", "transformers": 'transformers, tp_plan="auto"', "dense": "unsharded"}

@@ -106,7 +106,7 @@ class Record:
 
     def to_json(self) -> str:
         runs = [dataclasses.asdict(run) for run in self.runs]
-        return json.dumps({"format": FORMAT, "version": VERSION, "runs": runs}, indent=1) + "\n"
+        return json.dumps({"format": FORMAT, "version": VERSION, "runs": runs}, indent=1, allow_nan=False) + "\n"
 
     def with_run(self, run: Run) -> Record:
         """With a new run, in the place of earlier ones on a CPU if it is one."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.record import Outcome, State
-from benchmarks.gpu.work import Check
+from benchmarks.gpu.work import Check, largest
 
 START_SECONDS = 120
 """For imports and the process group."""
@@ -55,7 +55,7 @@ def run_checks(work: Path, job: dict[str, Any], checks: Sequence[Check], deadlin
                     check = left.pop(0)
                     outcome = group.wait(check, deadline)
                     report(outcome)
-                    if check.spoils and outcome.state.has_run:
+                    if check.spoils and outcome.state.has_run and job["device"] == "cuda":
                         break
 
 
@@ -100,7 +100,7 @@ class _Ranks:
             found = [self._found(rank, check.name) for rank in range(len(self._processes))]
             if all(found):
                 outcome = together(check, [one for one in found if one])
-                self.is_sound = outcome.state is not State.FAILED or not outcome.reason
+                self.is_sound = not any(one["error"] for one in found if one)
                 return outcome
             now = time.monotonic()
             if not self._begun and (self._folder / "begun").exists():
@@ -136,27 +136,36 @@ class _Ranks:
 
 def together(check: Check, found: Sequence[dict[str, Any]]) -> Outcome:
     """What the ranks found: the largest error, the smallest that a planted one gave, the first rank's figures."""
-    worst = max((_number(one["worst"]) for one in found if one["worst"] is not None), default=None)
+    errors = [one["worst"] for one in found if one["worst"] is not None]
+    worst = largest(errors) if errors else None
+    limit = None if worst is None else check.limit
     planted = min((one["planted"] for one in found if one["planted"] is not None), default=None)
-    reason = next((one["error"] for one in found if one["error"]), "")
+    raised = next((one["error"] for one in found if one["error"]), "")
     absent = next((one["absent"] for one in found if one["absent"]), "")
-    is_compared = worst is not None and check.limit is not None
-    state = State.PASSED if is_compared else State.MEASURED
-    if reason:
-        state = State.FAILED
+    state, reason = State.MEASURED if limit is None else State.PASSED, ""
+    if raised:
+        state, reason = State.FAILED, raised
     elif absent:
         state, reason = State.ABSENT, absent
-    elif worst is not None and check.limit is not None:
-        if worst > check.limit:
-            state = State.FAILED
-        elif planted is None or not planted > check.limit:
-            state, reason = State.FAILED, f"a planted error was not noticed: it gave {planted}"
+    elif worst is not None and not math.isfinite(worst):
+        state, reason = State.FAILED, "an error is not a finite number"
+    elif worst is not None and limit is not None and worst > limit:
+        state, reason = State.FAILED, f"the error is {worst:.3g}, above the limit of {limit:.3g}"
+    elif limit is not None and (planted is None or not planted > limit):
+        state, reason = State.FAILED, f"a planted error was not noticed: it gave {planted}"
     return Outcome(
-        name=check.name, topic=check.topic, state=state, worst=worst, limit=check.limit if is_compared else None,
-        planted=planted, figures=found[0]["figures"], seconds=max(one["seconds"] for one in found), reason=reason,
-    )  # fmt: skip
+        name=check.name,
+        topic=check.topic,
+        state=state,
+        worst=worst if worst is not None and math.isfinite(worst) else None,  # JSON has no infinity
+        limit=limit,
+        planted=planted if planted is not None and math.isfinite(planted) else None,
+        figures={name: _finite(value) for name, value in found[0]["figures"].items()},
+        seconds=max(one["seconds"] for one in found),
+        reason=reason,
+    )
 
 
-def _number(error: float) -> float:
-    """An error; not a number is larger than every number."""
-    return math.inf if math.isnan(error) else error
+def _finite(value: Any) -> Any:
+    """A figure for JSON, which has no NaN and no infinity."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,6 +6,7 @@ itself that it can fail.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ class Error:
     def of_all(errors: Iterable[Error]) -> Error:
         """The largest error of several comparisons; a planted one must be noticed by each."""
         errors = list(errors)
-        return Error(worst=max(one.worst for one in errors), planted=min(one.planted for one in errors))
+        return Error(worst=largest(one.worst for one in errors), planted=min(one.planted for one in errors))
 
     def found(self, **figures: Any) -> Found:
         """What a check found, with its figures."""
@@ -102,7 +103,7 @@ class Check:
         ranks: 2: two TP ranks that share the card, over gloo. 1: one rank, over NCCL where there is a card. 0: a
             process that starts its own.
         needs_cuda: it is of no use without a card.
-        spoils: the ranks cannot go on after it; new ones are started.
+        spoils: the card, or its memory, is of no use to the ranks after it; new ones are started.
         small: it runs in the small mode too.
         hybrid: the family of `benchmarks.gpu.hybrids` whose rules it waits for.
     """
@@ -119,23 +120,28 @@ class Check:
     hybrid: str = ""
 
 
+def largest(errors: Iterable[float]) -> float:
+    """The largest of errors; one that is not a number is larger than all."""
+    return max(math.inf if math.isnan(error) else error for error in errors)
+
+
 def relative(found: list[float], expected: list[float], planted: float = PLANTED) -> Error:
     """The largest relative error; planted is one in the last number."""
 
-    def largest(numbers: list[float]) -> float:
-        return max(abs(mine - theirs) / abs(theirs) for mine, theirs in zip(numbers, expected, strict=True))
+    def worst(numbers: list[float]) -> float:
+        return largest(abs(mine - theirs) / abs(theirs) for mine, theirs in zip(numbers, expected, strict=True))
 
-    return Error(worst=largest(found), planted=largest([*found[:-1], found[-1] * (1 + planted)]))
+    return Error(worst=worst(found), planted=worst([*found[:-1], found[-1] * (1 + planted)]))
 
 
 def absolute(found: dict[str, Tensor], expected: dict[str, Tensor]) -> Error:
     """The largest absolute difference of tensors by name; planted is one in one element of one of them."""
     assert found.keys() == expected.keys(), f"other tensors: {sorted(found.keys() ^ expected.keys())}"
 
-    def largest(tensors: dict[str, Tensor]) -> float:
-        return max((tensors[name].double() - value.double()).abs().max().item() for name, value in expected.items())
+    def worst(tensors: dict[str, Tensor]) -> float:
+        return largest((tensors[name].double() - value.double()).abs().max().item() for name, value in expected.items())
 
-    return Error(worst=largest(found), planted=largest(spoiled(found, min(found))))
+    return Error(worst=worst(found), planted=worst(spoiled(found, min(found))))
 
 
 def spoiled(tensors: dict[str, Tensor], name: str, planted: float = PLANTED) -> dict[str, Tensor]:
