@@ -52,6 +52,17 @@ CHECKS = (
     ),
     *(
         Check(
+            name=f"{name} {variant}, sequence parallelism",
+            function=functools.partial(dtypes.parity, variant, dtype, planned={"sequence_parallel": True}),
+            topic=PARITY,
+            limit=dtypes.LIMIT,
+            small=(name, variant) == ("float32", "llama_bias_tied"),
+        )
+        for name, dtype in DTYPES.items()
+        for variant in dtypes.FAMILIES
+    ),
+    *(
+        Check(
             name=f"memory, {one.name}",
             function=functools.partial(memory.option, one),
             topic=MEMORY,

@@ -42,6 +42,7 @@ def parity(
     dtype: torch.dtype,
     work: Work,
     within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    planned: dict[str, Any] | None = None,
     **options: Any,
 ) -> Found:
     """Losses, logits, every gradient and their norm of two passes in bfloat16 or float32.
@@ -51,6 +52,7 @@ def parity(
         dtype: of the sharded model and the unsharded one.
         work: where.
         within: a context for both, such as one that chooses a kernel.
+        planned: arguments of `compile_plan`.
         **options: for `from_pretrained` of both, such as `attn_implementation`; the exact model has none.
     """
     from tests.helpers.models import eager_experts
@@ -59,7 +61,7 @@ def parity(
     exact = dense(work, variant, EXACT[dtype], changes=changes, **eager_experts(EXACT[dtype]))
     with within():
         rounded = dense(work, variant, dtype, changes=changes, **options)
-        plan, model = sharded(work, variant, changes=changes, dtype=dtype, **options)
+        plan, model = sharded(work, variant, changes=changes, planned=planned, dtype=dtype, **options)
     return compare_with(work, plan, model, exact=exact, rounded=rounded, within=within)
 
 

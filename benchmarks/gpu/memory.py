@@ -18,8 +18,8 @@ from benchmarks import training_rank
 from benchmarks.gpu.large_model import reset_memory, write_llama
 from benchmarks.gpu.work import Found, Work, planted_in, relative
 
-LIMIT = 1e-4
-"""Of losses, as in `benchmarks.training`."""
+LIMIT = 1e-5
+"""Of losses."""
 STEPS = 3
 MIB = 2**20
 

@@ -9,7 +9,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.gpu.work import STEPS, Error, Found, Work, adam_losses, batches, checkpoint, dense, relative, sharded
+from benchmarks.gpu.work import (
+    STEPS,
+    Error,
+    Found,
+    Work,
+    adam_losses,
+    batches,
+    checkpoint,
+    dense,
+    planted_in,
+    relative,
+    sharded,
+)
 
 
 def engine(variant: str, stage: int, work: Work, **changes: Any) -> Found:
@@ -148,7 +160,7 @@ def lora(work: Work) -> Found:
     plan, model = sharded(work, "llama")
     runs = [
         PeftModel.from_pretrained(dense(work, "llama"), str(adapter), is_trainable=True),
-        plan.load_adapter(model, adapter),
+        planted_in(work, plan.load_adapter(model, adapter)),
     ]
     return relative(adam_losses(work, runs[1]), adam_losses(work, runs[0])).found()
 

@@ -158,17 +158,24 @@ def checkpoint(work: Work, variant: str, **changes: Any) -> Path:
     return work.once(name, lambda path: save_checkpoint(path, variant, **changes))
 
 
-def sharded(work: Work, variant: str, *, from_shards: bool = True, changes: Any = None, **options: Any) -> Any:
-    """A plan, and this rank's model in training mode."""
+def sharded(work: Work, variant: str, *, changes: Any = None, planned: Any = None, **options: Any) -> Any:
+    """A plan, and this rank's model in training mode, from shards.
+
+    Args:
+        work: where.
+        variant: a family.
+        changes: of its config, by name.
+        planned: arguments of `compile_plan`.
+        **options: for `load_model`.
+    """
     from autotp_plan.planner import compile_plan, presplit
     from autotp_plan.runtime import TrainingPlan
 
     folder = checkpoint(work, variant, **(changes or {}))
-    plan = TrainingPlan(compile_plan(folder, tp_size=dist.get_world_size()))
-    if from_shards:
-        shards = f"{folder.name}.tp{dist.get_world_size()}"
-        folder = work.once(shards, lambda path: presplit(plan.document, folder, path))
-    return plan, planted_in(work, plan.load_model(folder, **options).train())
+    plan = TrainingPlan(compile_plan(folder, tp_size=dist.get_world_size(), **(planned or {})))
+    name = ".".join([folder.name, f"tp{dist.get_world_size()}", *(planned or {})])
+    shards = work.once(name, lambda path: presplit(plan.document, folder, path))
+    return plan, planted_in(work, plan.load_model(shards, **options).train())
 
 
 def planted_in(work: Work, model: Any) -> Any:
