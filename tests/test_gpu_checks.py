@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,35 @@ def test_what_does_not_fit_the_time_is_not_run(tmp_path: Path) -> None:
     outcomes: list[Outcome] = []
     run_checks(tmp_path, {}, [check("first"), check("second", ranks=0)], time.monotonic(), outcomes.append)
     assert [(one.name, one.state) for one in outcomes] == [("first", State.NO_TIME), ("second", State.NO_TIME)]
+
+
+def test_a_check_that_hangs_or_dies_costs_no_other(tmp_path: Path) -> None:
+    names = ["first", "raises", "second", "hangs", "third", "one rank hangs", "dies", "card", "fourth"]
+    checks = [check(name, seconds=0.5 if "hangs" in name else 20, spoils=name == "card") for name in names]
+    outcomes: list[Outcome] = []
+    deadline = time.monotonic() + 60
+    run_checks(tmp_path, {"device": "cuda"}, checks, deadline, outcomes.append, "tests.helpers.checked_rank")
+    by_name = {one.name: one for one in outcomes}
+    assert list(by_name) == names
+    assert [one.name for one in outcomes if one.state is not State.PASSED] == [
+        "raises", "hangs", "one rank hangs", "dies",
+    ]  # fmt: skip
+    assert by_name["raises"].reason == "it raised" and "rank 1 ended\nit died" in by_name["dies"].reason
+    assert "longer than 0 s" in by_name["hangs"].reason or "longer than 1 s" in by_name["hangs"].reason
+    processes = [one.figures["process"] for one in outcomes if one.state is State.PASSED]
+    assert len(set(processes)) == len(processes)  # each of them is the first of new ranks
+    for process in processes:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+
+
+def test_what_has_begun_when_the_time_is_over_is_not_run(tmp_path: Path) -> None:
+    outcomes: list[Outcome] = []
+    deadline = time.monotonic() + 1.0
+    checks = [check("first", seconds=20), check("hangs", seconds=20), check("second")]
+    run_checks(tmp_path, {"device": "cuda"}, checks, deadline, outcomes.append, "tests.helpers.checked_rank")
+    assert [one.state for one in outcomes] == [State.PASSED, State.NO_TIME, State.NO_TIME]
+    assert time.monotonic() - deadline < 2
 
 
 def test_the_record_is_read_back() -> None:

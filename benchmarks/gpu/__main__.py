@@ -58,6 +58,8 @@ def main() -> None:
     began = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # not without the ranks
     os.environ.update(DS_ACCELERATOR=options.device, HF_HUB_OFFLINE="1", PYTHONWARNINGS="ignore")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("torch sees no CUDA card; --device cpu tries the checks without one")
     checks = chosen(options.only, options.small, options.device)
     if not checks:
         sys.exit("no check has such a name")

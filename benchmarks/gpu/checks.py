@@ -175,7 +175,8 @@ CHECKS = (
         for stage in range(4)
     ),
     Check(name="engine overlap", function=training.overlap, topic=TRAINING, limit=FLOAT32),
-    Check(name="bf16", function=training.bf16, topic=TRAINING, limit=1e-2),
+    # three and four times what was measured on an H200: a gradient that is off by a hundredth is more
+    Check(name="bf16", function=training.bf16, topic=TRAINING, limit=3e-3),
     Check(name="resume", function=training.resume, topic=TRAINING, limit=1e-6, small=True),
     Check(name="save_pretrained", function=calls.saving, topic=CALLS, limit=0.0, small=True),
     Check(name="generate", function=calls.generation, topic=CALLS, limit=0.0, small=True),
@@ -188,7 +189,7 @@ CHECKS = (
             limit=limit,
             small=name == "LAMB",
         )
-        for name, limit in (("Adafactor", FLOAT32), ("LAMB", FLOAT32), ("Muon", 1e-3))
+        for name, limit in (("Adafactor", FLOAT32), ("LAMB", FLOAT32), ("Muon", 3e-5))
     ),
     Check(name="dropout", function=gradients.dropout, topic=FLOATS, limit=FLOAT32, small=True),
     # Trainer rounds the losses that it logs to four decimals

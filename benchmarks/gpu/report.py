@@ -127,7 +127,8 @@ def _cells(outcome: Outcome) -> str:
 
 
 def _errors(outcome: Outcome) -> str:
-    return "" if outcome.worst is None else f"{outcome.worst:.1e} of {outcome.limit}, planted {outcome.planted}"
+    planted = "" if outcome.planted is None else f", planted {outcome.planted:.1e}"
+    return "" if outcome.worst is None else f"{outcome.worst:.1e} of {outcome.limit}{planted}"
 
 
 def _reason(outcome: Outcome) -> str:

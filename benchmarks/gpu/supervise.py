@@ -29,7 +29,14 @@ _OUTPUT = 3000
 Report = Callable[[Outcome], None]
 
 
-def run_checks(work: Path, job: dict[str, Any], checks: Sequence[Check], deadline: float, report: Report) -> None:
+def run_checks(
+    work: Path,
+    job: dict[str, Any],
+    checks: Sequence[Check],
+    deadline: float,
+    report: Report,
+    program: str = "benchmarks.gpu.rank",
+) -> None:
     """Run checks in their order, those in a row that take the same ranks in the same processes.
 
     Args:
@@ -38,6 +45,7 @@ def run_checks(work: Path, job: dict[str, Any], checks: Sequence[Check], deadlin
         checks: the most important first.
         deadline: by `time.monotonic()`; checks that have not ended then are reported as not run.
         report: called with each outcome.
+        program: the module that a rank runs.
     """
     for number, (ranks, of_group) in enumerate(itertools.groupby(checks, key=lambda check: check.ranks)):
         left = list(of_group)
@@ -50,7 +58,8 @@ def run_checks(work: Path, job: dict[str, Any], checks: Sequence[Check], deadlin
                 break
             folder = work / f"ranks-{number}-{attempt}"
             folder.mkdir()
-            with _Ranks(folder, {**job, "work": str(work), "checks": [check.name for check in left]}, ranks) as group:
+            told = {**job, "work": str(work), "checks": [check.name for check in left]}
+            with _Ranks(folder, told, ranks, program) as group:
                 while left and group.is_sound:
                     check = left.pop(0)
                     outcome = group.wait(check, deadline)
@@ -62,7 +71,7 @@ def run_checks(work: Path, job: dict[str, Any], checks: Sequence[Check], deadlin
 class _Ranks:
     """Processes that run checks one after the other."""
 
-    def __init__(self, folder: Path, job: dict[str, Any], ranks: int) -> None:
+    def __init__(self, folder: Path, job: dict[str, Any], ranks: int, program: str) -> None:
         self.is_sound = True
         self._folder = folder
         (folder / "job.json").write_text(json.dumps(job))
@@ -71,7 +80,7 @@ class _Ranks:
             # LOCAL_RANK names the device: it is the same for all
             of_rank = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
             with (folder / f"output-{rank}").open("w") as output:
-                command = [sys.executable, "-m", "benchmarks.gpu.rank", str(folder)]
+                command = [sys.executable, "-m", program, str(folder)]
                 self._processes.append(
                     subprocess.Popen(
                         command,
