@@ -104,7 +104,7 @@ CHECKS = (
             limit=memory.LIMIT,
             seconds=60,
             ranks=0,
-            small=name != "dense",
+            small=name == "transformers",
         )
         for name, title in memory.SYSTEMS.items()
     ),

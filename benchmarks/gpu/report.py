@@ -93,7 +93,7 @@ def _never(record: Record, names: list[str]) -> list[str]:
 def _not_run(record: Record, name: str) -> str:
     """Why there is no result."""
     states = [one for run in record.runs for one in run.outcomes if one.name == name]
-    return f"{states[0].state.value} {states[0].reason}".strip()
+    return states[0].reason or states[0].state.value
 
 
 def _table(record: Record, topic: str, names: list[str]) -> list[str]:
