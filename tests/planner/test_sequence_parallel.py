@@ -241,6 +241,10 @@ def test_what_is_exchanged_is_drawn(both: tuple[Plan, Plan]) -> None:
         around = [[("all-gather", False), ("reduce-scatter", True)], [("reduce-scatter", False)]]
         assert collectives(both[1], name) == around
         assert collectives(both[0], name) == [[("all-reduce", True)], [("all-reduce", False)]]
+    ends = [picture(both[1]).sections[at].blocks[0] for at in (0, -1)]
+    (embedding, head) = ([[one.what for one in found] for found in (end.before, end.after)] for end in ends)
+    assert embedding == [[], ["reduce-scatter"]]
+    assert head == [["all-gather", "reduce-scatter"], ["all-gather"]]
     without = Plan.read(PLANS / "mixtral_8x7b" / "tp2.json")
     experts = with_sequence_parallel(without)
     router = [[("all-gather", False), ("reduce-scatter", True)], [("all-gather", True)]]

@@ -197,7 +197,9 @@ def _blocks(weights: Sequence[Weight], group: layers.Group, tp_size: int, stream
         if group.numbers and name in group.modules:
             found_before, found_after = _crossings(group.modules[name])
             before, after = before + found_before, after + found_after
-        if stream is not None and group.numbers:
+        if stream is not None and not group.numbers:
+            before, after = _outside(of, before, after)
+        elif stream is not None:
             before, after = _around(stream, f"{group.stem}.{group.numbers[0]}", name, of, before, after)
         found.append(Block(name=name, stages=tuple(stages), before=tuple(before), after=tuple(after)))
     return sorted(found, key=lambda block: (layers.block_place(block.name, _labels(block)), block.name))
@@ -265,6 +267,18 @@ def _around(
     return before, after
 
 
+def _outside(
+    of: Sequence[Weight], before: list[Collective], after: list[Collective]
+) -> tuple[list[Collective], list[Collective]]:
+    """The collectives of an embedding in front of a sharded stream, or of a head behind it."""
+    if any("output gathered" in weight.notes for weight in of):
+        return [_GATHERED, _GATHERED_BACK, *(one for one in before if not one.backward)], after
+    return before, [_LOOKED_UP if one.what == "all-reduce" else one for one in after]
+
+
+_LOOKED_UP = Collective(
+    what="reduce-scatter", why="of what is looked up; an all-reduce unless it goes straight to the layers"
+)
 _GATHERED = Collective(what="all-gather", why="along the sequence: every rank is given all tokens")
 _GATHERED_BACK = Collective(what="reduce-scatter", why="of the gradient, along the sequence", backward=True)
 _SCATTERED = Collective(what="reduce-scatter", why="sums the partial outputs; each rank has its tokens of them")
