@@ -164,6 +164,40 @@ def base_is_what_a_view_is_of(_: Any) -> bool:
     return weight.transpose(1, 2)._base is weight and weight._base is None
 
 
+def an_alias_shares_its_version(_: Any) -> bool:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from autotp_plan.runtime.tensor_parallel.torch_internals import alias_of
+
+    found: list[Any] = []
+
+    class Keep(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            found.append(alias_of(result))
+            return result
+
+    with Keep():
+        made = torch.ones(2, requires_grad=True).exp()
+    before = found[-1]._version
+    made.mul_(2)
+    return found[-1].grad_fn is None and found[-1]._version == before + 1
+
+
+def saving_is_noticed(top_hooks: Any) -> bool:
+    from autotp_plan.runtime.tensor_parallel.torch_internals import on_saving
+
+    noticed: list[int] = []
+    weight = torch.ones(2, requires_grad=True)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda it: it * 3, lambda it: it),
+        on_saving(lambda: noticed.append(1)),
+    ):
+        result = weight.exp()
+    (found,) = torch.autograd.grad(result.sum(), [weight])
+    return top_hooks(True) is None and len(noticed) == 1 and torch.equal(found, 3 * result.detach())
+
+
 def assertion_raises(assert_async: Any) -> bool:
     assert_async(torch.tensor(True), "said")
     try:
@@ -330,6 +364,9 @@ CANARIES = [
     Canary("torch:Tensor._version", "sharing input gradients, after a tensor was changed in place",
            version_counts_changes),
     Canary("torch:Tensor._base", "selective activation checkpointing of experts", base_is_what_a_view_is_of),
+    Canary("torch:_C._SetExcludeDispatchKeyGuard", "selective activation checkpointing", an_alias_shares_its_version),
+    Canary("torch:_C._autograd._top_saved_tensors_default_hooks", "selective activation checkpointing",
+           saving_is_noticed),
     Canary("torch:_assert_async", "refusing labels that are not in the vocabulary", assertion_raises),
     Canary("torch:_C.DisableTorchFunctionSubclass", "logits that are gathered at first use"),
     Canary("torch.utils._pytree:tree_map_only", "logits that are gathered at first use",

@@ -1,30 +1,43 @@
 """Selective activation checkpointing: results that take long are kept, the rest is computed again in the backward.
 
-Kept are the results of matrix products with weights (by torch's policy for operators) and of tensor parallelism's
-collectives. A collective changes its tensor in place: torch would keep what the operator returns, and leave the tensor
-of the second forward as it is. So a sum over the ranks is kept here, and made in the memory of the product that it adds
-up, where nothing else reads that.
+Kept are the results of matrix products with weights and of tensor parallelism's collectives. A collective changes its
+tensor in place: a mode that keeps what operators return (torch's `create_selective_checkpoint_contexts`) would leave
+the tensor of the second forward as it is. So a sum over the ranks is kept here, and made in the memory of the product
+that it adds up, where nothing else reads that.
+
+No gradient needs what is computed after the last tensor that autograd saves, such as the sum that only the residual is
+added to: the second forward ends before. It is not kept, and computed again where someone has switched that off
+(`torch.utils.checkpoint.set_checkpoint_early_stop`).
 """
 
 from __future__ import annotations
 
 import functools
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import SAC_IGNORED_OPS
 
-from autotp_plan.runtime.tensor_parallel.torch_internals import base_of, version_of
+from autotp_plan.runtime.tensor_parallel.torch_internals import OperatorMode, alias_of, base_of, on_saving, version_of
 from autotp_plan.schemas.errors import Fault, MismatchError
 
-_PRODUCTS = ("aten::mm", "aten::addmm", "aten::linear", "aten::_scaled_mm")
+_PRODUCTS = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::linear",
+    "aten::_scaled_mm",
+    "aten::_grouped_mm",
+    "aten::_scaled_grouped_mm",
+)
 _IN_BATCHES = ("aten::bmm", "aten::baddbmm")
 """Products of attention with itself, which are computed again, or of all experts with their weights."""
-_VIEWS = ("aten::_unsafe_view", "aten::view", "aten::t", "aten::transpose", "aten::detach")
+_VIEWS = ("aten::_unsafe_view", "aten::view", "aten::t", "aten::transpose")
+_OTHER, _VIEW, _PRODUCT, _BATCHES = range(4)
 
 
 def selective_checkpointing() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -39,9 +52,7 @@ def selective_checkpointing() -> tuple[AbstractContextManager[None], AbstractCon
         Context managers for the first forward of a layer and for the second, in the backward.
     """
     layer = _Layer()
-    policy = functools.partial(_policy, layer)
-    first, again = create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
-    return _Forward(layer, first, is_again=False), _Forward(layer, again, is_again=True)
+    return _FirstForward(layer), _SecondForward(layer)
 
 
 def kept(compute: Callable[[], Tensor]) -> Tensor:
@@ -49,7 +60,10 @@ def kept(compute: Callable[[], Tensor]) -> Tensor:
     layer = _current.layer
     if layer is None:
         return compute()
-    return layer.next() if layer.is_again else layer.keep(compute())
+    found = layer.next(_COLLECTIVE) if layer.is_again else None
+    if found is not None:
+        return found.detach()
+    return compute() if layer.is_again else layer.keep(_COLLECTIVE, compute())
 
 
 def kept_sum(add_up: Callable[[Tensor], None], input: Tensor, *, is_product: bool) -> Tensor:
@@ -65,7 +79,7 @@ def kept_sum(add_up: Callable[[Tensor], None], input: Tensor, *, is_product: boo
     if layer is not None and not layer.is_again and is_product and layer.ends_with_product and input.is_contiguous():
         output = input.detach()
         add_up(output)
-        return layer.keep(output)
+        return layer.keep(_COLLECTIVE, output)
     return kept(lambda: _summed(add_up, input))
 
 
@@ -75,33 +89,68 @@ def _summed(add_up: Callable[[Tensor], None], input: Tensor) -> Tensor:
     return output
 
 
+_COLLECTIVE = "collective"
+
+
 class _Layer:
-    """One forward of a checkpointed layer, and the results of its collectives in their order."""
+    """One forward of a checkpointed layer, and the results of its operators and collectives in their order."""
 
     def __init__(self) -> None:
-        self.results: list[tuple[Tensor, int] | None] = []
-        """Each with its version; None: it has been used."""
+        self.results: dict[Any, list[_Result]] = defaultdict(list)
+        self.saved = 0
+        """How many tensors autograd has saved for the backward."""
         self.is_again = self.ends_with_product = False
-        self._position = 0
+        self._position: dict[Any, int] = {}
 
-    def begin(self, is_again: bool) -> None:
-        self.is_again, self._position = is_again, 0
+    def begin_again(self) -> None:
+        """The second forward begins."""
+        self.is_again = True
+        self._position = dict.fromkeys(self.results, 0)
 
-    def keep(self, result: Tensor) -> Tensor:
-        self.results.append((result.detach(), version_of(result)))
+    def keep(self, key: Any, result: Tensor) -> Tensor:
+        """`result`, which `next(key)` returns in the second forward."""
+        self.results[key].append(_Result(alias_of(result), self.saved))
         return result
 
-    def next(self) -> Tensor:
-        """The next result of the first forward, which is kept no longer."""
-        at, self._position = self._position, self._position + 1
-        found = self.results[at] if at < len(self.results) else None
-        if found is None:
-            raise MismatchError(_fault("another collective, or a second backward of one loss"))
-        self.results[at] = None
-        result, version = found
-        if version_of(result) != version:
-            raise MismatchError(_fault("the result of a collective, changed in place since"))
-        return result.detach()
+    def skip(self, key: Any) -> None:
+        """In place of `keep`: `next(key)` returns None."""
+        self.results[key].append(_Result(None, self.saved))
+
+    def forget_the_last(self) -> None:
+        """Keep nothing that was computed after the last tensor that autograd has saved: no gradient needs it."""
+        for results in self.results.values():
+            for at in reversed(range(len(results))):
+                if results[at].saved_before < self.saved:
+                    break
+                results[at] = _Result(None, self.saved)
+
+    def next(self, key: Any) -> Tensor | None:
+        """The next result of the first forward, which is kept no longer; None where it is to be computed again."""
+        at = self._position.get(key, 0)
+        self._position[key] = at + 1
+        results = self.results.get(key, ())
+        if at >= len(results):
+            raise MismatchError(_fault("another product or collective"))
+        return results[at].taken()
+
+
+class _Result:
+    """What is kept of an operator or collective, until it is used."""
+
+    __slots__ = ("_is_used", "_tensor", "_version", "saved_before")
+
+    def __init__(self, tensor: Tensor | None, saved_before: int) -> None:
+        self._tensor, self._is_used, self.saved_before = tensor, False, saved_before
+        self._version = None if tensor is None else version_of(tensor)
+
+    def taken(self) -> Tensor | None:
+        """The tensor, once; None: there is none."""
+        if self._is_used:
+            raise MismatchError(_fault("a second backward of one loss"))
+        tensor, self._tensor, self._is_used = self._tensor, None, self._tensor is not None
+        if tensor is not None and version_of(tensor) != self._version:
+            raise MismatchError(_fault("the result of a product or collective, changed in place since"))
+        return tensor
 
 
 class _Current(threading.local):
@@ -111,39 +160,77 @@ class _Current(threading.local):
 _current = _Current()
 
 
-class _Forward:
-    """A context manager, for a second time too, while which the layer of this thread is `layer`."""
+class _Forward(OperatorMode):  # type: ignore[misc]
+    """While active in a `with`, the layer of this thread is `layer`."""
 
-    def __init__(self, layer: _Layer, mode: AbstractContextManager[Any], is_again: bool) -> None:
-        self._layer, self._mode, self._is_again = layer, mode, is_again
+    def __init__(self, layer: _Layer) -> None:
+        super().__init__()
+        self.layer = layer
         self._outer: _Layer | None = None
 
-    def __enter__(self) -> None:
-        self._mode.__enter__()
-        self._outer, _current.layer = _current.layer, self._layer
-        self._layer.begin(self._is_again)
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Functions that `torch.compile` has compiled run as they are: this is asked by torch."""
+        return True
+
+    def __enter__(self) -> Any:
+        self._outer, _current.layer = _current.layer, self.layer
+        return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         _current.layer = self._outer
-        self._mode.__exit__(*error)
+        super().__exit__(*error)
 
 
-def _policy(layer: _Layer, _: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
-    kind = _kind(operator)
-    is_kept = kind == "product" or (kind == "in batches" and any(map(_is_weight, args)))
-    if kind != "view":
-        layer.ends_with_product = is_kept
-    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+class _FirstForward(_Forward):
+    def __enter__(self) -> Any:
+        self._counting = on_saving(self._count)
+        self._counting.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._counting.__exit__(*error)
+        if self.layer.saved:
+            self.layer.forget_the_last()
+
+    def _count(self) -> None:
+        self.layer.saved += 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        kind = _kind(func)
+        if kind == _VIEW:
+            return result
+        layer = self.layer
+        layer.ends_with_product = kind == _PRODUCT or (kind == _BATCHES and any(map(_is_weight, args)))
+        if layer.ends_with_product:
+            layer.keep(func, result)
+        elif kind == _BATCHES:
+            layer.skip(func)
+        return result
+
+
+class _SecondForward(_Forward):
+    def __enter__(self) -> Any:
+        self.layer.begin_again()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = self.layer.next(func) if _kind(func) >= _PRODUCT else None
+        if found is not None:
+            return found
+        return func(*args, **kwargs) if kwargs else func(*args)
 
 
 @functools.cache
-def _kind(operator: Any) -> str:
-    name, _, overload = operator.name().partition(".")
-    if overload == "out":  # into a tensor that is given, which the caller keeps
-        return ""
-    if name in _PRODUCTS or "grouped_mm" in name:
-        return "product"
-    return "in batches" if name in _IN_BATCHES else "view" if name in _VIEWS else ""
+def _kind(operator: Any) -> int:
+    name = operator.name()  # of one that writes into a tensor that is given: aten::mm.out
+    if name in _PRODUCTS:
+        return _PRODUCT
+    if name in _IN_BATCHES:
+        return _BATCHES
+    return _VIEW if name in _VIEWS or operator in SAC_IGNORED_OPS else _OTHER
 
 
 def _is_weight(operand: Any) -> bool:
@@ -158,6 +245,6 @@ def _fault(got: str) -> Fault:
         what="a layer's second forward, in the backward, is not what its first was",
         where="selective activation checkpointing",
         got=got,
-        expected="a layer that computes the same twice, and changes no result of a collective in place",
-        next='activation_checkpointing="full" computes collectives again, too',
+        expected="a layer that computes the same twice, and changes no result of a product or collective in place",
+        next='activation_checkpointing="full" computes them again, too',
     )

@@ -7,7 +7,7 @@ import importlib
 import io
 import sys
 from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +27,10 @@ Relies on `FSDPParamGroup.__init__(params, modules, ...)`.
 """
 
 
+OperatorMode: Any = TorchDispatchMode
+"""The base of modes that see every operator. Relies on its place, `torch.utils._python_dispatch`."""
+
+
 def eager(function: _F) -> _F:
     """`function`, which `torch.compile` calls as it is, between two graphs: a graph knows nothing of the other ranks.
 
@@ -44,6 +48,33 @@ def version_of(tensor: Tensor) -> int:
 def base_of(tensor: Tensor) -> Tensor | None:
     """The tensor that `tensor` is a view of, or None. Relies on `Tensor._base`."""
     return tensor._base
+
+
+def alias_of(tensor: Tensor) -> Tensor:
+    """A tensor without gradient that shares memory and version with `tensor`, also where an operator is dispatched.
+
+    Relies on `torch._C._SetExcludeDispatchKeyGuard`, with which torch's own selective checkpointing does the same.
+    """
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return tensor.detach()
+
+
+def on_saving(notify: Callable[[], None]) -> AbstractContextManager[None]:
+    """While active, `notify` is called for each tensor that autograd saves by the hooks that are active already.
+
+    Relies on `torch._C._autograd._top_saved_tensors_default_hooks`, which gives these.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None:
+        return nullcontext()
+    pack, unpack = hooks
+
+    def noted(tensor: Tensor) -> Any:
+        notify()
+        return pack(tensor)
+
+    found: AbstractContextManager[None] = torch.autograd.graph.saved_tensors_hooks(noted, unpack)
+    return found
 
 
 def without_torch_function() -> AbstractContextManager[None]:

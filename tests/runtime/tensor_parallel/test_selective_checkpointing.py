@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.launch import launch
+from tests.helpers.operators import counted
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(270)]
 
@@ -36,22 +37,6 @@ def load(work: Path, name: str, **options: Any) -> Any:
     options = {"dtype": torch.float64, "experts_implementation": "eager", **options}
     plan = load_plan(work / f"{name}.json")
     return plan, plan.load_model(work / name, **options).train()
-
-
-def counted(function: Any) -> tuple[Any, Counter[str]]:
-    """What `function` returns, and how often each operator has run."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    ran: Counter[str] = Counter()
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            ran[func.name().partition(".")[0]] += 1
-            return func(*args, **(kwargs or {}))
-
-    with Count():
-        found = function()
-    return found, ran
 
 
 def in_float64(model: Any, tokens: Any) -> Any:
@@ -144,8 +129,19 @@ def adapters(work: Path) -> float:
     return max(float((one - other).abs().max()) for one, other in zip(*found, strict=True))
 
 
+def keeps_what_operators_return() -> Any:
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def policy(_: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+        is_kept = operator.name() in ("aten::mm", "c10d::allreduce_")
+        return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
 def planted_errors(work: Path) -> dict[str, Any]:
     """Inside a rank: what is seen of errors in what is kept."""
+    from autotp_plan.runtime.loading.activation_checkpointing import use_activation_checkpointing
     from autotp_plan.runtime.tensor_parallel import collectives, kept_results
     from autotp_plan.schemas.errors import MismatchError
     from autotp_plan.schemas.upstream import replaced
@@ -162,14 +158,9 @@ def planted_errors(work: Path) -> dict[str, Any]:
     with replaced(collectives, "kept_sum", always):
         wrong, ran = counted(partial(gradients, plan, model))
         found["not kept"] = ran["c10d::allreduce_"], max(parity.differences(right, wrong, plan).values())
-        kind = kept_results._kind
-
-        def in_place_too(operator: Any) -> str:
-            return "product" if operator.name().startswith("c10d::allreduce_") else kind(operator)
-
-        with replaced(kept_results, "_kind", in_place_too):
-            wrong = gradients(plan, model)
-            found["torch keeps it"] = max(parity.differences(right, wrong, plan).values())
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keeps_what_operators_return})
+    found["torch keeps it"] = max(parity.differences(right, gradients(plan, model), plan).values())
+    use_activation_checkpointing(model, "selective")
     hook = model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda _, __, output: output.mul_(1.5))
     try:
         model(input_ids=batch(1), labels=batch(1)).loss.backward()
