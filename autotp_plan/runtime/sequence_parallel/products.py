@@ -79,7 +79,7 @@ class _Scattered(torch.autograd.Function):
 def _computed(input: Tensor, weight: Tensor) -> Tensor:
     """`input @ weight.T`, by an operator of its own.
 
-    torch's policy for selective checkpointing counts the calls of an operator, and this product is computed once, where
+    Selective checkpointing counts the calls of an operator, and this product is computed once, where
     others are computed twice.
     """
     output = input.new_empty((*input.shape[:-1], weight.shape[0]))
