@@ -102,6 +102,10 @@ class _Layer:
         self.is_again = self.ends_with_product = False
         self._position: dict[Any, int] = {}
 
+    def count_saved(self) -> None:
+        """Autograd saves a tensor."""
+        self.saved += 1
+
     def begin_again(self) -> None:
         """The second forward begins."""
         self.is_again = True
@@ -183,19 +187,20 @@ class _Forward(OperatorMode):  # type: ignore[misc]
 
 
 class _FirstForward(_Forward):
+    _counting: AbstractContextManager[None] | None = None
+
     def __enter__(self) -> Any:
-        self._counting = on_saving(self._count)
+        self._counting = on_saving(self.layer.count_saved)
         self._counting.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._counting.__exit__(*error)
+        counting, self._counting = self._counting, None  # it knows what the layer is computed again from
+        assert counting is not None
+        counting.__exit__(*error)
         if self.layer.saved:
             self.layer.forget_the_last()
-
-    def _count(self) -> None:
-        self.layer.saved += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **kwargs) if kwargs else func(*args)

@@ -88,6 +88,20 @@ def test_the_last_sum_is_not_kept_and_the_first_is() -> None:
         assert other.requires_grad
 
 
+def test_nothing_is_left_behind_for_the_garbage_collector() -> None:
+    layer = made_layer()
+    gc.collect()
+    gc.disable()
+    try:
+        loss = run(layer)
+        gradients(layer, loss)
+        del loss
+        assert [one() is not None for one in layer.made] == [False, False]
+        assert not [one for one in gc.get_objects() if type(one) is kept_results._Layer]
+    finally:
+        gc.enable()
+
+
 def test_what_is_not_kept_is_computed_again_where_the_second_forward_does_not_stop_early() -> None:
     layer = made_layer()
     expected = gradients(layer, run(layer))
