@@ -173,7 +173,7 @@ def test_the_record_is_read_back() -> None:
 
 def test_the_page_is_made_of_the_record() -> None:
     written = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
-    assert written == page(RECORD), "run `python -m benchmarks.gpu`"
+    assert written == page(RECORD), "run `python -m benchmarks.gpu --again`"
 
 
 def test_a_run_on_a_card_is_never_dropped() -> None:

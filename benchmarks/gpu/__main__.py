@@ -54,7 +54,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=450, help="what has not run by then is not run")
     parser.add_argument("--plant", action="store_true", help="make a gradient of every sharded model wrong")
     parser.add_argument("--output", type=Path, help="a folder: its gpu.json gets this run, its gpu.md is made of it")
+    parser.add_argument(
+        "--again", action="store_true", help="run nothing: make the page of the record in --output anew"
+    )
     options = parser.parse_args()
+    if options.again:
+        _write(options.output or Path("docs"))
+        return
     began = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # not without the ranks
     os.environ.update(DS_ACCELERATOR=options.device, HF_HUB_OFFLINE="1", PYTHONWARNINGS="ignore")
@@ -136,10 +142,11 @@ def _run(options: argparse.Namespace, outcomes: list[Outcome], seconds: float) -
     )
 
 
-def _write(folder: Path, run: Run) -> None:
-    """Add a run to the record in a folder, and write the page of it."""
+def _write(folder: Path, run: Run | None = None) -> None:
+    """Add a run, if there is one, to the record in a folder, and write the page of the record."""
     path = folder / "gpu.json"
-    record = (Record.from_json(path.read_text(encoding="utf-8")) if path.exists() else Record()).with_run(run)
+    record = Record.from_json(path.read_text(encoding="utf-8")) if path.exists() else Record()
+    record = record if run is None else record.with_run(run)
     for file, text in ((path, record.to_json()), (folder / "gpu.md", page(record))):
         unfinished = file.with_name(f"{file.name}.unfinished")
         unfinished.write_text(text, encoding="utf-8")
