@@ -188,6 +188,17 @@ def test_one_rank_holds_all_tokens_and_the_option_is_remembered(tmp_path: Path) 
     assert recompiled(two, folder, 1, False, Helpers()).to_json() == plan.to_json()
 
 
+def test_resharding_proves_what_compile_proves(tmp_path: Path) -> None:
+    folder, options = write_llama(tmp_path / "model"), {"specs": [REPLICATED_HEAD], "sequence_parallel": True}
+    plan = compile_plan(folder, tp_size=2, prove=Tried(), **options)  # type: ignore[arg-type]
+    with pytest.raises(CompileError, match="a plan without a preset needs proof, for each number of ranks"):
+        recompiled(plan, folder, 4, False, Helpers())
+    tried = Tried()
+    four = recompiled(plan, folder, 4, False, Helpers(prove=tried))
+    assert [one.tp_size for one in tried.plans] == [2, 4]
+    assert four == compile_plan(folder, tp_size=4, prove=Tried(), **options)  # type: ignore[arg-type]
+
+
 def test_a_plan_whose_rules_were_removed_keeps_its_stream(tmp_path: Path) -> None:
     folder = write_llama(tmp_path / "model")
     plan = dataclasses.replace(compile_plan(folder, tp_size=2, sequence_parallel=True), rules=None)

@@ -18,7 +18,7 @@ from autotp_plan.schemas.plan.rule_ref import Origin
 from autotp_plan.schemas.spec import SpecFile
 
 _WRITTEN_BY_USERS = (Origin.SPEC, Origin.DS_CONFIG)
-_COULD_NOT_PROVE = ("unproven-tp-plan", "cannot-infer", "inference-needs-packages")
+_COULD_NOT_PROVE = ("unproven-tp-plan", "unproven-sequence-parallel", "cannot-infer", "inference-needs-packages")
 
 
 class Helpers(NamedTuple):
