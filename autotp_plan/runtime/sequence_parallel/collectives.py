@@ -7,18 +7,17 @@ where every rank computes all of it. One gathered tensor may be used in both way
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from deepspeed import comm as dist
 from torch import Tensor
 
-from autotp_plan.runtime.tensor_parallel.collectives import gather_shards, sum_copies_by, take
+from autotp_plan.runtime.sequence_parallel.exchanges import DIM, gathered, reduce_scattered
+from autotp_plan.runtime.sequence_parallel.overlapped import OverlappedColumn
+from autotp_plan.runtime.tensor_parallel.collectives import sum_copies_by, take
 from autotp_plan.runtime.tensor_parallel.torch_internals import eager
 from autotp_plan.schemas import intervals as iv
-
-_DIM = 1
-"""The dimension of the tokens."""
 
 
 @eager
@@ -39,7 +38,7 @@ def gather_sequence(shard: Tensor, group: Any, tokens: Sequence[iv.Interval], tp
     """
     full, summed = _Gather.apply(shard, group, tuple(tokens), tp_rank)  # type: ignore[no-untyped-call]
     if summed.requires_grad:
-        sum_copies_by(full, group, summed)
+        sum_copies_by(full, group, summed, product=partial(_overlapped_product, shard, group, tuple(tokens), tp_rank))
     result: Tensor = full
     return result
 
@@ -78,42 +77,19 @@ def split_sequence(full: Tensor, group: Any, tokens: Sequence[iv.Interval], tp_r
     return result
 
 
-def gathered(shard: Tensor, group: Any, tokens: Sequence[iv.Interval]) -> Tensor:
-    """All tokens, of which this rank has `shard`. No gradient."""
-    return gather_shards(shard, group, [(one,) for one in tokens], _DIM)
-
-
-def reduce_scattered(part: Tensor, group: Any, tokens: Sequence[iv.Interval], tp_rank: int) -> Tensor:
-    """This rank's tokens of the sum of every rank's `part`. No gradient.
-
-    Ranks with fewer tokens than others are padded to the most for the collective.
-    """
-    most = max(stop - start for start, stop in tokens)
-    along = part.movedim(_DIM, 0)
-    if all(stop - start == most for start, stop in tokens):
-        padded = along.contiguous()
-    else:
-        padded = along.new_zeros((len(tokens) * most, *along.shape[1:]))
-        for rank, (start, stop) in enumerate(tokens):
-            padded[rank * most : rank * most + stop - start] = along[start:stop]
-    output = padded.new_empty((most, *padded.shape[1:]))
-    _reduce_scatter(output, padded, group)
-    start, stop = tokens[tp_rank]
-    return output[: stop - start].movedim(0, _DIM).contiguous()
-
-
-def _reduce_scatter(output: Tensor, parts: Tensor, group: Any) -> None:
-    """Into `output` the sum of every rank's part for this rank.
-
-    gloo's reduce-scatter is an all-reduce of which all but this rank's part is dropped. There, the parts are exchanged
-    and added up here: half the bytes.
-    """
-    if torch.distributed.get_backend(group) == "gloo":
-        received = torch.empty_like(parts)
-        dist.all_to_all_single(received, parts, group=group)
-        torch.sum(received.view(-1, *output.shape), dim=0, out=output)
-    else:
-        dist.reduce_scatter_tensor(output, parts, group=group)
+def _overlapped_product(
+    shard: Tensor,
+    group: Any,
+    tokens: tuple[iv.Interval, ...],
+    tp_rank: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """A column-parallel product of the gathered tokens of `shard`, or of a view of all of them."""
+    full = input.detach().view(shard.shape[0], -1, shard.shape[-1])
+    output: Tensor = OverlappedColumn.apply(shard, full, weight, bias, group, tokens, tp_rank)  # type: ignore[no-untyped-call]
+    return output.view(*input.shape[:-1], -1)
 
 
 class _Gather(torch.autograd.Function):
@@ -133,7 +109,7 @@ class _Gather(torch.autograd.Function):
         group, tokens, tp_rank = ctx.sharding
         grad = None if part is None else reduce_scattered(part, group, tokens, tp_rank)
         if same is not None:
-            own = take(same, (tokens[tp_rank],), _DIM)
+            own = take(same, (tokens[tp_rank],), DIM)
             grad = own if grad is None else grad + own
         return grad, None, None, None
 
@@ -153,7 +129,7 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, full: Tensor, group: Any, tokens: tuple[iv.Interval, ...], tp_rank: int) -> Tensor:
         ctx.sharding = group, tokens
-        return take(full, (tokens[tp_rank],), _DIM)
+        return take(full, (tokens[tp_rank],), DIM)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

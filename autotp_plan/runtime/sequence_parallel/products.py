@@ -11,14 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autotp_plan.runtime.sequence_parallel.collectives import gathered, reduce_scattered
+from autotp_plan.runtime.sequence_parallel.exchanges import gathered, reduce_scattered
+from autotp_plan.runtime.sequence_parallel.overlapped import OverlappedRow, multiplied
 from autotp_plan.runtime.tensor_parallel.kept_results import kept
 from autotp_plan.runtime.tensor_parallel.torch_internals import eager
 from autotp_plan.schemas import intervals as iv
 
 
 @eager
-def product_scattered(input: Tensor, weight: Tensor, group: Any, tokens: Sequence[iv.Interval], tp_rank: int) -> Tensor:
+def product_scattered(
+    input: Tensor, weight: Tensor, group: Any, tokens: Sequence[iv.Interval], tp_rank: int, *, overlap: bool = False
+) -> Tensor:
     """This rank's tokens of the sum over the ranks of `input @ weight.T`; the gradient is all-gathered.
 
     Args:
@@ -27,6 +30,7 @@ def product_scattered(input: Tensor, weight: Tensor, group: Any, tokens: Sequenc
         group: the TP process group.
         tokens: the tokens that each rank holds.
         tp_rank: this rank.
+        overlap: communicate in chunks, beside the products.
 
     Returns:
         `(batch, tokens of this rank, out_features)`.
@@ -34,6 +38,9 @@ def product_scattered(input: Tensor, weight: Tensor, group: Any, tokens: Sequenc
     if torch.is_autocast_enabled(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = input.to(dtype), weight.to(dtype)
+    if overlap:
+        in_chunks: Tensor = OverlappedRow.apply(input, weight, group, tuple(tokens), tp_rank)  # type: ignore[no-untyped-call]
+        return in_chunks
     product = _Product.apply(input, weight)  # type: ignore[no-untyped-call]
     operands = input.detach(), weight.detach()
     result: Tensor = _Scattered.apply(product, *operands, group, tuple(tokens), tp_rank)  # type: ignore[no-untyped-call]
@@ -69,19 +76,8 @@ class _Scattered(torch.autograd.Function):
         tp_rank: int,
     ) -> Tensor:
         ctx.sharding = group, tokens
-        return kept(lambda: reduce_scattered(_computed(input, weight), group, tokens, tp_rank))
+        return kept(lambda: reduce_scattered(multiplied(input, weight), group, tokens, tp_rank))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return gathered(grad, *ctx.sharding), None, None, None, None, None
-
-
-def _computed(input: Tensor, weight: Tensor) -> Tensor:
-    """`input @ weight.T`, by an operator of its own.
-
-    Selective checkpointing counts the calls of an operator, and this product is computed once, where
-    others are computed twice.
-    """
-    output = input.new_empty((*input.shape[:-1], weight.shape[0]))
-    torch.mm(input.flatten(0, -2), weight.t(), out=output.view(-1, weight.shape[0]))
-    return output

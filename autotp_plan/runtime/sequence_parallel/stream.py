@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -74,9 +75,9 @@ class Stream:
         """All tokens of a tensor that is sharded along the sequence."""
         return self._along(gather_sequence, hidden, is_full=False)
 
-    def product(self, input: Tensor, weight: Tensor) -> Tensor:
+    def product(self, input: Tensor, weight: Tensor, *, overlap: bool) -> Tensor:
         """This rank's tokens of the sum over the ranks of a row-parallel product."""
-        return self._along(product_scattered, input, weight)
+        return self._along(partial(product_scattered, overlap=overlap), input, weight)
 
     def split(self, full: Tensor) -> Tensor:
         """This rank's tokens of a tensor that is the same on every rank."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import MutableMapping, Sequence
-from typing import Any
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed import comm as dist
@@ -76,15 +76,26 @@ def gather_last_dim(input: Tensor, group: Any, intervals: Sequence[iv.Intervals]
     return result
 
 
-def sum_copies_by(input: Tensor, group: Any, summed: Tensor) -> None:
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""A function of an input, a weight and a bias."""
+
+
+def sum_copies_by(input: Tensor, group: Any, summed: Tensor, *, product: Product) -> None:
     """Let shared copies of `input`, and of views of all of it, add their gradients to `summed`'s.
 
     Args:
         input: a tensor that is the same on every rank.
         group: the TP process group.
         summed: a tensor without data, of `input`'s shape; its backward adds up every rank's gradient.
+        product: a column-parallel product that does so itself, while it computes the gradient of the weight.
     """
-    _shared_sums.given[input] = (version_of(input), group, summed)
+    _shared_sums.given[input] = _Given(version_of(input), group, summed, product)
+
+
+def given_product(input: Tensor, group: Any) -> Product | None:
+    """The product that `sum_copies_by` was given for `input`, or for the tensor of all of which it is a view."""
+    given = _given(input, group)
+    return None if given is None else given.product
 
 
 def gather_shards(shard: Tensor, group: Any, intervals: Sequence[iv.Intervals], dim: int) -> Tensor:
@@ -133,6 +144,15 @@ def take(full: Tensor, intervals: iv.Intervals, dim: int) -> Tensor:
     return torch.cat(parts, dim=dim).contiguous()
 
 
+class _Given(NamedTuple):
+    """How gradients of copies of a tensor are summed: its version then, the group, and what does it."""
+
+    version: int
+    group: Any
+    summed: Tensor
+    product: Product
+
+
 class _SharedSums(threading.local):
     """For each tensor with shared copies: its version when the first was made, the group, and their gradient sum.
 
@@ -141,8 +161,8 @@ class _SharedSums(threading.local):
 
     def __init__(self) -> None:
         self.by_input: MutableMapping[Tensor, tuple[int, Any, weakref.ref[Tensor]]] = WeakTensorKeyDictionary()
-        self.given: MutableMapping[Tensor, tuple[int, Any, Tensor]] = WeakTensorKeyDictionary()
-        """The gradient sums of `sum_copies_by`, as long as their inputs live."""
+        self.given: MutableMapping[Tensor, _Given] = WeakTensorKeyDictionary()
+        """What `sum_copies_by` was given, as long as the inputs live."""
 
 
 _shared_sums = _SharedSums()
@@ -155,9 +175,9 @@ def _gradient_sum(input: Tensor, group: Any) -> Tensor:
 
 
 def _shared_sum(input: Tensor, group: Any) -> Tensor:
-    given = _given_sum(input, group)
+    given = _given(input, group)
     if given is not None:
-        return given
+        return given.summed.view(input.shape)
     version, of_group, found = _shared_sums.by_input.get(input, (None, None, None))
     summed = found() if found is not None else None
     if summed is None or version != version_of(input) or of_group is not group:
@@ -166,16 +186,16 @@ def _shared_sum(input: Tensor, group: Any) -> Tensor:
     return summed
 
 
-def _given_sum(input: Tensor, group: Any) -> Tensor | None:
-    """The gradient sum that was given for `input`, or for the tensor of all of which it is a view."""
+def _given(input: Tensor, group: Any) -> _Given | None:
+    """What was given for `input`, or for the tensor of all of which it is a view."""
     base = base_of(input)
     original = input if base is None else base
     if input.numel() != original.numel() or not (input.is_contiguous() and original.is_contiguous()):
         return None
-    version, of_group, summed = _shared_sums.given.get(original, (None, None, None))
-    if summed is None or version != version_of(input) or of_group is not group:
+    found = _shared_sums.given.get(original)
+    if found is None or found.version != version_of(input) or found.group is not group:
         return None
-    return summed.view(input.shape)
+    return found
 
 
 class _CopyToRanks(torch.autograd.Function):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from autotp_plan.probes.linear import orientation
 from autotp_plan.runtime.deepspeed.internals import ShardedLayer, are_all_of_deepspeed
 from autotp_plan.runtime.parameters.state_dicts import HoldsShards
-from autotp_plan.runtime.tensor_parallel.collectives import copy_to_ranks, sum_over_ranks, take
+from autotp_plan.runtime.tensor_parallel.collectives import copy_to_ranks, given_product, sum_over_ranks, take
 from autotp_plan.runtime.tensor_parallel.dropout_rng import enter_sharded_region, leave_sharded_region
 from autotp_plan.runtime.tensor_parallel.gathered_weight import GatheredWeight, ShardedWeight, are_shards_shown
 from autotp_plan.runtime.tensor_parallel.lazy_logits import LastDimSharding, LazilyGathered
@@ -37,7 +37,7 @@ class SequenceStream(Protocol):
 
     shape: Any
 
-    def product(self, input: Tensor, weight: Tensor) -> Tensor:
+    def product(self, input: Tensor, weight: Tensor, *, overlap: bool) -> Tensor:
         """This rank's tokens of the sum over the ranks of a row-parallel product."""
 
 
@@ -205,7 +205,7 @@ class ColumnParallelLinear(_Linear):
             return F.linear(input, weight, bias)
         output: Tensor
         if self.overlaps_communication:
-            output = _OverlappedColumn.apply(input, weight, bias, self.mp_group)  # type: ignore[no-untyped-call]
+            output = overlapped_product(input, weight, bias, self.mp_group)
         else:
             output = F.linear(input if is_copied else self._copied(input), weight, bias)
         if self.gather_output:
@@ -259,7 +259,7 @@ class RowParallelLinear(_Linear):
         if stream is None:
             output = sum_over_ranks(F.linear(input, self.local_weight), self.mp_group, is_product=True)
         else:
-            output = stream.product(input, self.local_weight)
+            output = stream.product(input, self.local_weight, overlap=self.overlaps_communication)
         if self.training:
             leave_sharded_region()
             if stream is not None:
@@ -267,19 +267,26 @@ class RowParallelLinear(_Linear):
         return output
 
 
+def overlapped_product(input: Tensor, weight: Tensor, bias: Tensor | None, group: Any) -> Tensor:
+    """A column-parallel product whose input's gradient is summed while the weight's is computed."""
+    product = given_product(input, group) or partial(_OverlappedColumn.apply, group)
+    output: Tensor = product(input, weight, bias)
+    return output
+
+
 class _OverlappedColumn(torch.autograd.Function):
     """Column-parallel linear whose input gradient is all-reduced while the weight gradient is computed."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, group: Any) -> Tensor:
+    def forward(ctx: Any, group: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(input, weight)
         ctx.group = group
         return F.linear(input, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor | None, Tensor | None, Tensor | None]:
         input, weight = ctx.saved_tensors
-        needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        _, needs_input, needs_weight, needs_bias = ctx.needs_input_grad
         grad_input = handle = None
         if needs_input:
             grad_input = grad_output.matmul(weight).contiguous()
@@ -289,4 +296,4 @@ class _OverlappedColumn(torch.autograd.Function):
         grad_bias = rows.sum(0) if needs_bias else None
         if handle is not None:
             handle.wait()
-        return grad_input, grad_weight, grad_bias, None
+        return None, grad_input, grad_weight, grad_bias
