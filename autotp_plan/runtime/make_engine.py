@@ -19,7 +19,7 @@ from autotp_plan.runtime.data.random_numbers import check_random_numbers
 from autotp_plan.runtime.deepspeed.agreement import check_same, in_step, together
 from autotp_plan.runtime.deepspeed.attendance import SECONDS_FOR_FIRST, check_all_call
 from autotp_plan.runtime.deepspeed.autotp_calls import check_autotp_calls
-from autotp_plan.runtime.deepspeed.engine_config import check_settings, engine_config
+from autotp_plan.runtime.deepspeed.engine_config import check_settings, engine_config, unread_checkpointing
 from autotp_plan.runtime.deepspeed.internals import skip_sums_over_one_rank
 from autotp_plan.runtime.deepspeed.mesh import Ranks
 from autotp_plan.runtime.deepspeed.store_internals import set_time_limit
@@ -106,6 +106,8 @@ def make_engine(
     become_checked_engine(engine, FiniteCheck(engine, ranks.dp_rank, check_finite))
     if skip_lone_sums:
         skip_sums_over_one_rank(engine)
+    if said := unread_checkpointing(settings, deepspeed.checkpointing.is_configured()):
+        log_dist(said, [0], logging.WARNING)
     if reason := why_this_mesh_only(engine):
         log_dist(f"Checkpoints of this job cannot be resumed on every mesh: {reason}", [0], logging.WARNING)
     loader = None

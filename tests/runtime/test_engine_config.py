@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from autotp_plan.planner import compile_plan
-from autotp_plan.runtime.deepspeed.engine_config import check_settings, engine_config
+from autotp_plan.runtime.deepspeed.engine_config import check_settings, engine_config, unread_checkpointing
 from autotp_plan.schemas.errors import MismatchError
 from autotp_plan.schemas.plan.document import Plan
 from tests.helpers.checkpoints import write_llama
@@ -74,3 +74,12 @@ def test_a_tp_size_of_a_wrong_type_says_so(plan: Plan, size: Any) -> None:
         check({**RIGHT, "tensor_parallel": {"autotp_size": size}}, plan)
     (fault,) = caught.value.faults
     assert fault.where == "tensor_parallel.autotp_size" and fault.got.startswith(type(size).__name__)
+
+
+def test_activation_checkpointing_that_nothing_reads_is_named(plan: Plan) -> None:
+    asks = engine_config({**RIGHT, "activation_checkpointing": {"partition_activations": True, "profile": False}}, plan)
+    said = unread_checkpointing(asks, is_read=False)
+    assert said is not None and "activation_checkpointing (partition_activations)" in said
+    assert unread_checkpointing(asks, is_read=True) is None
+    for section in ({}, {"partition_activations": False, "number_checkpoints": None}, None):
+        assert unread_checkpointing({**RIGHT, "activation_checkpointing": section}, is_read=False) is None

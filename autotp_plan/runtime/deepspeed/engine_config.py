@@ -89,6 +89,24 @@ def check_settings(settings: dict[str, Any], groups: Any) -> None:
         raise MismatchError(replace(fault, got=f"{fault.got if key else 'values'} ({reason})")) from None
 
 
+def unread_checkpointing(settings: dict[str, Any], is_read: bool) -> str | None:
+    """What to say of an `activation_checkpointing` section that nothing reads; None where it asks for nothing.
+
+    Args:
+        settings: of `engine_config`.
+        is_read: whether the model's code has called `deepspeed.checkpointing.configure`, which alone reads it.
+    """
+    section = settings.get("activation_checkpointing")
+    asked = sorted(key for key, value in section.items() if value) if isinstance(section, dict) else []
+    if is_read or not asked:
+        return None
+    return (
+        f"activation_checkpointing ({', '.join(asked)}) of the DeepSpeed config changes nothing: "
+        "deepspeed.checkpointing.checkpoint alone reads it, which this model does not call. "
+        'load_model(activation_checkpointing="selective" or "full") computes activations again.'
+    )
+
+
 _NOT_CHECKED: dict[str, tuple[tuple[type, ...], str]] = {
     "gradient_clipping": ((int, float), "a number"),
     "steps_per_print": ((int, float), "a number"),

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from autotp_plan.runtime import selective_checkpointing
+from autotp_plan.runtime.loading.activation_checkpointing import check_activation_checkpointing
 from autotp_plan.runtime.tensor_parallel import kept_results
 from autotp_plan.runtime.tensor_parallel.kept_results import kept_sum
-from autotp_plan.schemas.errors import MismatchError
+from autotp_plan.schemas.errors import MismatchError, OptionError
 from autotp_plan.schemas.upstream import replaced
 from tests.helpers.operators import counted
 
@@ -174,3 +175,24 @@ def test_compiled_by_torch() -> None:
     compiled = torch.compile(lambda: run(layer), backend="aot_eager")
     found = gradients(layer, compiled())
     assert all(torch.allclose(one, other, atol=1e-12) for one, other in zip(found, expected, strict=True))
+
+
+def test_kinds_and_models_that_are_refused() -> None:
+    from transformers import AutoModelForCausalLM
+
+    from tests.helpers.models import make_config
+
+    model = AutoModelForCausalLM.from_config(make_config("llama"))
+    with pytest.raises(OptionError) as unknown:
+        check_activation_checkpointing("half", model)
+    assert unknown.value.faults[0].code == "activation-checkpointing"
+    assert all(f'"{kind}"' in str(unknown.value.faults[0].next) for kind in ("selective", "full"))
+    for kind in (None, "selective", "full"):
+        check_activation_checkpointing(kind, model)
+    layer = made_layer()
+    check_activation_checkpointing(None, layer)
+    with pytest.raises(MismatchError) as without_support:
+        check_activation_checkpointing("selective", layer)
+    (fault,) = without_support.value.faults
+    assert (fault.code, fault.got) == ("no-activation-checkpointing", "Layer")
+    assert "context_fn=autotp_plan.runtime.selective_checkpointing" in str(fault.next), "as `run` does here"

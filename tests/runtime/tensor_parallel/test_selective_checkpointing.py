@@ -166,6 +166,11 @@ def planted_errors(work: Path) -> dict[str, Any]:
         model(input_ids=batch(1), labels=batch(1)).loss.backward()
     except MismatchError as error:
         found["changed in place"] = str(error)
+    use_activation_checkpointing(model, "full")
+    full = gradients(plan, model)
+    model.gradient_checkpointing_disable()
+    found["full instead"] = max(parity.differences(gradients(plan, model), full, plan).values())
+    use_activation_checkpointing(model, "selective")
     hook.remove()
     loss = model(input_ids=batch(1), labels=batch(1)).loss
     loss.backward(retain_graph=True)
@@ -190,7 +195,91 @@ def test_adapters_and_planted_errors(tmp_path: Path) -> None:
         assert count > found["right"] and error < 1e-12, "sums that are made again are right, and cost"
         assert found["torch keeps it"] > 1e-6, "what torch keeps of an operator in place is not the sum"
         assert "changed in place" in found["changed in place"]
+        assert found["full instead"] < 1e-12, "what is said to do next is right"
         assert "backward" in found["twice"]
+
+
+EXPERTS = {"batched_mm": "aten::bmm", "grouped_mm": "aten::_grouped_mm"}
+"""Ways to compute all experts in one product, and its operator; torch has none for groups in float64."""
+
+
+def experts(work: Path) -> dict[str, Any]:
+    """Inside a rank: of experts in one product, the difference that it makes, and the products of each kind."""
+    import torch
+
+    from tests.helpers import parity
+
+    found = {}
+    for implementation, operator in EXPERTS.items():
+        of, ran = {}, {}
+        for kind in KINDS:
+            dtype = torch.float32 if implementation == "grouped_mm" else torch.float64
+            options = {"dtype": dtype, "experts_implementation": implementation}
+            plan, model = load(work, "mixtral", activation_checkpointing=kind, **options)
+            of[kind], ran[kind] = counted(partial(gradients, plan, model))
+        different = [max(parity.differences(of[None], of[kind], plan).values()) for kind in ("full", "selective")]
+        found[implementation] = max(different), [ran[kind][operator] for kind in KINDS]
+    return found
+
+
+def by_trainer(work: Path) -> list[Any]:
+    """Inside a rank: losses and norms of a Trainer without checkpointing, by its arguments, and by load_model."""
+    import torch
+
+    from autotp_plan.runtime import selective_checkpointing
+    from tests.runtime.calls.trainer_calls import make_trainer, numbers
+
+    selective = {"use_reentrant": False, "context_fn": selective_checkpointing}
+    ways: list[tuple[str | None, dict[str, Any]]] = [
+        (None, {}), ("selective", {}), (None, {"gradient_checkpointing": True}),
+        (None, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": selective}),
+    ]  # fmt: skip
+    found = []
+    for kind, options in ways:
+        plan, model = load(work, "llama", dtype=torch.float32, activation_checkpointing=kind)
+        trainer = make_trainer(model, work / "out", **options)
+        plan.adapt_trainer(trainer)
+        found.append(numbers(trainer))
+    return found
+
+
+def by_training_program(work: Path) -> list[str]:
+    """Inside a rank: what the training program writes of its steps, by each kind."""
+    from autotp_plan.runtime.train import _train
+
+    found = []
+    for kind in KINDS:
+        metrics = work / f"{kind}.metrics"
+        _train(
+            work / "llama.json", str(work / "llama"), dp_size=None, zero_stage=1, batch_size=1, seq_length=8,
+            learning_rate=1e-2, precision="fp32", data=None, ds_config=None, seed=0, save_every=None, num_steps=2,
+            save_shards=None, checkpoints=None, metrics=metrics, activation_checkpointing=kind,
+        )  # fmt: skip
+        found.append(metrics.read_text() if metrics.exists() else "")
+    return found
+
+
+def ways(work: Path) -> Any:
+    return experts(work), by_trainer(work), by_training_program(work)
+
+
+def test_experts_trainers_and_the_training_program(tmp_path: Path) -> None:
+    import json
+
+    for name in ("llama", "mixtral"):
+        prepare(tmp_path, name, 2)
+    found = launch(ways, 2, tmp_path)
+    for of_experts, of_trainers, _ in found:
+        for implementation, (difference, ran) in of_experts.items():
+            assert difference < 1e-12, implementation
+            none, full, selective = ran
+            assert none < full and selective <= full, implementation
+        none, full, selective = of_experts["grouped_mm"][1]
+        assert selective == none, "products of experts are kept; batched_mm copies weights for each token first"
+        without, *others = of_trainers
+        assert without and all(other == without for other in others)
+    steps = [[json.loads(line)["loss"] for line in one.splitlines()] for one in found[0][2]]
+    assert len(steps[0]) == 2 and steps[0] == steps[1] == steps[2]
 
 
 def steps(work: Path) -> dict[int, Any]:
