@@ -41,6 +41,14 @@ def is_capturing(what: str) -> bool:
     return what in (collector.get() or ())
 
 
+FEATURES_OF_IMAGES = "_deepstack_process"
+"""The method by which a model adds features of images to what its first layers give.
+
+It takes the hidden states `(batch, tokens, hidden size)`, a mask `(batch, tokens)`, and a row of features for each
+token of the mask.
+"""
+
+
 @contextmanager
 def without_zero_init() -> Iterator[None]:
     """While active, transformers does not let ZeRO 3 partition a model as it builds it.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from autotp_plan.planner import Plan, compile_plan
 from autotp_plan.planner.sequence_parallel import with_sequence_parallel
+from autotp_plan.runtime.verify.float64_passes import dense_reader, run_passes_and_steps, shard_reader
 from tests.helpers.models import batch, eager_experts, load_dense, save_checkpoint
 
 
@@ -32,36 +33,41 @@ class Lengths:
 
 def save_case(work: Path, variant: str, tp_sizes: Sequence[int], *every: Lengths) -> None:
     """The checkpoint `variant/`, the plans `variant.tpN`, and the dense model's numbers of batches."""
-    from autotp_plan.runtime.verify.float64_passes import dense_reader, run_passes_and_steps
-
     folder = save_checkpoint(work / variant, variant, torch.float64)
     for tp_size in tp_sizes:
         plan = with_sequence_parallel(compile_plan(folder, tp_size=tp_size))
         write(work, variant, tp_size, plan)
     for lengths in every:
-        dense = load_dense(folder, torch.float64, **eager_experts(torch.float64))
-        names = [name for name, _ in dense.named_parameters()]
-        numbers = run_passes_and_steps(dense, dense_reader(dense), names, lengths)
-        torch.save(numbers, work / f"{variant}.{lengths}.pt")
+        save_dense(work, variant, load_dense(folder, torch.float64, **eager_experts(torch.float64)), lengths)
 
 
-def errors(work: Path, cases: Mapping[str, str], tp_size: int, lengths: Lengths) -> dict[str, dict[str, float]]:
+def save_dense(work: Path, variant: str, dense: Any, batches: Any) -> None:
+    """The numbers of a dense model in float64, `variant.LENGTHS.pt`."""
+    names = [name for name, _ in dense.named_parameters()]
+    numbers = run_passes_and_steps(dense, dense_reader(dense), names, batches)
+    name = f"{variant}.{batches}.pt" if isinstance(batches, Lengths) else f"{variant}.pt"
+    torch.save((batches, numbers), work / name)
+
+
+def errors(
+    work: Path, cases: Mapping[str, str], tp_size: int, lengths: Lengths | None = None
+) -> dict[str, dict[str, float]]:
     """Inside a rank: by case, a plan `case.tpN` of a variant, the errors against the dense model's numbers.
 
     A model that does not run has an infinite error, under the message.
     """
     from autotp_plan.runtime import TrainingPlan
     from autotp_plan.runtime.verify import compare
-    from autotp_plan.runtime.verify.float64_passes import run_passes_and_steps, shard_reader
 
     found: dict[str, dict[str, float]] = {}
     for case, variant in cases.items():
         plan = TrainingPlan(read(work, case, tp_size))
-        dense = torch.load(work / f"{variant}.{lengths}.pt")
+        name = f"{variant}.pt" if lengths is None else f"{variant}.{lengths}.pt"
+        batches, dense = torch.load(work / name, weights_only=False)
         options: Any = eager_experts(torch.float64)
         try:
             model = plan.load_model(work / variant, dtype=torch.float64, **options).train()
-            numbers = run_passes_and_steps(model, shard_reader(model), list(dense["stepped"]), lengths)
+            numbers = run_passes_and_steps(model, shard_reader(model), list(dense["stepped"]), batches)
         except Exception as error:  # what a wrong plan leads to
             found[case] = {f"{type(error).__name__}: {error}": float("inf")}
             continue

@@ -150,7 +150,7 @@ def sum_partial_gradients(model: nn.Module, plan: Plan, group: Any) -> None:
     inside_adapters = model.named_parameters(remove_duplicate=False)
     named = {name.replace(".base_layer.", "."): parameter for name, parameter in inside_adapters}
     for parameter in plan.expanded():
-        if parameter.partial_gradient:
+        if parameter.partial_gradient and parameter.name in named:  # else it is a buffer
             _sum_gradient(named[parameter.name], group)
     for module in model.modules():
         if getattr(module, _SUMMED, False):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autotp_plan.huggingface.internals import is_capturing
+from autotp_plan.huggingface.internals import FEATURES_OF_IMAGES, is_capturing
 from autotp_plan.runtime.sequence_parallel.stream import Stream, StreamShape
 from autotp_plan.runtime.tensor_parallel.dropout_rng import enter_sharded_region, leave_sharded_region
 from autotp_plan.runtime.tensor_parallel.linear import PlannedLayer
@@ -136,12 +136,26 @@ def become(module: nn.Module, kind: type[_OfStream], stream: Stream, name: str) 
     cls = type(module)
     if kind is GatherInput and isinstance(module, PlannedLayer):
         kind = GatherInputOfLayer
-    module.__class__ = type(cls.__name__, (kind, cls), {"__module__": cls.__module__})
+    methods: dict[str, Any] = {"__module__": cls.__module__}
+    if kind is StreamModel and hasattr(cls, FEATURES_OF_IMAGES):
+        methods[FEATURES_OF_IMAGES] = _of_own_tokens(getattr(cls, FEATURES_OF_IMAGES))
+    module.__class__ = type(cls.__name__, (kind, cls), methods)
     settings = {"tp_stream": stream, "tp_stream_name": name}
     if kind in (StreamLayer, GatherInput):
         settings["tp_first_input"] = _first_input(cls)
     for attribute, value in settings.items():
         setattr(module, attribute, value)
+
+
+def _of_own_tokens(add_features: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A method that adds features of images to hidden states: to those of this rank's tokens, the features of these."""
+
+    def add(model: StreamModel, hidden: Tensor, mask: Tensor, features: Tensor) -> Tensor:
+        if model.tp_stream.shape is not None:
+            mask, features = model.tp_stream.own_rows(mask, features)
+        return add_features(model, hidden, mask, features)
+
+    return add
 
 
 def has_forward(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from autotp_plan.runtime.sequence_parallel.collectives import (
@@ -21,6 +22,7 @@ from autotp_plan.runtime.sequence_parallel.collectives import (
 )
 from autotp_plan.runtime.sequence_parallel.lazy_sum import LazilySummed
 from autotp_plan.runtime.sequence_parallel.products import product_scattered
+from autotp_plan.runtime.tensor_parallel.collectives import copy_to_ranks
 from autotp_plan.schemas import intervals as iv
 from autotp_plan.schemas.errors import Fault, MismatchError
 
@@ -82,6 +84,17 @@ class Stream:
     def split(self, full: Tensor) -> Tensor:
         """This rank's tokens of a tensor that is the same on every rank."""
         return self._along(split_sequence, full)
+
+    def own_rows(self, mask: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's tokens of a mask `(batch, length)`, and their rows of a tensor with one for each of the mask.
+
+        The ranks hold the same rows; the gradient of these is summed.
+        """
+        assert self.shape is not None
+        start, stop = iv.divide(self.shape.length, self.tp_size)[self.tp_rank]
+        held = torch.zeros_like(mask)
+        held[:, start:stop] = mask[:, start:stop]
+        return mask[:, start:stop], copy_to_ranks(rows, self.group)[held[mask]]
 
     def _along(
         self, collective: Callable[..., Tensor], tensor: Tensor, *others: Tensor, is_full: bool = True
