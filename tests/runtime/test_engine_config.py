@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from autotp_plan.planner import compile_plan
+from autotp_plan.planner.sequence_parallel import with_sequence_parallel
 from autotp_plan.runtime.deepspeed.engine_config import check_settings, engine_config, unread_checkpointing
 from autotp_plan.schemas.errors import MismatchError
 from autotp_plan.schemas.plan.document import Plan
@@ -83,3 +85,15 @@ def test_activation_checkpointing_that_nothing_reads_is_named(plan: Plan) -> Non
     assert unread_checkpointing(asks, is_read=True) is None
     for section in ({}, {"partition_activations": False, "number_checkpoints": None}, None):
         assert unread_checkpointing({**RIGHT, "activation_checkpointing": section}, is_read=False) is None
+
+
+def test_deep_compile_of_a_sharded_stream_is_refused(tmp_path: Path) -> None:
+    plan = compile_plan(write_llama(tmp_path), tp_size=2)
+    asked = {**RIGHT, "compile": {"deepcompile": True}}
+    engine_config(asked, plan)
+    sharded = with_sequence_parallel(plan)
+    engine_config({**RIGHT, "compile": {"deepcompile": False}}, sharded)
+    with pytest.raises(MismatchError, match=r"compile\.deepcompile") as refused:
+        engine_config(asked, sharded)
+    assert "leave the key out" in refused.value.faults[0].next
+    engine_config(RIGHT, sharded)

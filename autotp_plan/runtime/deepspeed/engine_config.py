@@ -28,7 +28,8 @@ def engine_config(config: str | os.PathLike[str] | dict[str, Any], plan: Plan) -
         The config for `deepspeed.initialize`.
 
     Raises:
-        MismatchError: it is no object, or its `tensor_parallel` section is of another TP size.
+        MismatchError: it is no object, its `tensor_parallel` section is of another TP size, or it asks for DeepCompile
+            of a sharded stream.
         DocumentError: the file cannot be read.
     """
     if isinstance(config, dict):
@@ -38,6 +39,8 @@ def engine_config(config: str | os.PathLike[str] | dict[str, Any], plan: Plan) -
     if not isinstance(settings, dict):
         got = type(settings).__name__
         raise MismatchError(_fault("the DeepSpeed config is not a JSON object", str(config), got, "an object"))
+    if plan.sequence_parallel is not None:
+        _refuse_deep_compile(settings.get("compile"))
     found = settings.get("tensor_parallel") or {}
     if not isinstance(found, dict):
         raise MismatchError(_wrong_value("tensor_parallel", found, "an object"))
@@ -60,6 +63,21 @@ def engine_config(config: str | os.PathLike[str] | dict[str, Any], plan: Plan) -
     section.setdefault("tp_overlap_comm", plan.runtime.tp_overlap_comm)
     settings["tensor_parallel"] = section
     return settings
+
+
+def _refuse_deep_compile(section: Any) -> None:
+    if isinstance(section, dict) and section.get("deepcompile"):
+        raise MismatchError(
+            Fault(
+                code="deepcompile-of-stream",
+                what="DeepCompile plans by a graph of the step, which the collectives along the sequence are not in",
+                where="compile.deepcompile",
+                got="true, and a plan with sequence parallelism",
+                expected="a config without it",
+                next="leave the key out and call engine.compile(), which is torch.compile; or compile the plan without "
+                "--sequence-parallel",
+            )
+        )
 
 
 def check_settings(settings: dict[str, Any], groups: Any) -> None:
