@@ -42,7 +42,10 @@ def start_reduce_scatter(part: Tensor, group: Any, tokens: Sequence[iv.Interval]
         for rank, (start, stop) in enumerate(tokens):
             padded[rank * most : rank * most + stop - start] = along[start:stop]
     exchanges = torch.distributed.get_backend(group) == "gloo"
-    output = padded.new_empty((most, *padded.shape[1:]))
+    start, stop = tokens[tp_rank]
+    result = part.new_empty((*part.shape[:DIM], stop - start, *part.shape[DIM + 1 :]))  # no view: it may be changed
+    held = result.movedim(DIM, 0)
+    output = held if stop - start == most and held.is_contiguous() else padded.new_empty((most, *padded.shape[1:]))
     received = torch.empty_like(padded) if exchanges else output
     start_it = dist.all_to_all_single if exchanges else dist.reduce_scatter_tensor
     handle = start_it(received, padded, group=group, async_op=True)
@@ -51,8 +54,9 @@ def start_reduce_scatter(part: Tensor, group: Any, tokens: Sequence[iv.Interval]
         handle.wait()
         if exchanges:
             torch.sum(received.view(len(tokens), *output.shape), dim=0, out=output)
-        start, stop = tokens[tp_rank]
-        return output[: stop - start].movedim(0, DIM).contiguous()
+        if output is not held:
+            held.copy_(output[: stop - start])
+        return result
 
     return wait
 

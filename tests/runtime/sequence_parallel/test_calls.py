@@ -206,7 +206,19 @@ EVERY: dict[str, Callable[[Any], Any]] = {
     "evaluated": evaluated,
     "frozen below": frozen_below,
     "two backwards": twice,
+    "one sequence": lambda model: one_row(model),
 }
+
+
+def one_row(model: Any) -> Any:
+    """A batch of one sequence, and one of three tokens."""
+    from tests.helpers.models import batch
+
+    losses = [
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss for tokens in (batch(1)[:1], batch(2)[:1, :3])
+    ]
+    sum(losses).backward()
+    return [loss.detach() for loss in losses]
 
 
 def packed() -> Callable[[Any], Any]:
@@ -235,6 +247,9 @@ def calls(work: Path, variants: tuple[str, ...]) -> dict[str, Any]:
             found[f"{name}, reentrant {reentrant}"] = pair.error(two_forwards, promote=False)
     pair = Pair(work, "mixtral")
     found["router's loss"] = pair.error(routed)
+    for again in (None, "full", "selective"):
+        pair = Pair(work, "falcon_multi_query", activation_checkpointing=again)
+        found[f"a sum changed in place, {again}"] = pair.error(one_row, promote=again is None)
     for name in (*variants, "bloom"):
         found["said"] |= refused(Pair(work, name).sharded, name)
     return found
@@ -255,15 +270,15 @@ LAYER = {"llama": "model.layers.1", "gpt2": "transformer.h.1", "bloom": "transfo
 
 @pytest.mark.parametrize("variants", [("llama",), pytest.param(("gpt2",), marks=pytest.mark.slow)])
 def test_what_people_do_is_as_with_the_dense_model(tmp_path: Path, variants: tuple[str, ...]) -> None:
-    prepare(tmp_path, *variants, "bloom", "mixtral")
+    prepare(tmp_path, *variants, "bloom", "mixtral", "falcon_multi_query")
     for found in launch(calls, 2, tmp_path, variants):
         for what, text in found.pop("said").items():
             if what.endswith("a layer"):
                 assert "the layer that shards its sequence was not" in text, (what, text)
             else:
                 assert "torch.no_grad()" in text, (what, text)
-        assert len(found) == len(EVERY) + 4 + 1
+        assert len(found) == len(EVERY) + 4 + 1 + 3
         computed_again = {what: error for what, error in found.items() if what.endswith(("full", "tive", "True", "se"))}
-        assert len(computed_again) == 4 and max(computed_again.values()) < 1e-6, "float32, as in the second forward"
+        assert len(computed_again) == 6 and max(computed_again.values()) < 1e-6, "float32, as in the second forward"
         rest = {what: error for what, error in found.items() if what not in computed_again}
         assert max(rest.values()) < 1e-9, rest
