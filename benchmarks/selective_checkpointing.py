@@ -1,14 +1,16 @@
 """python -m benchmarks.selective_checkpointing [--tp 4] [--length 4096]
 
-What a Llama-3.1-8B layer of one rank keeps for the backward with no activation checkpointing, selective and full: in
-bf16, on tensors without data, attention fused as on a GPU. What is alive at the end of the forward of 4 layers, less
-that of 2; with the all-reduces and the floating-point operations of forward and backward.
+What a Llama-3.1-8B layer of one rank keeps for the backward with no activation checkpointing, selective and full, each
+without and with sequence parallelism: in bf16, on tensors without data, attention fused as on a GPU. What is alive at
+the end of the forward of 4 layers, less that of 2; with the bytes that the collectives of forward and backward move (an
+all-reduce as an all-gather and a reduce-scatter), and the floating-point operations.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import tempfile
 from collections import Counter
@@ -24,8 +26,8 @@ LLAMA = {
 }  # fmt: skip
 
 
-def alive(folder: Path, length: int, layers: int, kind: str | None) -> tuple[int, int, int]:
-    """Of one rank: bytes alive after the forward, all-reduces, and floating-point operations of a step."""
+def alive(plan: Path, length: int, kind: str | None) -> tuple[int, int, int]:
+    """Of one rank: bytes alive after the forward, bytes of collectives, and floating-point operations of a step."""
     import torch
     import torch.distributed as dist
 
@@ -36,18 +38,19 @@ def alive(folder: Path, length: int, layers: int, kind: str | None) -> tuple[int
 
     if dist.is_initialized():
         dist.destroy_process_group()
-    model, ranks, mode = fake_rank(Plan.read(folder / f"{layers}.json"), 0, 1, torch.bfloat16)
+    model, ranks, mode = fake_rank(Plan.read(plan), 0, 1, torch.bfloat16)
     if kind is not None:
         use_activation_checkpointing(model, kind)
-    found: Counter[str] = Counter()
-    watch = Watch(lambda name, _, __: found.update([name]), held=[*model.parameters(), *model.buffers()])
+    moved: Counter[str] = Counter()
+    watch = Watch(lambda name, _, size: moved.update({name: size}), held=[*model.parameters(), *model.buffers()])
     with mode, watch, fused_attention(), count_operations() as operations:
         tokens = torch.zeros(1, length, dtype=torch.long, device=ranks.device)
         output = model.model(input_ids=tokens, use_cache=False).last_hidden_state
         gc.collect()
         bytes_alive = watch.live
         output.float().sum().backward()
-    return bytes_alive, found["allreduce_"], int(operations.get_total_flops())
+    moved["allreduce_"] *= 2
+    return bytes_alive, moved.total(), int(operations.get_total_flops())
 
 
 def main() -> None:
@@ -60,23 +63,27 @@ def main() -> None:
     without: list[float] = []
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name), options.tp)
-        for kind in KINDS:
-            few, many = (run_ranks(alive, 1, Path(name), options.length, n, kind, timeout=600)[0] for n in (2, 4))
-            size, sums, work = ((more - less) / 2 for more, less in zip(many, few, strict=True))
-            without = without or [size, work]
+        for sequence, kind in itertools.product(("", "sequence parallel"), KINDS):
+            few, many = (
+                run_ranks(alive, 1, Path(name) / f"{n}{sequence}.json", options.length, kind, timeout=600)[0]
+                for n in (2, 4)
+            )
+            size, moved, work = ((more - less) / 2 for more, less in zip(many, few, strict=True))
+            without = without or [size, moved, work]
             print(
-                f"{kind!s:10} {size / 2**20:8.1f} MiB {size / without[0]:6.3f}   all-reduces {sums:.0f}   "
-                f"operations {work / without[1]:.3f}"
+                f"{sequence:18} {kind or 'none':10} {size / 2**20:8.1f} MiB {size / without[0]:6.3f}   "
+                f"communicated {moved / 2**20:.1f} MiB {moved / without[1]:.3f}   operations {work / without[2]:.3f}"
             )
 
 
 def prepare(folder: Path, tp_size: int) -> None:
-    """Plans of 2 and of 4 layers."""
+    """Plans of 2 and of 4 layers, without and with sequence parallelism."""
     from autotp_plan.planner import compile_plan
 
-    for layers in (2, 4):
+    for layers, sequence in itertools.product((2, 4), ("", "sequence parallel")):
         (folder / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": layers}))
-        (folder / f"{layers}.json").write_text(compile_plan(folder, tp_size=tp_size).to_json())
+        plan = compile_plan(folder, tp_size=tp_size, sequence_parallel=bool(sequence))
+        (folder / f"{layers}{sequence}.json").write_text(plan.to_json())
 
 
 if __name__ == "__main__":
