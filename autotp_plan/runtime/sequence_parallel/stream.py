@@ -64,7 +64,7 @@ class Stream:
     def begin(self, hidden: Tensor) -> Tensor:
         """Shard the stream of a new batch: this rank's tokens of `(batch, length, hidden size)`."""
         self.shape = StreamShape(hidden.shape[0], hidden.shape[1])
-        part = hidden.part if isinstance(hidden, LazilySummed) else None
+        part = hidden.shard if isinstance(hidden, LazilySummed) else None
         return self.split(hidden) if part is None else self._along(reduce_scatter_sequence, part)
 
     def end(self, hidden: Tensor) -> Tensor:

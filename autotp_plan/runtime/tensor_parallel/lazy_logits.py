@@ -52,26 +52,18 @@ class LastDimSharding:
         return gather_last_dim(shard, self.group, self.intervals, self.tp_rank)
 
 
-class LazilyGathered(Tensor):
-    """A rank's shard of a tensor that is sharded along its last dimension; it looks and behaves like the full tensor.
+class Deferred(Tensor):
+    """A rank's shard of a tensor, or part of a sum, that looks and behaves like the full tensor.
 
-    The first use that needs the full tensor all-gathers it: every rank of the group must make the same use. From then
-    on it is the full tensor, so views of it and changes in place are those of an ordinary tensor.
+    The first use that needs the full tensor makes it, by a collective: every rank of the group must make the same use.
+    From then on it is the full tensor, so views of it and changes in place are those of an ordinary tensor.
     """
 
-    sharding: LastDimSharding
     _full: Tensor | None
-
-    @classmethod
-    def of(cls, shard: Tensor, sharding: LastDimSharding) -> LazilyGathered:
-        """The tensor of which `shard` is this rank's."""
-        made = shard.as_subclass(cls)
-        made.sharding, made._full = sharding, None
-        return made
 
     @property
     def shard(self) -> Tensor | None:
-        """This rank's shard as an ordinary tensor, None once the tensor is gathered."""
+        """What this rank has, as an ordinary tensor; None once the full tensor is made."""
         if self._full is not None:
             return None
         with without_torch_function():
@@ -84,7 +76,7 @@ class LazilyGathered(Tensor):
         with torch.enable_grad():  # whoever asks first may not need a gradient, and others may
             shard = self.shard
             assert shard is not None
-            full = self.sharding.gather(shard)
+            full = self._made_full(shard)
         if not torch.is_inference_mode_enabled():  # where no gradient can be kept
             self._full = full
         return full
@@ -92,8 +84,7 @@ class LazilyGathered(Tensor):
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]  # one rank alone may show it to a person
         if self._full is not None:
             return repr(self._full)
-        held = iv.length(self.sharding.held)
-        return f"{type(self).__name__}(shape={list(self.shape)}, of which this rank has {held} of the last dimension)"
+        return f"{type(self).__name__}(shape={list(self.shape)}, of which this rank has {self._held_words()})"
 
     def __format__(self, spec: str) -> str:
         return repr(self)
@@ -105,19 +96,63 @@ class LazilyGathered(Tensor):
         if isinstance(first, cls) and first._full is None:
             if func in SHAPE:
                 return func(first._outline(), *args[1:], **kwargs)
-            if func in ABOUT or is_elementwise(func, (args[1:], kwargs)):
+            if func in ABOUT or first._stays_deferred(func, (args[1:], kwargs)):
                 with without_torch_function():
                     result = func(*args, **kwargs)
                 if result is first or not isinstance(result, Tensor):
                     return result
-                return cls.of(result, first.sharding)
+                return first._of_same_kind(result)
         args, kwargs = map_tensors(cls, cls.gathered, (args, kwargs))
         return func(*args, **kwargs)
 
+    def _made_full(self, shard: Tensor) -> Tensor:
+        """The full tensor, by a collective."""
+        raise NotImplementedError
+
+    def _held_words(self) -> str:
+        """What this rank has of it, in words."""
+        raise NotImplementedError
+
     def _outline(self) -> Tensor:
-        """The full tensor's shape without its data."""
+        """A tensor of the full tensor's shape."""
+        raise NotImplementedError
+
+    def _stays_deferred(self, func: Any, others: Any) -> bool:
+        """Whether a function of what this rank has, with other arguments, gives what it has of the result."""
+        return False
+
+    def _of_same_kind(self, shard: Tensor) -> Tensor:
+        """The deferred tensor of which this rank has `shard`."""
+        raise NotImplementedError
+
+
+class LazilyGathered(Deferred):
+    """A rank's shard of a tensor that is sharded along its last dimension, all-gathered at its first use."""
+
+    sharding: LastDimSharding
+
+    @classmethod
+    def of(cls, shard: Tensor, sharding: LastDimSharding) -> LazilyGathered:
+        """The tensor of which `shard` is this rank's."""
+        made = shard.as_subclass(cls)
+        made.sharding, made._full = sharding, None
+        return made
+
+    def _made_full(self, shard: Tensor) -> Tensor:
+        return self.sharding.gather(shard)
+
+    def _held_words(self) -> str:
+        return f"{iv.length(self.sharding.held)} of the last dimension"
+
+    def _outline(self) -> Tensor:
         with without_torch_function():
             return torch.empty((*self.shape[:-1], self.sharding.size), dtype=self.dtype, device="meta")
+
+    def _stays_deferred(self, func: Any, others: Any) -> bool:
+        return is_elementwise(func, others)
+
+    def _of_same_kind(self, shard: Tensor) -> Tensor:
+        return type(self).of(shard, self.sharding)
 
 
 SHAPE = tensor_functions("shape", "size", "numel", "nelement", "dim", "ndim", "ndimension", "stride", "is_contiguous")
