@@ -64,8 +64,10 @@ class Stream:
     def begin(self, hidden: Tensor) -> Tensor:
         """Shard the stream of a new batch: this rank's tokens of `(batch, length, hidden size)`."""
         self.shape = StreamShape(hidden.shape[0], hidden.shape[1])
-        part = hidden.shard if isinstance(hidden, LazilySummed) else None
-        return self.split(hidden) if part is None else self._along(reduce_scatter_sequence, part)
+        if not isinstance(hidden, LazilySummed):
+            return self.split(hidden)
+        part = hidden.shard
+        return self.split(hidden.gathered()) if part is None else self._along(reduce_scatter_sequence, part)
 
     def end(self, hidden: Tensor) -> Tensor:
         """All tokens again; the stream is not sharded from here on."""

@@ -142,6 +142,20 @@ def embedded(model: Any) -> Any:
     return loss.detach(), embeds.grad
 
 
+def features_in_place(model: Any) -> Any:
+    """Features of an image, written over what was looked up for some tokens."""
+    import torch
+
+    from tests.helpers.models import batch
+
+    features = torch.randn(2, 3, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    embeds = model.get_input_embeddings()(batch(1))
+    embeds[:, 4:7] = features
+    loss = model(inputs_embeds=embeds, labels=batch(1), use_cache=False).loss
+    loss.backward()
+    return loss.detach(), features.grad
+
+
 def evaluated(model: Any) -> Any:
     """`generate` and hidden states right after a step of training."""
     import torch
@@ -197,6 +211,7 @@ def routed(model: Any) -> Any:
 
 
 EVERY: dict[str, Callable[[Any], Any]] = {
+    "features in place": features_in_place,
     "two forwards": two_forwards,
     "one that raises": raises,
     "padding left": lambda model: trained(**padded("left"))(model),
