@@ -157,8 +157,13 @@ class ShardedLayer(TensorParallel_Layer):  # type: ignore[misc]
 
     @property
     def overlaps_communication(self) -> bool:
-        """Whether the engine's config has `tp_overlap_comm`. Relies on the flag being set on the class."""
-        return bool(type(self).tp_overlap_comm)
+        """Whether the engine's config has `tp_overlap_comm`."""
+        return overlaps_communication()
+
+
+def overlaps_communication() -> bool:
+    """Whether the engine's config has `tp_overlap_comm`. Relies on the flag being set on the class of its layers."""
+    return bool(TensorParallel_Layer.tp_overlap_comm)
 
 
 def mark_as_shard(parameter: Any, gather: Callable[[list[Any]], None], shard: Callable[[list[Any]], None]) -> None:

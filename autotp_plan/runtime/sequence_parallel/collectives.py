@@ -36,7 +36,14 @@ def gather_sequence(shard: Tensor, group: Any, tokens: Sequence[iv.Interval], tp
     Returns:
         All tokens, on every rank: `(batch, tokens, ...)`.
     """
-    full, summed = _Gather.apply(shard, group, tuple(tokens), tp_rank)  # type: ignore[no-untyped-call]
+    return use_as_gathered(shard, None, group, tokens, tp_rank)
+
+
+def use_as_gathered(
+    shard: Tensor, full: Tensor | None, group: Any, tokens: Sequence[iv.Interval], tp_rank: int
+) -> Tensor:
+    """As `gather_sequence`, of a tensor whose tokens are gathered already: `full`."""
+    full, summed = _Gather.apply(shard, full, group, tuple(tokens), tp_rank)  # type: ignore[no-untyped-call]
     if summed.requires_grad:
         sum_copies_by(full, group, summed, product=partial(_overlapped_product, shard, group, tuple(tokens), tp_rank))
     result: Tensor = full
@@ -97,11 +104,11 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, shard: Tensor, group: Any, tokens: tuple[iv.Interval, ...], tp_rank: int
+        ctx: Any, shard: Tensor, found: Tensor | None, group: Any, tokens: tuple[iv.Interval, ...], tp_rank: int
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.sharding = group, tokens, tp_rank
-        full = gathered(shard, group, tokens)
+        full = gathered(shard, group, tokens) if found is None else found.detach()
         return full, full.new_empty(()).expand(full.shape)
 
     @staticmethod
@@ -111,7 +118,7 @@ class _Gather(torch.autograd.Function):
         if same is not None:
             own = take(same, (tokens[tp_rank],), DIM)
             grad = own if grad is None else grad + own
-        return grad, None, None, None
+        return grad, None, None, None, None
 
 
 class _ReduceScatter(torch.autograd.Function):

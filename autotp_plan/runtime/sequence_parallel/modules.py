@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autotp_plan.huggingface.internals import FEATURES_OF_IMAGES, is_capturing
+from autotp_plan.runtime.deepspeed.internals import overlaps_communication
 from autotp_plan.runtime.sequence_parallel.stream import Stream, StreamShape
 from autotp_plan.runtime.tensor_parallel.dropout_rng import enter_sharded_region, leave_sharded_region
 from autotp_plan.runtime.tensor_parallel.linear import PlannedLayer
@@ -83,14 +84,18 @@ class GatherInput(_OfStream):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.tp_stream.shape is not None:
-            args, kwargs = self._gathered(args, kwargs)
+            args, kwargs = self._gathered(args, kwargs, torch.compiler.is_compiling())
         return super().forward(*args, **kwargs)
 
     @eager
-    def _gathered(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _gathered(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], at_once: bool
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self.training:
             leave_sharded_region()
-        return _with_first(self.tp_first_input, args, kwargs, self.tp_stream.gather)
+        overlaps = overlaps_communication() and not at_once
+        gather = self.tp_stream.gather_later if overlaps else self.tp_stream.gather
+        return _with_first(self.tp_first_input, args, kwargs, gather)
 
 
 class GatherInputOfLayer(_OfStream):

@@ -1,8 +1,7 @@
 """Products beside the collectives along the sequence (`tp_overlap_comm` of a DeepSpeed config).
 
 The tokens of every rank are taken in chunks: while one chunk is communicated, the next is multiplied. On a GPU the
-collectives run on a stream of their own. The all-gather in front of column-parallel layers is not overlapped in the
-forward: the layers that take its result are not known to it.
+collectives run on a stream of their own.
 """
 
 from __future__ import annotations
@@ -97,6 +96,38 @@ class OverlappedColumn(torch.autograd.Function):
         grad_bias = rows.sum(0) if needs_bias else None
         grad_shard = torch.cat([wait() for wait in waiting], dim=1) if needs_shard else None
         return grad_shard, None, grad_weight, grad_bias, None, None, None
+
+
+class GatheredProduct(torch.autograd.Function):
+    """A column-parallel product of tokens that are gathered chunk by chunk, into `full` too; backward as above."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        shard: Tensor,
+        full: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        group: Any,
+        tokens: Tokens,
+        tp_rank: int,
+    ) -> Tensor:
+        first = tokens[tp_rank][0]
+        chunks = list(_chunks(tokens))
+        waiting = [
+            start_gather(shard[:, chunk[tp_rank][0] - first : chunk[tp_rank][1] - first], group, _inside(chunk))
+            for chunk in chunks
+        ]
+        output = full.new_empty((*full.shape[:-1], weight.shape[0]))
+        for chunk, wait in zip(chunks, waiting):
+            rows = wait()
+            _put(full, rows, chunk)
+            _put(output, F.linear(rows, weight, bias), chunk)
+        ctx.save_for_backward(full, weight)
+        ctx.sharding = group, tokens, tp_rank
+        return output
+
+    backward = OverlappedColumn.backward
 
 
 def multiplied(input: Tensor, weight: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from autotp_plan.runtime.sequence_parallel.collectives import (
     reduce_scatter_sequence,
     split_sequence,
 )
+from autotp_plan.runtime.sequence_parallel.lazy_gather import LazilyGatheredTokens
 from autotp_plan.runtime.sequence_parallel.lazy_sum import LazilySummed
 from autotp_plan.runtime.sequence_parallel.products import product_scattered
 from autotp_plan.runtime.tensor_parallel.collectives import copy_to_ranks
@@ -79,6 +80,12 @@ class Stream:
         """All tokens of a tensor that is sharded along the sequence."""
         return self._along(gather_sequence, hidden, is_full=False)
 
+    def gather_later(self, hidden: Tensor) -> Tensor:
+        """As `gather`, in chunks beside the first column-parallel product, where that is the first use."""
+        if type(hidden) is not Tensor or hidden.dim() != 3 or not hidden.requires_grad:
+            return self.gather(hidden)
+        return self._along(LazilyGatheredTokens.of, hidden, is_full=False)
+
     def product(self, input: Tensor, weight: Tensor, *, overlap: bool) -> Tensor:
         """This rank's tokens of the sum over the ranks of a row-parallel product."""
         return self._along(partial(product_scattered, overlap=overlap), input, weight)
@@ -103,7 +110,7 @@ class Stream:
     ) -> Tensor:
         """A collective along the tokens of `(batch, tokens, ...)`, or of `(batch * tokens, features)`."""
         assert self.shape is not None
-        tokens = iv.divide(self.shape.length, self.tp_size)
+        tokens = tuple(iv.divide(self.shape.length, self.tp_size))
         start, stop = (0, self.shape.length) if is_full else tokens[self.tp_rank]
         found = tensor.shape[1] if tensor.dim() > 2 else tensor.shape[0] / self.shape.batch
         if found != stop - start:

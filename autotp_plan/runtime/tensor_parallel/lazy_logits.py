@@ -105,6 +105,10 @@ class Deferred(Tensor):
         args, kwargs = map_tensors(cls, cls.gathered, (args, kwargs))
         return func(*args, **kwargs)
 
+    def first_product(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """A column-parallel product that makes the full tensor on the way; None where there is no such way any more."""
+        return None
+
     def _made_full(self, shard: Tensor) -> Tensor:
         """The full tensor, by a collective."""
         raise NotImplementedError

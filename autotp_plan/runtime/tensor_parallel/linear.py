@@ -22,7 +22,7 @@ from autotp_plan.runtime.parameters.state_dicts import HoldsShards
 from autotp_plan.runtime.tensor_parallel.collectives import copy_to_ranks, given_product, sum_over_ranks, take
 from autotp_plan.runtime.tensor_parallel.dropout_rng import enter_sharded_region, leave_sharded_region
 from autotp_plan.runtime.tensor_parallel.gathered_weight import GatheredWeight, ShardedWeight, are_shards_shown
-from autotp_plan.runtime.tensor_parallel.lazy_logits import LastDimSharding, LazilyGathered
+from autotp_plan.runtime.tensor_parallel.lazy_logits import Deferred, LastDimSharding, LazilyGathered
 from autotp_plan.runtime.tensor_parallel.sharded_params import ShardedParams
 from autotp_plan.runtime.tensor_parallel.torch_internals import eager, forward_pre_hooks, tensor_of
 from autotp_plan.runtime.tensor_parallel.weight_reads import watched
@@ -269,6 +269,11 @@ class RowParallelLinear(_Linear):
 
 def overlapped_product(input: Tensor, weight: Tensor, bias: Tensor | None, group: Any) -> Tensor:
     """A column-parallel product whose input's gradient is summed while the weight's is computed."""
+    if isinstance(input, Deferred):
+        first = input.first_product(weight, bias)
+        if first is not None:
+            return first
+        input = input.gathered()
     product = given_product(input, group) or partial(_OverlappedColumn.apply, group)
     output: Tensor = product(input, weight, bias)
     return output
