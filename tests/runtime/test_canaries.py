@@ -198,6 +198,26 @@ def saving_is_noticed(top_hooks: Any) -> bool:
     return top_hooks(True) is None and len(noticed) == 1 and torch.equal(found, 3 * result.detach())
 
 
+def storage_is_that_of_views(_: Any) -> bool:
+    from autotp_plan.runtime.tensor_parallel.torch_internals import storage_of
+
+    tensor = torch.ones(2, 3)
+    product = torch.ones(2, 2, 3) @ torch.ones(3, 3)  # whose version is not that of the product below
+    return storage_of(tensor.t()) == storage_of(tensor) != storage_of(tensor.clone()) and product._base is None
+
+
+def schemas_say_what_changes(_: Any) -> bool:
+    from autotp_plan.runtime.tensor_parallel.torch_internals import changed_by
+
+    one, other = torch.ones(2, 2), torch.ones(2, 2)
+    aten = torch.ops.aten
+    return (
+        [id(found) for found in changed_by(aten.add_.Tensor, (one, other), {})] == [id(one)]
+        and [id(found) for found in changed_by(aten.mm.out, (one, one), {"out": other})] == [id(other)]
+        and changed_by(aten.mm.default, (one, other), None) == []
+    )
+
+
 def assertion_raises(assert_async: Any) -> bool:
     assert_async(torch.tensor(True), "said")
     try:
@@ -367,6 +387,10 @@ CANARIES = [
     Canary("torch:_C._SetExcludeDispatchKeyGuard", "selective activation checkpointing", an_alias_shares_its_version),
     Canary("torch:_C._autograd._top_saved_tensors_default_hooks", "selective activation checkpointing",
            saving_is_noticed),
+    Canary("torch:UntypedStorage._cdata", "products that are changed in place, in selective activation checkpointing",
+           storage_is_that_of_views),
+    Canary("torch:_ops.OpOverload.__init__", "which tensors an operator changes: its `_schema`",
+           schemas_say_what_changes),
     Canary("torch:_assert_async", "refusing labels that are not in the vocabulary", assertion_raises),
     Canary("torch:_C.DisableTorchFunctionSubclass", "logits that are gathered at first use"),
     Canary("torch.utils._pytree:tree_map_only", "logits that are gathered at first use",

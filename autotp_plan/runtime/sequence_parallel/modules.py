@@ -15,7 +15,7 @@ from autotp_plan.runtime.deepspeed.internals import overlaps_communication
 from autotp_plan.runtime.sequence_parallel.stream import Stream, StreamShape
 from autotp_plan.runtime.tensor_parallel.dropout_rng import enter_sharded_region, leave_sharded_region
 from autotp_plan.runtime.tensor_parallel.linear import PlannedLayer
-from autotp_plan.runtime.tensor_parallel.torch_internals import eager
+from autotp_plan.runtime.tensor_parallel.torch_internals import eager, forward_pre_hooks
 from autotp_plan.schemas.errors import Fault, MismatchError
 
 
@@ -80,7 +80,13 @@ class StreamLayer(_OfStream):
 
 
 class GatherInput(_OfStream):
-    """A module that is given every token, by an all-gather of its first input."""
+    """A module that is given every token, by an all-gather of its first input.
+
+    The all-gather may wait for the first product where all of its layers are parallel ones: kernels of others would
+    take a rank's tokens for all of them.
+    """
+
+    tp_may_wait: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.tp_stream.shape is not None:
@@ -93,7 +99,8 @@ class GatherInput(_OfStream):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self.training:
             leave_sharded_region()
-        overlaps = overlaps_communication() and not at_once
+        may_wait = self.tp_may_wait and not at_once and not forward_pre_hooks(self)  # ZeRO 3 has some
+        overlaps = may_wait and overlaps_communication()
         gather = self.tp_stream.gather_later if overlaps else self.tp_stream.gather
         return _with_first(self.tp_first_input, args, kwargs, gather)
 

@@ -5,6 +5,9 @@ tensor in place: a mode that keeps what operators return (torch's `create_select
 the tensor of the second forward as it is. So a sum over the ranks is kept here, and made in the memory of the product
 that it adds up, where nothing else reads that.
 
+A product that is changed in place afterwards, as DeepSpeed's linear layer of ZeRO 3 adds its bias, is computed again:
+its version does not tell, because torch counts that of a product of three dimensions apart.
+
 No gradient needs what is computed after the last tensor that autograd saves, such as the sum that only the residual is
 added to: the second forward ends before. It is not kept, and computed again where someone has switched that off
 (`torch.utils.checkpoint.set_checkpoint_early_stop`).
@@ -23,7 +26,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import SAC_IGNORED_OPS
 
-from autotp_plan.runtime.tensor_parallel.torch_internals import OperatorMode, alias_of, base_of, on_saving, version_of
+from autotp_plan.runtime.tensor_parallel.torch_internals import (
+    OperatorMode,
+    alias_of,
+    base_of,
+    changed_by,
+    on_saving,
+    storage_of,
+    version_of,
+)
 from autotp_plan.schemas.errors import Fault, MismatchError
 
 _PRODUCTS = (
@@ -120,6 +131,15 @@ class _Layer:
         """In place of `keep`: `next(key)` returns None."""
         self.results[key].append(_Result(None, self.saved))
 
+    def forget_changed(self, tensors: list[Tensor]) -> None:
+        """Compute products again whose memory is changed: `x = product(...); x += bias`."""
+        changed = {storage_of(tensor) for tensor in tensors}
+        for key, results in self.results.items():
+            if key != _COLLECTIVE:
+                for at, result in enumerate(results):
+                    if result.shares(changed):
+                        results[at] = _Result(None, result.saved_before)
+
     def forget_the_last(self) -> None:
         """Keep nothing that was computed after the last tensor that autograd has saved: no gradient needs it."""
         for results in self.results.values():
@@ -146,6 +166,10 @@ class _Result:
     def __init__(self, tensor: Tensor | None, saved_before: int) -> None:
         self._tensor, self._is_used, self.saved_before = tensor, False, saved_before
         self._version = None if tensor is None else version_of(tensor)
+
+    def shares(self, storages: set[int]) -> bool:
+        """Whether what is kept lies in one of these memories."""
+        return self._tensor is not None and storage_of(self._tensor) in storages
 
     def taken(self) -> Tensor | None:
         """The tensor, once; None: there is none."""
@@ -208,6 +232,9 @@ class _FirstForward(_Forward):
         if kind == _VIEW:
             return result
         layer = self.layer
+        changed = changed_by(func, args, kwargs)
+        if changed and func.namespace != "c10d":  # a sum over the ranks is kept in the product's memory
+            layer.forget_changed(changed)
         layer.ends_with_product = kind == _PRODUCT or (kind == _BATCHES and any(map(_is_weight, args)))
         if layer.ends_with_product:
             layer.keep(func, result)

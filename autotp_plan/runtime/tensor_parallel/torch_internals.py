@@ -6,7 +6,7 @@ import functools
 import importlib
 import io
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -57,6 +57,30 @@ def alias_of(tensor: Tensor) -> Tensor:
     """
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
         return tensor.detach()
+
+
+def storage_of(tensor: Tensor) -> int:
+    """A number for the memory that a tensor shares with its views. Relies on `UntypedStorage._cdata`."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+@functools.cache
+def _changed_arguments(operator: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Positions and keywords of the arguments that an operator changes. Relies on `OpOverload._schema`."""
+    written = [
+        (at, one) for at, one in enumerate(operator._schema.arguments) if one.alias_info and one.alias_info.is_write
+    ]
+    return tuple(at for at, one in written if not one.kwarg_only), tuple(one.name for _, one in written)
+
+
+def changed_by(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> list[Tensor]:
+    """The tensors that an operator changes in place, of those that it is given."""
+    positions, names = _changed_arguments(operator)
+    if not names:
+        return []
+    found = [args[at] for at in positions if at < len(args)]
+    found += [kwargs[name] for name in names if kwargs and name in kwargs]
+    return [one for one in pytree.tree_leaves(found) if isinstance(one, Tensor)]
 
 
 def on_saving(notify: Callable[[], None]) -> AbstractContextManager[None]:

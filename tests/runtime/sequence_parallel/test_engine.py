@@ -12,11 +12,14 @@ from tests.helpers.launch import launch
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(270)]
 
 ZERO3: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
+OVERLAP: dict[str, Any] = {"autotp_size": 2, "tp_overlap_comm": True}
 RUNS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "zero 0": (None, {"zero_stage": 0}),
     "zero 1": (None, {"zero_stage": 1, "accumulation": 2}),
     "zero 2": ("selective", {"zero_stage": 2, "accumulation": 2}),
     "zero 3": ("full", {"zero_stage": 3, "accumulation": 2, "zero_optimization": ZERO3}),
+    "zero 1, overlap": ("selective", {"zero_stage": 1, "tensor_parallel": OVERLAP}),
+    "zero 3, overlap": (None, {"zero_stage": 3, "zero_optimization": ZERO3, "tensor_parallel": OVERLAP}),
 }
 """Activation checkpointing, and the engine's options."""
 

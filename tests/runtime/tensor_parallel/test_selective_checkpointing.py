@@ -308,3 +308,35 @@ def test_steps_of_every_zero_stage_are_the_dense_models(tmp_path: Path) -> None:
         for stage, of_stage in found.items():
             for one, other in zip(of_stage, dense, strict=True):
                 assert one == pytest.approx(other, rel=1e-5), stage
+
+
+def gradient_of_biased_products(context: Any) -> Any:
+    """Of the input of two products, whose bias is added in place as DeepSpeed's linear layer of ZeRO 3 does."""
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    torch.manual_seed(3)
+    first, second, bias = (torch.randn(*shape, dtype=torch.float64) for shape in ((4, 4), (4, 4), (4,)))
+
+    def layer(input: Any) -> Any:
+        hidden = input.matmul(first)  # of three dimensions: torch counts the version of the product apart
+        hidden += bias
+        return (hidden.tanh().matmul(second) * hidden.sin()).exp()
+
+    input = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    output = layer(input) if context is None else checkpoint(layer, input, use_reentrant=False, context_fn=context)
+    output.sum().backward()
+    return input.grad
+
+
+def test_a_product_that_is_changed_in_place_is_computed_again() -> None:
+    import torch
+
+    from autotp_plan.runtime import selective_checkpointing
+    from autotp_plan.runtime.tensor_parallel.kept_results import _Layer
+    from autotp_plan.schemas.upstream import replaced
+
+    expected = gradient_of_biased_products(None)
+    assert torch.equal(gradient_of_biased_products(selective_checkpointing), expected)
+    with replaced(_Layer, "forget_changed", lambda layer, tensors: None):
+        assert not torch.allclose(gradient_of_biased_products(selective_checkpointing), expected), "twice the bias"
