@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ def experts(folder: Path, count: int) -> Path:
         file.truncate(len(header) + 4 * count)
     (folder / "config.json").write_text('{"model_type": "own"}')
     return folder
+
+
+@pytest.fixture(autouse=True)
+def without_older_objects() -> Iterator[None]:
+    """The garbage collector leaves alone what was there before: a process that has run other tests holds millions."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def seconds(work: Callable[[], Any]) -> float:
