@@ -86,7 +86,7 @@ class GatherInput(_OfStream):
     take a rank's tokens for all of them.
     """
 
-    tp_may_wait: bool
+    tp_may_wait: bool = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.tp_stream.shape is not None:

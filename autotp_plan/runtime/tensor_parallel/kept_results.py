@@ -277,6 +277,6 @@ def _fault(got: str) -> Fault:
         what="a layer's second forward, in the backward, is not what its first was",
         where="selective activation checkpointing",
         got=got,
-        expected="a layer that computes the same twice, and changes no result of a product or collective in place",
+        expected="a layer that computes the same twice, and changes no result of a collective in place",
         next='activation_checkpointing="full" computes them again, too',
     )
