@@ -6,6 +6,7 @@ known to act on each element by itself gets the full tensor. Nothing here knows 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,25 +110,25 @@ class Deferred(Tensor):
         """A column-parallel product that makes the full tensor on the way; None where there is no such way any more."""
         return None
 
+    @abstractmethod
     def _made_full(self, shard: Tensor) -> Tensor:
         """The full tensor, by a collective."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _held_words(self) -> str:
         """What this rank has of it, in words."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _outline(self) -> Tensor:
         """A tensor of the full tensor's shape."""
-        raise NotImplementedError
 
     def _stays_deferred(self, func: Any, others: Any) -> bool:
         """Whether a function of what this rank has, with other arguments, gives what it has of the result."""
         return False
 
+    @abstractmethod
     def _of_same_kind(self, shard: Tensor) -> Tensor:
         """The deferred tensor of which this rank has `shard`."""
-        raise NotImplementedError
 
 
 class LazilyGathered(Deferred):
